@@ -1,0 +1,48 @@
+"""saeflow: activations -> sparse autoencoders -> tables -> figures. Targets below; steps in workflow/rules."""
+
+if not workflow.overwrite_configfiles:  # a preset replaces the parameters, it does not add to them
+
+    configfile: "params.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/sources.smk"
+include: "workflow/rules/stores.smk"
+include: "workflow/rules/training.smk"
+include: "workflow/rules/evaluation.smk"
+include: "workflow/rules/figures.smk"
+
+
+localrules:
+    all,
+    extract,
+    train,
+    evaluate,
+    figures,
+
+
+rule all:
+    default_target: True
+    input:
+        "results/report.html",
+
+
+rule extract:
+    input:
+        STORES,
+
+
+rule train:
+    input:
+        SAES,
+
+
+rule evaluate:
+    input:
+        "results/tables/provenance.json",
+
+
+rule figures:
+    input:
+        FIGURES,
+        "results/report.html",

@@ -1,0 +1,18 @@
+"""saeflow: sparse autoencoders with adaptive sparsity, from activations to figures."""
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "load": "saeflow.saes",
+    "open_store": "saeflow.stores",
+    "hook": "saeflow.sources.hook_points",
+}
+__all__ = ["hook", "load", "open_store"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public function when it is first asked for: reading parameters needs no torch."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)

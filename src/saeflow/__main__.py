@@ -1,0 +1,5 @@
+"""`python -m saeflow` is the command `saeflow`."""
+
+from saeflow.cli import main
+
+main()

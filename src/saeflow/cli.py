@@ -1,0 +1,448 @@
+"""The command line: each command reads files, calls one function of the package, writes one result.
+
+Exit codes: 0 done, 1 failed, 2 the user's input is at fault (one line on stderr).
+"""
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from saeflow import provenance
+from saeflow.config import SPLITS, SAEConfig, load_params
+from saeflow.errors import UserError
+from saeflow.plan import Plan
+
+app = typer.Typer(
+    help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+
+Key = Annotated[str, typer.Option(help="The workflow's key of this job, for its record.")]
+Out = Annotated[Path, typer.Option(help="Written: the result folder.")]
+SourceJson = Annotated[str, typer.Option(help="One entry of `sources`, as JSON.")]
+StoreJson = Annotated[str, typer.Option(help="One entry of `stores`, as JSON.")]
+EvaluationJson = Annotated[str, typer.Option(help="`evaluation`, as JSON.")]
+RuntimeJson = Annotated[str, typer.Option(help="`runtime` of this step, as JSON.")]
+SourceFolder = Annotated[Path, typer.Option(help="The source's folder: model/ and inputs/.")]
+Split = Annotated[str, typer.Option(help="train or evaluation.")]
+
+
+def main() -> None:
+    """Run the command line with saeflow's exit codes."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        app()
+    except UserError as error:
+        logging.getLogger(__name__).debug("traceback", exc_info=True)
+        sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
+        sys.exit(2)
+
+
+def _json(option: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{option}: expected JSON, found {text[:60]!r} ({error}).") from None
+
+
+def _set_threads(runtime: dict[str, Any]) -> None:
+    import torch
+
+    torch.set_num_threads(runtime["threads"])
+
+
+def _model_folders(folder: Path, source: dict[str, Any]) -> list[Path]:
+    """The result folders of a source that the steps after it read."""
+    return ([folder / "model"] if "model" in source else []) + [folder / "inputs"]
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Turn SIGTERM into an exception, so that what was begun is put away."""
+
+    def stop(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@app.command()
+def validate(
+    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
+) -> None:
+    """Check a parameter file, and print what it asks for."""
+    from saeflow.sources.hook_points import check_hook_points
+
+    values = load_params(params)
+    for name, source in values["sources"].items():
+        if "model" in source:
+            check_hook_points(name, source, Path("results/sources") / name)
+    plan = Plan(values)
+    typer.echo(
+        f"{params}: {len(plan.sources)} sources, {len(plan.stores)} stores, {len(plan.runs)} SAEs, "
+        f"{len(values['figures']['names'])} figures."
+    )
+
+
+@app.command()
+def fetch(
+    model: Annotated[str, typer.Option(help="`model` and `hook_points`, as JSON.")],
+    out: Out,
+    key: Key = "",
+) -> None:
+    """Fetch a source's model, and check that it has the hook points."""
+    from saeflow.sources.models import fetch_model, pinned
+
+    values = _json("--model", model)
+    with (
+        _interruptible(),
+        provenance.job(
+            out, name="fetch", params=values, external=pinned(values["model"]), key=key
+        ) as job,
+    ):
+        fetch_model(values["model"], values["hook_points"], job.path)
+
+
+@app.command()
+def prepare(
+    source: SourceJson,
+    rows: Annotated[str, typer.Option(help="Rows asked for, by split, as JSON.")],
+    folder: SourceFolder,
+    key: Key = "",
+) -> None:
+    """Make what a source reads: token ids of its text, or its true dictionary."""
+    from saeflow.sources import external_inputs, prepare_inputs
+
+    values, counts = _json("--source", source), _json("--rows", rows)
+    model = folder / "model"
+    with (
+        _interruptible(),
+        provenance.job(
+            folder / "inputs",
+            name="prepare",
+            inputs=[model] if "model" in values else [],
+            external=external_inputs(values),
+            params={"source": values, "rows": counts},
+            key=key,
+        ) as job,
+    ):
+        prepare_inputs(values, counts, model, job.path)
+
+
+@app.command()
+def extract(
+    source: SourceJson,
+    store: StoreJson,
+    split: Split,
+    folder: SourceFolder,
+    runtime: RuntimeJson,
+    out: Out,
+    part: Annotated[int, typer.Option(min=0, help="This job's part.")] = 0,
+    parts: Annotated[int, typer.Option(min=1, help="Parts in all.")] = 1,
+    key: Key = "",
+) -> None:
+    """Extract one part of a split's activations."""
+    from saeflow.sources import open_source
+    from saeflow.stores import write_part
+
+    values, layout, machine = (
+        _json("--source", source),
+        _json("--store", store),
+        _json("--runtime", runtime),
+    )
+    _set_threads(machine)
+    with (
+        _interruptible(),
+        provenance.job(
+            out,
+            name="extract",
+            inputs=_model_folders(folder, values),
+            params={"source": values, "store": layout, "split": split, "part": [part, parts]},
+            key=key,
+            device=machine["device"],
+            resumable=True,
+        ) as job,
+    ):
+        write_part(
+            open_source(values, folder, machine["device"]), split, part, parts, layout, job.path
+        )
+
+
+@app.command()
+def merge(
+    parts: Annotated[list[Path], typer.Argument(help="Folders that `extract` wrote.")],
+    name: Annotated[str, typer.Option(help="The source's name.")],
+    source: SourceJson,
+    store: StoreJson,
+    split: Split,
+    folder: SourceFolder,
+    out: Out,
+    key: Key = "",
+) -> None:
+    """Put the parts of a split together: shuffled rows, one Zarr store a hook point."""
+    from saeflow.stores import finalise
+
+    values, layout = _json("--source", source), _json("--store", store)
+    for part in parts:
+        provenance.check(part)
+    with (
+        _interruptible(),
+        provenance.job(
+            out,
+            name="merge",
+            inputs=_model_folders(folder, values),
+            params={"source": values, "store": layout, "split": split},
+            key=key,
+        ) as job,
+    ):
+        made_from = {
+            path.name: provenance.read_record(path)["digest"]
+            for path in _model_folders(folder, values)
+        }
+        contents = finalise(parts, name, values, split, layout, made_from, job.path)
+        job.details["content"] = contents
+
+
+@app.command()
+def train(
+    store: Annotated[Path, typer.Option(help="Folder of the training split's stores.")],
+    run: Annotated[str, typer.Option(help="One run of `saes`, as JSON.")],
+    runtime: RuntimeJson,
+    out: Out,
+    key: Key = "",
+) -> None:
+    """Train one SAE on one store."""
+    from saeflow.stores import open_store
+    from saeflow.training import train as train_sae
+
+    config, machine = SAEConfig.from_dict(_json("--run", run)), _json("--runtime", runtime)
+    _set_threads(machine)
+    with provenance.job(
+        out,
+        name="train",
+        inputs=[store],
+        params={"run": _json("--run", run), "precision": machine["precision"]},
+        key=key,
+        seed=config.seed,
+        device=machine["device"],
+        resumable=True,
+    ) as job:
+        job.details["content"] = train_sae(
+            open_store(store / f"{config.hook_point}.zarr"), config, machine, job.path
+        )
+
+
+@app.command()
+def clean(
+    source: SourceJson,
+    hook_point: Annotated[str, typer.Option(help="Where the SAEs read.")],
+    evaluation: EvaluationJson,
+    runtime: RuntimeJson,
+    folder: SourceFolder,
+    stores: Annotated[Path, typer.Option(help="The source's stores: train/ and evaluation/.")],
+    out: Out,
+    key: Key = "",
+) -> None:
+    """Run the model once on evaluation contexts: the clean side that every SAE is compared with."""
+    from saeflow.evaluation.splice import write_clean
+    from saeflow.stores import open_store
+
+    values, metrics, machine = (
+        _json("--source", source),
+        _json("--evaluation", evaluation),
+        _json("--runtime", runtime),
+    )
+    _set_threads(machine)
+    with (
+        _interruptible(),
+        provenance.job(
+            out,
+            name="clean",
+            inputs=[*_model_folders(folder, values), *(stores / split for split in SPLITS)],
+            params={
+                "source": values,
+                "hook_point": hook_point,
+                "ce_contexts": metrics["ce_contexts"],
+            },
+            key=key,
+            device=machine["device"],
+        ) as job,
+    ):
+        mean = open_store(stores / "train" / f"{hook_point}.zarr").mean
+        write_clean(
+            values, folder, hook_point, mean, metrics["ce_contexts"], machine["device"], job.path
+        )
+
+
+@app.command()
+def evaluate(
+    sae: Annotated[Path, typer.Option(help="Folder of a trained SAE.")],
+    results: Annotated[Path, typer.Option(help="The results folder, with stores and sources.")],
+    evaluation: EvaluationJson,
+    runtime: RuntimeJson,
+    out: Out,
+    key: Key = "",
+) -> None:
+    """Measure one SAE on held-out activations and with the model in the loop."""
+    from saeflow.evaluation import Bench, evaluate_sae
+    from saeflow.saes import load, read_config
+
+    metrics, machine = _json("--evaluation", evaluation), _json("--runtime", runtime)
+    _set_threads(machine)
+    provenance.check(sae)
+    config = read_config(sae)
+    bench = Bench(results, config["source"], config["hook_point"], metrics, machine["device"])
+    with (
+        _interruptible(),
+        provenance.job(
+            out,
+            name="evaluate",
+            inputs=[sae, *bench.inputs],
+            params=metrics,
+            key=key,
+            seed=config["seed"],
+            device=machine["device"],
+        ) as job,
+    ):
+        evaluate_sae(load(sae), config, bench, job.path)
+
+
+@app.command()
+def baselines(
+    store: Annotated[str, typer.Option(help="SOURCE/HOOK_POINT.")],
+    ranks: Annotated[str, typer.Option(help="PCA ranks, as JSON.")],
+    results: Annotated[Path, typer.Option(help="The results folder, with stores and sources.")],
+    evaluation: EvaluationJson,
+    runtime: RuntimeJson,
+    out: Out,
+    key: Key = "",
+) -> None:
+    """Measure what any SAE must beat: identity, mean, PCA."""
+    from saeflow.evaluation import Bench, evaluate_baselines
+
+    metrics, machine = _json("--evaluation", evaluation), _json("--runtime", runtime)
+    _set_threads(machine)
+    source, _, hook_point = store.partition("/")
+    bench = Bench(results, source, hook_point, metrics, machine["device"])
+    pca_ranks = _json("--ranks", ranks)
+    with (
+        _interruptible(),
+        provenance.job(
+            out,
+            name="baselines",
+            inputs=bench.inputs,
+            params={**metrics, "pca_ranks": pca_ranks},
+            key=key,
+            device=machine["device"],
+        ) as job,
+    ):
+        evaluate_baselines(pca_ranks, bench, job.path)
+
+
+@app.command()
+def collect(
+    evaluations: Annotated[list[Path], typer.Argument(help="Records of evaluations.")],
+    saes: Annotated[list[Path], typer.Option(help="Records of trained SAEs.")],
+    out: Out,
+    key: Key = "",
+) -> None:
+    """Gather the tables of all runs."""
+    from saeflow.evaluation.tables import collect as collect_tables
+
+    evaluated, trained = [path.parent for path in evaluations], [path.parent for path in saes]
+    with provenance.job(out, name="collect", inputs=[*evaluated, *trained], key=key) as job:
+        collect_tables(evaluated, trained, job.path)
+
+
+@app.command()
+def draw(
+    figure: Annotated[str, typer.Argument(help="A key of saeflow.figures.FIGURES.")],
+    tables: Annotated[Path, typer.Option(help="Folder of the tables.")],
+    figures: Annotated[str, typer.Option(help="`figures`, as JSON.")],
+    out: Out,
+    key: Key = "",
+) -> None:
+    """Draw one figure from the tables."""
+    from saeflow.figures import draw as draw_figure
+
+    options = _json("--figures", figures)
+    with provenance.job(out, name="draw", inputs=[tables], params=options, key=key) as job:
+        draw_figure(figure, tables, options, job.path)
+
+
+@app.command()
+def report(
+    names: Annotated[list[str], typer.Argument(help="Figures, in order.")],
+    results: Annotated[Path, typer.Option(help="The results folder.")],
+    out: Annotated[Path, typer.Option(help="Written: the report, one HTML file.")],
+    key: Key = "",
+) -> None:
+    """Write the report: tables, figures and where everything came from."""
+    from saeflow.figures.report import write_report
+
+    folders = [results / "figures" / name for name in names]
+    write_report(results / "tables", folders, _records(results, folders), out)
+    inputs = [results / "tables", *folders]
+    provenance.record_file(out, name="report", inputs=inputs, params={"names": names}, key=key)
+
+
+def _records(results: Path, figures: list[Path]) -> list[Path]:
+    """The records of everything that the figures were made from."""
+    links = (link for folder in figures for link in provenance.trace(folder, lambda name: None))
+    return sorted({provenance.record_path(Path(link.result)) for link in links})
+
+
+@app.command()
+def trace(
+    file: Annotated[Path, typer.Argument(help="A result: a figure, table, SAE, store.")],
+) -> None:
+    """Print what a result was made from, down to models and data, and check every digest."""
+    from saeflow.sources import external_digest
+
+    for link in provenance.trace(file, external_digest):
+        rest = "(above)" if link.seen else link.facts
+        typer.echo(f"{'  ' * link.depth}{link.result}  [{link.job} {link.digest[:12]}]  {rest}")
+    typer.echo(f"{file}: every link holds.")
+
+
+@app.command()
+def verify(
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="Results; default: all of results/.")
+    ] = None,
+) -> None:
+    """Check every file of every result against its record, and read every store through."""
+    from saeflow.stores import verify as verify_store
+
+    count = 0
+    for root in results or [Path("results")]:
+        if not root.exists():
+            raise UserError(f"{root}: no such file or folder. Give a result, or run the workflow.")
+        records = sorted(root.rglob(f"*{provenance.RECORD}")) if root.is_dir() else []
+        whole = [
+            path.parent
+            if path.name == provenance.RECORD
+            else path.with_name(path.name.removesuffix("." + provenance.RECORD))
+            for path in records
+            if provenance.PARTIAL
+            not in "".join(part for part in path.parts if part.endswith(provenance.PARTIAL))
+        ] or [provenance.result_of(root)]
+        for result in whole:
+            provenance.check(result)
+            for store in sorted(result.glob("*.zarr")):
+                verify_store(store)
+            count += 1
+    typer.echo(f"{count} results are as they were made.")

@@ -1,0 +1,343 @@
+"""`params.yaml`: read, refuse what is wrong before any job, expand sweeps into runs and keys.
+
+This module imports no model code: Snakefile and command line read it in a fraction of a second.
+"""
+
+import functools
+import hashlib
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from saeflow.errors import UserError
+from saeflow.files import json_digest
+
+PACKAGE = Path(__file__).parent
+ROOT = PACKAGE.parents[1]
+SCHEMA = ROOT / "workflow" / "schemas" / "params.schema.yaml"
+SPLITS = ("train", "evaluation")
+SECTIONS = ("sources", "stores", "training", "saes", "evaluation", "figures", "runtime")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Optimiser and budget of one run; `training` in params.yaml describes each field."""
+
+    tokens: int
+    batch_size: int
+    lr: float | str
+    betas: tuple[float, float]
+    lr_warmup_steps: int
+    lr_decay_fraction: float
+    grad_clip: float
+    dead_after_tokens: int
+    train_decoder: bool
+    log_every_steps: int
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the run."""
+        return max(1, self.tokens // self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SAEConfig:
+    """One run of a sweep: one SAE, one seed."""
+
+    name: str
+    entry: str
+    variant: str
+    source: str
+    hook_point: str
+    d_sae: int
+    seed: int
+    options: Mapping[str, Any]
+    training: TrainingConfig
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "SAEConfig":
+        """Read back what `dataclasses.asdict` wrote."""
+        training = dict(values["training"])
+        training["betas"] = tuple(training["betas"])
+        return cls(**{**values, "training": TrainingConfig(**training)})
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses a key given twice, which YAML would silently let the last one win."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    seen: dict[Any, Any] = {}
+    for key_node, value_node in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if key in seen:
+            line = key_node.start_mark.line + 1
+            raise UserError(f"line {line}: the name {key!r} is given twice. Rename or delete one.")
+        seen[key] = loader.construct_object(value_node, deep=True)
+    return seen
+
+
+_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_yaml(path: Path) -> Any:
+    """Read a YAML file, with one line for what is wrong with it."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            return yaml.load(file, Loader=_Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Give the path of a parameter file.") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"{path}: expected YAML, found: {text}") from None
+
+
+def load_params(path: Path) -> dict[str, Any]:
+    """Read and validate a parameter file.
+
+    Raises:
+        UserError: the first thing that is wrong, in one line.
+    """
+    params = read_yaml(path)
+    try:
+        validate(params)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return dict(params)
+
+
+def check_params(params: Any, files: Iterable[Path | str]) -> None:
+    """Check parameters that came from some files, perhaps with values from a command line on top.
+
+    Raises:
+        UserError: the first thing that is wrong, in one line.
+    """
+    names = ", ".join(str(path) for path in files)
+    for path in files:
+        read_yaml(Path(path))  # says what YAML itself would pass over, such as a name given twice
+    try:
+        validate(params)
+    except UserError as error:
+        raise UserError(f"{names}: {error}") from None
+
+
+@functools.cache
+def _validator() -> Any:
+    schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    return jsonschema.Draft202012Validator(schema)
+
+
+def validate(params: Any) -> None:
+    """Check params against the schema, and what a schema cannot say.
+
+    Raises:
+        UserError: the first thing that is wrong, in one line.
+    """
+    errors = sorted(_validator().iter_errors(params), key=lambda error: list(map(str, error.path)))
+    if errors:
+        raise UserError(_explain(errors[0]))
+    for name in params["sources"]:
+        if name not in params["stores"]:
+            raise UserError(f"stores: expected an entry for source {name!r}, found none. Add it.")
+    for name, store in params["stores"].items():
+        if name not in params["sources"]:
+            raise UserError(f"stores.{name}: no such source. Known: {_list(params['sources'])}.")
+        if store["shard_rows"] % store["chunk_rows"]:
+            raise UserError(
+                f"stores.{name}.shard_rows: expected a multiple of chunk_rows "
+                f"({store['chunk_rows']}), found {store['shard_rows']}."
+            )
+    for name, source in params["sources"].items():
+        _check_source(name, source)
+        if source["kind"] == "text":
+            batch, block = source["forward_batch"], params["stores"][name]["block_contexts"]
+            if block % batch:
+                raise UserError(
+                    f"stores.{name}.block_contexts: expected a multiple of the source's "
+                    f"forward_batch ({batch}), found {block}."
+                )
+    for run in expand_runs(params):
+        _check_run(run, params)
+
+
+def _list(names: Any) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def _explain(error: Any) -> str:
+    """One line for a schema error: where, what was expected, what was found."""
+    if error.validator in ("oneOf", "anyOf") and error.context:
+        fitting = [e for e in error.context if e.validator not in ("const", "enum")]
+        by_branch: dict[Any, list[Any]] = {}
+        for nested in error.context:
+            by_branch.setdefault(nested.schema_path[0], []).append(nested)
+        chosen = [
+            branch
+            for branch in by_branch.values()
+            if not any(e.validator == "const" for e in branch)
+        ]
+        if chosen and fitting:
+            return _explain(max(min(chosen, key=len), key=lambda e: len(e.absolute_path)))
+    where = ".".join(str(part) for part in error.absolute_path) or "the file"
+    found = repr(error.instance)
+    found = found if len(found) < 80 else found[:77] + "..."
+    match error.validator:
+        case "additionalProperties" | "unevaluatedProperties":
+            known = set(error.schema.get("properties", {}))
+            unknown = sorted(set(error.instance) - known)
+            return f"{where}: unknown key {_list(unknown)}. Known keys: {_list(known)}."
+        case "required":
+            missing = [key for key in error.validator_value if key not in error.instance]
+            return f"{where}: the key {_list(missing)} is missing. Add it (see README, Parameters)."
+        case "type":
+            return f"{where}: expected {error.validator_value}, found {found}{_yaml_trap(error)}."
+        case "enum":
+            return (
+                f"{where}: expected one of {_list(map(str, error.validator_value))}, found {found}."
+            )
+        case "const":
+            return f"{where}: expected {error.validator_value!r}, found {found}."
+        case _:
+            hint = error.schema.get("description", "")
+            return f"{where}: {error.message}" + (f" ({hint})" if hint else "") + "."
+
+
+def _yaml_trap(error: Any) -> str:
+    if isinstance(error.instance, str) and re.fullmatch(r"\d+e[-+]?\d+", error.instance):
+        return " (YAML reads 3e-4 as text: write 3.0e-4)"
+    return ""
+
+
+def _check_source(name: str, source: Mapping[str, Any]) -> None:
+    where = f"sources.{name}"
+    if source["kind"] == "text":
+        model, text = source["model"], source["text"]
+        paths = [(f"{where}.model.{key}", model[key]) for key in ("folder", "gguf") if key in model]
+        paths += [(f"{where}.text.files", path) for path in text.get("files", [])]
+        for key, path in paths:
+            if not Path(path).exists():
+                raise UserError(f"{key}: no such file or folder: {path}. Mend the path.")
+    hook_points = source["hook_points"]
+    if len(set(hook_points)) < len(hook_points):
+        raise UserError(f"{where}.hook_points: one is given twice: {_list(hook_points)}.")
+
+
+def _check_run(run: SAEConfig, params: Mapping[str, Any]) -> None:
+    where = f"saes.{run.entry}"
+    source = params["sources"].get(run.source)
+    if source is None or run.hook_point not in source["hook_points"]:
+        stores = [f"{n}/{h}" for n, s in params["sources"].items() for h in s["hook_points"]]
+        raise UserError(
+            f"{where}.store: no such store: {run.source}/{run.hook_point}. Known: {_list(stores)}."
+        )
+    for key, value in run.options.items():
+        if key == "k" or key.startswith("k_"):
+            for text, k in _numbers(key, value):
+                if not 1 <= k <= run.d_sae and text != "k_schedule.until":
+                    raise UserError(
+                        f"{where}.options.{text}: expected 1..{run.d_sae} (d_sae), found {k}."
+                    )
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The k values an option names: itself, or where its schedule starts."""
+    if isinstance(value, Mapping):
+        if "from" in value:
+            yield f"{name}.from", value["from"]
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield name, value
+
+
+def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
+    """Every run of every `saes` entry: lists under store, d_sae, seed and options are swept.
+
+    Raises:
+        UserError: two runs would have one name.
+    """
+    runs: dict[str, SAEConfig] = {}
+    for entry, values in params["saes"].items():
+        shared = {key: params["training"][key] for key in params["training"]}
+        training = {key: values.get(key, shared[key]) for key in shared}
+        training["betas"] = tuple(training["betas"])
+        axes = {key: _as_list(values[key]) for key in ("store", "d_sae", "seed")}
+        options = {key: _as_list(value) for key, value in values["options"].items()}
+        swept = [key for key, value in options.items() if len(value) > 1]
+        for store, d_sae, seed, *chosen in itertools.product(*axes.values(), *options.values()):
+            picked = dict(zip(options, chosen, strict=True))
+            label = "-".join(
+                [f"d{d_sae}", *(f"{key}{slug(picked[key])}" for key in swept), f"seed{seed}"]
+            )
+            source, _, hook_point = store.partition("/")
+            name = f"{source}/{hook_point}/{entry}/{label}"
+            if name in runs:
+                raise UserError(f"saes.{entry}: two runs have one name, {name}. Mend the sweep.")
+            runs[name] = SAEConfig(
+                name=name,
+                entry=entry,
+                variant=values["variant"],
+                source=source,
+                hook_point=hook_point,
+                d_sae=d_sae,
+                seed=seed,
+                options=picked,
+                training=TrainingConfig(**training),
+            )
+    return list(runs.values())
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
+
+
+def slug(value: Any) -> str:
+    """A value as part of a folder's name."""
+    if isinstance(value, Mapping):
+        return "-".join(f"{key}{slug(part)}" for key, part in value.items())
+    return re.sub(r"[^A-Za-z0-9.]+", "-", str(value))
+
+
+@functools.cache
+def source_digest(*parts: str) -> str:
+    """SHA-256 of the Python files of the named modules and subpackages of saeflow."""
+    digest = hashlib.sha256()
+    for part in parts:
+        path = PACKAGE / part
+        files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+        for file in files:
+            digest.update(file.relative_to(PACKAGE).as_posix().encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+@functools.cache
+def pins_digest(*packages: str) -> str:
+    """SHA-256 of the pinned versions of some packages in the lock."""
+    lock = ROOT / "requirements.lock"
+    text = lock.read_text(encoding="utf-8") if lock.exists() else ""
+    pins = dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)", text, flags=re.MULTILINE))
+    return json_digest({package: pins.get(package) for package in packages})
+
+
+def job_key(
+    rule: str, params: Any, *, code: tuple[str, ...], libraries: tuple[str, ...], after: list[str]
+) -> str:
+    """The digest that decides whether a job runs again.
+
+    Args:
+        rule: its name.
+        params: the job's own slice of the parameters.
+        code: subpackages it runs.
+        libraries: packages whose pinned version can change its result.
+        after: keys of the jobs it builds on.
+    """
+    parts = [rule, params, source_digest(*code), pins_digest(*libraries), sorted(after)]
+    return json_digest(parts)[:20]

@@ -1,0 +1,152 @@
+"""The jobs that a parameter file asks for, and the key of each: what the workflow runs, when again.
+
+A key digests the rule's name, the job's own slice of the parameters, the code it runs, the pinned
+libraries that can change its result, and the keys of the jobs it builds on. It does not depend on file
+times, so a checkout of an older commit leaves nothing to do, and a changed parameter reruns exactly
+the jobs that depend on it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property
+from typing import Any
+
+from saeflow.config import SAEConfig, expand_runs, job_key
+
+_NUMERIC = ("torch", "numpy", "safetensors")
+_MODEL = (*_NUMERIC, "transformers", "tokenizers", "datasets")
+_STORE = (*_MODEL, "zarr", "numcodecs")
+_TABLE = (*_MODEL, "pandas", "scipy")
+_DRAW = ("matplotlib", "numpy", "pandas")
+_SHARED = ("config",)
+BASELINES = "baselines"
+
+
+class Plan:
+    """What one parameter file asks for."""
+
+    def __init__(self, params: Mapping[str, Any]) -> None:
+        self.params = params
+        self.runs: dict[str, SAEConfig] = {run.name: run for run in expand_runs(params)}
+
+    @cached_property
+    def stores(self) -> list[tuple[str, str]]:
+        """(source, hook point) of every store that an SAE is trained on."""
+        return sorted({(run.source, run.hook_point) for run in self.runs.values()})
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """Sources that an SAE is trained on."""
+        return sorted({source for source, _ in self.stores})
+
+    def has_model(self, source: str) -> bool:
+        """Whether the source reads a model (and so has a model in the loop)."""
+        return "model" in self.params["sources"][source]
+
+    # The slices of the parameters that each job sees.
+
+    def source(self, source: str) -> dict[str, Any]:
+        return dict(self.params["sources"][source])
+
+    def model(self, source: str) -> dict[str, Any]:
+        """What fetching the model depends on; the hook points only to check that it has them."""
+        return {key: self.params["sources"][source][key] for key in ("model", "hook_points")}
+
+    def rows(self, source: str) -> dict[str, int]:
+        """Rows asked for, by split."""
+        store = self.params["stores"][source]
+        return {"train": store["train_rows"], "evaluation": store["evaluation_rows"]}
+
+    def store(self, source: str) -> dict[str, Any]:
+        """How the stores of a source are written."""
+        return dict(self.params["stores"][source])
+
+    def run(self, run: str) -> dict[str, Any]:
+        return asdict(self.runs[run])
+
+    def runtime(self, step: str) -> dict[str, Any]:
+        """What a job needs to know of the machine; never part of a key."""
+        runtime = self.params["runtime"]
+        return {**runtime, "threads": runtime["threads"][step]}
+
+    def evaluation(self) -> dict[str, Any]:
+        return {k: v for k, v in self.params["evaluation"].items() if k != "pca_ranks"}
+
+    def pca_ranks(self) -> list[int]:
+        return list(self.params["evaluation"]["pca_ranks"])
+
+    def figure(self) -> dict[str, Any]:
+        return {k: v for k, v in self.params["figures"].items() if k != "names"}
+
+    # Keys, from the start of the chain to its end.
+
+    def key_model(self, source: str) -> str:
+        code = (*_SHARED, "sources/models", "sources/hook_points")
+        return job_key("model", self.model(source), code=code, libraries=_MODEL, after=[])
+
+    def _after_model(self, source: str) -> list[str]:
+        return [self.key_model(source)] if self.has_model(source) else []
+
+    def key_inputs(self, source: str) -> str:
+        slice_ = [self._without_hooks(source), self.rows(source)]
+        code = (*_SHARED, "sources")
+        after = self._after_model(source)
+        return job_key("inputs", slice_, code=code, libraries=_MODEL, after=after)
+
+    def _without_hooks(self, source: str) -> dict[str, Any]:
+        return {k: v for k, v in self.source(source).items() if k != "hook_points"}
+
+    def key_store(self, source: str, split: str) -> str:
+        code = (*_SHARED, "sources", "stores")
+        after = [self.key_inputs(source), *self._after_model(source)]
+        if split == "evaluation":
+            slice_ = {k: v for k, v in self.store(source).items() if k != "train_rows"}
+        else:
+            slice_ = {k: v for k, v in self.store(source).items() if k != "evaluation_rows"}
+        slice_ |= {"split": split, "source": self.source(source)}
+        return job_key("store", slice_, code=code, libraries=_STORE, after=after)
+
+    def key_sae(self, run: str) -> str:
+        code = (*_SHARED, "operators", "stores", "saes", "training")
+        after = [self.key_store(self.runs[run].source, "train")]
+        slice_ = [self.run(run), self.params["runtime"]["precision"]]
+        return job_key("sae", slice_, code=code, libraries=_NUMERIC, after=after)
+
+    def key_clean(self, source: str, hook_point: str) -> str:
+        code = (*_SHARED, "sources", "evaluation/splice")
+        slice_ = [hook_point, self.params["evaluation"]["ce_contexts"], self.source(source)]
+        after = [self.key_inputs(source), *self._after_model(source)]
+        after += [self.key_store(source, split) for split in ("train", "evaluation")]
+        return job_key("clean", slice_, code=code, libraries=_MODEL, after=after)
+
+    def _after_stores(self, source: str, hook_point: str) -> list[str]:
+        after = [self.key_store(source, split) for split in ("train", "evaluation")]
+        return after + ([self.key_clean(source, hook_point)] if self.has_model(source) else [])
+
+    def key_evaluation(self, run: str) -> str:
+        code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation")
+        config = self.runs[run]
+        after = [self.key_sae(run), *self._after_stores(config.source, config.hook_point)]
+        return job_key("evaluation", self.evaluation(), code=code, libraries=_TABLE, after=after)
+
+    def key_baselines(self, source: str, hook_point: str) -> str:
+        code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation")
+        slice_ = [self.evaluation(), self.pca_ranks()]
+        after = self._after_stores(source, hook_point)
+        return job_key("baselines", slice_, code=code, libraries=_TABLE, after=after)
+
+    def key_tables(self) -> str:
+        code = (*_SHARED, "evaluation/tables")
+        after = [self.key_evaluation(run) for run in self.runs]
+        after += [self.key_baselines(*store) for store in self.stores]
+        return job_key("tables", None, code=code, libraries=_TABLE, after=after)
+
+    def key_figure(self, figure: str) -> str:
+        code = (*_SHARED, "figures")
+        after = [self.key_tables()]
+        return job_key(figure, self.figure(), code=code, libraries=_DRAW, after=after)
+
+    def key_report(self) -> str:
+        code = (*_SHARED, "figures")
+        after = [self.key_tables(), *map(self.key_figure, self.params["figures"]["names"])]
+        return job_key("report", self.params["figures"], code=code, libraries=_DRAW, after=after)

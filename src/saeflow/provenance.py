@@ -1,0 +1,342 @@
+"""Every result names what it was made from, and the chain can be checked.
+
+A job makes one folder (or one file). It is written aside as `FOLDER.partial` and renamed when whole,
+with a `provenance.json` inside (`FILE.provenance.json` beside a single file) that holds the digests of
+its files, the digests of the results it read, the parameters it saw, code, lock, seed, device, versions
+and times. A killed job leaves its partial folder; the same job started again finds it and goes on.
+"""
+
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from saeflow.errors import UserError
+from saeflow.files import (
+    canonical_json,
+    file_digest,
+    folder_digests,
+    json_digest,
+    read_json,
+    replace_folder,
+    write_json,
+)
+
+FORMAT = 1
+RECORD = "provenance.json"
+PACKAGE = Path(__file__).parent
+VERSIONED = (
+    "torch", "transformers", "tokenizers", "datasets", "numpy", "scipy", "pandas", "zarr",
+    "numcodecs", "safetensors", "matplotlib",
+)  # fmt: skip
+PARTIAL = ".partial"
+_JOB_FILE = "job.json"
+
+
+@dataclass
+class Job:
+    """A running job: write into `path`; what is there when the job ends is the result."""
+
+    path: Path
+    resumed: bool
+    details: dict[str, Any] = field(default_factory=dict)
+    """Extra facts for the record, such as the content digest of a store."""
+
+
+def record_path(result: Path) -> Path:
+    """Where the record of a result folder or of a single result file lies."""
+    if result.is_dir():
+        return result / RECORD
+    beside = result.with_name(result.name + "." + RECORD)
+    if beside.exists():
+        return beside
+    for parent in result.parents:
+        if (parent / RECORD).exists():
+            return parent / RECORD
+    return beside
+
+
+def read_record(result: Path) -> dict[str, Any]:
+    """The provenance record of a result.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    path = record_path(result)
+    record = read_json(path)
+    body = {key: value for key, value in record.items() if key != "record_digest"}
+    if record.get("format") != FORMAT or record.get("record_digest") != json_digest(body):
+        raise UserError(
+            f"{path}: expected a provenance record (format {FORMAT}) that matches its own digest, "
+            "found an edited or damaged one. Delete the result and rerun its step."
+        )
+    return dict(record)
+
+
+def check(result: Path) -> str:
+    """Verify every file of a result against its record and return the result's digest.
+
+    Raises:
+        UserError: a file is missing, damaged or not the one that the record names.
+    """
+    record = read_record(result)
+    root = record_path(result).parent
+    for name, expected in record["outputs"].items():
+        path = root / name
+        if not path.is_file():
+            raise UserError(f"{path}: the file is missing. Delete {result} and rerun its step.")
+        if file_digest(path) != expected:
+            raise UserError(
+                f"{path}: its bytes changed since it was made (SHA-256 differs from the one in "
+                f"{record_path(result)}). Delete {result} and rerun its step."
+            )
+    return str(record["digest"])
+
+
+@contextmanager
+def job(
+    result: Path,
+    *,
+    name: str,
+    inputs: Iterable[Path] = (),
+    external: Mapping[str, str] | None = None,
+    params: Mapping[str, Any] | None = None,
+    key: str = "",
+    seed: int | None = None,
+    device: str = "cpu",
+    resumable: bool = False,
+    checked: bool = True,
+) -> Iterator[Job]:
+    """Make one result folder whole or not at all, with its record.
+
+    Args:
+        result: the folder to make.
+        name: the command, such as "train".
+        inputs: result folders this job reads; each is verified before the job starts.
+        external: digests of what comes from outside (files, hub revisions), by name.
+        params: the parameters the job saw.
+        key: the workflow's digest of what the job depends on.
+        seed, device: recorded.
+        resumable: keep the partial folder when the job fails, and go on from it when the same job
+            (same name, parameters, inputs) is started again.
+        checked: verify the inputs' files; False only where the job itself reads and verifies them.
+    """
+    started = time.time()
+    digests = {
+        str(path): check(path) if checked else str(read_record(path)["digest"]) for path in inputs
+    }
+    identity = {
+        "name": name, "params": params or {}, "inputs": digests, "external": dict(external or {}),
+        "seed": seed, "code": code_digest(),
+    }  # fmt: skip
+    partial = result.with_name(result.name + PARTIAL)
+    job_file = partial / _JOB_FILE
+    resumed = resumable and job_file.exists() and job_file.read_text() == canonical_json(identity)
+    if not resumed:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        if resumable:
+            write_json(job_file, identity)
+    running = Job(partial, resumed)
+    try:
+        yield running
+    except BaseException:
+        if not resumable:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    job_file.unlink(missing_ok=True)
+    outputs = folder_digests(partial)
+    _write_record(partial / RECORD, outputs, identity, key, device, started, running.details)
+    replace_folder(partial, result)
+
+
+def record_file(
+    file: Path, *, name: str, inputs: Iterable[Path], params: Mapping[str, Any], key: str = ""
+) -> None:
+    """Write the record of one finished result file beside it."""
+    identity = {
+        "name": name, "params": dict(params), "external": {}, "seed": None, "code": code_digest(),
+        "inputs": {str(path): check(path) for path in inputs},
+    }  # fmt: skip
+    record = file.with_name(file.name + "." + RECORD)
+    _write_record(record, {file.name: file_digest(file)}, identity, key, "cpu", time.time(), {})
+
+
+def _write_record(
+    path: Path,
+    outputs: dict[str, str],
+    identity: dict[str, Any],
+    key: str,
+    device: str,
+    started: float,
+    details: dict[str, Any],
+) -> None:
+    began = datetime.datetime.fromtimestamp(started, datetime.UTC)
+    body = {
+        "format": FORMAT,
+        "job": identity["name"],
+        "outputs": outputs,
+        "digest": json_digest(outputs),
+        "inputs": identity["inputs"],
+        "external": identity["external"],
+        "params": identity["params"],
+        "key": key,
+        "seed": identity["seed"],
+        "code": {"digest": identity["code"], **_git_state()},
+        "lock": _lock_digest(),
+        "device": device,
+        "versions": _versions(),
+        "started": began.isoformat(timespec="seconds"),
+        "duration_s": round(time.time() - started, 2),
+        **details,
+    }
+    write_json(path, body | {"record_digest": json_digest(body)})
+
+
+def code_digest() -> str:
+    """SHA-256 of the package's source files."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _git_state() -> dict[str, Any]:
+    """The commit the code came from and whether the tree differs from it, if git knows."""
+    command = ["git", "-C", str(PACKAGE)]
+    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    try:
+        commit = subprocess.run([*command, "rev-parse", "HEAD"], env=environment, **options)
+        status = subprocess.run(
+            [
+                *command,
+                "status",
+                "--porcelain",
+                "--untracked-files=no",
+                "--",
+                ":/",
+                ":!/.snakemake",
+            ],
+            env=environment,
+            **options,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "dirty": None}
+    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+
+
+def _lock_digest() -> str | None:
+    lock = PACKAGE.parents[1] / "requirements.lock"
+    return file_digest(lock) if lock.exists() else None
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@dataclass(frozen=True)
+class Link:
+    """One result in the chain of a traced file."""
+
+    depth: int
+    result: str
+    job: str
+    digest: str
+    facts: str
+    seen: bool
+
+
+def result_of(file: Path) -> Path:
+    """The result that a file belongs to: its folder with a record, or the file itself.
+
+    Raises:
+        UserError: the file does not exist, or no record names it.
+    """
+    if not file.exists():
+        raise UserError(f"{file}: no such file. Give a file or folder below results/.")
+    path = record_path(file)
+    if not path.exists():
+        raise UserError(
+            f"{file}: no provenance record names it. Give a result that a saeflow job made."
+        )
+    if path.name != RECORD:
+        return file
+    root = path.parent
+    if file != root and file.is_file() and path != file:
+        name = file.relative_to(root).as_posix()
+        if name not in read_record(root)["outputs"]:
+            raise UserError(f"{file}: {path} does not name it. Give a result that a job made.")
+    return root
+
+
+def trace(file: Path, external_digest: Callable[[str], str | None]) -> Iterator[Link]:
+    """Walk from a result down to models and data, checking every digest on the way.
+
+    Args:
+        file: a result file or folder.
+        external_digest: the present digest of something from outside, by the name it was recorded
+            under; None where it cannot be told any more (a hub revision, which is its own digest).
+
+    Raises:
+        UserError: a link is broken; the message names the file.
+    """
+    seen: set[str] = set()
+    root = result_of(file)
+    stack: list[tuple[int, Path, str | None, Path | None]] = [(0, root, None, None)]
+    while stack:
+        depth, result, expected, reader = stack.pop()
+        if str(result) in seen:
+            record = read_record(result)
+            yield Link(depth, str(result), record["job"], record["digest"], "", True)
+        else:
+            seen.add(str(result))
+            if not record_path(result).exists():
+                raise UserError(
+                    f"{record_path(result)}: the record is missing, but {reader} was made from it. "
+                    "Rerun the step that makes it."
+                )
+            digest = check(result)
+            record = read_record(result)
+            for name, recorded in record["external"].items():
+                now = external_digest(name)
+                if now is not None and now != recorded:
+                    raise UserError(
+                        f"{name}: changed since {result} was made from it (SHA-256 was {recorded[:12]}, "
+                        f"is {now[:12]}). Restore it, or rerun the workflow."
+                    )
+            yield Link(depth, str(result), record["job"], digest, _facts(record), False)
+            stack.extend(
+                (depth + 1, Path(path), recorded, result)
+                for path, recorded in reversed(record["inputs"].items())
+            )
+        if expected is not None and record["digest"] != expected:
+            raise UserError(
+                f"{result}: not the one that {reader} was made from (digest {record['digest'][:12]}, "
+                f"expected {expected[:12]}). Rerun the workflow, or restore the older result."
+            )
+
+
+def _facts(record: Mapping[str, Any]) -> str:
+    commit = record["code"]["commit"]
+    code = (
+        f"commit {commit[:10]}{' + changes' if record['code']['dirty'] else ''}" if commit else ""
+    )
+    outside = [f"from {name} ({digest[:12]})" for name, digest in record["external"].items()]
+    return ", ".join([f"{record['duration_s']:g} s", *filter(None, [code]), *outside])

@@ -1,0 +1,139 @@
+"""A mistake in params.yaml is one clear line before any job."""
+
+import copy
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from saeflow.config import SAEConfig, TrainingConfig, expand_runs, load_params, read_yaml, validate
+from saeflow.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+PARAMS = read_yaml(ROOT / "params.yaml")
+SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/params.schema.yaml").read_text())
+FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """The default parameters with one value set (or deleted, for ...)."""
+    params = copy.deepcopy(PARAMS)
+    *parents, last = path.split("/")
+    node = params
+    for key in parents:
+        node = node[key]
+    if value is ...:
+        del node[last]
+    else:
+        node[last] = value
+    return params
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_shipped_parameters_are_valid(path: Path) -> None:
+    assert load_params(path)["sources"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("saess", {}, "unknown key saess"),
+        ("evaluation/batch", 3, "evaluation: unknown key batch. Known keys: batch_size"),
+        ("sources/smollm2/layer", 3, "sources.smollm2: unknown key layer"),
+        ("sources/smollm2/text", {"bundled": "english", "x": 1}, "sources.smollm2.text"),
+        (
+            "stores/smollm2/dtype",
+            "float8",
+            "stores.smollm2.dtype: expected one of bfloat16, float16",
+        ),
+        ("training/lr", "3e-4", "write 3.0e-4"),
+        ("training/tokens", ..., "training: the key tokens is missing"),
+        ("training/tokens", "many", "training.tokens: expected integer, found 'many'"),
+        ("saes/topk/variant", "topq", "saes.topk.variant: expected one of"),
+        ("saes/topk/options/kk", 3, "saes.topk.options: unknown key kk"),
+        ("saes/topk/options/k", 5000, "saes.topk.options.k: expected 1..2304 (d_sae), found 5000"),
+        ("saes/topk/options/k", [8, 0], "saes.topk.options.k"),
+        ("saes/topk/options/k_schedule", {"kind": "zigzag"}, "saes.topk.options.k_schedule"),
+        (
+            "saes/topk/options/k_schedule",
+            {"kind": "linear", "from": 9999, "until": 0.1},
+            "saes.topk.options.k_schedule.from: expected 1..2304 (d_sae), found 9999",
+        ),
+        (
+            "saes/topk/store",
+            "smollm2/blocks.3.resid_pre",
+            "no such store: smollm2/blocks.3.resid_pre",
+        ),
+        ("saes/topk/seed", [1, 1], "two runs have one name"),
+        ("sources/smollm2/model", {"folder": "nowhere"}, "no such file or folder: nowhere"),
+        (
+            "sources/smollm2/model",
+            {"hub": "openai-community/gpt2", "revision": "main"},
+            "sources.smollm2.model.revision",
+        ),
+        ("sources/smollm2/text", {"files": ["nowhere.txt"], "column": "text"}, "nowhere.txt"),
+        ("sources/smollm2/hook_points", ["blocks.x.resid"], "sources.smollm2.hook_points.0"),
+        ("stores/smollm2/shard_rows", 1000, "expected a multiple of chunk_rows"),
+        ("stores/smollm2/block_contexts", 3, "expected a multiple of the source's forward_batch"),
+        ("stores/smollm2", ..., "expected an entry for source 'smollm2'"),
+        ("figures/names", ["fvu_10"], "figures.names.0: expected one of"),
+        ("runtime/device", "gpu", "runtime.device"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(path: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)) as caught:
+        validate(changed(path, value))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_a_name_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("saes:\n  topk: 1\n  topk: 2\n")
+    with pytest.raises(UserError, match="line 3: the name 'topk' is given twice"):
+        load_params(path)
+
+
+@pytest.mark.parametrize("text", ["a: [1", "\0", "- 1\n- 2"])
+def test_what_is_not_a_mapping_in_yaml_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        load_params(path)
+
+
+def test_a_missing_parameter_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_params(tmp_path / "none.yaml")
+
+
+def test_a_sweep_is_the_product_of_its_lists() -> None:
+    params = changed("saes/topk/d_sae", [1024, 2048])
+    params["saes"]["topk"] |= {"seed": [3, 4]}
+    params["saes"]["topk"]["options"]["k"] = [8, 16]
+    runs = [run for run in expand_runs(params) if run.entry == "topk"]
+    found = {(run.d_sae, run.options["k"], run.seed) for run in runs}
+    assert found == {(d, k, s) for d in (1024, 2048) for k in (8, 16) for s in (3, 4)}
+    assert len({run.name for run in runs}) == 8
+    assert runs[0].name == "smollm2/blocks.19.resid_post/topk/d1024-k8-seed3"
+
+
+def test_an_entry_overrides_the_shared_budget() -> None:
+    params = changed("saes/topk/tokens", 4096)
+    tokens = {run.entry: run.training.tokens for run in expand_runs(params)}
+    assert tokens["topk"] == 4096
+    assert all(n == params["training"]["tokens"] for e, n in tokens.items() if e != "topk")
+
+
+def test_the_dataclass_and_the_schema_name_the_same_fields() -> None:
+    fields = {field.name for field in dataclasses.fields(TrainingConfig)}
+    assert fields == set(SCHEMA["properties"]["training"]["properties"])
+    assert fields == set(SCHEMA["properties"]["training"]["required"])
+
+
+def test_a_run_survives_json() -> None:
+    run = expand_runs(PARAMS)[0]
+    assert SAEConfig.from_dict(dataclasses.asdict(run)) == run

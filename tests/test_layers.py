@@ -1,0 +1,51 @@
+"""Imports point one way: each layer may import those before it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SRC = Path(__file__).parents[1] / "src" / "saeflow"
+LAYERS = (
+    "errors", "files", "progress", "config", "provenance", "plan", "operators", "sources", "stores",
+    "saes", "training", "evaluation", "figures", "cli", "__main__",
+)  # fmt: skip
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(SRC).with_suffix("").parts[0]
+
+
+def imported_layers(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("saeflow"):
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("saeflow.")}
+    return found
+
+
+FILES = [path for path in sorted(SRC.rglob("*.py")) if path != SRC / "__init__.py"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SRC)))
+def test_imports_only_layers_to_its_left(path: Path) -> None:
+    own = LAYERS.index(layer(path))
+    wrong = {name for name in imported_layers(path) if LAYERS.index(name) > own}
+    assert not wrong
+
+
+@pytest.mark.parametrize("module", ["saeflow.plan", "saeflow.figures", "saeflow.cli"])
+def test_light_parts_import_no_torch(module: str) -> None:
+    code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_importing_prints_nothing() -> None:
+    code = "import saeflow.saes, saeflow.sources, saeflow.stores, saeflow.training, saeflow.figures"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"", b"")

@@ -1,0 +1,96 @@
+"""A changed parameter changes the keys of the jobs that depend on it, and of no other."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from saeflow.config import ROOT, read_yaml
+from saeflow.plan import Plan
+
+PARAMS = read_yaml(ROOT / "params.yaml")
+
+
+def keys(params: dict[str, Any]) -> dict[str, str]:
+    plan = Plan(params)
+    found = {"tables": plan.key_tables(), "report": plan.key_report()}
+    for source in plan.sources:
+        found[f"inputs:{source}"] = plan.key_inputs(source)
+        for split in ("train", "evaluation"):
+            found[f"store:{source}:{split}"] = plan.key_store(source, split)
+        if plan.has_model(source):
+            found[f"model:{source}"] = plan.key_model(source)
+    for source, hook_point in plan.stores:
+        found[f"baselines:{source}"] = plan.key_baselines(source, hook_point)
+        if plan.has_model(source):
+            found[f"clean:{source}"] = plan.key_clean(source, hook_point)
+    for run in plan.runs:
+        found[f"sae:{run}"] = plan.key_sae(run)
+        found[f"evaluation:{run}"] = plan.key_evaluation(run)
+    for figure in params["figures"]["names"]:
+        found[f"figure:{figure}"] = plan.key_figure(figure)
+    return found
+
+
+def changed_by(path: str, value: Any) -> set[str]:
+    """Jobs of both plans whose key differs after one value was set."""
+    params = copy.deepcopy(PARAMS)
+    *parents, last = path.split("/")
+    node = params
+    for key in parents:
+        node = node[key]
+    node[last] = value
+    before, after = keys(PARAMS), keys(params)
+    return {job for job in before.keys() & after.keys() if before[job] != after[job]}
+
+
+def kinds(jobs: set[str]) -> set[str]:
+    return {job.split(":")[0] for job in jobs}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("runtime/threads", {"extract": 4, "train": 4, "evaluate": 4}),
+        ("runtime/extraction_jobs", 7),
+        ("runtime/device", "cuda"),
+        ("runtime/checkpoint_every_s", 1),
+    ],
+)
+def test_the_machine_changes_no_key(path: str, value: Any) -> None:
+    assert changed_by(path, value) == set()
+
+
+def test_an_evaluation_parameter_leaves_training_alone() -> None:
+    assert kinds(changed_by("evaluation/max_norm_multiple", 5)) == {
+        "evaluation", "baselines", "tables", "figure", "report",
+    }  # fmt: skip
+
+
+def test_a_pca_rank_leaves_the_saes_alone() -> None:
+    assert kinds(changed_by("evaluation/pca_ranks", [4])) == {
+        "baselines", "tables", "figure", "report",
+    }  # fmt: skip
+
+
+def test_one_entry_changes_its_own_runs_only() -> None:
+    changed = changed_by("saes/topk/lr", 5.0e-4)
+    runs = {job for job in changed if job.startswith(("sae:", "evaluation:"))}
+    assert runs
+    assert all("/topk/" in job for job in runs)
+    assert kinds(changed) == {"sae", "evaluation", "tables", "figure", "report"}
+
+
+def test_a_text_changes_everything_of_its_source_but_the_model() -> None:
+    changed = changed_by("sources/smollm2/evaluation_share", 0.2)
+    below = {job for job in keys(PARAMS) if "smollm2" in job and not job.startswith("model:")}
+    assert {job for job in changed if "smollm2" in job} == below
+    assert not {job for job in changed if "synthetic" in job}
+
+
+def test_rows_of_one_split_leave_the_others_store_key_to_its_inputs() -> None:
+    assert "model:smollm2" not in changed_by("stores/smollm2/train_rows", 200000)
+
+
+def test_a_figure_option_redraws_only() -> None:
+    assert kinds(changed_by("figures/allow_unequal_budgets", True)) == {"figure", "report"}

@@ -1,0 +1,174 @@
+"""Results are whole or not there, and their chain holds until a byte of it changes."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from saeflow import provenance
+from saeflow.errors import UserError
+from saeflow.files import atomic_file, replace_folder
+
+
+@pytest.fixture
+def chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """text.txt -> results/inputs -> results/store -> results/figure."""
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text("some text")
+    external = {"text.txt": external_digest("text.txt")}
+    with provenance.job(Path("results/inputs"), name="prepare", external=external) as job:
+        (job.path / "tokens").write_bytes(b"\1\2\3")
+    with provenance.job(
+        Path("results/store"), name="extract", inputs=[Path("results/inputs")], params={"rows": 3}
+    ) as job:
+        (job.path / "a.zarr").mkdir()
+        (job.path / "a.zarr" / "c0").write_bytes(b"rows")
+    with provenance.job(Path("results/figure"), name="draw", inputs=[Path("results/store")]) as job:
+        (job.path / "figure.svg").write_text("<svg/>")
+    return tmp_path
+
+
+def external_digest(name: str) -> str | None:
+    return provenance.file_digest(Path(name)) if Path(name).exists() else None
+
+
+def test_trace_walks_down_to_the_text(chain: Path) -> None:
+    links = list(provenance.trace(Path("results/figure/figure.svg"), external_digest))
+    assert [(link.depth, link.job) for link in links] == [
+        (0, "draw"),
+        (1, "extract"),
+        (2, "prepare"),
+    ]
+    assert "text.txt" in links[-1].facts
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["results/figure/figure.svg", "results/store/a.zarr/c0", "results/inputs/tokens", "text.txt"],
+)
+def test_trace_breaks_when_any_upstream_file_is_edited(chain: Path, name: str) -> None:
+    data = bytearray(Path(name).read_bytes())
+    data[-1] ^= 1
+    Path(name).write_bytes(bytes(data))
+    with pytest.raises(UserError, match=name):
+        list(provenance.trace(Path("results/figure/figure.svg"), external_digest))
+
+
+@pytest.mark.parametrize("name", ["results/store/a.zarr/c0", "results/inputs/provenance.json"])
+def test_trace_breaks_when_an_upstream_file_is_missing(chain: Path, name: str) -> None:
+    Path(name).unlink()
+    with pytest.raises(UserError, match=Path(name).name):
+        list(provenance.trace(Path("results/figure"), external_digest))
+
+
+def test_trace_breaks_when_a_record_is_edited(chain: Path) -> None:
+    path = Path("results/store/provenance.json")
+    record = json.loads(path.read_text())
+    record["params"]["rows"] = 4
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError, match="store/provenance.json"):
+        list(provenance.trace(Path("results/figure"), external_digest))
+
+
+def test_trace_breaks_when_an_upstream_result_was_made_again_differently(chain: Path) -> None:
+    with provenance.job(
+        Path("results/store"), name="extract", inputs=[Path("results/inputs")]
+    ) as job:
+        (job.path / "other").write_bytes(b"other rows")
+    with pytest.raises(UserError, match="results/store: not the one that results/figure"):
+        list(provenance.trace(Path("results/figure"), external_digest))
+
+
+def test_a_job_refuses_a_damaged_input(chain: Path) -> None:
+    Path("results/inputs/tokens").write_bytes(b"\1\2")
+    with (
+        pytest.raises(UserError, match="results/inputs/tokens"),
+        provenance.job(Path("results/next"), name="extract", inputs=[Path("results/inputs")]),
+    ):
+        pass
+    assert not Path("results/next").exists()
+
+
+def test_a_job_refuses_an_input_without_a_record(chain: Path) -> None:
+    Path("foreign").mkdir()
+    with (
+        pytest.raises(UserError, match="foreign"),
+        provenance.job(Path("results/next"), name="extract", inputs=[Path("foreign")]),
+    ):
+        pass
+
+
+def fail(result: Path, *, resumable: bool) -> None:
+    with (
+        pytest.raises(RuntimeError),
+        provenance.job(result, name="x", params={"a": 1}, resumable=resumable) as job,
+    ):
+        (job.path / "half").write_text("half")
+        raise RuntimeError
+
+
+def test_a_failed_job_leaves_nothing(tmp_path: Path) -> None:
+    fail(tmp_path / "result", resumable=False)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_resumable_job_finds_what_it_left(tmp_path: Path) -> None:
+    fail(tmp_path / "result", resumable=True)
+    assert not (tmp_path / "result").exists()
+    with provenance.job(tmp_path / "result", name="x", params={"a": 1}, resumable=True) as job:
+        assert job.resumed
+        assert (job.path / "half").read_text() == "half"
+    assert os.listdir(tmp_path) == ["result"]
+    assert "job.json" not in provenance.read_record(tmp_path / "result")["outputs"]
+
+
+def test_other_parameters_start_afresh(tmp_path: Path) -> None:
+    fail(tmp_path / "result", resumable=True)
+    with provenance.job(tmp_path / "result", name="x", params={"a": 2}, resumable=True) as job:
+        assert not job.resumed
+        assert not (job.path / "half").exists()
+
+
+def test_a_single_file_has_its_record_beside_it(chain: Path) -> None:
+    report = Path("results/report.html")
+    report.write_text("<html/>")
+    provenance.record_file(report, name="report", inputs=[Path("results/figure")], params={})
+    assert len(list(provenance.trace(report, external_digest))) == 4
+    report.write_text("<html>edited</html>")
+    with pytest.raises(UserError, match=r"report\.html"):
+        list(provenance.trace(report, external_digest))
+
+
+def test_a_file_that_no_job_made_is_refused(chain: Path) -> None:
+    Path("results/figure/mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"mine\.txt"):
+        list(provenance.trace(Path("results/figure/mine.txt"), external_digest))
+
+
+def test_the_record_says_who_made_it(chain: Path) -> None:
+    record = provenance.read_record(Path("results/store"))
+    assert record["params"] == {"rows": 3}
+    assert record["inputs"] == {"results/inputs": provenance.check(Path("results/inputs"))}
+    assert set(record["code"]) == {"digest", "commit", "dirty"}
+    assert record["versions"]["numpy"]
+    assert len(record["lock"]) == 64
+
+
+def test_atomic_file_keeps_the_old_one_on_failure(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_file(path) as staged:
+        staged.write_text("new, half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_replace_folder_swaps_whole_folders(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    replace_folder(tmp_path / "new", tmp_path / "old")
+    assert os.listdir(tmp_path) == ["old"]
+    assert os.listdir(tmp_path / "old") == ["new"]

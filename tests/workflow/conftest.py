@@ -1,0 +1,102 @@
+"""A copy of the project with a tiny parameter file, in which the real workflow runs."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 600
+
+
+class Project:
+    """A checkout of its own: commands run in it, with this environment's programs."""
+
+    def __init__(self, folder: Path, params: dict[str, Any]) -> None:
+        self.folder = folder
+        for name in ("Snakefile", "dvc.yaml", "requirements.lock", ".gitignore", ".dvcignore"):
+            shutil.copy(ROOT / name, folder / name)
+        for name in ("workflow", "src", "envs", ".dvc"):
+            ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "cache", "tmp")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignore)
+        self.params = params
+        self.write(params)
+
+    def write(self, params: dict[str, Any]) -> None:
+        (self.folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+    @property
+    def environment(self) -> dict[str, str]:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        source = str(self.folder / "src")
+        return os.environ | {"PATH": path, "PYTHONPATH": source, "DVC_NO_ANALYTICS": "1"}
+
+    def run(self, *command: str, code: int | None = 0) -> str:
+        """Run a command to its end; its output, stdout and stderr together."""
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        if code is not None:
+            assert done.returncode == code, f"{command}: exit {done.returncode}\n{done.stdout[-6000:]}"
+        return done.stdout
+
+    def start(self, *command: str) -> "subprocess.Popen[bytes]":
+        """Start a command in a process group of its own."""
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def snakemake(self, *arguments: str, code: int | None = 0) -> str:
+        return self.run("snakemake", "--cores", "2", *arguments, code=code)
+
+    def todo(self, *targets: str) -> dict[str, int]:
+        """How many jobs of each rule a run would start."""
+        text = self.run("snakemake", "--cores", "2", "-n", "--quiet", "rules", *(targets or ("all",)))
+        return job_counts(text)
+
+    def contents(self) -> dict[str, Any]:
+        """Content digests of every store and SAE."""
+        records = sorted((self.folder / "results").rglob("provenance.json"))
+        found = {str(path.parent): json.loads(path.read_text()).get("content") for path in records}
+        return {
+            os.path.relpath(name, self.folder): content for name, content in found.items() if content
+        }
+
+
+def job_counts(text: str) -> dict[str, int]:
+    """The job table that Snakemake prints, without its targets and total."""
+    counts = {}
+    for line in text.splitlines():
+        match line.split():
+            case [rule, count] if count.isdigit() and rule not in TARGETS:
+                counts[rule] = int(count)
+    return counts
+
+
+TARGETS = ("all", "total", "extract", "train", "evaluate", "figures")
+
+SYNTHETIC: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "synthetic.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def synthetic(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project on synthetic activations, not yet run."""
+    return Project(tmp_path_factory.mktemp("synthetic"), SYNTHETIC)

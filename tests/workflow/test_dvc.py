@@ -1,0 +1,126 @@
+"""DVC over Snakemake: one change reruns one chain, checkouts leave nothing to do."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import SYNTHETIC, Project, job_counts
+
+pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("dvc")]
+
+
+def git(project: Project, *arguments: str) -> str:
+    identity = ("-c", "user.name=test", "-c", "user.email=test@example.org")
+    return project.run("git", *identity, *arguments)
+
+
+def commit(project: Project, message: str) -> str:
+    git(project, "add", "-A")
+    git(project, "commit", "-qm", message)
+    return git(project, "rev-parse", "HEAD").strip()
+
+
+def set_k(project: Project, values: list[int]) -> None:
+    params = copy.deepcopy(SYNTHETIC)
+    params["saes"]["topk"]["options"]["k"] = values
+    project.write(params)
+
+
+def assert_clean(project: Project) -> None:
+    assert "up to date" in project.run("dvc", "status")
+    assert project.todo() == {}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A git repository with DVC in which `dvc repro` ran twice: k = 8, then k = 12 beside it."""
+    project = Project(tmp_path_factory.mktemp("dvc"), SYNTHETIC)
+    git(project, "init", "-q")
+    commit(project, "code")
+    first_run = project.run("dvc", "repro")
+    assert_clean(project)
+    first = commit(project, "k = 8")
+    set_k(project, [8, 12])
+    todo = project.todo()
+    second_run = project.run("dvc", "repro")
+    assert_clean(project)
+    second = commit(project, "k = 8, 12")
+    return project, first, second, first_run, second_run, todo
+
+
+def test_a_changed_option_reruns_its_chain_only(repository: Any) -> None:
+    project, _, _, first_run, second_run, todo = repository
+    assert todo == {
+        "train_sae": 1, "evaluate_sae": 1, "collect_tables": 1, "draw_figure": 4, "write_report": 1,
+    }  # fmt: skip
+    ran = job_counts(second_run)
+    assert "extract_part" not in ran
+    assert "Stage 'extract' didn't change, skipping" in second_run
+    assert "Running stage 'extract'" in first_run
+
+
+def test_repro_again_does_nothing(repository: Any) -> None:
+    project = repository[0]
+    text = project.run("dvc", "repro")
+    assert "Running stage" not in text
+    assert "up to date" in text
+
+
+def test_an_older_commit_and_back_leave_nothing_to_do(repository: Any) -> None:
+    project, first, second, *_ = repository
+    for revision in (first, second):
+        git(project, "checkout", "-q", revision)
+        project.run("dvc", "checkout")
+        assert_clean(project)
+        assert "are as they were made" in project.run("saeflow", "verify")
+
+
+def test_differences_are_shown(repository: Any) -> None:
+    project, first, second, *_ = repository
+    params = json.loads(project.run("dvc", "params", "diff", "--json", first, second))
+    assert "saes.topk.options.k" in str(params) or "saes.topk.options.k" in params["params.yaml"]
+    metrics = json.loads(project.run("dvc", "metrics", "diff", "--json", first, second))
+    assert any("k12" in name for name in metrics["results/tables/metrics.json"])
+    assert "file://" in project.run("dvc", "plots", "diff", first, second)
+
+
+def test_a_fresh_clone_gets_the_results_from_the_cache(repository: Any, tmp_path: Path) -> None:
+    project, _, second, *_ = repository
+    git(project, "clone", "-q", str(project.folder), str(tmp_path / "clone"))
+    clone = copy.copy(project)
+    clone.folder = tmp_path / "clone"
+    shutil.copytree(project.folder / ".dvc/cache", clone.folder / ".dvc/cache")
+    clone.run("dvc", "checkout")
+    assert_clean(clone)
+    set_k(clone, [8, 12, 16])
+    todo = clone.todo("train")
+    assert todo == {"train_sae": 1}
+
+
+def test_an_experiment_runs_and_applies(repository: Any) -> None:
+    project, _, second, *_ = repository
+    git(project, "checkout", "-q", second)
+    project.run("dvc", "exp", "run", "-n", "wider", "-S", "saes.relu.options.l1=[0.3]")
+    assert "wider" in project.run("dvc", "exp", "show", "--md")
+    assert_clean(project)
+    git(project, "checkout", "-q", "-f", second)
+    project.run("dvc", "checkout")
+    project.run("dvc", "exp", "apply", "wider")
+    assert_clean(project)
+
+
+def test_plain_snakemake_then_dvc_commit_is_clean(repository: Any) -> None:
+    project, _, second, *_ = repository
+    git(project, "checkout", "-q", "-f", second)
+    project.run("dvc", "checkout")
+    params = copy.deepcopy(SYNTHETIC)
+    params["figures"]["allow_unequal_budgets"] = True
+    params["saes"]["topk"]["options"]["k"] = [8, 12]
+    project.write(params)
+    project.snakemake("all")
+    project.run("dvc", "commit", "-f")
+    assert_clean(project)

@@ -1,0 +1,177 @@
+"""The real workflow on synthetic activations: what runs, what runs again, what a kill leaves."""
+
+import copy
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import SYNTHETIC, Project
+
+pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("snakemake")]
+
+
+@pytest.fixture(scope="module")
+def done(synthetic: Project) -> Project:
+    synthetic.snakemake("all")
+    return synthetic
+
+
+def with_value(path: str, value: Any) -> dict[str, Any]:
+    params = copy.deepcopy(SYNTHETIC)
+    *parents, last = path.split("/")
+    node = params
+    for key in parents:
+        node = node[key]
+    node[last] = value
+    return params
+
+
+def test_every_result_is_there_and_verifies(done: Project) -> None:
+    assert (done.folder / "results/report.html").stat().st_size > 10_000
+    assert "are as they were made" in done.run("saeflow", "verify")
+    assert not list((done.folder / "results").rglob("*.partial"))
+    assert not list((done.folder / "results").rglob("*.parts"))
+
+
+def test_a_second_run_does_nothing(done: Project) -> None:
+    assert done.todo() == {}
+
+
+def test_file_times_do_not_matter(done: Project) -> None:
+    for path in (done.folder / "results").rglob("*.json"):
+        os.utime(path)
+    assert done.todo() == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "jobs"),
+    [
+        (
+            "saes/topk/options/k", [8, 12],
+            {"train_sae": 1, "evaluate_sae": 1, "collect_tables": 1, "draw_figure": 4, "write_report": 1},
+        ),
+        (
+            "evaluation/max_norm_multiple", 5,
+            {"evaluate_sae": 3, "evaluate_baselines": 1, "collect_tables": 1, "draw_figure": 4, "write_report": 1},
+        ),
+        ("runtime/extraction_jobs", 3, {}),
+        ("figures/allow_unequal_budgets", True, {"draw_figure": 4, "write_report": 1}),
+    ],
+)  # fmt: skip
+def test_one_parameter_reruns_exactly_what_depends_on_it(
+    done: Project, path: str, value: Any, jobs: dict[str, int]
+) -> None:
+    done.write(with_value(path, value))
+    try:
+        assert done.todo() == jobs
+    finally:
+        done.write(SYNTHETIC)
+    assert done.todo() == {}
+
+
+def test_a_code_change_reruns_the_steps_that_run_it(done: Project) -> None:
+    path = done.folder / "src/saeflow/figures/style.py"
+    code = path.read_text()
+    path.write_text(code + "\n# changed\n")
+    try:
+        assert done.todo() == {"draw_figure": 4, "write_report": 1}
+    finally:
+        path.write_text(code)
+
+
+def test_the_figures_trace_down_to_the_dictionary(done: Project) -> None:
+    for figure in sorted((done.folder / "results/figures").iterdir()):
+        text = done.run("saeflow", "trace", f"results/figures/{figure.name}/{figure.name}.svg")
+        assert "results/sources/synthetic/inputs" in text
+        assert "every link holds" in text
+
+
+def test_an_edited_store_breaks_trace_and_verify_and_stops_training(done: Project) -> None:
+    shard = max((done.folder / "results/stores/synthetic/train").rglob("c/**/*"), key=lambda p: p.is_file() and p.stat().st_size)
+    whole = shard.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 3] ^= 1
+    shard.write_bytes(bytes(flipped))
+    name = os.path.relpath(shard, done.folder)
+    try:
+        for command in (
+            ("trace", "results/figures/fvu_l0/fvu_l0.svg"),
+            ("verify",),
+            ("verify", "results/stores/synthetic/train"),
+        ):
+            text = done.run("saeflow", *command, code=2)
+            assert name in text
+            assert "Traceback" not in text
+        done.write(with_value("saes/topk/options/k", [12]))
+        text = done.snakemake("train", code=1)
+        assert name in text
+    finally:
+        done.write(SYNTHETIC)
+        shard.write_bytes(whole)
+    assert "are as they were made" in done.run("saeflow", "verify")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("saes/topk/options/k", 100_000, "saes.topk.options.k: expected 1..128 (d_sae)"),
+        ("saes/topk/variant", "topq", "saes.topk.variant: expected one of"),
+        ("sources/synthetic/noise", 0.1, "unknown key noise"),
+    ],
+)
+def test_a_mistyped_parameter_stops_before_the_first_job(
+    done: Project, path: str, value: Any, message: str
+) -> None:
+    done.write(with_value(path, value))
+    try:
+        text = done.snakemake("all", code=2)
+    finally:
+        done.write(SYNTHETIC)
+    assert message in text
+    assert "Traceback" not in text
+
+
+def wait_for(condition: Any, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come so far"
+        time.sleep(0.02)
+
+
+def kill_all(process: Any) -> None:
+    """SIGKILL to snakemake and every job of it."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_runs_end_with_the_digests_of_an_undisturbed_one(
+    done: Project, tmp_path: Path
+) -> None:
+    project = Project(tmp_path, SYNTHETIC)
+    results = project.folder / "results"
+    process = project.start("snakemake", "--cores", "2", "train")
+    wait_for(lambda: list(results.glob("stores/synthetic/train.parts/*.partial/*block*")))
+    kill_all(process)
+    assert not (results / "stores/synthetic/train").exists()
+    for _ in range(2):
+        project.run("snakemake", "--unlock")
+        before = set(results.glob("saes/**/*.partial/checkpoint*"))
+        process = project.start("snakemake", "--cores", "2", "train")
+        wait_for(lambda: set(results.glob("saes/**/*.partial/checkpoint*")) - before)  # noqa: B023
+        kill_all(process)
+    project.run("snakemake", "--unlock")
+    project.snakemake("train")
+    expected = {name: digest for name, digest in done.contents().items() if "/s" in name}
+    assert project.contents() == expected
+    assert len(expected) == 5
+
+
+def test_works_without_git_and_dvc(done: Project) -> None:
+    assert not (done.folder / ".git").exists()
+    record = json.loads((done.folder / "results/tables/provenance.json").read_text())
+    assert record["code"]["commit"] is None

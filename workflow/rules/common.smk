@@ -1,0 +1,72 @@
+"""What the rules share: the validated parameters, the plan of jobs with their keys, paths."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from snakemake.settings.types import DeploymentMethod
+
+sys.path.insert(0, str(Path(workflow.basedir) / "src"))
+
+from saeflow.config import check_params
+from saeflow.errors import UserError
+from saeflow.plan import Plan
+
+try:
+    check_params(config, workflow.overwrite_configfiles or ["params.yaml"])
+except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+plan = Plan(config)
+
+# A rule runs this project's package with the environment's own interpreter.
+package = Path(workflow.basedir) / "src"
+prefix = f"export PYTHONPATH={shlex.quote(str(package))}; "
+if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
+    prefix += f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
+shell.prefix("set -euo pipefail; " + prefix)
+
+
+wildcard_constraints:
+    source="[a-z0-9._-]+",
+    hook_point="[A-Za-z0-9._-]+",
+    split="train|evaluation",
+    part="[0-9]+",
+    parts="[0-9]+",
+    figure="[a-z0-9_]+",
+    run="[^/]+/[^/]+/[^/]+/[^/]+",
+
+
+RECORD = "provenance.json"
+STORES = [
+    f"results/stores/{source}/{split}/{RECORD}"
+    for source in plan.sources
+    for split in ("train", "evaluation")
+]
+SAES = [f"results/saes/{run}/{RECORD}" for run in plan.runs]
+EVALUATIONS = [f"results/evaluations/{run}/{RECORD}" for run in plan.runs] + [
+    f"results/evaluations/{source}/{hook_point}/baselines/{RECORD}"
+    for source, hook_point in plan.stores
+]
+FIGURES = [f"results/figures/{figure}/{RECORD}" for figure in config["figures"]["names"]]
+
+
+def threads(step):
+    return config["runtime"]["threads"][step]
+
+
+def gpus():
+    """GPUs of a job that runs a model or trains: jobs share one GPU one at a time."""
+    return 0 if config["runtime"]["device"] == "cpu" else 1
+
+
+def model_record(wildcards):
+    """The record of the source's model, where it has one."""
+    return f"results/sources/{wildcards.source}/model/{RECORD}" if plan.has_model(wildcards.source) else []
+
+
+def clean_record(source, hook_point):
+    """The record of the clean side of the model in the loop, where the source has a model."""
+    return f"results/evaluations/{source}/{hook_point}/clean/{RECORD}" if plan.has_model(source) else []

@@ -1,0 +1,109 @@
+"""Evaluation: every SAE and every baseline on held-out activations and with the model in the loop.
+
+Expects results/saes and results/stores; leaves results/evaluations (a table a run) and results/tables.
+"""
+
+
+def evaluation_inputs(source, hook_point):
+    return [f"results/stores/{source}/{split}/{RECORD}" for split in ("train", "evaluation")] + [
+        record for record in [clean_record(source, hook_point)] if record
+    ]
+
+
+rule evaluate_clean:
+    input:
+        model=model_record,
+        inputs="results/sources/{source}/inputs/provenance.json",
+        stores=expand("results/stores/{{source}}/{split}/provenance.json", split=["train", "evaluation"]),
+    output:
+        record="results/evaluations/{source}/{hook_point}/clean/provenance.json",
+    log:
+        "logs/evaluate_clean/{source}_{hook_point}.log",
+    conda:
+        "../../envs/model.yaml"
+    threads: threads("evaluate")
+    resources:
+        gpu=gpus(),
+    params:
+        key=lambda w: plan.key_clean(w.source, w.hook_point),
+        source=lambda w: json.dumps(plan.source(w.source)),
+        evaluation=json.dumps(plan.evaluation()),
+        runtime=json.dumps(plan.runtime("evaluate")),
+    shell:
+        "python -m saeflow clean --source {params.source:q} --hook-point {wildcards.hook_point}"
+        " --evaluation {params.evaluation:q} --runtime {params.runtime:q} --key {params.key}"
+        " --folder results/sources/{wildcards.source} --stores results/stores/{wildcards.source}"
+        " --out results/evaluations/{wildcards.source}/{wildcards.hook_point}/clean > {log} 2>&1"
+
+
+rule evaluate_sae:
+    input:
+        sae="results/saes/{run}/provenance.json",
+        others=lambda w: evaluation_inputs(plan.runs[w.run].source, plan.runs[w.run].hook_point),
+    output:
+        metrics="results/evaluations/{run}/metrics.csv",
+        histograms="results/evaluations/{run}/histograms.csv",
+        record="results/evaluations/{run}/provenance.json",
+    log:
+        "logs/evaluate_sae/{run}.log",
+    conda:
+        "../../envs/model.yaml"
+    threads: threads("evaluate")
+    resources:
+        gpu=gpus(),
+    params:
+        key=lambda w: plan.key_evaluation(w.run),
+        evaluation=json.dumps(plan.evaluation()),
+        runtime=json.dumps(plan.runtime("evaluate")),
+    shell:
+        "python -m saeflow evaluate --sae results/saes/{wildcards.run} --results results"
+        " --evaluation {params.evaluation:q} --runtime {params.runtime:q} --key {params.key}"
+        " --out results/evaluations/{wildcards.run} > {log} 2>&1"
+
+
+rule evaluate_baselines:
+    input:
+        lambda w: evaluation_inputs(w.source, w.hook_point),
+    output:
+        metrics="results/evaluations/{source}/{hook_point}/baselines/metrics.csv",
+        histograms="results/evaluations/{source}/{hook_point}/baselines/histograms.csv",
+        record="results/evaluations/{source}/{hook_point}/baselines/provenance.json",
+    log:
+        "logs/evaluate_baselines/{source}_{hook_point}.log",
+    conda:
+        "../../envs/model.yaml"
+    threads: threads("evaluate")
+    resources:
+        gpu=gpus(),
+    params:
+        key=lambda w: plan.key_baselines(w.source, w.hook_point),
+        ranks=json.dumps(plan.pca_ranks()),
+        evaluation=json.dumps(plan.evaluation()),
+        runtime=json.dumps(plan.runtime("evaluate")),
+    shell:
+        "python -m saeflow baselines --store {wildcards.source}/{wildcards.hook_point}"
+        " --ranks {params.ranks:q} --results results --evaluation {params.evaluation:q}"
+        " --runtime {params.runtime:q} --key {params.key}"
+        " --out results/evaluations/{wildcards.source}/{wildcards.hook_point}/baselines > {log} 2>&1"
+
+
+rule collect_tables:
+    input:
+        evaluations=EVALUATIONS,
+        saes=SAES,
+    output:
+        metrics="results/tables/metrics.csv",
+        summary="results/tables/summary.csv",
+        training="results/tables/training.csv",
+        histograms="results/tables/histograms.csv",
+        json="results/tables/metrics.json",
+        record="results/tables/provenance.json",
+    log:
+        "logs/collect_tables.log",
+    conda:
+        "../../envs/model.yaml"
+    params:
+        key=plan.key_tables(),
+    shell:
+        "python -m saeflow collect {input.evaluations} --saes {input.saes} --key {params.key}"
+        " --out results/tables > {log} 2>&1"

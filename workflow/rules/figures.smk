@@ -1,0 +1,45 @@
+"""Figures: each figure of params.yaml, and the report that holds them all.
+
+Expects results/tables; leaves results/figures/FIGURE (SVG, PDF, PNG, CSV, caption) and results/report.html.
+"""
+
+
+rule draw_figure:
+    input:
+        tables="results/tables/provenance.json",
+    output:
+        svg="results/figures/{figure}/{figure}.svg",
+        pdf="results/figures/{figure}/{figure}.pdf",
+        png="results/figures/{figure}/{figure}.png",
+        csv="results/figures/{figure}/{figure}.csv",
+        record="results/figures/{figure}/provenance.json",
+    log:
+        "logs/draw_figure/{figure}.log",
+    conda:
+        "../../envs/figures.yaml"
+    params:
+        key=lambda w: plan.key_figure(w.figure),
+        figures=json.dumps(plan.figure()),
+    shell:
+        "python -m saeflow draw {wildcards.figure} --tables results/tables"
+        " --figures {params.figures:q} --key {params.key}"
+        " --out results/figures/{wildcards.figure} > {log} 2>&1"
+
+
+rule write_report:
+    input:
+        tables="results/tables/provenance.json",
+        figures=FIGURES,
+    output:
+        html="results/report.html",
+        record="results/report.html.provenance.json",
+    log:
+        "logs/write_report.log",
+    conda:
+        "../../envs/figures.yaml"
+    params:
+        key=plan.key_report(),
+        names=config["figures"]["names"],
+    shell:
+        "python -m saeflow report {params.names} --results results --key {params.key}"
+        " --out {output.html} > {log} 2>&1"

@@ -1,0 +1,38 @@
+"""Sources: the model and the inputs it reads.
+
+Expects nothing but params.yaml; leaves results/sources/SOURCE/model (a Hugging Face folder, where the
+source has a model) and results/sources/SOURCE/inputs (token ids, or the true dictionary).
+"""
+
+
+rule fetch_model:
+    output:
+        record="results/sources/{source}/model/provenance.json",
+    log:
+        "logs/fetch_model/{source}.log",
+    conda:
+        "../../envs/model.yaml"
+    params:
+        key=lambda w: plan.key_model(w.source),
+        model=lambda w: json.dumps(plan.model(w.source)),
+    shell:
+        "python -m saeflow fetch --model {params.model:q} --key {params.key}"
+        " --out results/sources/{wildcards.source}/model > {log} 2>&1"
+
+
+rule prepare_inputs:
+    input:
+        model=model_record,
+    output:
+        record="results/sources/{source}/inputs/provenance.json",
+    log:
+        "logs/prepare_inputs/{source}.log",
+    conda:
+        "../../envs/model.yaml"
+    params:
+        key=lambda w: plan.key_inputs(w.source),
+        source=lambda w: json.dumps(plan.source(w.source)),
+        rows=lambda w: json.dumps(plan.rows(w.source)),
+    shell:
+        "python -m saeflow prepare --source {params.source:q} --rows {params.rows:q} --key {params.key}"
+        " --folder results/sources/{wildcards.source} > {log} 2>&1"

@@ -1,0 +1,31 @@
+"""Training: one SAE a job.
+
+Expects results/stores/SOURCE/train; leaves results/saes/RUN with weights, config and steps.csv. A job
+that is killed goes on from its last checkpoint when it is started again.
+"""
+
+
+rule train_sae:
+    input:
+        store=lambda w: f"results/stores/{plan.runs[w.run].source}/train/provenance.json",
+    output:
+        weights="results/saes/{run}/weights.safetensors",
+        config="results/saes/{run}/config.json",
+        steps="results/saes/{run}/steps.csv",
+        record="results/saes/{run}/provenance.json",
+    log:
+        "logs/train_sae/{run}.log",
+    conda:
+        "../../envs/train.yaml"
+    threads: threads("train")
+    resources:
+        gpu=gpus(),
+    params:
+        key=lambda w: plan.key_sae(w.run),
+        run=lambda w: json.dumps(plan.run(w.run)),
+        runtime=json.dumps(plan.runtime("train")),
+        store=lambda w: f"results/stores/{plan.runs[w.run].source}/train",
+    shell:
+        "python -m saeflow train --store {params.store} --run {params.run:q}"
+        " --runtime {params.runtime:q} --key {params.key}"
+        " --out results/saes/{wildcards.run} > {log} 2>&1"
