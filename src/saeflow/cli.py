@@ -84,12 +84,11 @@ def validate(
     params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
     """Check a parameter file, and print what it asks for."""
-    from saeflow.sources.hook_points import check_hook_points
+    from saeflow.sources import check_source
 
     values = load_params(params)
     for name, source in values["sources"].items():
-        if "model" in source:
-            check_hook_points(name, source, Path("results/sources") / name)
+        check_source(name, source, Path("results/sources") / name)
     plan = Plan(values)
     typer.echo(
         f"{params}: {len(plan.sources)} sources, {len(plan.stores)} stores, {len(plan.runs)} SAEs, "
@@ -354,16 +353,19 @@ def baselines(
 
 @app.command()
 def collect(
-    evaluations: Annotated[list[Path], typer.Argument(help="Records of evaluations.")],
-    saes: Annotated[list[Path], typer.Option(help="Records of trained SAEs.")],
+    records: Annotated[
+        list[Path], typer.Argument(help="Records of trained SAEs and of evaluations.")
+    ],
     out: Out,
     key: Key = "",
 ) -> None:
     """Gather the tables of all runs."""
     from saeflow.evaluation.tables import collect as collect_tables
 
-    evaluated, trained = [path.parent for path in evaluations], [path.parent for path in saes]
-    with provenance.job(out, name="collect", inputs=[*evaluated, *trained], key=key) as job:
+    folders = [path.parent for path in records]
+    trained = [path for path in folders if provenance.read_record(path)["job"] == "train"]
+    evaluated = [path for path in folders if path not in trained]
+    with provenance.job(out, name="collect", inputs=folders, key=key) as job:
         collect_tables(evaluated, trained, job.path)
 
 

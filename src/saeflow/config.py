@@ -176,17 +176,13 @@ def _list(names: Any) -> str:
 def _explain(error: Any) -> str:
     """One line for a schema error: where, what was expected, what was found."""
     if error.validator in ("oneOf", "anyOf") and error.context:
-        fitting = [e for e in error.context if e.validator not in ("const", "enum")]
-        by_branch: dict[Any, list[Any]] = {}
+        branches: dict[Any, list[Any]] = {}
         for nested in error.context:
-            by_branch.setdefault(nested.schema_path[0], []).append(nested)
-        chosen = [
-            branch
-            for branch in by_branch.values()
-            if not any(e.validator == "const" for e in branch)
-        ]
-        if chosen and fitting:
-            return _explain(max(min(chosen, key=len), key=lambda e: len(e.absolute_path)))
+            branches.setdefault(nested.schema_path[0], []).append(nested)
+        meant = [b for b in branches.values() if not any(e.validator == "const" for e in b)]
+        if meant:  # the alternative with the fewest mistakes, and in it the deepest one
+            fewest = min(meant, key=lambda branch: len(branch))
+            return _explain(max(fewest, key=lambda nested: len(nested.absolute_path)))
     where = ".".join(str(part) for part in error.absolute_path) or "the file"
     found = repr(error.instance)
     found = found if len(found) < 80 else found[:77] + "..."
@@ -240,9 +236,9 @@ def _check_run(run: SAEConfig, params: Mapping[str, Any]) -> None:
             f"{where}.store: no such store: {run.source}/{run.hook_point}. Known: {_list(stores)}."
         )
     for key, value in run.options.items():
-        if key == "k" or key.startswith("k_"):
+        if key in ("k", "k_schedule"):
             for text, k in _numbers(key, value):
-                if not 1 <= k <= run.d_sae and text != "k_schedule.until":
+                if not 1 <= k <= run.d_sae:
                     raise UserError(
                         f"{where}.options.{text}: expected 1..{run.d_sae} (d_sae), found {k}."
                     )

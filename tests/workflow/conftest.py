@@ -50,7 +50,9 @@ class Project:
             check=False,
         )
         if code is not None:
-            assert done.returncode == code, f"{command}: exit {done.returncode}\n{done.stdout[-6000:]}"
+            assert done.returncode == code, (
+                f"{command}: exit {done.returncode}\n{done.stdout[-6000:]}"
+            )
         return done.stdout
 
     def start(self, *command: str) -> "subprocess.Popen[bytes]":
@@ -69,7 +71,9 @@ class Project:
 
     def todo(self, *targets: str) -> dict[str, int]:
         """How many jobs of each rule a run would start."""
-        text = self.run("snakemake", "--cores", "2", "-n", "--quiet", "rules", *(targets or ("all",)))
+        text = self.run(
+            "snakemake", "--cores", "2", "-n", "--quiet", "rules", *(targets or ("all",))
+        )
         return job_counts(text)
 
     def contents(self) -> dict[str, Any]:
@@ -77,7 +81,9 @@ class Project:
         records = sorted((self.folder / "results").rglob("provenance.json"))
         found = {str(path.parent): json.loads(path.read_text()).get("content") for path in records}
         return {
-            os.path.relpath(name, self.folder): content for name, content in found.items() if content
+            os.path.relpath(name, self.folder): content
+            for name, content in found.items()
+            if content
         }
 
 

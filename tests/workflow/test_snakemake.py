@@ -92,7 +92,10 @@ def test_the_figures_trace_down_to_the_dictionary(done: Project) -> None:
 
 
 def test_an_edited_store_breaks_trace_and_verify_and_stops_training(done: Project) -> None:
-    shard = max((done.folder / "results/stores/synthetic/train").rglob("c/**/*"), key=lambda p: p.is_file() and p.stat().st_size)
+    shard = max(
+        (done.folder / "results/stores/synthetic/train").rglob("c/**/*"),
+        key=lambda p: p.is_file() and p.stat().st_size,
+    )
     whole = shard.read_bytes()
     flipped = bytearray(whole)
     flipped[len(whole) // 3] ^= 1

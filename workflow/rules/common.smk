@@ -12,9 +12,12 @@ sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 from saeflow.config import check_params
 from saeflow.errors import UserError
 from saeflow.plan import Plan
+from saeflow.sources import check_source
 
 try:
     check_params(config, workflow.overwrite_configfiles or ["params.yaml"])
+    for name, source in config["sources"].items():
+        check_source(name, source, Path("results/sources") / name)
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

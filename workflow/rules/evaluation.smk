@@ -33,7 +33,7 @@ rule evaluate_clean:
         "python -m saeflow clean --source {params.source:q} --hook-point {wildcards.hook_point}"
         " --evaluation {params.evaluation:q} --runtime {params.runtime:q} --key {params.key}"
         " --folder results/sources/{wildcards.source} --stores results/stores/{wildcards.source}"
-        " --out results/evaluations/{wildcards.source}/{wildcards.hook_point}/clean > {log} 2>&1"
+        " --out results/evaluations/{wildcards.source}/{wildcards.hook_point}/clean 2>&1 | tee {log}"
 
 
 rule evaluate_sae:
@@ -58,7 +58,7 @@ rule evaluate_sae:
     shell:
         "python -m saeflow evaluate --sae results/saes/{wildcards.run} --results results"
         " --evaluation {params.evaluation:q} --runtime {params.runtime:q} --key {params.key}"
-        " --out results/evaluations/{wildcards.run} > {log} 2>&1"
+        " --out results/evaluations/{wildcards.run} 2>&1 | tee {log}"
 
 
 rule evaluate_baselines:
@@ -84,7 +84,7 @@ rule evaluate_baselines:
         "python -m saeflow baselines --store {wildcards.source}/{wildcards.hook_point}"
         " --ranks {params.ranks:q} --results results --evaluation {params.evaluation:q}"
         " --runtime {params.runtime:q} --key {params.key}"
-        " --out results/evaluations/{wildcards.source}/{wildcards.hook_point}/baselines > {log} 2>&1"
+        " --out results/evaluations/{wildcards.source}/{wildcards.hook_point}/baselines 2>&1 | tee {log}"
 
 
 rule collect_tables:
@@ -105,5 +105,5 @@ rule collect_tables:
     params:
         key=plan.key_tables(),
     shell:
-        "python -m saeflow collect {input.evaluations} --saes {input.saes} --key {params.key}"
-        " --out results/tables > {log} 2>&1"
+        "python -m saeflow collect {input.saes} {input.evaluations} --key {params.key}"
+        " --out results/tables 2>&1 | tee {log}"

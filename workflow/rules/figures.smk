@@ -23,7 +23,7 @@ rule draw_figure:
     shell:
         "python -m saeflow draw {wildcards.figure} --tables results/tables"
         " --figures {params.figures:q} --key {params.key}"
-        " --out results/figures/{wildcards.figure} > {log} 2>&1"
+        " --out results/figures/{wildcards.figure} 2>&1 | tee {log}"
 
 
 rule write_report:
@@ -42,4 +42,4 @@ rule write_report:
         names=config["figures"]["names"],
     shell:
         "python -m saeflow report {params.names} --results results --key {params.key}"
-        " --out {output.html} > {log} 2>&1"
+        " --out {output.html} 2>&1 | tee {log}"

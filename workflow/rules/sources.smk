@@ -17,7 +17,7 @@ rule fetch_model:
         model=lambda w: json.dumps(plan.model(w.source)),
     shell:
         "python -m saeflow fetch --model {params.model:q} --key {params.key}"
-        " --out results/sources/{wildcards.source}/model > {log} 2>&1"
+        " --out results/sources/{wildcards.source}/model 2>&1 | tee {log}"
 
 
 rule prepare_inputs:
@@ -35,4 +35,4 @@ rule prepare_inputs:
         rows=lambda w: json.dumps(plan.rows(w.source)),
     shell:
         "python -m saeflow prepare --source {params.source:q} --rows {params.rows:q} --key {params.key}"
-        " --folder results/sources/{wildcards.source} > {log} 2>&1"
+        " --folder results/sources/{wildcards.source} 2>&1 | tee {log}"

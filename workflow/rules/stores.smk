@@ -27,7 +27,7 @@ rule extract_part:
         "python -m saeflow extract --source {params.source:q} --store {params.store:q}"
         " --split {wildcards.split} --part {wildcards.part} --parts {wildcards.parts}"
         " --runtime {params.runtime:q} --key {params.key}"
-        " --folder results/sources/{wildcards.source} --out {output.part} > {log} 2>&1"
+        " --folder results/sources/{wildcards.source} --out {output.part} 2>&1 | tee {log}"
 
 
 rule merge_parts:
@@ -54,4 +54,4 @@ rule merge_parts:
         "python -m saeflow merge {input.parts} --name {params.name} --source {params.source:q}"
         " --store {params.store:q} --split {wildcards.split} --key {params.key}"
         " --folder results/sources/{wildcards.source}"
-        " --out results/stores/{wildcards.source}/{wildcards.split} > {log} 2>&1"
+        " --out results/stores/{wildcards.source}/{wildcards.split} 2>&1 | tee {log}"

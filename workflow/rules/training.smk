@@ -28,4 +28,4 @@ rule train_sae:
     shell:
         "python -m saeflow train --store {params.store} --run {params.run:q}"
         " --runtime {params.runtime:q} --key {params.key}"
-        " --out results/saes/{wildcards.run} > {log} 2>&1"
+        " --out results/saes/{wildcards.run} 2>&1 | tee {log}"

@@ -1,0 +1,104 @@
+"""Which rows of a store are evaluated, and their mean."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saeflow.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowSelection:
+    """The policy on outlying rows, the same for every SAE and baseline of a store.
+
+    Attributes:
+        skip_first: leave out the first position of each context.
+        norm_limit: leave out rows whose Euclidean norm is above it; None keeps all.
+    """
+
+    skip_first: bool
+    norm_limit: float | None
+
+    def keep(self, x: Tensor, positions: np.ndarray | None) -> Tensor:
+        """(rows,) bool: which rows of `x` (rows, d_in) are evaluated; norms in float64."""
+        kept = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        if self.skip_first:
+            if positions is None:
+                raise UserError(
+                    "evaluation.skip_first: the store has no column `position`. "
+                    "Set it to false, or extract the store again."
+                )
+            kept &= torch.as_tensor(np.asarray(positions) != 0, device=x.device)
+        if self.norm_limit is not None:
+            kept &= torch.linalg.vector_norm(x.double(), dim=1) <= self.norm_limit
+        return kept
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """What the evaluated rows of a store have in common.
+
+    Attributes:
+        rows: how many are evaluated.
+        excluded: how many are left out.
+        mean: (d_in,) float64, of the evaluated rows.
+    """
+
+    rows: int
+    excluded: int
+    mean: Tensor
+
+    @property
+    def excluded_fraction(self) -> float:
+        return self.excluded / (self.rows + self.excluded)
+
+
+def selected_rows(
+    store: Any, selection: RowSelection, batch_size: int, device: str
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Walk a store in order.
+
+    Yields:
+        Row numbers in the store (n,), and their activations (n, d_in) float32 on `device`; n is at
+        most `batch_size`, and never 0.
+    """
+    for start, batch in store.in_order(batch_size):
+        x = batch.to(device=device, dtype=torch.float32)
+        positions = (
+            store.column("position", start, start + len(x)) if selection.skip_first else None
+        )
+        kept = selection.keep(x, positions)
+        if bool(kept.all()):
+            yield np.arange(start, start + len(x)), x
+        elif bool(kept.any()):
+            yield start + np.flatnonzero(kept.cpu().numpy()), x[kept]
+
+
+def row_statistics(
+    store: Any, selection: RowSelection, batch_size: int, device: str
+) -> RowStatistics:
+    """Count the evaluated rows and take their mean, in one pass of bounded memory.
+
+    The sum is taken of differences to the first row, in float64: rows that are all equal have
+    exactly their own value as mean.
+
+    Raises:
+        UserError: no row is left.
+    """
+    rows, first, total = 0, None, None
+    for _, x in selected_rows(store, selection, batch_size, device):
+        x = x.double()
+        if first is None or total is None:
+            first, total = x[0].clone(), torch.zeros_like(x[0])
+        total += (x - first).sum(0)
+        rows += len(x)
+    if first is None or total is None:
+        raise UserError(
+            f"{store.path}: none of its {store.rows} rows is left to evaluate. Set "
+            "evaluation.skip_first to false, or raise evaluation.max_norm_multiple."
+        )
+    return RowStatistics(rows, store.rows - rows, first + total / rows)

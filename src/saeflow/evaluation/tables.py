@@ -1,0 +1,352 @@
+"""Tables: one row per run and metric, and what is made of them for papers and for `dvc`.
+
+Bytes depend on the numbers only: numbers have 12 significant digits, runs are in natural order
+(k8 before k32), metrics in the order in which the evaluation computes them.
+"""
+
+import csv
+import math
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from saeflow.errors import UserError
+from saeflow.files import atomic_file, read_json, write_json
+
+IDS = (
+    "run", "source", "hook_point", "entry", "variant", "schedule", "d_sae", "k", "seed", "tokens",
+)  # fmt: skip
+METRICS = "metrics.csv"
+HISTOGRAMS = "histograms.csv"
+METRIC_COLUMNS = (*IDS, "metric", "value")
+HISTOGRAM_COLUMNS = (*IDS, "histogram", "left", "right", "count")
+POLICY = ("rows", "excluded_rows_fraction", "first_position_excluded", "max_norm_multiple")
+SUMMARISED = (
+    "l0_mean", "nmse", "fvu", "explained_variance", "cosine", "relative_norm", "dead_fraction",
+    "dense_fraction", "ce_clean", "ce_spliced", "ce_degradation", "loss_recovered", "kl", "mmcs",
+    "mcc", "support_precision", "support_recall", "support_f1",
+)  # fmt: skip
+PRINTED = {
+    "l0_mean": "L0", "nmse": "NMSE", "fvu": "FVU", "cosine": "cosine", "dead_fraction": "dead",
+    "dense_fraction": "dense", "ce_degradation": "CE degradation", "loss_recovered": "loss recovered",
+    "kl": "KL", "mmcs": "MMCS", "support_f1": "support F1",
+}  # fmt: skip
+BASELINES = ("identity", "mean", "pca")
+
+Row = dict[str, str]
+
+
+def number(value: float | int | str | None) -> str:
+    """A value as it is written: integers whole, other numbers with 12 significant digits."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, int):
+        return str(value)
+    if not math.isfinite(value):
+        raise ValueError(f"expected a finite number for a table, got {value}")
+    return f"{value:.12g}"
+
+
+def identify(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The id columns of a trained SAE, from its config.json."""
+    options = config["options"]
+    return {
+        "run": config["name"],
+        "source": config["source"],
+        "hook_point": config["hook_point"],
+        "entry": config["entry"],
+        "variant": config["variant"],
+        "schedule": describe_schedule(options),
+        "d_sae": config["d_sae"],
+        "k": options.get("k"),
+        "seed": config["seed"],
+        "tokens": config["training"]["tokens"],
+    }
+
+
+def describe_schedule(options: Mapping[str, Any]) -> str:
+    """`constant`, or the schedule among the options, such as `linear 576 until 0.01`."""
+    schedules = [options[key] for key in sorted(options) if key.endswith("_schedule")]
+    changing = [schedule for schedule in schedules if schedule and schedule["kind"] != "constant"]
+    return " + ".join(_describe(schedule) for schedule in changing) or "constant"
+
+
+def _describe(schedule: Mapping[str, Any]) -> str:
+    steps = f" in {schedule['steps']} steps" if "steps" in schedule else ""
+    return f"{schedule['kind']} {schedule['from']:g} until {schedule['until']:g}{steps}"
+
+
+def write_evaluation(
+    folder: Path,
+    results: Iterable[tuple[Mapping[str, Any], Mapping[str, float], Mapping[str, Any]]],
+) -> None:
+    """Write metrics.csv and histograms.csv of one or several runs.
+
+    Args:
+        folder: where the two files go.
+        results: id columns, metrics and histograms (lists of left, right, count) of each run.
+    """
+    metrics, histograms = [], []
+    for ids, values, bins in results:
+        known = {key: number(ids[key]) for key in IDS}
+        metrics += [
+            {**known, "metric": name, "value": number(float(value))}
+            for name, value in values.items()
+        ]
+        histograms += [
+            {
+                **known, "histogram": name,
+                "left": number(left), "right": number(right), "count": number(count),
+            }
+            for name, counted in bins.items()
+            for left, right, count in counted
+        ]  # fmt: skip
+    write_csv(folder / METRICS, METRIC_COLUMNS, metrics)
+    write_csv(folder / HISTOGRAMS, HISTOGRAM_COLUMNS, histograms)
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
+    """Write a CSV file (RFC 4180 but for line ends, which are newlines), atomically."""
+    with atomic_file(path) as staged, staged.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def read_csv(path: Path) -> list[Row]:
+    """Read a CSV file as text.
+
+    Raises:
+        UserError: it is missing.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file. Run the step that makes it (snakemake {path})."
+        ) from None
+
+
+def collect(evaluations: Iterable[Path], saes: Iterable[Path], folder: Path) -> None:
+    """Gather the tables of all runs.
+
+    Args:
+        evaluations: folders with metrics.csv and histograms.csv.
+        saes: folders of trained SAEs (config.json, steps.csv).
+        folder: written: metrics.csv and histograms.csv (all runs), metrics.json (run -> metric ->
+            value), summary.csv, summary.md and summary.tex (one line per setting, mean and sample
+            standard deviation over seeds), training.csv (the logged steps of all runs).
+
+    Raises:
+        UserError: a file is missing, or two folders hold one run.
+    """
+    folders = list(evaluations)
+    metrics = _all_runs(folder / METRICS for folder in folders)
+    write_csv(folder / METRICS, METRIC_COLUMNS, metrics)
+    histograms = _all_runs(folder / HISTOGRAMS for folder in folders)
+    write_csv(folder / HISTOGRAMS, HISTOGRAM_COLUMNS, histograms)
+    by_run: dict[str, dict[str, float]] = {}
+    for row in metrics:
+        by_run.setdefault(row["run"], {})[row["metric"]] = float(row["value"])
+    write_json(folder / "metrics.json", by_run)
+    lines = summarise(metrics)
+    write_csv(folder / "summary.csv", _summary_columns(), lines)
+    _write_text(folder / "summary.md", as_markdown(lines))
+    _write_text(folder / "summary.tex", as_latex(lines))
+    _write_training(saes, folder / "training.csv")
+
+
+def _write_text(path: Path, text: str) -> None:
+    with atomic_file(path) as staged:
+        staged.write_text(text, encoding="utf-8")
+
+
+def _all_runs(paths: Iterable[Path]) -> list[Row]:
+    """Rows of all files, runs in natural order, rows of a run as they were."""
+    by_run: dict[str, list[Row]] = {}
+    for path in paths:
+        rows = read_csv(path)
+        found = {row["run"] for row in rows}
+        if twice := sorted(found & set(by_run)):
+            raise UserError(f"{path}: run {twice[0]} is in another evaluation too. Delete one.")
+        for row in rows:
+            by_run.setdefault(row["run"], []).append(row)
+    return [row for run in sorted(by_run, key=natural) for row in by_run[run]]
+
+
+def natural(text: str) -> list[tuple[int, float, str]]:
+    """Sort key that puts k8 before k32."""
+    parts = re.split(r"(\d+(?:\.\d+)?)", text)
+    return [(0, float(part), "") if i % 2 else (1, 0.0, part) for i, part in enumerate(parts)]
+
+
+def _write_training(saes: Iterable[Path], path: Path) -> None:
+    """The logged steps of all runs; the target k is `k_target`, since `k` is the step's own."""
+    ids = tuple("k_target" if column == "k" else column for column in IDS)
+    runs: dict[str, list[Row]] = {}
+    columns: dict[str, None] = dict.fromkeys(ids)
+    for folder in saes:
+        known = {
+            "k_target" if key == "k" else key: number(value)
+            for key, value in identify(read_json(folder / "config.json")).items()
+        }
+        runs[known["run"]] = [{**known, **row} for row in read_csv(folder / "steps.csv")]
+    ordered = [row for run in sorted(runs, key=natural) for row in runs[run]]
+    for row in ordered:
+        columns.update(dict.fromkeys(row))
+    write_csv(path, list(columns), ordered)
+
+
+def setting_of(row: Mapping[str, str]) -> str:
+    """What runs that differ in the seed only have in common: the run's name without the seed."""
+    return re.sub(r"-?seed\d+$", "", row["run"].rsplit("/", 1)[-1])
+
+
+def _summary_columns() -> list[str]:
+    spread = [f"{metric}_{part}" for metric in SUMMARISED for part in ("mean", "sd")]
+    ids = [column for column in IDS if column not in ("run", "seed")]
+    return [*ids, "setting", "seeds", *POLICY, "ce_first_position_kept", "ce_tokens", *spread]
+
+
+def summarise(metrics: Iterable[Row]) -> list[Row]:
+    """One line per setting: mean and sample standard deviation (n - 1) over its seeds.
+
+    A standard deviation is empty where there is one seed; a metric is empty where no run has it.
+    """
+    runs: dict[str, Row] = {}
+    values: dict[str, dict[str, str]] = {}
+    for row in metrics:
+        runs.setdefault(row["run"], row)
+        values.setdefault(row["run"], {})[row["metric"]] = row["value"]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for run, row in runs.items():
+        key = (row["source"], row["hook_point"], row["entry"], setting_of(row))
+        groups.setdefault(key, []).append(run)
+    lines = [_summary_line(groups[key], runs, values) for key in sorted(groups, key=_group_order)]
+    return sorted(lines, key=lambda line: (line["source"], line["hook_point"], _is_baseline(line)))
+
+
+def _group_order(key: tuple[str, ...]) -> list[list[tuple[int, float, str]]]:
+    return [natural(part) for part in key]
+
+
+def _is_baseline(line: Mapping[str, str]) -> bool:
+    return line["variant"] in BASELINES
+
+
+def _summary_line(
+    group: list[str], runs: Mapping[str, Row], values: Mapping[str, Mapping[str, str]]
+) -> Row:
+    first = runs[group[0]]
+    line = {column: first[column] for column in IDS if column not in ("run", "seed")}
+    line |= {"setting": setting_of(first), "seeds": str(len(group))}
+    for name in (*POLICY, "ce_first_position_kept", "ce_tokens"):
+        line[name] = values[group[0]].get(name, "")
+    for name in SUMMARISED:
+        found = [float(values[run][name]) for run in group if name in values[run]]
+        line[f"{name}_mean"] = number(statistics.fmean(found)) if found else ""
+        line[f"{name}_sd"] = number(statistics.stdev(found)) if len(found) > 1 else ""
+    return line
+
+
+def _sections(lines: list[Row]) -> list[tuple[str, list[Row], list[str]]]:
+    """Title, lines and printed metrics of each (source, hook point)."""
+    sections: dict[str, list[Row]] = {}
+    for line in lines:
+        sections.setdefault(f"{line['source']}, {line['hook_point']}", []).append(line)
+    return [
+        (title, held, [name for name in PRINTED if any(line[f"{name}_mean"] for line in held)])
+        for title, held in sections.items()
+    ]
+
+
+_HEAD = ("entry", "setting", "schedule", "seeds")
+
+
+def policy_note(line: Mapping[str, str]) -> str:
+    """One sentence on which rows the numbers are of."""
+    first = "left out" if line["first_position_excluded"] == "1" else "included"
+    multiple = line["max_norm_multiple"]
+    norm = f"above {multiple} x the median training norm left out" if multiple else "of any norm"
+    text = f"Rows: {line['rows']}, first positions {first}, rows {norm}"
+    text += f" ({100 * float(line['excluded_rows_fraction']):.3g} % of the split)."
+    if line["ce_tokens"]:
+        kept = "keeping" if line["ce_first_position_kept"] == "1" else "replacing"
+        text += (
+            f" Cross-entropy and KL: {line['ce_tokens']} predicted tokens, in nats, {kept} the "
+            "activation of each first position."
+        )
+    return text + " Mean and standard deviation over seeds."
+
+
+def _cell(line: Mapping[str, str], name: str, plus_minus: str) -> str:
+    if not line[f"{name}_mean"]:
+        return ""
+    text = f"{float(line[f'{name}_mean']):.4g}"
+    spread = line[f"{name}_sd"]
+    return text + (f" {plus_minus} {float(spread):.2g}" if spread else "")
+
+
+def as_markdown(lines: list[Row]) -> str:
+    """The summary as one Markdown table per source and hook point, with its row policy."""
+    parts = []
+    for title, held, names in _sections(lines):
+        head = [*_HEAD, *(PRINTED[name] for name in names)]
+        table = [head, ["---"] * len(_HEAD) + ["---:"] * len(names)]
+        for line in held:
+            cells = [line[column] for column in _HEAD]
+            table.append(cells + [_cell(line, name, "±") for name in names])
+        body = "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table
+        )
+        parts.append(f"## {title}\n\n{body}\n\n{policy_note(held[0])}\n")
+    return "\n".join(parts)
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+}  # fmt: skip
+
+
+def escape_latex(text: str) -> str:
+    """Text for LaTeX: its special characters escaped."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def as_latex(lines: list[Row]) -> str:
+    """The summary as one booktabs table per source and hook point; needs \\usepackage{booktabs}."""
+    parts = []
+    for title, held, names in _sections(lines):
+        head = [*_HEAD, *(PRINTED[name] for name in names)]
+        rows = [
+            [escape_latex(line[column]) for column in _HEAD]
+            + [_cell(line, name, r"$\pm$") for name in names]
+            for line in held
+        ]
+        split = next((i for i, line in enumerate(held) if _is_baseline(line)), len(held))
+        body = [" & ".join(row) + r" \\" for row in rows]
+        if 0 < split < len(body):
+            body.insert(split, r"\midrule")
+        parts.append(
+            "\n".join(
+                [
+                    r"\begin{table}",
+                    r"\centering",
+                    rf"\caption{{{escape_latex(title)}. {escape_latex(policy_note(held[0]))}}}",
+                    rf"\begin{{tabular}}{{{'l' * len(_HEAD)}{'r' * len(names)}}}",
+                    r"\toprule",
+                    " & ".join(map(escape_latex, head)) + r" \\",
+                    r"\midrule",
+                    *body,
+                    r"\bottomrule",
+                    r"\end{tabular}",
+                    r"\end{table}",
+                    "",
+                ]
+            )
+        )
+    return "\n".join(parts)

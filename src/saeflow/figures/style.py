@@ -1,0 +1,218 @@
+"""How every figure looks: sizes, type, one colour and marker per variant, names with units.
+
+The colours of the variants differ by at least 23 in CIE 1976 Lab from each other, for normal vision and
+under simulated protanopia, deuteranopia and tritanopia (Machado et al. 2009, severity 1); markers differ
+too, so that a print in grey can be read.
+"""
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+COLUMN_WIDTH = 3.4  # inches, one column of a two-column paper
+TEXT_WIDTH = 7.0  # inches, the whole page
+PNG_DPI = 300
+INK = "#222222"
+FAINT = "#BBBBBB"
+
+RC = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.labelpad": 3,
+    "axes.labelsize": 8,
+    "axes.linewidth": 0.6,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlepad": 5,
+    "axes.titlesize": 8,
+    "figure.constrained_layout.h_pad": 0.04,
+    "figure.constrained_layout.w_pad": 0.04,
+    "figure.dpi": 100,
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same bytes on every machine
+    "font.size": 7.5,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.5,
+    "legend.borderaxespad": 0.2,
+    "legend.columnspacing": 1.2,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 1.9,
+    "legend.handletextpad": 0.5,
+    "legend.labelspacing": 0.35,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 4,
+    "pdf.fonttype": 42,
+    "savefig.facecolor": "white",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "saeflow",
+    "text.color": INK,
+    "xtick.color": INK,
+    "xtick.labelsize": 7,
+    "xtick.major.size": 2.5,
+    "xtick.major.width": 0.6,
+    "xtick.minor.size": 1.5,
+    "xtick.minor.width": 0.4,
+    "ytick.color": INK,
+    "ytick.labelsize": 7,
+    "ytick.major.size": 2.5,
+    "ytick.major.width": 0.6,
+    "ytick.minor.size": 1.5,
+    "ytick.minor.width": 0.4,
+}
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one variant is drawn everywhere."""
+
+    label: str
+    color: str
+    marker: str
+
+
+VARIANTS = {
+    "relu": Look("ReLU", "#4FA95D", "v"),
+    "gated": Look("Gated", "#0E370D", "D"),
+    "jumprelu": Look("JumpReLU", "#CD9F07", "P"),
+    "p_anneal": Look("P-anneal", "#F17CB5", "<"),
+    "topk": Look("TopK", "#2777E7", "o"),
+    "batch_topk": Look("BatchTopK", "#04B7FB", "s"),
+    "matryoshka": Look("Matryoshka", "#1F1388", "^"),
+    "soft_topk": Look("SoftSAE", "#883753", "X"),
+    "adaptive_k": Look("AdaptiveK", "#AE440E", ">"),
+    "sparsemax": Look("Sparsemax", "#9760AE", "*"),
+    "entmax": Look("Entmax", "#540056", "h"),
+}
+BASELINES = {
+    "random-decoder": Look("Random decoder", "#555555", "d"),
+    "pca": Look("PCA", "#8A8A8A", "."),
+    "mean": Look("Mean", "#A8A8A8", "_"),
+    "identity": Look("Identity", "#C4C4C4", "_"),
+}
+_SPARE = (("#7A7A00", "p"), ("#006D6D", "H"), ("#B00060", "8"))  # for a variant added later
+LINE_STYLES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
+
+METRICS = {
+    "l0_mean": "active latents per token (mean L0)",
+    "l0": "active latents per token (L0)",
+    "k": "k",
+    "fvu": "FVU",
+    "nmse": "NMSE",
+    "explained_variance": "explained variance",
+    "cosine": "cosine similarity",
+    "relative_norm": "relative norm",
+    "dead_fraction": "dead latents (share)",
+    "dense_fraction": "dense latents (share)",
+    "ce_degradation": "cross-entropy degradation (nats/token)",
+    "loss_recovered": "loss recovered",
+    "kl": "KL divergence (nats/token)",
+    "mmcs": "mean max cosine",
+    "support_f1": "support F1",
+    "firing_rate": "firing rate (share of tokens)",
+    "tokens_seen": "training tokens",
+    "reconstruction": "reconstruction loss",
+}
+
+
+def look(variant: str, entry: str = "") -> Look:
+    """Colour, marker and label of a variant or baseline, the same in every figure.
+
+    Args:
+        variant: the tables' column.
+        entry: the tables' column; an entry called `random-decoder...` is a baseline, whatever its
+            variant.
+    """
+    if entry.startswith("random-decoder"):
+        return BASELINES["random-decoder"]
+    known = VARIANTS.get(variant) or BASELINES.get(variant)
+    if known is not None:
+        return known
+    color, marker = _SPARE[zlib.crc32(variant.encode()) % len(_SPARE)]
+    return Look(variant.replace("_", " "), color, marker)
+
+
+def rank(variant: str, entry: str = "") -> int:
+    """Place of a variant in legends and rows."""
+    chosen = look(variant, entry)
+    fixed = [*VARIANTS.values(), *BASELINES.values()]
+    return fixed.index(chosen) if chosen in fixed else len(VARIANTS) - 1
+
+
+def metric_label(metric: str) -> str:
+    """A metric's name with its unit, for an axis."""
+    return METRICS.get(metric, metric.replace("_", " "))
+
+
+def shades(color: str, count: int) -> list[tuple[float, float, float]]:
+    """`count` tints of a colour, from light to the colour itself."""
+    base = to_rgb(color)
+    weights = [1.0] if count == 1 else [0.4 + 0.6 * i / (count - 1) for i in range(count)]
+    return [
+        (1 - w + w * base[0], 1 - w + w * base[1], 1 - w + w * base[2]) for w in weights
+    ]
+
+
+@contextmanager
+def context() -> Iterator[None]:
+    """matplotlib with saeflow's style and nothing of the user's own settings."""
+    with mpl.rc_context():
+        mpl.rcdefaults()
+        mpl.rcParams.update(RC)
+        yield
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure (inches) whose layout leaves no label outside."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def plain(value: float, _position: int = 0) -> str:
+    """A tick label: 0.05, 8, 200, 10k, 2M."""
+    size = abs(value)
+    if size >= 999_500:
+        return f"{value / 1e6:.3g}M"
+    if size >= 9_999.5:
+        return f"{value / 1e3:.3g}k"
+    return f"{value:.4g}"
+
+
+def log_axis(ax: Axes, axis: str, low: float, high: float) -> None:
+    """A logarithmic axis over [low, high] with few, plainly written ticks.
+
+    Args:
+        axis: "x" or "y".
+        low, high: limits, positive.
+    """
+    getattr(ax, f"set_{axis}scale")("log")
+    getattr(ax, f"set_{axis}lim")(low, high)
+    if high / low <= 30:
+        subs = (1.0, 2.0, 5.0)
+    elif high / low <= 300:
+        subs = (1.0, 3.0)
+    else:
+        subs = (1.0,)
+    target = ax.xaxis if axis == "x" else ax.yaxis
+    target.set_major_locator(LogLocator(subs=subs, numticks=20))
+    target.set_major_formatter(FuncFormatter(plain))
+    target.set_minor_locator(
+        LogLocator(subs=tuple(range(2, 10)), numticks=20) if high / low <= 1e5 else NullLocator()
+    )
+    target.set_minor_formatter(NullFormatter())
+
+
+def save(figure: Figure, stem: Path) -> None:
+    """Write STEM.svg, .pdf and .png: the same figure gives the same bytes."""
+    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": "saeflow"})
+    nothing = {"Creator": None, "Producer": None, "CreationDate": None}
+    figure.savefig(stem.with_suffix(".pdf"), metadata=nothing)
+    figure.savefig(stem.with_suffix(".png"), dpi=PNG_DPI, metadata={"Software": None})

@@ -1,0 +1,241 @@
+"""The tables as figures read them: runs, their settings and series, and whether they may be compared."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from saeflow.errors import UserError
+from saeflow.evaluation.tables import HISTOGRAM_COLUMNS, IDS, METRIC_COLUMNS, natural, setting_of
+from saeflow.figures import style
+
+UNTRAINED = ("identity", "mean", "pca")
+TEXT = {column: str for column in (*IDS, "metric", "histogram", "setting")} | {
+    column: float for column in ("d_sae", "k", "k_target", "tokens", "seed")
+}
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables of one folder, one line per run and metric (or bin, or logged step).
+
+    To the id columns are added `setting` (the run's name without its seed) and `series` (the setting
+    without its k: what one line of a front goes through).
+    """
+
+    metrics: pd.DataFrame
+    histograms: pd.DataFrame
+    training: pd.DataFrame
+
+    @cached_property
+    def wide(self) -> pd.DataFrame:
+        """One line per run: id columns and a column per metric."""
+        ids = [*IDS, "setting", "series"]
+        values = self.metrics.pivot(index="run", columns="metric", values="value").reset_index()
+        known = self.metrics[ids].drop_duplicates("run")
+        return known.merge(values, on="run", how="left", validate="1:1")
+
+    def panels(self, metric: str) -> list[tuple[str, str]]:
+        """(source, hook point) of the SAEs that have a metric, in order of name."""
+        rows = self.metrics[
+            (self.metrics["metric"] == metric) & ~self.metrics["variant"].isin(UNTRAINED)
+        ]
+        return sorted(set(zip(rows["source"], rows["hook_point"], strict=True)))
+
+
+def load_tables(folder: Path) -> Tables:
+    """Read the tables that figures are drawn from.
+
+    Raises:
+        UserError: a file is missing, or lacks a column.
+    """
+    training_ids = tuple("k_target" if column == "k" else column for column in IDS)
+    return Tables(
+        metrics=_read(folder / "metrics.csv", METRIC_COLUMNS),
+        histograms=_read(folder / "histograms.csv", HISTOGRAM_COLUMNS),
+        training=_read(folder / "training.csv", (*training_ids, "step", "tokens_seen")),
+    )
+
+
+def _read(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    try:
+        header = pd.read_csv(path, nrows=0, dtype=str).columns
+        numbers = [c for c in header if TEXT.get(c) is not str]
+        table = pd.read_csv(
+            path,
+            dtype={column: kind for column, kind in TEXT.items() if column in header},
+            keep_default_na=False,
+            na_values={column: [""] for column in numbers},
+        )
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file. Run the step that makes it (snakemake {path})."
+        ) from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
+        raise UserError(
+            f"{path}: expected a table of numbers, found {error}. Delete it and rerun its step."
+        ) from None
+    if missing := [column for column in columns if column not in table.columns]:
+        raise UserError(
+            f"{path}: expected the column {missing[0]}, found {', '.join(table.columns)}. "
+            "Delete the file and rerun its step."
+        )
+    k = "k" if "k_target" not in table.columns else "k_target"
+    runs = table.drop_duplicates("run")[["run", "entry", "d_sae", "schedule", k]]
+    settings, series = {}, {}
+    for row in runs.to_dict("records"):
+        setting = setting_of({"run": str(row["run"])})
+        settings[row["run"]] = setting
+        series[row["run"]] = _series(setting, row, k)
+    table["setting"] = table["run"].map(settings).astype(str)
+    table["series"] = table["run"].map(series).astype(str)
+    return table
+
+
+def _series(setting: str, row: Mapping[Any, Any], k: str) -> str:
+    """Runs that differ in k (or, where no k is set, in their penalty) and seed only are one series."""
+    if pd.isna(row[k]):
+        return f"{row['entry']}/d{row['d_sae']:g}/{row['schedule']}"
+    return f"{row['entry']}/" + re.sub(rf"(^|-)k{row[k]:g}(?=-|$)", "", setting)
+
+
+def one_panel(table: pd.DataFrame, panel: tuple[str, str]) -> pd.DataFrame:
+    """The rows of one (source, hook point)."""
+    return table[(table["source"] == panel[0]) & (table["hook_point"] == panel[1])]
+
+
+def is_sae(table: pd.DataFrame) -> pd.Series:
+    """Which rows are of trained SAEs."""
+    return ~table["variant"].isin(UNTRAINED)
+
+
+def panel_title(panel: tuple[str, str]) -> str:
+    """A panel's name; the synthetic sources' one hook point goes without saying."""
+    return panel[0] if panel[1] == "features" else f"{panel[0]}, {panel[1]}"
+
+
+def check_budgets(tables: Tables, rows: pd.DataFrame, options: Mapping[str, Any]) -> None:
+    """Refuse to compare runs whose training or evaluation differs in size.
+
+    Args:
+        rows: lines of `Tables.wide` that one figure shows; runs of one (source, hook point) are
+            compared with each other.
+        options: `figures` of the parameters; `allow_unequal_budgets` draws them all the same.
+
+    Raises:
+        UserError: runs differ in training tokens, batch size (and so updates) or evaluated rows.
+    """
+    if options["allow_unequal_budgets"]:
+        return
+    batches = _batch_sizes(tables.training)
+    for (source, hook_point), held in rows.groupby(["source", "hook_point"]):
+        saes = held[is_sae(held)]
+        where = f"{source}/{hook_point}"
+        by_run = saes.set_index("run")
+        _refuse_unequal(where, "training tokens", by_run["tokens"].to_dict())
+        known = {run: batches[run] for run in by_run.index if run in batches}
+        _refuse_unequal(where, "tokens per update", known)
+        _refuse_unequal(where, "evaluated rows", held.set_index("run")["rows"].dropna().to_dict())
+
+
+def _batch_sizes(training: pd.DataFrame) -> dict[str, float]:
+    """Tokens per step of each run, from its first and last logged step."""
+    found = {}
+    for run, steps in training.groupby("run"):
+        first, last = steps.iloc[0], steps.iloc[-1]
+        if last["step"] > first["step"]:
+            taken = last["step"] - first["step"]
+            found[str(run)] = (last["tokens_seen"] - first["tokens_seen"]) / taken
+    return found
+
+
+def _refuse_unequal(where: str, what: str, by_run: Mapping[Any, float]) -> None:
+    groups: dict[float, list[str]] = {}
+    for run, value in by_run.items():
+        groups.setdefault(value, []).append(str(run))
+    if len(groups) > 1:
+        shown = "; ".join(
+            f"{value:g} for {', '.join(runs[:3])}"
+            + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
+            for value, runs in sorted(groups.items())
+        )
+        raise UserError(
+            f"{where}: expected runs of one figure to have equal {what}, found {shown}. Give them the "
+            "same in params.yaml, or set figures.allow_unequal_budgets to true."
+        )
+
+
+@dataclass(frozen=True)
+class Series:
+    """Runs that one line goes through."""
+
+    rows: pd.DataFrame
+    look: style.Look
+    label: str
+    style_index: int
+    """Tells series of one variant apart: its line style; 0 has filled markers."""
+
+
+def series_of(rows: pd.DataFrame) -> list[Series]:
+    """Split runs into series, in the legend's order, each with a label of its own.
+
+    A label is the variant's name; where the figure shows several series of a variant, what they
+    differ in is added: entry, d_sae, schedule, else the setting.
+    """
+    keyed = sorted(
+        rows.groupby("series", sort=False),
+        key=lambda item: (
+            style.rank(item[1]["variant"].iloc[0], item[1]["entry"].iloc[0]),
+            natural(str(item[0])),
+        ),
+    )
+    looks = [style.look(held["variant"].iloc[0], held["entry"].iloc[0]) for _, held in keyed]
+    found = []
+    for i, (key, held) in enumerate(keyed):
+        twins = [j for j, chosen in enumerate(looks) if chosen == looks[i]]
+        label = _label(held.iloc[0], [keyed[j][1].iloc[0] for j in twins], looks[i], str(key))
+        found.append(Series(held, looks[i], label, twins.index(i)))
+    return found
+
+
+def _label(row: pd.Series, twins: list[pd.Series], chosen: style.Look, key: str) -> str:
+    parts = [chosen.label]
+    if len({twin["entry"] for twin in twins}) > 1:
+        parts = [f"{chosen.label} ({row['entry']})"]
+    if len({twin["d_sae"] for twin in twins}) > 1:
+        parts.append(f"{row['d_sae']:g} latents")
+    same = [twin for twin in twins if (twin["entry"], twin["d_sae"]) == (row["entry"], row["d_sae"])]
+    if len({twin["schedule"] for twin in same}) > 1:
+        parts.append(str(row["schedule"]))
+    if len([twin for twin in same if twin["schedule"] == row["schedule"]]) > 1:
+        parts.append(key.partition("/")[2])
+    return ", ".join(parts)
+
+
+def over_seeds(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """Mean and sample standard deviation of some columns over the seeds of each setting.
+
+    Returns:
+        One line per (entry, setting), `COLUMN_seed_mean` and `COLUMN_seed_sd` (NaN for one seed).
+    """
+    grouped = rows.groupby(["source", "hook_point", "entry", "setting"], sort=False)[columns]
+    mean = grouped.mean().add_suffix("_seed_mean")
+    return mean.join(grouped.std(ddof=1).add_suffix("_seed_sd")).reset_index()
+
+
+def each_setting(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Settings of some runs in natural order (k8 before k32)."""
+    for setting in sorted(rows["setting"].unique(), key=natural):
+        yield setting, rows[rows["setting"] == setting]
+
+
+def setting_label(row: Mapping[Any, Any] | pd.Series, k: str = "k") -> str:
+    """What tells a setting from the others of its series: its k, or its penalty."""
+    if not pd.isna(row[k]):
+        return f"k = {row[k]:g}"
+    rest = re.sub(r"^d\d+-?", "", str(row["setting"]))
+    return re.sub(r"^(l1)(?=[\d.])", r"\1 = ", rest)

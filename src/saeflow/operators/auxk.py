@@ -1,0 +1,76 @@
+"""AuxK: dead latents learn to reconstruct what the live ones leave over."""
+
+import torch
+from torch import Tensor
+
+from saeflow.operators.sparse import SparseLatents, decode_sparse
+from saeflow.operators.topk import topk_sparse
+
+
+def auxk_loss(
+    residual: Tensor, pre_acts: Tensor, W_dec: Tensor, dead: Tensor, k_aux: int | None = None
+) -> Tensor:
+    """Normalised error of the residual rebuilt from the top dead latents.
+
+    Args:
+        residual: (B, d_in) x - x_hat; taken as a constant.
+        pre_acts: (B, d_sae) encoder pre-activations.
+        W_dec: (d_sae, d_in).
+        dead: (d_sae,) bool.
+        k_aux: dead latents per row, at most the number dead; None: d_in // 2 (the paper's).
+
+    Returns:
+        () mean ||e - e_hat||^2 / mean ||e - mean e||^2, where e_hat = relu(z) W_dec over the k_aux
+        largest dead pre-activations of each row, without bias. Differentiable in `pre_acts` and
+        `W_dec`. With no dead latent, or where the ratio is undefined (all residuals equal, or not
+        a number), it is 0 with gradient 0.
+
+    Raises:
+        ValueError: shapes do not fit together, `dead` is not bool, k_aux < 0, or a row (named) of
+            the dead pre-activations holds NaN.
+
+    Source: Gao et al. 2024 (arXiv:2406.04093), appendix A.2.
+    """
+    k_aux = residual.shape[-1] // 2 if k_aux is None else k_aux
+    chosen = select_auxk(pre_acts.detach(), dead, k_aux)
+    values = pre_acts.reshape(-1)[chosen.rows * chosen.d_sae + chosen.columns]
+    return auxk_loss_sparse(residual, chosen.with_values(values), W_dec, dead)
+
+
+def select_auxk(pre_acts: Tensor, dead: Tensor, k_aux: int) -> SparseLatents:
+    """The k_aux largest dead pre-activations of each row, of those that a relu leaves positive.
+
+    For the sparse path: choose here without gradient, give the choice to `gather_pre_acts` and
+    its result to `auxk_loss_sparse`, so that no (B, d_sae) gradient is built.
+
+    Args, Raises: as `auxk_loss`.
+
+    Returns:
+        At most min(k_aux, number dead) entries per row of (B, d_sae), all positive: the others
+        add nothing to the reconstruction or to a gradient.
+    """
+    if dead.dtype != torch.bool or dead.shape != pre_acts.shape[1:]:
+        raise ValueError(
+            f"dead must be bool {tuple(pre_acts.shape[1:])}, got {dead.dtype} {tuple(dead.shape)}"
+        )
+    columns = dead.nonzero()[:, 0]
+    if len(columns) == 0:
+        nothing = pre_acts.new_empty(0)
+        return SparseLatents.from_positions(columns, nothing, *pre_acts.shape)
+    top = topk_sparse(pre_acts[:, columns], k_aux)
+    active = top.values > 0
+    flat = top.rows[active] * len(dead) + columns[top.columns[active]]
+    return SparseLatents.from_positions(flat, top.values[active], *pre_acts.shape)
+
+
+def auxk_loss_sparse(
+    residual: Tensor, latents: SparseLatents, W_dec: Tensor, dead: Tensor
+) -> Tensor:
+    """`auxk_loss` of dead latents already chosen, differentiable in their values and `W_dec`."""
+    residual = residual.detach()
+    spread = (residual - residual.mean(0)).square().sum()
+    is_defined = dead.any() & (spread > 0) & spread.isfinite()
+    residual = residual.where(is_defined, 0)
+    e_hat = decode_sparse(latents.with_values(latents.values.relu()), W_dec)
+    ratio = (residual - e_hat).square().sum() / spread.where(is_defined, 1)
+    return ratio.where(is_defined, 0)

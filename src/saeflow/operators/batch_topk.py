@@ -1,0 +1,97 @@
+"""Batch top-k: keep the largest entries of a whole batch, k per row on average."""
+
+import math
+from collections.abc import Callable
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from saeflow.operators.rows import (
+    as_rows,
+    blocks,
+    group_maxima,
+    group_size,
+    positions,
+    refuse_rows,
+)
+from saeflow.operators.sparse import SparseLatents
+from saeflow.operators.topk import keep_positions
+
+
+def batch_topk(values: Tensor, k: float) -> Tensor:
+    """Zero all but the round(rows * k) largest entries of the batch.
+
+    Of equal entries the one with the lower flat index is kept. The batch is not sorted: the
+    K-th largest of the group maxima is a proven floor, and the exact choice is made among the
+    entries at or above it.
+
+    Args:
+        values: (..., n) floating point, n >= 1. Infinities are ordinary values.
+        k: mean number of entries to keep per row, a number >= 0; k > n keeps all.
+
+    Returns:
+        (..., n), dtype and device of `values`. Differentiable: the gradient passes unchanged
+        through the kept entries and is zero elsewhere.
+
+    Raises:
+        TypeError: `values` is not floating point, or `k` not a number.
+        ValueError: `k` is negative or not finite, or a row holds NaN (named).
+
+    Source: Bussmann et al. 2024 (arXiv:2412.06410), section 3.
+    """
+    return keep_positions(values, batch_topk_positions(values, k))
+
+
+def batch_topk_sparse(values: Tensor, k: float) -> SparseLatents:
+    """`batch_topk` of a (B, n) matrix as sparse latents: round(B * k) entries, rows of any length.
+
+    Args, Raises: as `batch_topk`, with one leading dimension. Differentiable in the values.
+    """
+    if values.ndim != 2:
+        raise ValueError(f"values must be (B, n), got {tuple(values.shape)}")
+    flat = batch_topk_positions(values, k)
+    return SparseLatents.from_positions(flat, values.reshape(-1)[flat], *values.shape)
+
+
+def batch_topk_positions(values: Tensor, k: float) -> Tensor:
+    """Ascending flat positions of the kept entries."""
+    rows = as_rows(values, "values")
+    if isinstance(k, bool) or not isinstance(k, Real):
+        raise TypeError(f"k must be a number, the mean per row, got {type(k).__name__}")
+    if not (math.isfinite(k) and k >= 0):
+        raise ValueError(f"k must be finite and >= 0, got {k}")
+    total = min(round(len(rows) * k), rows.numel())
+    size = group_size(rows.shape[1], math.ceil(k))
+    maxima = [rows.new_empty(0)]
+    for at in blocks(rows):
+        of_block = group_maxima(rows[at], size)
+        refuse_rows(of_block.isnan().any(1), at.start, "values hold NaN")
+        maxima.append(of_block.view(-1))
+    if total == 0:
+        return torch.empty(0, dtype=torch.int64, device=rows.device)
+    floor = _kth_largest(torch.cat(maxima), total)  # at least `total` entries are at or above it
+    flat = _where(rows, lambda block: block > floor, rows.numel())
+    entries = rows.view(-1)[flat]
+    if len(flat) < total:  # the floor is the K-th largest
+        ties = _where(rows, lambda block: block == floor, total - len(flat))
+        return torch.cat((flat, ties)).sort().values
+    threshold = _kth_largest(entries, total)
+    above = entries > threshold
+    ties = entries == threshold
+    return flat[above | (ties & (ties.cumsum(0) <= total - above.sum()))]
+
+
+def _where(rows: Tensor, test: Callable[[Tensor], Tensor], most: int) -> Tensor:
+    """The first `most` flat positions whose entries pass the test, ascending."""
+    found = []
+    for at in blocks(rows):
+        found.append(positions(test(rows[at]))[:most] + at.start * rows.shape[1])
+        most -= len(found[-1])
+        if most == 0:
+            break
+    return torch.cat(found)
+
+
+def _kth_largest(entries: Tensor, k: int) -> Tensor:
+    return entries.kthvalue(len(entries) - k + 1).values

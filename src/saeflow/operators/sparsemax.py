@@ -1,0 +1,123 @@
+"""Sparsemax: the probabilities closest to the scores, most of them exactly zero."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from saeflow.operators.rows import (
+    GROUP,
+    AllEntries,
+    Entries,
+    SomeEntries,
+    as_rows,
+    blocks,
+    group_maxima,
+    refuse_rows,
+)
+
+
+def sparsemax(scores: Tensor) -> Tensor:
+    """Project each row of scores on the probability simplex.
+
+    p_i = max(scores_i - tau, 0), with tau chosen so that the row sums to 1. No row is sorted:
+    the tau of the group maxima is a proven floor of tau, and tau is computed exactly, in float64,
+    from the few entries above it.
+
+    Args:
+        scores: (..., n) floating point, n >= 1, dimensionless logits; -inf excludes an entry.
+
+    Returns:
+        (..., n) probabilities, dtype and device of `scores`. Differentiable: on
+        the support S, dp_i/dscores_j = [i = j] - 1/|S|; zero elsewhere.
+
+    Raises:
+        TypeError: `scores` is not floating point.
+        ValueError: a row (named) holds NaN or inf, or only -inf.
+
+    Source: Martins & Astudillo 2016 (arXiv:1602.02068), eq. 2 and prop. 1; the iteration is
+    Michelot 1986 (doi:10.1007/BF00938486).
+    """
+    return _Sparsemax.apply(scores)
+
+
+Solve = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def simplex_candidates(
+    block: Tensor, scale: Tensor, solve: Solve, start: int
+) -> tuple[Entries, Tensor, Tensor]:
+    """The entries that can have a probability, and the threshold of each row.
+
+    Args:
+        block: (rows, n) scores, float32 or float64.
+        scale: (rows,) float64 > 0, multiplies the scores.
+        solve: (scaled scores (rows, m) with row maximum 0, scale, lower bound of tau (rows,))
+            -> tau (rows,), which never falls when entries are added.
+        start: index of the block's first row, for errors.
+
+    Returns:
+        candidates, their scaled scores relative to the row maximum (rows, m) float64, and tau
+        (rows,) in the same units.
+    """
+    n = block.shape[1]
+    size = GROUP if n >= 4 * GROUP else 1
+    maxima = group_maxima(block, size) if size > 1 else block
+    top = maxima.amax(1)
+    refuse_rows(top.isnan(), start, "scores hold NaN")
+    refuse_rows(top == float("inf"), start, "scores hold inf")
+    refuse_rows(top == -float("inf"), start, "scores are all -inf")
+    tau = torch.full_like(scale, -1.0)
+    candidates: Entries = AllEntries()
+    if size > 1:
+        tau = solve((maxima.double() - top[:, None]) * scale[:, None], scale, tau)
+        floor = (top + tau / scale).to(block.dtype)
+        candidates = SomeEntries.above(block, floor.nextafter(torch.full_like(floor, -torch.inf)))
+    entries = candidates.gather(block, -torch.inf).double()
+    entries = (entries - top[:, None]) * scale[:, None]
+    return candidates, entries, solve(entries, scale, tau)
+
+
+def _solve(entries: Tensor, _: Tensor, tau: Tensor) -> Tensor:
+    """Newton from below on the convex, piecewise linear sum: exact once the support settles.
+
+    An entry that rounds to tau itself must not enter and leave in turn, so tau never falls.
+    """
+    support = torch.full_like(tau, -1)
+    while True:
+        on = entries > tau[:, None]
+        size = on.sum(1, dtype=tau.dtype)
+        if torch.equal(size, support):
+            return tau
+        support = size
+        tau = tau.maximum((entries.where(on, 0).sum(1) - 1) / size)
+
+
+class _Sparsemax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor) -> Tensor:
+        rows = as_rows(scores, "scores")
+        p = torch.zeros_like(rows)
+        ctx.candidates = []
+        for at in blocks(rows):
+            ones = rows.new_ones(at.stop - at.start, dtype=torch.float64)
+            candidates, entries, tau = simplex_candidates(rows[at], ones, _solve, at.start)
+            candidates.scatter((entries - tau[:, None]).clamp_(min=0), p[at])
+            ctx.candidates.append((at, candidates))
+        ctx.save_for_backward(p)
+        return p.view(scores.shape).to(scores.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (p,) = ctx.saved_tensors
+        rows = grad.reshape(p.shape)
+        grad_scores = torch.zeros_like(p)
+        for at, candidates in ctx.candidates:
+            on = candidates.gather(p[at], 0) > 0
+            g = candidates.gather(rows[at].to(p.dtype), 0).where(on, 0)
+            mean = g.sum(1, keepdim=True) / on.sum(1, keepdim=True)
+            candidates.scatter((g - mean).where(on, 0), grad_scores[at])
+        return grad_scores.view(grad.shape).to(grad.dtype)

@@ -1,0 +1,203 @@
+"""What every sparse autoencoder shares: parameters, encoding, decoding, losses, unit-norm decoder.
+
+A variant says how its latents are activated, on the dense path (`activate`) and, where few latents are
+active, on the sparse one (`select`), and which losses it adds. Both paths give equal values and
+gradients; the dense one is the reference.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saeflow.errors import UserError
+from saeflow.operators import (
+    SparseLatents,
+    auxk_loss,
+    auxk_loss_sparse,
+    decode_sparse,
+    gather_pre_acts,
+    geometric_median,
+    select_auxk,
+)
+
+
+@dataclass
+class Forward:
+    """One training pass over a batch."""
+
+    x: Tensor  # (B, d_in)
+    pre_acts: Tensor  # (B, d_sae); without gradient on the sparse path
+    latents: Tensor | SparseLatents  # (B, d_sae)
+    x_hat: Tensor  # (B, d_in)
+    facts: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def is_sparse(self) -> bool:
+        return isinstance(self.latents, SparseLatents)
+
+    def l0(self) -> Tensor:
+        """(B,) number of non-zero latents."""
+        if isinstance(self.latents, SparseLatents):
+            return self.latents.l0()
+        return (self.latents.detach() != 0).sum(1)
+
+    def fired(self) -> Tensor:
+        """(d_sae,) bool: latents that are not zero somewhere in the batch."""
+        if isinstance(self.latents, SparseLatents):
+            fired = torch.zeros(self.latents.d_sae, dtype=torch.bool, device=self.x.device)
+            fired[self.latents.columns[self.latents.values.detach() != 0]] = True
+            return fired
+        return (self.latents.detach() != 0).any(0)
+
+
+class SAE(nn.Module):
+    """Base of every variant.
+
+    Args:
+        d_in: width of the activations.
+        d_sae: number of latents.
+        options: named by the variant; unknown ones are refused.
+
+    Attributes:
+        W_enc (d_in, d_sae), b_enc (d_sae), W_dec (d_sae, d_in; row i is the direction of latent i,
+        unit norm), b_dec (d_in). `W_enc.t()` is contiguous.
+    """
+
+    is_sparse = False  # latents few enough for the sparse path
+    betas: tuple[float, float] | None = None  # overrides Adam's, where a paper does
+    has_unit_norm = True
+
+    def __init__(self, d_in: int, d_sae: int) -> None:
+        super().__init__()
+        self.d_in, self.d_sae = d_in, d_sae
+        self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).t())
+        self.b_enc = nn.Parameter(torch.zeros(d_sae))
+        self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
+
+    def initialise(self, x: Tensor, generator: torch.Generator) -> None:
+        """Random unit directions, W_enc = W_decᵀ, b_dec the geometric median of x (B, d_in)."""
+        with torch.no_grad():
+            directions = torch.randn(self.d_sae, self.d_in, generator=generator)
+            self.W_dec.copy_(directions / directions.norm(dim=1, keepdim=True))
+            self.W_enc.copy_(self.W_dec.t())
+            self.b_enc.zero_()
+            self.b_dec.copy_(geometric_median(x))
+
+    # Using an SAE.
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        """(B, d_in) to (B, d_sae): (x - b_dec) W_enc + b_enc."""
+        return (x - self.b_dec) @ self.W_enc + self.b_enc
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Activations (..., d_in) to latents (..., d_sae), dense."""
+        flat = x.reshape(-1, self.d_in)
+        return self.activate(self.pre_activations(flat)).reshape(*x.shape[:-1], self.d_sae)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents (..., d_sae) to reconstruction (..., d_in)."""
+        return latents @ self.W_dec + self.b_dec
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct activations (..., d_in)."""
+        return self.decode(self.encode(x))
+
+    def allowed_k(self, x: Tensor) -> Tensor | None:
+        """(B,) how many latents each input may use, where a variant decides that by input."""
+        return None
+
+    # What a variant says.
+
+    def activate(self, pre_acts: Tensor) -> Tensor:
+        """(B, d_sae) pre-activations to latents."""
+        raise NotImplementedError
+
+    def select(self, pre_acts: Tensor) -> SparseLatents:
+        """The active entries of pre-activations (B, d_sae) without gradient (sparse variants)."""
+        raise NotImplementedError
+
+    def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
+        """Terms of the loss, each already weighted."""
+        return {"reconstruction": (fwd.x - fwd.x_hat).square().sum(1).mean()}
+
+    def begin_step(self, step: int, total: int) -> None:
+        """Set what schedules decide, before the step."""
+
+    def end_step(self, fwd: Forward) -> None:
+        """Update running statistics, after the step."""
+
+    def state_facts(self) -> dict[str, float]:
+        """What steps.csv says of the step besides losses: k, a threshold, a penalty."""
+        return {}
+
+    # Training.
+
+    def run(self, x: Tensor, *, is_sparse: bool | None = None) -> Forward:
+        """A pass that can be differentiated, on the variant's own path unless told otherwise."""
+        if not (self.is_sparse if is_sparse is None else is_sparse):
+            pre_acts = self.pre_activations(x)
+            latents = self.activate(pre_acts)
+            return Forward(x, pre_acts, latents, self.decode(latents))
+        with torch.no_grad():
+            pre_acts = self.pre_activations(x)
+            chosen = self.select(pre_acts)
+        active = gather_pre_acts(x, self.W_enc, self.b_enc, self.b_dec, pre_acts, chosen)
+        active = active.with_values(active.values.relu())
+        return Forward(x, pre_acts, active, decode_sparse(active, self.W_dec, self.b_dec))
+
+    def auxk(self, fwd: Forward, dead: Tensor) -> Tensor:
+        """How well dead latents (d_sae,) rebuild the residual (Gao et al. 2024)."""
+        residual = (fwd.x - fwd.x_hat).detach()
+        if not fwd.is_sparse:
+            return auxk_loss(residual, fwd.pre_acts, self.W_dec, dead)
+        chosen = select_auxk(fwd.pre_acts, dead, self.d_in // 2)
+        values = gather_pre_acts(fwd.x, self.W_enc, self.b_enc, self.b_dec, fwd.pre_acts, chosen)
+        return auxk_loss_sparse(residual, values, self.W_dec, dead)
+
+    @torch.no_grad()
+    def project_grad(self) -> None:
+        """Remove the part of the decoder's gradient along each row."""
+        if self.has_unit_norm and self.W_dec.grad is not None:
+            along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)
+            self.W_dec.grad.addcmul_(along[:, None], self.W_dec, value=-1)
+
+    @torch.no_grad()
+    def project_weights(self) -> None:
+        """Give the decoder's rows unit norm again."""
+        if self.has_unit_norm and self.W_dec.requires_grad:
+            self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True))
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        """From inputs divided by `scale` to raw ones: latents and biases grow by it."""
+        self.b_enc.mul_(scale)
+        self.b_dec.mul_(scale)
+
+
+def check_k(k: Any, d_sae: int) -> int:
+    """A number of latents within 1..d_sae.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= d_sae:
+        raise UserError(f"k: expected a whole number in 1..{d_sae} (d_sae), found {k!r}.")
+    return k
+
+
+def check_weight(name: str, value: Any) -> float:
+    """A weight of a loss, at least 0.
+
+    Raises:
+        UserError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e30:
+        raise UserError(f"{name}: expected a number of at least 0, found {value!r}.")
+    return float(value)
+
+
+Options = Mapping[str, Any]

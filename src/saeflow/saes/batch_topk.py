@@ -1,0 +1,77 @@
+"""BatchTopK SAE: keep the B k largest latents of the batch (Bussmann et al. 2024, arXiv:2412.06410)."""
+
+import torch
+from torch import Tensor
+
+from saeflow.operators import SparseLatents, batch_topk, batch_topk_sparse
+from saeflow.saes.base import SAE, Forward, Options, check_k, check_weight
+from saeflow.saes.schedules import make_schedule
+
+
+class BatchTopK(SAE):
+    """k latents an input on average in training; in use, the latents above a threshold.
+
+    The threshold is the running mean of the smallest positive activation kept in each batch, over
+    the steps whose k is at its target (a larger k on the way there keeps smaller ones).
+
+    Args:
+        k: mean latents per input at the end of the schedule.
+        k_schedule: how k gets there.
+        auxk_weight: weight of the AuxK loss.
+        threshold_decay: of the running mean; its start-up bias is removed.
+    """
+
+    is_sparse = True
+    threshold: Tensor
+    threshold_weight: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        k: int,
+        k_schedule: Options,
+        auxk_weight: float,
+    ) -> None:
+        super().__init__(d_in, d_sae)
+        self.k: float = check_k(k, d_sae)
+        self.schedule = make_schedule("k", k, k_schedule, 1, d_sae)
+        self.auxk_weight = check_weight("auxk_weight", auxk_weight)
+        self.threshold_decay = 0.999
+        self.register_buffer("threshold", torch.zeros(()))
+        self.register_buffer("threshold_weight", torch.zeros(()))
+
+    def begin_step(self, step: int, total: int) -> None:
+        self.k = self.schedule(step, total)
+
+    def activate(self, pre_acts: Tensor) -> Tensor:
+        if self.training:
+            return batch_topk(pre_acts.relu(), self.k)
+        return pre_acts * (pre_acts > self.threshold)
+
+    def select(self, pre_acts: Tensor) -> SparseLatents:
+        return batch_topk_sparse(pre_acts, self.k)
+
+    def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
+        return super().losses(fwd, dead) | {"auxk": self.auxk_weight * self.auxk(fwd, dead)}
+
+    @torch.no_grad()
+    def end_step(self, fwd: Forward) -> None:
+        latents = fwd.latents
+        values = latents.values if isinstance(latents, SparseLatents) else latents
+        positive = values.detach()[values > 0]
+        if len(positive) == 0 or self.k != self.schedule.target:
+            return
+        decay = self.threshold_decay
+        weight = decay * self.threshold_weight + (1 - decay)
+        step = (1 - decay) / weight
+        self.threshold.add_(step * (positive.min() - self.threshold))
+        self.threshold_weight.copy_(weight)
+
+    def fold_scale(self, scale: float) -> None:
+        super().fold_scale(scale)
+        self.threshold.mul_(scale)
+
+    def state_facts(self) -> dict[str, float]:
+        return {"k": self.k, "threshold": self.threshold.item()}

@@ -1,0 +1,86 @@
+"""A trained SAE on disk: weights.safetensors and config.json, in raw-activation units."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from saeflow.errors import UserError
+from saeflow.files import read_json, write_json
+from saeflow.saes.base import SAE
+from saeflow.saes.variants import build
+
+FORMAT = "saeflow-sae"
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG = "weights.safetensors", "config.json"
+_KEYS = ("variant", "options", "d_in", "d_sae")
+
+
+def save(sae: SAE, folder: Path, config: Mapping[str, Any]) -> None:
+    """Write an SAE into an existing folder.
+
+    Args:
+        config: at least variant, options, d_in and d_sae; what else describes the SAE.
+    """
+    tensors = {
+        name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()
+    }
+    save_file(tensors, folder / WEIGHTS)
+    write_json(folder / CONFIG, {"format": FORMAT, "format_version": FORMAT_VERSION, **config})
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json says of a trained SAE.
+
+    Raises:
+        UserError: it is missing, damaged or not an SAE of this format.
+    """
+    path = folder / CONFIG
+    config = read_json(path)
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise UserError(f"{path}: expected the config of a saeflow SAE, found another file.")
+    if config.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: expected format version {FORMAT_VERSION}, found {config.get('format_version')}. "
+            "Train the SAE again, or use the saeflow it was made with."
+        )
+    if missing := [key for key in _KEYS if key not in config]:
+        raise UserError(f"{path}: the key {', '.join(missing)} is missing. Train the SAE again.")
+    return config
+
+
+def load(folder: Path | str) -> SAE:
+    """Load a trained SAE; it takes and returns raw activations.
+
+    Raises:
+        UserError: a file is missing or damaged, or weights do not fit the config.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    path = folder / WEIGHTS
+    sae = build(config["variant"], config["d_in"], config["d_sae"], config["options"])
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Train the SAE again.") from None
+    except SafetensorError as error:
+        raise UserError(f"{path}: damaged ({error}). Train the SAE again.") from None
+    expected = sae.state_dict()
+    wrong = {name for name in expected.keys() ^ tensors.keys()}
+    wrong |= {n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape}
+    if wrong:
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items() if name in wrong}
+        raise UserError(
+            f"{path}: expected the weights that {CONFIG} describes, found others: "
+            f"{', '.join(sorted(wrong))} ({json.dumps(shapes)}). Train the SAE again."
+        )
+    if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        raise UserError(f"{path}: {', '.join(bad)} is not finite. Train the SAE again.")
+    with torch.no_grad():
+        for name, tensor in sae.state_dict(keep_vars=True).items():
+            tensor.copy_(tensors[name])
+    return sae.eval()

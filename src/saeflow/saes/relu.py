@@ -1,0 +1,35 @@
+"""ReLU SAE with an L1 penalty (Bricken et al. 2023; Cunningham et al. 2023, arXiv:2309.08600)."""
+
+import torch
+from torch import Tensor
+
+from saeflow.saes.base import SAE, Forward, Options, check_weight
+from saeflow.saes.schedules import make_schedule
+
+
+class ReLU(SAE):
+    """z = relu(a); the loss adds l1 * sum_i z_i ||W_dec,i||, the mean over the batch.
+
+    Args:
+        l1: weight of the penalty at the end of its schedule.
+        l1_schedule: how it gets there, such as a linear warm-up from 0.
+    """
+
+    def __init__(self, d_in: int, d_sae: int, *, l1: float, l1_schedule: Options) -> None:
+        super().__init__(d_in, d_sae)
+        self.schedule = make_schedule("l1", check_weight("l1", l1), l1_schedule, 0, float("inf"))
+        self.l1 = self.schedule.target
+
+    def begin_step(self, step: int, total: int) -> None:
+        self.l1 = self.schedule(step, total)
+
+    def activate(self, pre_acts: Tensor) -> Tensor:
+        return pre_acts.relu()
+
+    def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
+        assert isinstance(fwd.latents, Tensor)
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1)
+        return super().losses(fwd, dead) | {"l1": self.l1 * (fwd.latents @ norms).mean()}
+
+    def state_facts(self) -> dict[str, float]:
+        return {"l1_weight": self.l1}

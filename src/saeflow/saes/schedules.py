@@ -1,0 +1,65 @@
+"""Schedules: how an option reaches its value over the steps of a run."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from saeflow.errors import UserError
+
+KINDS = ("constant", "linear", "cosine", "exponential", "step")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """From `start` to `target` over the first `until` share of the steps; then `target`.
+
+    `linear` and `exponential` move by equal differences and ratios, `cosine` along half a period,
+    `step` in `steps` equal jumps; `constant` is at the target from the first step.
+    """
+
+    target: float
+    kind: str = "constant"
+    start: float = 0.0
+    until: float = 1.0
+    steps: int = 1
+
+    def __call__(self, step: int, total: int) -> float:
+        """The value at a step counted from 0, of `total` steps."""
+        length = self.until * total
+        if self.kind == "constant" or step >= length:
+            return self.target
+        share = step / length
+        match self.kind:
+            case "cosine":
+                share = (1 - math.cos(math.pi * share)) / 2
+            case "step":
+                share = math.floor(share * self.steps) / self.steps
+            case "exponential":
+                return self.start * (self.target / self.start) ** share
+        return self.start + (self.target - self.start) * share
+
+
+def make_schedule(
+    name: str, target: float, params: Mapping[str, Any], low: float, high: float
+) -> Schedule:
+    """A schedule from its parameters, with its start and target within low..high.
+
+    Raises:
+        UserError: an unknown kind or key, or a value out of range.
+    """
+    values = dict(params)
+    kind = values.pop("kind", None)
+    fields = {"constant": set(), "step": {"from", "until", "steps"}}.get(kind, {"from", "until"})
+    if kind not in KINDS or set(values) != fields:
+        raise UserError(
+            f"{name}_schedule: expected kind (one of {', '.join(KINDS)}) with its keys, found "
+            f"{dict(params)}."
+        )
+    start = values.pop("from", target)
+    for end in (start, target):
+        if not low <= end <= high:
+            raise UserError(f"{name}_schedule: expected values in {low:g}..{high:g}, found {end}.")
+    if kind == "exponential" and (start <= 0 or target <= 0):
+        raise UserError(f"{name}_schedule: an exponential schedule needs values above 0.")
+    return Schedule(target=target, kind=kind, start=start, **values)

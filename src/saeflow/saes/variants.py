@@ -1,0 +1,30 @@
+"""The table of variants: a new one is one file, one line here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from saeflow.errors import UserError
+from saeflow.saes.base import SAE
+from saeflow.saes.batch_topk import BatchTopK
+from saeflow.saes.relu import ReLU
+from saeflow.saes.topk import TopK
+
+VARIANTS: dict[str, type[SAE]] = {
+    "batch_topk": BatchTopK,
+    "relu": ReLU,
+    "topk": TopK,
+}
+
+
+def build(variant: str, d_in: int, d_sae: int, options: Mapping[str, Any]) -> SAE:
+    """A new SAE of a variant, with zero weights until `initialise` or a load.
+
+    Raises:
+        UserError: an unknown variant, an unknown or missing option, a value out of range.
+    """
+    if variant not in VARIANTS:
+        raise UserError(f"variant: expected one of {', '.join(VARIANTS)}, found {variant!r}.")
+    try:
+        return VARIANTS[variant](d_in, d_sae, **options)
+    except TypeError as error:
+        raise UserError(f"{variant}: its options do not fit: {error}.") from None

@@ -1,0 +1,99 @@
+"""Sources of activations: models that read text, and synthetic data whose truth is known.
+
+A kind of source is one module with `check`, `external_inputs`, `prepare_inputs` and `open_source`, and
+one line in KINDS. Modules are imported when they are used, so that checking parameters loads no model code.
+"""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from saeflow.errors import UserError
+from saeflow.files import file_digest
+from saeflow.sources.base import Block, Source
+
+__all__ = [
+    "KINDS", "Block", "Source", "check_source", "external_digest", "external_inputs", "open_source",
+    "prepare_inputs",
+]  # fmt: skip
+
+KINDS = {
+    "synthetic": "saeflow.sources.synthetic",
+    "text": "saeflow.sources.text",
+}
+
+ENGLISH = "bundled:english"
+PINNED = ("hub:", "wheel:", "dataset:")
+"""Names of things from outside that carry their own digest: a commit, or the SHA-256 of an archive."""
+
+
+def _kind(params: Mapping[str, Any]) -> ModuleType:
+    kind = params["kind"]
+    if kind not in KINDS:
+        raise UserError(f"kind: expected one of {', '.join(sorted(KINDS))}, found {kind!r}.")
+    return importlib.import_module(KINDS[kind])
+
+
+def check_source(name: str, params: Mapping[str, Any], folder: Path) -> None:
+    """Refuse parameters that the source's first job would refuse; loads no weights, uses no network.
+
+    Args:
+        name: the source's name, for messages.
+        params: one entry of `sources`.
+        folder: the source's results folder, which may hold its model already.
+
+    Raises:
+        UserError: a layer that the model lacks, an unknown layout, impossible synthetic data.
+    """
+    _kind(params).check(name, params, folder)
+
+
+def external_inputs(params: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of what `prepare_inputs` reads from outside the results, by name."""
+    return dict(_kind(params).external_inputs(params))
+
+
+def external_digest(name: str) -> str | None:
+    """The present digest of something from outside; None where its name pins it already.
+
+    Raises:
+        UserError: the file is missing.
+    """
+    if name.startswith(PINNED):
+        return None
+    if name == ENGLISH:
+        from saeflow.sources.english import digest
+
+        return digest()
+    path = Path(name)
+    if not path.is_file():
+        raise UserError(f"{path}: the file is missing, results were made from it. Restore it.")
+    return file_digest(path)
+
+
+def prepare_inputs(
+    params: Mapping[str, Any], rows: Mapping[str, int], model: Path, folder: Path
+) -> None:
+    """Write what a source reads: token ids of its text, or its true dictionary.
+
+    Args:
+        params: one entry of `sources`.
+        rows: rows asked for, by split; rounded up to whole contexts.
+        model: the folder that `fetch_model` wrote (text sources).
+        folder: existing folder to write into.
+    """
+    _kind(params).prepare_inputs(params, rows, model, folder)
+
+
+def open_source(params: Mapping[str, Any], folder: Path, device: str) -> Source:
+    """Open a source whose model and inputs are in `folder`/model and `folder`/inputs.
+
+    Args:
+        params: one entry of `sources`.
+        folder: results/sources/NAME.
+        device: where the model runs; activations come back on the CPU.
+    """
+    source: Source = _kind(params).open_source(params, folder, device)
+    return source

@@ -1,0 +1,39 @@
+"""What every source of activations offers."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Column = tuple[np.dtype, tuple[int, ...]]
+"""dtype and trailing shape of a column."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows of some contexts, in (context, position) order."""
+
+    activations: "dict[str, Tensor]"
+    """By hook point: (rows, d_in) float32 on the CPU."""
+    columns: dict[str, np.ndarray]
+    """By name: (rows, ...), which input each row came from and, where known, its truth."""
+
+
+class Source(Protocol):
+    """Activations of contexts; each context gives `rows_per_context` rows."""
+
+    hook_points: list[str]
+    d_in: dict[str, int]
+    rows_per_context: int
+    columns: dict[str, Column]
+
+    def n_contexts(self, split: str) -> int:
+        """Number of contexts of a split."""
+        ...
+
+    def block(self, split: str, start: int, stop: int) -> Block:
+        """Activations of contexts [start, stop); the same bits in whatever pieces they are asked for."""
+        ...

