@@ -65,3 +65,19 @@ def test_rows_that_are_not_finite_are_refused(store: Any) -> None:
     store.x[7, 2] = float("nan")
     with pytest.raises(UserError, match="not finite"):
         principal_components(store, 100, "cpu")
+
+
+class Rounded(Identity):
+    """A reconstruction that treats each entry by itself: no matrix product, so no rounding of one."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.round(x).relu()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 400])
+def test_batch_size_does_not_change_a_metric(store: Any, batch_size: int) -> None:
+    def measured(size: int) -> dict[str, float]:
+        statistics = row_statistics(store, ALL_ROWS, size, "cpu")
+        return measure_rows(Rounded(9), store, ALL_ROWS, statistics, size, "cpu").metrics
+
+    assert measured(batch_size) == pytest.approx(measured(50), rel=1e-10, abs=1e-12)

@@ -11,11 +11,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from saeflow.config import SAEConfig, TrainingConfig
 from saeflow.errors import UserError
-from saeflow.evaluation import Bench, evaluate_baselines
+from saeflow.evaluation import Bench, evaluate_baselines, evaluate_sae
+from saeflow.evaluation.recovery import Recovery
 from saeflow.evaluation.splice import write_clean
+from saeflow.evaluation.tables import collect
+from saeflow.saes import load, read_config
 from saeflow.sources import open_source, prepare_inputs
+from saeflow.sources.hook_points import splice
 from saeflow.stores import finalise, open_store, write_part
+from saeflow.training import train
 
 HOOK_POINT = "blocks.1.resid_post"
 STORE = {
@@ -27,8 +33,8 @@ TEXT = {
     "max_norm_multiple": 10, "forward_batch": 4,
 }  # fmt: skip
 SYNTHETIC = {
-    "kind": "synthetic", "hook_points": ["features"], "d_in": 12, "n_features": 16,
-    "coherence": None, "l0_law": {"kind": "uniform", "smallest": 1, "largest": 5},
+    "kind": "synthetic", "hook_points": ["features"], "d_in": 12, "n_features": 12,
+    "coherence": 0.1, "l0_law": {"kind": "uniform", "smallest": 1, "largest": 5},
     "frequency_exponent": 0, "correlation": None, "hierarchy": None,
     "coefficient": {"kind": "normal", "mean": 1.0, "std": 0.2}, "noise_std": 0.0,
     "skip_first": False, "max_norm_multiple": None, "seed": 0,
@@ -75,6 +81,30 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mean = open_store(root / "stores" / "tiny" / "train" / f"{HOOK_POINT}.zarr").mean
     write_clean(TEXT, text, HOOK_POINT, mean.numpy(), EVALUATION["ce_contexts"], "cpu", clean)
     return root
+
+
+def train_sae(results: Path, source: str, hook_point: str, variant: str, seed: int = 0) -> Path:
+    """Folder of a briefly trained SAE."""
+    options: dict[str, Any] = {"k": 4, "k_schedule": {"kind": "constant"}, "auxk_weight": 0.03125}
+    if variant == "relu":
+        options = {"l1": 0.5, "l1_schedule": {"kind": "constant"}}
+    name = f"{source}/{hook_point}/{variant}/d24-seed{seed}"
+    config = SAEConfig(
+        name=name, entry=variant, variant=variant, source=source, hook_point=hook_point, d_sae=24,
+        seed=seed, options=options,
+        training=TrainingConfig(
+            tokens=12800, batch_size=64, lr=3e-3, betas=(0.9, 0.999), lr_warmup_steps=10,
+            lr_decay_fraction=0.2, grad_clip=1.0, dead_after_tokens=4000, train_decoder=True,
+            log_every_steps=100,
+        ),
+    )  # fmt: skip
+    folder = results / "saes" / name
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        store = open_store(results / "stores" / source / "train" / f"{hook_point}.zarr")
+        runtime = {"device": "cpu", "precision": "fp32", "checkpoint_every_s": 1000}
+        train(store, config, runtime, folder)
+    return folder
 
 
 def wide(folder: Path) -> pd.DataFrame:
@@ -142,10 +172,10 @@ def test_the_true_code_is_recovered_whole(results: Path) -> None:
     oracle = Oracle(features)
 
     def encode(x: torch.Tensor) -> torch.Tensor:
-        latents = torch.zeros(len(x), 16)
+        latents = torch.zeros(len(x), 12)
         for i, row in enumerate(place[one.numpy().tobytes()] for one in x):
             on = indices[row] >= 0
-            latents[i, 15 - indices[row][on]] = torch.tensor(values[row][on])
+            latents[i, 11 - indices[row][on]] = torch.tensor(values[row][on])
         return latents
 
     oracle.encode = encode
@@ -165,3 +195,78 @@ def test_an_sae_of_another_store_is_refused(results: Path) -> None:
     config |= {"source": "synthetic", "hook_point": "features", "d_in": 13}
     with pytest.raises(UserError, match=r"width 13, .* found 12"):
         bench.check_fits(config)
+
+
+@pytest.mark.parametrize("variant", ["topk", "batch_topk", "relu"])
+def test_trained_saes_go_from_folder_to_tables(results: Path, tmp_path: Path, variant: str) -> None:
+    folders = []
+    for source, hook_point in (("synthetic", "features"), ("tiny", HOOK_POINT)):
+        sae = train_sae(results, source, hook_point, variant)
+        out = tmp_path / source
+        out.mkdir()
+        bench = Bench(results, source, hook_point, EVALUATION, "cpu")
+        evaluate_sae(load(sae), read_config(sae), bench, out)
+        folders.append((out, sae))
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    collect([out for out, _ in folders], [sae for _, sae in folders], tables)
+    found = wide(tables)
+    synthetic = found.loc[f"synthetic/features/{variant}/d24-seed0"]
+    text = found.loc[f"tiny/{HOOK_POINT}/{variant}/d24-seed0"]
+    features = load_file(results / "sources/synthetic/inputs/dictionary.safetensors")["features"]
+    untrained = Recovery(features, torch.randn(24, 12, generator=torch.Generator().manual_seed(0)))
+    assert synthetic.mmcs > untrained.metrics_of_dictionary()["mmcs"] + 0.1
+    assert synthetic.support_recall > 0.5
+    assert np.isnan(synthetic.kl)
+    assert np.isnan(text.mmcs)
+    assert 0 < text.fvu < 0.9
+    assert text.ce_tokens == 6 * 15
+    if variant == "topk":
+        assert text.l0_p95 <= 4
+    ids = np.load(results / "sources/tiny/inputs/evaluation.npy")[::2].astype(np.int64)
+    sae = load(folders[1][1])
+    model = LlamaForCausalLM.from_pretrained(results / "sources/tiny/model")
+
+    def reconstruct(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x[:, :1], sae(x[:, 1:])], dim=1)
+
+    with torch.no_grad(), splice(model, HOOK_POINT, reconstruct):
+        whole = model(input_ids=torch.tensor(ids), labels=torch.tensor(ids)).loss
+    assert text.ce_spliced == pytest.approx(float(whole), abs=2e-6)
+    assert text.ce_degradation == pytest.approx(float(whole) - text.ce_clean, abs=2e-6)
+    steps = pd.read_csv(tables / "training.csv")
+    assert set(steps.run) == {f"synthetic/features/{variant}/d24-seed0", f"tiny/{HOOK_POINT}/{variant}/d24-seed0"}  # fmt: skip
+    assert (steps.groupby("run").tokens_seen.max() == 12800).all()
+
+
+def test_metrics_of_a_trained_sae_match_a_plain_loop(results: Path) -> None:
+    """fvu, cosine and L0 of a saved SAE, written out in float64 from its weights."""
+    bench = Bench(results, "tiny", HOOK_POINT, EVALUATION, "cpu")
+    sae = load(train_sae(results, "tiny", HOOK_POINT, "relu"))
+    got = bench.measure(sae, recovery=False).metrics
+    x = bench.held_out.read(0, bench.held_out.rows).double().numpy()
+    w = {name: value.detach().double().numpy() for name, value in sae.named_parameters()}
+    z = np.maximum((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"], 0)
+    x_hat = z @ w["W_dec"] + w["b_dec"]
+    fvu = ((x - x_hat) ** 2).sum() / ((x - x.mean(0)) ** 2).sum()
+    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(x_hat, axis=1)
+    assert got["fvu"] == pytest.approx(fvu, rel=1e-5)
+    assert got["cosine"] == pytest.approx(((x * x_hat).sum(1) / norms).mean(), rel=1e-6)
+    assert got["l0_mean"] == pytest.approx((z > 1e-6).sum(1).mean(), rel=1e-2)
+    assert got["dead_fraction"] == pytest.approx(((z > 1e-6).sum(0) == 0).mean(), abs=0.05)
+
+
+@pytest.mark.parametrize("batch_size", [5, 37, 1000])
+def test_batch_size_does_not_change_a_metric_of_a_trained_sae(
+    results: Path, batch_size: int
+) -> None:
+    """Beyond the rounding of float32 matrix products, whose kernels depend on the shape."""
+    for source, hook_point in (("synthetic", "features"), ("tiny", HOOK_POINT)):
+        sae = load(train_sae(results, source, hook_point, "topk"))
+        expected, got = (
+            Bench(results, source, hook_point, EVALUATION | {"batch_size": size}, "cpu")
+            .measure(sae, recovery=True)
+            .metrics
+            for size in (100, batch_size)
+        )
+        assert got == pytest.approx(expected, rel=1e-6, abs=1e-7)

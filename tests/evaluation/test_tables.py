@@ -5,6 +5,8 @@ import io
 import json
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -186,8 +188,8 @@ def test_a_missing_table_is_named(tmp_path: Path) -> None:
 
 
 def test_numbers_survive_and_have_one_form() -> None:
-    assert [number(v) for v in (3, 3.0, 0.1, 1 / 3, None, "x")] == [
-        "3", "3", "0.1", "0.333333333333", "", "x",
+    assert [number(v) for v in (3, 3.0, 0.1, 1 / 3, -0.0, None, "x")] == [
+        "3", "3", "0.1", "0.333333333333", "0", "", "x",
     ]  # fmt: skip
     with pytest.raises(ValueError, match="finite"):
         number(float("nan"))
@@ -204,3 +206,8 @@ def test_schedules_are_told_apart() -> None:
     assert describe_schedule({"k": 8, "k_schedule": linear}) == "linear 576 until 0.01"
     step = {"kind": "step", "from": 64, "until": 0.5, "steps": 4}
     assert describe_schedule({"l1_schedule": step}) == "step 64 until 0.5 in 4 steps"
+
+
+def test_gathering_tables_loads_no_torch() -> None:
+    code = "import sys, saeflow.evaluation.tables; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saeflow.operators import rows
 from saeflow.operators.jumprelu import jumprelu, step
 
 
@@ -62,10 +63,18 @@ def test_step_gives_no_gradient_to_pre_acts() -> None:
 
 
 def test_kernel_is_open_at_its_edges() -> None:
-    threshold = torch.tensor(1.0, requires_grad=True)
+    threshold = torch.ones(4, requires_grad=True)
     pre_acts = torch.tensor([0.75, 0.7500001, 1.2499999, 1.25])
-    grads = [torch.autograd.grad(step(a, threshold, 0.5), threshold)[0].item() for a in pre_acts]
-    assert grads == [0, -2, -2, 0]
+    step(pre_acts, threshold, 0.5).sum().backward()
+    assert threshold.grad.tolist() == [0, -2, -2, 0]
+
+
+def test_blocks_do_not_change_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    pre_acts, threshold = torch.rand(5, 10, 30), torch.rand(30, requires_grad=True)
+    whole = torch.autograd.grad(step(pre_acts, threshold, 0.2).sum(), threshold)[0]
+    monkeypatch.setitem(rows.BLOCK, "cpu", 100)
+    got = torch.autograd.grad(step(pre_acts, threshold, 0.2).sum(), threshold)[0]
+    torch.testing.assert_close(got, whole)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (12,), (3, 1), (3, 12)])
@@ -109,6 +118,8 @@ def test_wrong_arguments_are_refused(operator: Callable[..., Tensor]) -> None:
         operator(floats, torch.zeros(3), 1.0)
     with pytest.raises(ValueError, match="does not broadcast"):
         operator(floats, torch.zeros(2, 3, 4), 1.0)
+    with pytest.raises(ValueError, match=r"pre_acts must have shape \(..., n\), got \(\)"):
+        operator(torch.tensor(1.0), torch.tensor(1.0), 1.0)
     with pytest.raises(
         TypeError, match=r"pre_acts must be a floating point tensor, got torch\.int64"
     ):

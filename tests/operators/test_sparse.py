@@ -189,6 +189,19 @@ def test_non_contiguous_weights_and_inputs() -> None:
         torch.testing.assert_close(ours, reference)
 
 
+def test_bfloat16_pre_acts_keep_float32_gradients() -> None:
+    W_dec = torch.randn(M, D)
+    x, W_enc = torch.randn(B, D), W_dec.t().requires_grad_()
+    pre_acts = (x @ W_enc).detach().bfloat16()
+    chosen = topk_sparse(pre_acts, 4)
+    latents = gather_pre_acts(x, W_enc, torch.zeros(M), torch.zeros(D), pre_acts, chosen)
+    assert latents.values.dtype == torch.float32
+    assert torch.equal(latents.values, chosen.values.float())
+    got = torch.autograd.grad(decode_sparse(latents, W_dec).sum(), W_enc)[0]
+    signal = chosen.with_values(W_dec.sum(1)[chosen.columns]).dense()
+    torch.testing.assert_close(got, x.t() @ signal)
+
+
 def test_float32_and_no_rows() -> None:
     latents = topk_sparse(torch.randn(0, 4), 2)
     W_dec = torch.randn(4, 3, requires_grad=True)

@@ -1,5 +1,6 @@
 """Tiny models of every layout, with random weights, and a real small tokenizer."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def config_of(name: str) -> Any:
     ids = {key: SIZES[key] for key in ("vocab_size", "bos_token_id", "eos_token_id")}
     if name == "gemma3":  # with a vision tower
         vision = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        vision |= {"intermediate_size": 8, "image_size": 28}
         return transformers.Gemma3Config(
             text_config={**sizes, **ids, **extra}, vision_config=vision, image_token_index=400
         )
@@ -66,6 +68,15 @@ def tiny_model(name: str, seed: int = 0) -> Any:
     for parameter in model.parameters():
         parameter.normal_(std=0.3)
     return model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors here are tiny: more threads would only wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The bundled English is prose of this Python, the same each time, and nothing is executed for it."""
 
 import asyncio
+import inspect
 import os
 import pydoc_data.topics
 import subprocess
@@ -14,9 +15,7 @@ def test_it_holds_the_language_reference_and_the_librarys_docstrings() -> None:
     documents = english.documents()
     for name in ("lambda", "exceptions", "specialnames"):
         assert pydoc_data.topics.topics[name].strip() in documents
-    text = "\n".join(documents)
-    assert "Runs the subprocess" in text or "Return a new event loop" in text
-    assert (asyncio.gather.__doc__ or "").strip().splitlines()[0] in text
+    assert inspect.getdoc(asyncio.gather) in "\n".join(documents)
 
 
 def test_there_is_enough_for_a_small_demonstration() -> None:

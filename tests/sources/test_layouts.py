@@ -50,7 +50,7 @@ def test_hook_points_are_ordered_as_the_model_runs() -> None:
         "block.3.mlp_out",
         "blocks.3.mlp_out ",
         "blocks.3.mlp_out.x",
-    ],  # fmt: skip
+    ],
 )
 def test_a_bad_name_says_what_a_good_one_is(name: str) -> None:
     with pytest.raises(UserError, match=r"expected blocks\.N\.resid_pre\|attn_out"):

@@ -39,7 +39,7 @@ def test_many_rows_are_compared_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_directions_without_room_are_refused() -> None:
-    with pytest.raises(UserError, match=r"64 features in 8 dimensions do not get below 0\.[3-6]"):
+    with pytest.raises(UserError, match=r"64 features in 8 dimensions .* found 0\.1\."):
         true_dictionary(64, 8, 0.1, np.random.default_rng(0))
 
 

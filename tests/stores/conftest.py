@@ -80,17 +80,17 @@ def source() -> TinySource:
     return TinySource()
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_source() -> type[TinySource]:
     return TinySource
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_store() -> Callable[..., dict[str, str]]:
     return write_store
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def store_params() -> dict[str, Any]:
     return dict(STORE)
 

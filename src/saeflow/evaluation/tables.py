@@ -46,7 +46,7 @@ def number(value: float | int | str | None) -> str:
         return str(value)
     if not math.isfinite(value):
         raise ValueError(f"expected a finite number for a table, got {value}")
-    return f"{value:.12g}"
+    return f"{value + 0.0:.12g}"  # + 0.0: no negative zero
 
 
 def identify(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -267,7 +267,7 @@ _HEAD = ("entry", "setting", "schedule", "seeds")
 
 
 def policy_note(line: Mapping[str, str]) -> str:
-    """One sentence on which rows the numbers are of."""
+    """Which rows and tokens the numbers are of."""
     first = "left out" if line["first_position_excluded"] == "1" else "included"
     multiple = line["max_norm_multiple"]
     norm = f"above {multiple} x the median training norm left out" if multiple else "of any norm"
@@ -279,7 +279,13 @@ def policy_note(line: Mapping[str, str]) -> str:
             f" Cross-entropy and KL: {line['ce_tokens']} predicted tokens, in nats, {kept} the "
             "activation of each first position."
         )
-    return text + " Mean and standard deviation over seeds."
+    return text
+
+
+def _notes(lines: Iterable[Mapping[str, str]]) -> str:
+    """The row policies of some lines (one, where all were measured alike)."""
+    policies = dict.fromkeys(policy_note(line) for line in lines)
+    return " ".join([*policies, "Mean and standard deviation over seeds."])
 
 
 def _cell(line: Mapping[str, str], name: str, plus_minus: str) -> str:
@@ -302,7 +308,7 @@ def as_markdown(lines: list[Row]) -> str:
         body = "\n".join(
             "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table
         )
-        parts.append(f"## {title}\n\n{body}\n\n{policy_note(held[0])}\n")
+        parts.append(f"## {title}\n\n{body}\n\n{_notes(held)}\n")
     return "\n".join(parts)
 
 
@@ -336,7 +342,7 @@ def as_latex(lines: list[Row]) -> str:
                 [
                     r"\begin{table}",
                     r"\centering",
-                    rf"\caption{{{escape_latex(title)}. {escape_latex(policy_note(held[0]))}}}",
+                    rf"\caption{{{escape_latex(title)}. {escape_latex(_notes(held))}}}",
                     rf"\begin{{tabular}}{{{'l' * len(_HEAD)}{'r' * len(names)}}}",
                     r"\toprule",
                     " & ".join(map(escape_latex, head)) + r" \\",

@@ -12,10 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_pdf import FigureCanvasPdf
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 COLUMN_WIDTH = 3.4  # inches, one column of a two-column paper
 TEXT_WIDTH = 7.0  # inches, the whole page
@@ -103,8 +107,8 @@ _SPARE = (("#7A7A00", "p"), ("#006D6D", "H"), ("#B00060", "8"))  # for a variant
 LINE_STYLES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
 
 METRICS = {
-    "l0_mean": "active latents per token (mean L0)",
-    "l0": "active latents per token (L0)",
+    "l0_mean": "mean L0 (active latents per token)",
+    "l0": "L0 (active latents per token)",
     "k": "k",
     "fvu": "FVU",
     "nmse": "NMSE",
@@ -157,9 +161,7 @@ def shades(color: str, count: int) -> list[tuple[float, float, float]]:
     """`count` tints of a colour, from light to the colour itself."""
     base = to_rgb(color)
     weights = [1.0] if count == 1 else [0.4 + 0.6 * i / (count - 1) for i in range(count)]
-    return [
-        (1 - w + w * base[0], 1 - w + w * base[1], 1 - w + w * base[2]) for w in weights
-    ]
+    return [(1 - w + w * base[0], 1 - w + w * base[1], 1 - w + w * base[2]) for w in weights]
 
 
 @contextmanager
@@ -195,12 +197,7 @@ def log_axis(ax: Axes, axis: str, low: float, high: float) -> None:
     """
     getattr(ax, f"set_{axis}scale")("log")
     getattr(ax, f"set_{axis}lim")(low, high)
-    if high / low <= 30:
-        subs = (1.0, 2.0, 5.0)
-    elif high / low <= 300:
-        subs = (1.0, 3.0)
-    else:
-        subs = (1.0,)
+    subs = [1.0, 2.0, 5.0] if high / low <= 30 else [1.0, 3.0] if high / low <= 300 else [1.0]
     target = ax.xaxis if axis == "x" else ax.yaxis
     target.set_major_locator(LogLocator(subs=subs, numticks=20))
     target.set_major_formatter(FuncFormatter(plain))
@@ -210,9 +207,25 @@ def log_axis(ax: Axes, axis: str, low: float, high: float) -> None:
     target.set_minor_formatter(NullFormatter())
 
 
+def l0_axis(ax: Axes, low: float, high: float) -> None:
+    """A logarithmic x axis over [low, high] whose ticks are powers of two, as k usually is."""
+    log_axis(ax, "x", low, high)
+    powers = np.arange(np.ceil(np.log2(low)), np.floor(np.log2(high)) + 1)
+    every = -(-len(powers) // 8) or 1
+    first = len(powers) % every and (len(powers) - 1) % every
+    ax.xaxis.set_major_locator(FixedLocator(list(2.0 ** powers[int(first) :: every])))
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
 def save(figure: Figure, stem: Path) -> None:
     """Write STEM.svg, .pdf and .png: the same figure gives the same bytes."""
-    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": "saeflow"})
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")  # placed once, so that all three formats are alike
+    # The canvases' own methods: savefig would draw everything a second time to place it again.
+    FigureCanvasSVG(figure).print_svg(
+        stem.with_suffix(".svg"), metadata={"Date": None, "Creator": "saeflow"}
+    )
     nothing = {"Creator": None, "Producer": None, "CreationDate": None}
-    figure.savefig(stem.with_suffix(".pdf"), metadata=nothing)
-    figure.savefig(stem.with_suffix(".png"), dpi=PNG_DPI, metadata={"Software": None})
+    FigureCanvasPdf(figure).print_pdf(stem.with_suffix(".pdf"), metadata=nothing)
+    figure.set_dpi(PNG_DPI)
+    FigureCanvasAgg(figure).print_png(stem.with_suffix(".png"), metadata={"Software": None})

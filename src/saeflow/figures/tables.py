@@ -14,8 +14,9 @@ from saeflow.evaluation.tables import HISTOGRAM_COLUMNS, IDS, METRIC_COLUMNS, na
 from saeflow.figures import style
 
 UNTRAINED = ("identity", "mean", "pca")
-TEXT = {column: str for column in (*IDS, "metric", "histogram", "setting")} | {
-    column: float for column in ("d_sae", "k", "k_target", "tokens", "seed")
+TYPES: dict[str, type] = {
+    **dict.fromkeys((*IDS, "metric", "histogram"), str),
+    **dict.fromkeys(("d_sae", "k", "k_target", "tokens", "seed"), float),
 }
 
 
@@ -44,7 +45,7 @@ class Tables:
         rows = self.metrics[
             (self.metrics["metric"] == metric) & ~self.metrics["variant"].isin(UNTRAINED)
         ]
-        return sorted(set(zip(rows["source"], rows["hook_point"], strict=True)))
+        return panels_of(rows)
 
 
 def load_tables(folder: Path) -> Tables:
@@ -64,10 +65,10 @@ def load_tables(folder: Path) -> Tables:
 def _read(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     try:
         header = pd.read_csv(path, nrows=0, dtype=str).columns
-        numbers = [c for c in header if TEXT.get(c) is not str]
+        numbers = [c for c in header if TYPES.get(c) is not str]
         table = pd.read_csv(
             path,
-            dtype={column: kind for column, kind in TEXT.items() if column in header},
+            dtype={column: kind for column, kind in TYPES.items() if column in header},
             keep_default_na=False,
             na_values={column: [""] for column in numbers},
         )
@@ -116,6 +117,17 @@ def is_sae(table: pd.DataFrame) -> pd.Series:
 def panel_title(panel: tuple[str, str]) -> str:
     """A panel's name; the synthetic sources' one hook point goes without saying."""
     return panel[0] if panel[1] == "features" else f"{panel[0]}, {panel[1]}"
+
+
+def panels_of(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """The (source, hook point) pairs of some rows, in order of name."""
+    return sorted(set(zip(rows["source"], rows["hook_point"], strict=True)))
+
+
+def metric_label(metric: str, panel: tuple[str, str]) -> str:
+    """A metric's name with its unit; rows of a synthetic source are samples, not tokens."""
+    label = style.metric_label(metric)
+    return label.replace("token", "sample") if panel[1] == "features" else label
 
 
 def check_budgets(tables: Tables, rows: pd.DataFrame, options: Mapping[str, Any]) -> None:
@@ -190,6 +202,7 @@ def series_of(rows: pd.DataFrame) -> list[Series]:
         rows.groupby("series", sort=False),
         key=lambda item: (
             style.rank(item[1]["variant"].iloc[0], item[1]["entry"].iloc[0]),
+            natural(item[1]["entry"].iloc[0]),
             natural(str(item[0])),
         ),
     )
@@ -204,11 +217,14 @@ def series_of(rows: pd.DataFrame) -> list[Series]:
 
 def _label(row: pd.Series, twins: list[pd.Series], chosen: style.Look, key: str) -> str:
     parts = [chosen.label]
-    if len({twin["entry"] for twin in twins}) > 1:
+    named = str(row["entry"]).replace("-", "_") != row["variant"]
+    if named and len({twin["entry"] for twin in twins}) > 1:
         parts = [f"{chosen.label} ({row['entry']})"]
     if len({twin["d_sae"] for twin in twins}) > 1:
         parts.append(f"{row['d_sae']:g} latents")
-    same = [twin for twin in twins if (twin["entry"], twin["d_sae"]) == (row["entry"], row["d_sae"])]
+    same = [
+        twin for twin in twins if (twin["entry"], twin["d_sae"]) == (row["entry"], row["d_sae"])
+    ]
     if len({twin["schedule"] for twin in same}) > 1:
         parts.append(str(row["schedule"]))
     if len([twin for twin in same if twin["schedule"] == row["schedule"]]) > 1:

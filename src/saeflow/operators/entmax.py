@@ -55,11 +55,11 @@ def _solve(entries: Tensor, scale: Tensor, low: Tensor) -> Tensor:
         slope = _power(excess, power - 1).where(excess > 0, 0)
         total = (slope * excess).sum(1)
         low, high = torch.where(total >= 1, tau, low), torch.where(total < 1, tau, high)
-        done = done | ((total - 1).abs() <= 1e-14) | (high - low <= 2e-16 * low.abs())
+        done = done | ((total - 1).abs() <= 1e-13) | (high - low <= 5e-16 * low.abs())
         if done.all():
             break
         step = tau + (total - total ** (1 - scale)) / slope.sum(1)
-        step = torch.where((step > low) & (step < high), step, (low + high) / 2)
+        step = torch.where((step > low) & (step <= high), step, (low + high) / 2)
         tau = torch.where(done, tau, step)
     return tau
 

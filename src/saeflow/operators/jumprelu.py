@@ -1,10 +1,13 @@
 """JumpReLU and its step function, with straight-through gradients for the threshold."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from saeflow.operators.rows import blocks
 
 
 def jumprelu(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -23,7 +26,7 @@ def jumprelu(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
 
     Raises:
         TypeError: `pre_acts` or `threshold` is not floating point.
-        ValueError: bandwidth <= 0, or `threshold` does not broadcast to `pre_acts`.
+        ValueError: bandwidth <= 0, no last dimension, or `threshold` does not broadcast.
 
     Source: Rajamanoharan et al. 2024 (arXiv:2407.14435), eq. 4 and 11.
     """
@@ -51,6 +54,8 @@ def _check(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> None:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a floating point tensor, got {found}")
+    if pre_acts.ndim == 0:
+        raise ValueError("pre_acts must have shape (..., n), got ()")
     if not bandwidth > 0:
         raise ValueError(f"bandwidth must be > 0, got {bandwidth}")
     shapes = tuple(threshold.shape), tuple(pre_acts.shape)
@@ -62,9 +67,16 @@ def _check(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> None:
 
 def _kernel_sum(grad: Tensor, pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     """Sum of the gradient within half a bandwidth of the threshold, in its shape."""
-    wide = torch.promote_types(threshold.dtype, torch.float32)
-    near = (pre_acts - threshold.to(wide)).abs_() < bandwidth / 2
-    return grad.to(wide).where(near, 0).sum_to_size(threshold.shape)
+    threshold = threshold.to(torch.promote_types(threshold.dtype, torch.float32))
+    total = torch.zeros_like(threshold)
+    parts: Iterable[slice] = [slice(None)]
+    if threshold.ndim <= 1 and pre_acts.numel():
+        grad, pre_acts = (t.reshape(-1, t.shape[-1]) for t in (grad, pre_acts))
+        parts = blocks(pre_acts)  # keeps the temporaries in cache
+    for at in parts:
+        near = (pre_acts[at] - threshold).abs_() < bandwidth / 2
+        total += grad[at].to(threshold.dtype).where(near, 0).sum_to_size(threshold.shape)
+    return total
 
 
 class _JumpReLU(torch.autograd.Function):

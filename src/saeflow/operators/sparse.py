@@ -165,11 +165,11 @@ def gather_pre_acts(
             (`torch.empty(d_sae, d_in).t()`), or each step pays for a transposed copy.
         b_enc: (d_sae).
         b_dec: (d_in).
-        pre_acts: (B, d_sae) without gradient.
+        pre_acts: (B, d_sae) without gradient; may be of lower precision than `W_enc`.
         selection: which entries; its values are not used.
 
     Returns:
-        The selection with values `pre_acts[row, column]`. Differentiable in x, W_enc, b_enc and
+        The selection with values `pre_acts[row, column]`, dtype of `W_enc`. Differentiable in x, W_enc, b_enc and
         b_dec, with G the sparse gradient: dW_enc = (x - b_dec)^T G, db_enc = sum_B G,
         dx = G W_enc^T, and db_dec = -W_enc db_enc, which needs no product over the batch.
 
@@ -250,7 +250,8 @@ class _GatherPreActs(torch.autograd.Function):
         ctx.selection = selection
         if any(ctx.needs_input_grad):
             selection.by_column  # noqa: B018  # worked out here, so that the decoder shares it
-        return pre_acts.reshape(-1)[selection.rows * selection.d_sae + selection.columns]
+        flat = selection.rows * selection.d_sae + selection.columns
+        return pre_acts.reshape(-1)[flat].to(W_enc.dtype)
 
     @staticmethod
     @once_differentiable
@@ -264,5 +265,6 @@ class _GatherPreActs(torch.autograd.Function):
             directions = W_enc.t().contiguous()
             grad_x = _sum_rows(directions, selection.columns, selection.offsets, grad)
         if ctx.needs_input_grad[1]:
-            grad_W = _sum_rows(x - b_dec, by_column.rows, by_column.offsets, by_latent).t()
+            centred = (x - b_dec).to(W_enc.dtype)
+            grad_W = _sum_rows(centred, by_column.rows, by_column.offsets, by_latent).t()
         return grad_x, grad_W, grad_b_enc, -(W_enc @ grad_b_enc), None, None

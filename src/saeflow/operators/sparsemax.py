@@ -73,7 +73,7 @@ def simplex_candidates(
     candidates: Entries = AllEntries()
     if size > 1:
         tau = solve((maxima.double() - top[:, None]) * scale[:, None], scale, tau)
-        floor = (top + tau / scale).to(block.dtype)
+        floor = (top + (tau - 1e-12) / scale).to(block.dtype)  # tau is solved to 1e-13
         candidates = SomeEntries.above(block, floor.nextafter(torch.full_like(floor, -torch.inf)))
     entries = candidates.gather(block, -torch.inf).double()
     entries = (entries - top[:, None]) * scale[:, None]

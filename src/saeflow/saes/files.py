@@ -70,7 +70,7 @@ def load(folder: Path | str) -> SAE:
     except SafetensorError as error:
         raise UserError(f"{path}: damaged ({error}). Train the SAE again.") from None
     expected = sae.state_dict()
-    wrong = {name for name in expected.keys() ^ tensors.keys()}
+    wrong = set(expected.keys() ^ tensors.keys())
     wrong |= {n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape}
     if wrong:
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items() if name in wrong}

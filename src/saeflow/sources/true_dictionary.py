@@ -40,7 +40,7 @@ def true_dictionary(
         pairs apart, higher from a direction that each CLUSTER features share.
 
     Raises:
-        UserError: there is no room for so many features with so little coherence.
+        UserError: so little coherence of so many features was not reached.
     """
     features = _unit(rng.standard_normal((n_features, d_in)))
     if coherence is not None:
@@ -68,19 +68,20 @@ def _cosines(features: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
 
 def _lowered(features: np.ndarray, coherence: float) -> np.ndarray:
     """Gradient steps on the sum of (|cosine| - margin)+ squared, until the mean maximum is low enough."""
-    margin = 0.8 * coherence
+    margin, lowest = 0.8 * coherence, 1.0
     for _ in range(_LOWERING_STEPS):
         push = np.empty_like(features)
         for rows, cosines in _cosines(features):
             excess = np.sign(cosines) * np.maximum(np.abs(cosines) - margin, 0)
-            push[rows] = excess @ features
+            # A step as long as the excess itself, shared among all the pairs that a feature is in.
+            push[rows] = (excess @ features) / (1 + np.abs(excess).sum(axis=1, keepdims=True))
         features = _unit(features - 0.5 * push)
-        reached = mean_max_cosine(features)
-        if reached <= coherence:
+        lowest = min(lowest, mean_max_cosine(features))
+        if lowest <= coherence:
             return features
     raise UserError(
-        f"coherence: {len(features)} features in {features.shape[1]} dimensions do not get below "
-        f"{reached:.3f}, found {coherence}. Raise it, raise d_in or lower n_features."
+        f"coherence: expected what {len(features)} features in {features.shape[1]} dimensions have room "
+        f"for (reached: {lowest:.3f}), found {coherence}. Raise it, raise d_in or lower n_features."
     )
 
 

@@ -22,7 +22,7 @@ from saeflow.stores.sharded import ShardedReader, damaged
 
 GROUP_BYTES = 1 << 22
 """Size of a group, or one batch if that is more; larger ones leave the CPU's cache."""
-RUN_ROWS = 32
+RUN_ROWS = 64
 """Rows that stay together when a group is shuffled."""
 MOST_RUNS = 500
 """Most runs of a chunk: the operating system takes about twice as many places in one read."""
@@ -91,22 +91,24 @@ def _read_runs(
     array: ShardedReader, chunks: list[int], out: np.ndarray, rng: np.random.Generator
 ) -> None:
     """Read chunks straight into `out` (rows, d_in), their runs of rows in a random order."""
-    longest = max(RUN_ROWS, -(-array.chunk_rows // MOST_RUNS))
-    runs = [
-        (chunk, min(longest, stop - row))
-        for chunk, (start, stop) in zip(chunks, map(array.rows_of, chunks), strict=True)
-        for row in range(start, stop, longest)
-    ]
+    size, row = array.chunk_rows * array.row_bytes, array.row_bytes
+    longest = max(RUN_ROWS, -(-array.chunk_rows // MOST_RUNS)) * row
+    runs = []  # (chunk, bytes), in the order of the file
+    for chunk in chunks:
+        start, stop = array.rows_of(chunk)
+        whole, rest = divmod((stop - start) * row, longest)
+        runs += [(chunk, longest)] * whole + [(chunk, rest)] * (rest > 0)
     order = rng.permutation(len(runs))
     lengths = np.array([length for _, length in runs])
     starts = np.empty_like(lengths)
     starts[order] = lengths[order].cumsum() - lengths[order]
+    flat = out.reshape(-1).view(np.uint8)
     pieces: dict[int, list[np.ndarray]] = {chunk: [] for chunk in chunks}
     for (chunk, length), start in zip(runs, starts.tolist(), strict=True):
-        pieces[chunk].append(out[start : start + length])
+        pieces[chunk].append(flat[start : start + length])
     for chunk in chunks:
         start, stop = array.rows_of(chunk)
-        padding = np.empty((array.chunk_rows - (stop - start), *array.shape[1:]), array.dtype)
+        padding = np.empty(size - (stop - start) * row, np.uint8)
         array.read_chunk(chunk, [*pieces[chunk], padding])
 
 

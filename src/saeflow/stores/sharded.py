@@ -8,6 +8,7 @@ Source: Zarr v3 core specification, `sharding_indexed` and `crc32c` codecs.
 """
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -203,7 +204,7 @@ class ShardedReader:
     @property
     def row_bytes(self) -> int:
         """Bytes of one row, uncompressed."""
-        return self.dtype.itemsize * int(np.prod(self.shape[1:]))
+        return self.dtype.itemsize * math.prod(self.shape[1:])
 
     def rows_of(self, chunk: int) -> tuple[int, int]:
         """First row of a chunk, and the first one after it."""
@@ -223,7 +224,7 @@ class ShardedReader:
 
         Args:
             chunk: its number.
-            pieces: contiguous arrays (n, ...), at most 1000, that take the chunk_rows rows one after the
+            pieces: flat uint8 arrays, at most 1000, that take the bytes of chunk_rows rows one after the
                 other (the last chunk is filled up with zeros to as many).
 
         Raises:
@@ -231,15 +232,14 @@ class ShardedReader:
         """
         shard, within = divmod(chunk, self._chunks_per_shard)
         offset, length = self._index(shard)[within]
-        targets = [piece.reshape(-1).view(np.uint8) for piece in pieces]
-        payload = [np.empty(length - _CRC_BYTES, np.uint8)] if self._compressed else targets
+        payload = [np.empty(length - _CRC_BYTES, np.uint8)] if self._compressed else pieces
         stored = bytearray(_CRC_BYTES)
         try:
             file = os.open(self._path(shard), os.O_RDONLY)
         except FileNotFoundError:
             raise damaged(self._path(shard), "no such file") from None
         try:
-            read = os.preadv(file, [*payload, stored], offset)
+            read = os.preadv(file, [*(piece.data for piece in payload), stored], offset)
         finally:
             os.close(file)
         if read != length:
@@ -250,18 +250,18 @@ class ShardedReader:
         if crc != int.from_bytes(stored, "little"):
             raise self._damaged(chunk, "a wrong checksum of")
         if self._compressed:
-            self._decompress(chunk, payload[0], targets)
+            self._decompress(chunk, payload[0], pieces)
 
-    def _decompress(self, chunk: int, payload: np.ndarray, targets: Sequence[np.ndarray]) -> None:
+    def _decompress(self, chunk: int, payload: np.ndarray, pieces: Sequence[np.ndarray]) -> None:
         values = np.empty(self.chunk_rows * self.row_bytes, np.uint8)
         try:
             Zstd().decode(payload, values)
         except (RuntimeError, ValueError):
             raise self._damaged(chunk, "what cannot be decompressed in") from None
         start = 0
-        for target in targets:
-            target[:] = values[start : start + len(target)]
-            start += len(target)
+        for piece in pieces:
+            piece[:] = values[start : start + len(piece)]
+            start += len(piece)
 
     def _damaged(self, chunk: int, found: str) -> UserError:
         start, stop = self.rows_of(chunk)
@@ -271,12 +271,15 @@ class ShardedReader:
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) as a new array."""
         rows = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        aside = np.empty((self.chunk_rows, *self.shape[1:]), self.dtype)
+        size, begin, end = self.row_bytes, start * self.row_bytes, stop * self.row_bytes
+        flat = rows.reshape(-1).view(np.uint8)
+        aside = np.empty(self.chunk_rows * size, np.uint8)
         for chunk in range(start // self.chunk_rows, -(-stop // self.chunk_rows)):
-            first, last = chunk * self.chunk_rows, (chunk + 1) * self.chunk_rows
-            low, high = max(first, start), min(last, stop)
-            around = aside[: low - first], aside[: last - high]
-            self.read_chunk(chunk, [around[0], rows[low - start : high - start], around[1]])
+            first, last = chunk * len(aside), (chunk + 1) * len(aside)
+            low, high = max(first, begin), min(last, end)
+            wanted = flat[low - begin : high - begin]
+            before, after = aside[: low - first], aside[high - first :]
+            self.read_chunk(chunk, [before, wanted, after])
         return rows
 
     def _path(self, shard: int) -> Path:

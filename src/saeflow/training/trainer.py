@@ -134,7 +134,7 @@ class Run:
         sae.project_weights()
         sae.end_step(fwd)
         self.silent.add_(len(x)).masked_fill_(fwd.fired(), 0)
-        return fwd, {"loss": loss.detach(), **losses}, lr
+        return fwd, {name: term.detach() for name, term in {"loss": loss, **losses}.items()}, lr
 
     def set_lr(self) -> float:
         lr = peak_lr(self.config) * lr_factor(self.step, self.total, self.config.training)
@@ -143,7 +143,7 @@ class Run:
         return lr
 
     def refuse(self, losses: Mapping[str, Tensor]) -> None:
-        found = ", ".join(f"{name} {float(loss):g}" for name, loss in losses.items())
+        found = ", ".join(f"{name} {float(loss.detach()):g}" for name, loss in losses.items())
         last = checkpoints(self.folder)
         kept = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
         raise UserError(

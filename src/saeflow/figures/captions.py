@@ -1,0 +1,84 @@
+"""Sentences of captions, made from the numbers that a figure shows."""
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from saeflow.figures import tables as read
+
+
+def listed(words: Iterable[str]) -> str:
+    """a; a and b; a, b and c."""
+    parts = list(words)
+    return " and ".join(filter(None, [", ".join(parts[:-1]), *parts[-1:]]))
+
+
+def compact(value: float) -> str:
+    """A count as it is read aloud: 12,000; 2.5 M; 1 G."""
+    for size, unit in ((1e9, " G"), (1e6, " M")):
+        if value >= size:
+            return f"{value / size:.4g}{unit}"
+    return f"{value:,.0f}"
+
+
+def seeds(rows: pd.DataFrame) -> str:
+    """How many seeds each setting has."""
+    counts = rows.groupby(["source", "hook_point", "entry", "setting"])["seed"].nunique()
+    low, high = int(counts.min()), int(counts.max())
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def seed_sentence(rows: pd.DataFrame) -> str:
+    """What points and error bars of a front are."""
+    count = seeds(rows)
+    if count == "1":
+        return "Each point is one seed."
+    return (
+        f"Points are means over {count} seeds, error bars one sample standard deviation, "
+        "faint points the single seeds."
+    )
+
+
+def budget_sentence(rows: pd.DataFrame) -> str:
+    """How many tokens the runs were trained on."""
+    tokens = sorted(rows.loc[read.is_sae(rows), "tokens"].unique())
+    if len(tokens) == 1:
+        return f"All SAEs were trained on {compact(tokens[0])} tokens."
+    per_panel = rows[read.is_sae(rows)].groupby(["source", "hook_point"])["tokens"].nunique()
+    shown = listed(compact(value) for value in tokens)
+    if per_panel.max() == 1:
+        return f"SAEs of one panel were trained on equally many tokens ({shown})."
+    return f"Budgets differ: SAEs were trained on {shown} tokens."
+
+
+def rows_sentence(rows: pd.DataFrame, cross_entropy: bool = False) -> str:
+    """How many rows of each source were evaluated, and which were left out."""
+    texts: dict[str, list[str]] = {}
+    for panel in read.panels_of(rows):
+        held = read.one_panel(rows, panel)
+        texts.setdefault(_policy(held.iloc[0], cross_entropy), []).append(read.panel_title(panel))
+    if len(texts) == 1:
+        return "Evaluated on " + next(iter(texts)) + "."
+    parts = [f"{listed(panels)}: {text}" for text, panels in texts.items()]
+    return "Evaluated on held-out rows. " + "; ".join(parts) + "."
+
+
+def _policy(row: pd.Series, cross_entropy: bool) -> str:
+    first = "left out" if row.get("first_position_excluded") == 1 else "included"
+    multiple = row.get("max_norm_multiple")
+    if pd.isna(multiple):
+        norm = "rows of any norm"
+    else:
+        norm = f"rows above {multiple:g} times the median training norm left out"
+    excluded = 100 * row.get("excluded_rows_fraction", 0.0)
+    text = (
+        f"{compact(row['rows'])} held-out rows (first positions {first}; {norm}; "
+        f"{excluded:.2g} % of the split excluded)"
+    )
+    if cross_entropy and not pd.isna(row.get("ce_tokens")):
+        kept = "kept" if row.get("ce_first_position_kept") == 1 else "replaced too"
+        text += (
+            f"; cross-entropy on {compact(row['ce_tokens'])} predicted tokens, the activation of each "
+            f"first position {kept}"
+        )
+    return text

@@ -1,0 +1,232 @@
+"""Ridges: one histogram per setting, in rows: active latents per token, and how often latents fire."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
+
+from saeflow.errors import UserError
+from saeflow.evaluation.tables import IDS
+from saeflow.figures import captions, style
+from saeflow.figures import tables as read
+from saeflow.figures.drawing import Drawing
+
+_RIDGE = 0.19  # inches per row
+_GAP = 0.45  # rows between series
+_FULL = 0.84  # height of a ridge's largest bin, in rows
+_DENSE = -1.0  # log10 of the firing rate above which a latent is dense (10 %)
+_KEYS = ["source", "hook_point", "entry", "setting"]
+
+
+def l0_histograms(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
+    """Histogram of active latents per token of each setting, seeds pooled.
+
+    Raises:
+        UserError: no SAE has one, or runs differ in budget.
+    """
+    rows, bins = _rows(tables, options, "l0", "l0_histograms")
+
+    def finish(ax: Axes, panel: tuple[str, str], ridges: list[_Ridge]) -> None:
+        low, high = _l0_limits(read.one_panel(bins, panel))
+        if high / low > 8:
+            style.l0_axis(ax, low, high)
+        else:
+            ax.set_xlim(low, high)
+            ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        for ridge in ridges:
+            mean = ridge.rows["l0_mean"].mean()
+            ax.plot(mean, ridge.base, marker="|", ms=5, mew=1.0, color=style.INK, zorder=9)
+        held = read.one_panel(rows, panel)
+        if "true_l0_mean" in held and held["true_l0_mean"].notna().any():
+            true = held["true_l0_mean"].mean()
+            ax.axvline(true, color=style.INK, lw=0.8, ls=(0, (4, 2)), zorder=8)
+        ax.set_xlabel(read.metric_label("l0", panel))
+
+    figure = _ridges(rows, bins, finish, shift=-0.5, pad=5)
+    true = rows["true_l0_mean"].notna().any() if "true_l0_mean" in rows else False
+    caption = (
+        "Number of active latents per token on held-out rows, one line per setting: share of rows per "
+        "bin, each scaled to its largest bin. Ticks mark means. "
+        + ("The dashed line marks the true mean of the synthetic source. " if true else "")
+        + _closing(rows)
+    )
+    return Drawing(figure, _data(rows, bins, ["l0_mean"]), caption)
+
+
+def firing_rates(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
+    """Histogram of the latents' firing rates of each setting, with dead and dense shares.
+
+    Raises:
+        UserError: no SAE has one, or runs differ in budget.
+    """
+    rows, bins = _rows(tables, options, "log10_firing_rate", "firing_rates")
+
+    def finish(ax: Axes, panel: tuple[str, str], ridges: list[_Ridge]) -> None:
+        held = read.one_panel(bins, panel)
+        low = float(np.floor(held["left"].min())) if len(held) else -4.0
+        ax.set_xlim(low, 0)
+        ticks = np.arange(low, 0.5) if low >= -6 else np.arange(low, 0.5, 2)
+        ax.xaxis.set_major_locator(FixedLocator(list(ticks)))
+        ax.xaxis.set_major_formatter(FuncFormatter(_power))
+        ax.axvline(_DENSE, color=style.INK, lw=0.8, ls=(0, (4, 2)), zorder=8)
+        for metric, offset in (("dead_fraction", 28), ("dense_fraction", 58)):
+            texts = [(ridges[0].base + 1.05, metric.partition("_")[0])]
+            texts += [(ridge.base, _percent(100 * ridge.rows[metric].mean())) for ridge in ridges]
+            for base, text in texts:
+                ax.annotate(
+                    text, (0, base), (offset, 0), xycoords=("data", "data"),
+                    textcoords="offset points", ha="right", va="bottom", fontsize=6.5,
+                    annotation_clip=False,
+                )  # fmt: skip
+        ax.set_xlabel(read.metric_label("firing_rate", panel))
+
+    figure = _ridges(rows, bins, finish, shift=0.0, pad=14)
+    caption = (
+        "How often latents fire on held-out rows, one line per setting: latents per quarter of a decade, "
+        "each scaled to its largest bin. The dashed line marks a rate of 10 %, above which a latent "
+        "counts as dense; on the right the shares of latents that never fire (dead, not in the "
+        "histogram) and that are dense, means over seeds. " + _closing(rows)
+    )
+    return Drawing(figure, _data(rows, bins, ["dead_fraction", "dense_fraction"]), caption)
+
+
+def _rows(
+    tables: read.Tables, options: Mapping[str, Any], histogram: str, figure: str
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The SAEs that have a histogram, and its bins with counts pooled over seeds."""
+    bins = tables.histograms
+    bins = bins[(bins["histogram"] == histogram) & read.is_sae(bins)]
+    wide = tables.wide
+    rows = wide[wide["run"].isin(bins["run"])]
+    if rows.empty:
+        raise UserError(
+            f"figures.names: {figure} needs SAEs with the histogram {histogram}, the tables have none. "
+            f"Take {figure} out of figures.names in params.yaml."
+        )
+    read.check_budgets(tables, rows, options)
+    return rows, bins
+
+
+def _closing(rows: pd.DataFrame) -> str:
+    count = captions.seeds(rows)
+    pooled = "" if count == "1" else f"Counts of {count} seeds are pooled. "
+    return f"{pooled}{captions.budget_sentence(rows)} {captions.rows_sentence(rows)}"
+
+
+def _data(rows: pd.DataFrame, bins: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
+    """The bins of every run, with the metrics that are drawn beside them."""
+    columns = [*IDS, "setting", "histogram", "left", "right", "count"]
+    return bins[columns].merge(rows[["run", *metrics]], on="run", how="left", validate="m:1")
+
+
+def _l0_limits(bins: pd.DataFrame) -> tuple[float, float]:
+    """Limits that hold all but the lowest 0.1 % of the rows of every setting."""
+    lows = []
+    for _, run in bins.groupby("run"):
+        below = run["count"].cumsum() / run["count"].sum()
+        lows.append(float(run.loc[below > 0.001, "left"].min()))
+    high = float(bins.loc[bins["count"] > 0, "right"].max())
+    return max(0.6, min(lows) / 1.3), high * 1.15
+
+
+def _power(exponent: float, _position: int) -> str:
+    return f"$10^{{{exponent:.0f}}}$" if exponent < -0.5 else "1"
+
+
+def _percent(share: float) -> str:
+    if 0 < share < 0.1:
+        return "<0.1 %"
+    return f"{share:.1f} %" if share < 99.95 else "100 %"
+
+
+@dataclass(frozen=True)
+class _Ridge:
+    """One setting: its runs, its label, and where its base line is (in rows, from the bottom)."""
+
+    label: str
+    rows: pd.DataFrame
+    base: float
+
+
+def _place(rows: pd.DataFrame) -> list[_Ridge]:
+    """The settings of a panel from the top down, with a gap between series."""
+    found: list[tuple[str, pd.DataFrame, float]] = []
+    depth = 0.0
+    for series in read.series_of(rows):
+        settings = list(read.each_setting(series.rows))
+        if series.rows["k"].isna().any():
+            settings.sort(key=lambda item: item[1]["l0_mean"].mean())
+        depth += _GAP if found else 0.0
+        for number, (_, held) in enumerate(settings):
+            setting = read.setting_label(held.iloc[0])
+            label = ", ".join(filter(None, [series.label, setting]))
+            found.append((label if number == 0 or not setting else setting, held, depth))
+            depth += 1
+    bottom = max(depth - 1, 0.0)
+    return [_Ridge(label, held, bottom - place) for label, held, place in found]
+
+
+def _ridges(
+    rows: pd.DataFrame,
+    bins: pd.DataFrame,
+    finish: Callable[[Axes, tuple[str, str], list[_Ridge]], None],
+    shift: float,
+    pad: float,
+) -> Figure:
+    """One panel per source and hook point, one ridge per setting.
+
+    Args:
+        rows: runs.
+        bins: their histograms.
+        finish: draws what is particular to the figure.
+        shift: added to the edges of the bins.
+        pad: points between a panel and its title.
+    """
+    panels = read.panels_of(rows)
+    columns = min(len(panels), 2)
+    lines = -(-len(panels) // columns)
+    placed = [_place(read.one_panel(rows, panel)) for panel in panels]
+    tops = [max(ridges[0].base, 1) + 1 for ridges in placed]
+    heights = [max(tops[i * columns : (i + 1) * columns]) * _RIDGE + 0.62 for i in range(lines)]
+    width = style.COLUMN_WIDTH if columns == 1 else style.TEXT_WIDTH
+    figure = style.new_figure(width, sum(heights) + 0.05)
+    axes = figure.subplots(lines, columns, squeeze=False, height_ratios=heights).ravel()
+    for place, (ax, panel, ridges) in enumerate(zip(axes, panels, placed, strict=False)):
+        for ridge in ridges:
+            first = ridge.rows.iloc[0]
+            pooled = bins[bins["run"].isin(ridge.rows["run"])].groupby(["left", "right"])["count"]
+            color = style.look(first["variant"], first["entry"]).color
+            _ridge(ax, ridge.base, pooled.sum(), color, shift)
+        neighbour = [tops[i] for i in range(len(panels)) if i // columns == place // columns]
+        ax.set_ylim(min(0, tops[place] - max(neighbour)) - 0.12, tops[place])
+        ax.set_yticks([r.base for r in ridges], [r.label for r in ridges], va="bottom")
+        ax.tick_params(axis="y", length=0, pad=2)
+        ax.spines["left"].set_visible(False)
+        ax.grid(True, axis="x")
+        ax.grid(False, axis="y")
+        ax.set_title(read.panel_title(panel), pad=pad)
+        finish(ax, panel, ridges)
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    return figure
+
+
+def _ridge(ax: Axes, base: float, pooled: pd.Series, color: str, shift: float) -> None:
+    """One histogram as a filled outline on its base line."""
+    ax.axhline(base, color=style.FAINT, lw=0.4, zorder=1)
+    if pooled.empty or pooled.max() <= 0:
+        return
+    left = np.array([edges[0] for edges in pooled.index]) + shift
+    right = np.array([edges[1] for edges in pooled.index]) + shift
+    heights = _FULL * pooled.to_numpy() / pooled.max()
+    x = np.concatenate([[left[0]], np.stack([left, right], 1).ravel(), [right[-1]]])
+    if shift:
+        x = np.maximum(x, 1e-3)  # rows without an active latent reach the left edge of a log axis
+    y = np.concatenate([[0], np.repeat(heights, 2), [0]])
+    ax.fill_between(x, base, base + y, color=color, alpha=0.35, lw=0, zorder=3)
+    ax.plot(x, base + y, color=color, lw=0.8, zorder=4, solid_joinstyle="miter")

@@ -1,0 +1,225 @@
+"""Plausible tables, written by hand-made laws that know nothing of the package."""
+
+import csv
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+IDS = [
+    "run",
+    "source",
+    "hook_point",
+    "entry",
+    "variant",
+    "schedule",
+    "d_sae",
+    "k",
+    "seed",
+    "tokens",
+]
+KS = (8, 16, 32, 64)
+TEXT, SYNTHETIC = ("smollm2", "blocks.19.resid_post"), ("toy", "features")
+ENTRIES = [  # entry, variant, quality (smaller is better), ks
+    ("topk", "topk", 0.9, KS),
+    ("batch-topk", "batch_topk", 0.84, KS),
+    ("relu", "relu", 1.2, None),
+    ("random-decoder", "topk", 2.0, KS),
+]
+L1S = (0.1, 0.5, 2.0, 8.0)
+
+
+def write(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _fvu(l0: float, quality: float) -> float:
+    return 1 / (1 + (l0 / (14 * quality)) ** 0.7)
+
+
+def _bell(centre: float, width: float, rows: int) -> list[tuple[float, float, int]]:
+    low, high = max(0, int(centre - 4 * width)), int(centre + 4 * width) + 1
+    bins = [
+        (float(v), float(v + 1), math.exp(-(((v - centre) / width) ** 2) / 2))
+        for v in range(low, high)
+    ]
+    total = sum(weight for _, _, weight in bins)
+    return [(left, right, round(rows * weight / total)) for left, right, weight in bins]
+
+
+class Bench:
+    """Collects the rows of the three long tables."""
+
+    def __init__(self) -> None:
+        self.metrics: list[dict[str, Any]] = []
+        self.histograms: list[dict[str, Any]] = []
+        self.training: list[dict[str, Any]] = []
+        self.random = random.Random(7)
+
+    def measure(self, ids: dict[str, Any], l0: float, fvu: float, rows: int) -> None:
+        text = ids["source"] != SYNTHETIC[0]
+        values = {
+            "rows": rows, "excluded_rows_fraction": 0.0083 if text else 0.0,
+            "first_position_excluded": 1 if text else 0, "nmse": fvu * 0.8, "fvu": fvu,
+            "explained_variance": 1 - fvu, "cosine": math.sqrt(max(0, 1 - fvu * 0.8)),
+            "relative_norm": 1 - fvu / 3, "l0_mean": l0, "l0_median": l0, "l0_p5": l0 * 0.6,
+            "l0_p95": l0 * 1.5,
+        }  # fmt: skip
+        if text:
+            values["max_norm_multiple"] = 10
+            values |= {
+                "ce_tokens": 6096, "ce_first_position_kept": 1, "ce_clean": 3.214,
+                "ce_spliced": 3.214 + 5.1 * fvu**1.4, "ce_mean": 8.9, "ce_zero": 9.7,
+                "ce_degradation": 5.1 * fvu**1.4, "loss_recovered": 1 - fvu**1.4, "kl": 5 * fvu**1.4,
+            }  # fmt: skip
+        for name, value in values.items():
+            self.metrics.append({**ids, "metric": name, "value": f"{value:.12g}"})
+
+    def sae(
+        self,
+        panel: tuple[str, str],
+        entry: tuple[str, str, float, Any],
+        point: float,
+        seed: int,
+        tokens: int,
+        schedule: str = "constant",
+    ) -> None:
+        name, variant, quality, ks = entry
+        k = int(point) if ks else None
+        label = f"k{k}" if ks else f"l1{point:g}"
+        ids = {
+            "run": f"{panel[0]}/{panel[1]}/{name}/d2304-{label}-seed{seed}", "source": panel[0],
+            "hook_point": panel[1], "entry": name, "variant": variant, "schedule": schedule,
+            "d_sae": 2304, "k": "" if k is None else k, "seed": seed, "tokens": tokens,
+        }  # fmt: skip
+        noise = 1 + self.random.gauss(0, 0.02)
+        l0 = float(k) if k and variant == "topk" else (k or 30 / point**0.55) * noise
+        fvu = min(0.99, _fvu(l0, quality) * (1 + self.random.gauss(0, 0.03)))
+        rows = 11_900 if panel == TEXT else 10_000
+        self.measure(ids, l0, fvu, rows)
+        add = lambda metric, value: self.metrics.append(  # noqa: E731
+            {**ids, "metric": metric, "value": f"{value:.12g}"}
+        )
+        add("dead_fraction", min(0.9, 0.6 / l0 * quality))
+        add("dense_fraction", l0 / 8000)
+        if panel == SYNTHETIC:
+            found = math.exp(-abs(math.log(l0 / 20)) / 3) / (0.6 + quality / 2.2)
+            add("mmcs", min(0.995, found))
+            add("support_f1", min(0.99, found**2))
+            add("true_l0_mean", 20.0)
+        spread = 0.01 if k and variant == "topk" else l0 * 0.3
+        bins = [(float(k), float(k + 1), rows)] if spread == 0.01 and k else _bell(l0, spread, rows)
+        rates = [
+            (
+                -4.25 + i / 4,
+                -4 + i / 4,
+                round(400 * math.exp(-((i - 5 - math.log2(l0) / 2) ** 2) / 9)),
+            )
+            for i in range(17)
+        ]
+        for histogram, held in (("l0", bins), ("log10_firing_rate", rates)):
+            for left, right, count in held:
+                self.histograms.append(
+                    {**ids, "histogram": histogram, "left": left, "right": right, "count": count}
+                )
+        self.steps(ids, l0, fvu, k, tokens, variant, name)
+
+    def steps(
+        self,
+        ids: dict[str, Any],
+        l0: float,
+        fvu: float,
+        k: Any,
+        tokens: int,
+        variant: str,
+        name: str,
+    ) -> None:
+        known = {("k_target" if key == "k" else key): value for key, value in ids.items()}
+        steps = tokens // 1024
+        for step in range(0, steps, 12):
+            done = step / steps
+            now = "" if k is None else (k if done > 0.1 else round(576 + (k - 576) * done / 0.1))
+            reconstruction = (
+                576 * (fvu + (1 - fvu) * math.exp(-done * 9)) * self.random.uniform(0.97, 1.03)
+            )
+            row = {
+                **known, "step": step, "tokens_seen": (step + 1) * 1024, "loss": reconstruction * 1.05,
+                "reconstruction": reconstruction, "k": now,
+                "l0": (now or l0 + 300 * math.exp(-done * 12)),
+                "dead": 0.0 if done < 0.15 else min(0.9, 0.6 / l0) * min(1, done * 2), "lr": 1e-3,
+                "tokens_per_s": 40_000,
+            }  # fmt: skip
+            if variant == "relu":
+                row["l1"] = 30 * (1 - math.exp(-done * 20))
+            elif name != "random-decoder":
+                row["auxk"] = 0.02 * (1 + done) if done > 0.15 else 0.0
+            self.training.append(row)
+
+    def baselines(self, panel: tuple[str, str], ranks: Sequence[int]) -> None:
+        d_in = 576 if panel == TEXT else 128
+        rows = 11_900 if panel == TEXT else 10_000
+        kinds = [("identity", d_in, 0.0), ("mean", 0, 1.0)]
+        kinds += [("pca", rank, 1 / (1 + rank / 30)) for rank in ranks]
+        for variant, width, fvu in kinds:
+            ids = {
+                "run": f"{panel[0]}/{panel[1]}/{variant}/k{width}", "source": panel[0],
+                "hook_point": panel[1], "entry": variant, "variant": variant, "schedule": "constant",
+                "d_sae": width, "k": width, "seed": 0, "tokens": 0 if variant == "identity" else 100_000,
+            }  # fmt: skip
+            self.measure(ids, float(width), fvu, rows)
+            self.histograms.append(
+                {**ids, "histogram": "l0", "left": width, "right": width + 1, "count": rows}
+            )
+
+    def write(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "metrics.csv", [*IDS, "metric", "value"], self.metrics)
+        write(
+            folder / "histograms.csv",
+            [*IDS, "histogram", "left", "right", "count"],
+            self.histograms,
+        )
+        ids = ["k_target" if column == "k" else column for column in IDS]
+        steps = ["step", "tokens_seen", "loss", "reconstruction", "auxk", "l1", "k", "l0", "dead", "lr",
+                 "tokens_per_s"]  # fmt: skip
+        write(folder / "training.csv", [*ids, *steps], self.training)
+        return folder
+
+
+Maker = Callable[..., Path]
+
+
+def fabricate(
+    folder: Path,
+    *,
+    panels: Sequence[tuple[str, str]] = (TEXT, SYNTHETIC),
+    entries: Sequence[tuple[str, str, float, Any]] = ENTRIES,
+    seeds: int = 2,
+    tokens: Callable[[str, int], int] = lambda entry, seed: 491_520,
+) -> Path:
+    """Tables of a whole run in `folder`."""
+    bench = Bench()
+    for panel in panels:
+        for entry in entries:
+            for point in entry[3] or L1S:
+                for seed in range(seeds):
+                    bench.sae(panel, entry, point, seed, tokens(entry[0], seed))
+        bench.baselines(panel, KS)
+    return bench.write(folder)
+
+
+@pytest.fixture(scope="session")
+def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two sources, three variants with a random decoder and baselines, two seeds, four sparsities."""
+    return fabricate(tmp_path_factory.mktemp("tables"))
+
+
+@pytest.fixture(scope="session")
+def make_tables() -> Maker:
+    return fabricate
