@@ -54,13 +54,13 @@ def test_shipped_parameters_are_valid(path: Path) -> None:
         ("training/tokens", "many", "training.tokens: expected integer, found 'many'"),
         ("saes/topk/variant", "topq", "saes.topk.variant: expected one of"),
         ("saes/topk/options/kk", 3, "saes.topk.options: unknown key kk"),
-        ("saes/topk/options/k", 5000, "saes.topk.options.k: expected 1..2304 (d_sae), found 5000"),
+        ("saes/topk/options/k", 5000, "saes.topk.options.k: expected 1..1536 (d_sae), found 5000"),
         ("saes/topk/options/k", [8, 0], "saes.topk.options.k"),
         ("saes/topk/options/k_schedule", {"kind": "zigzag"}, "saes.topk.options.k_schedule"),
         (
             "saes/topk/options/k_schedule",
             {"kind": "linear", "from": 9999, "until": 0.1},
-            "saes.topk.options.k_schedule.from: expected 1..2304 (d_sae), found 9999",
+            "saes.topk.options.k_schedule.from: expected 1..1536 (d_sae), found 9999",
         ),
         (
             "saes/topk/store",

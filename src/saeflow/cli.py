@@ -28,7 +28,8 @@ Out = Annotated[Path, typer.Option(help="Written: the result folder.")]
 SourceJson = Annotated[str, typer.Option(help="One entry of `sources`, as JSON.")]
 StoreJson = Annotated[str, typer.Option(help="One entry of `stores`, as JSON.")]
 EvaluationJson = Annotated[str, typer.Option(help="`evaluation`, as JSON.")]
-RuntimeJson = Annotated[str, typer.Option(help="`runtime` of this step, as JSON.")]
+RuntimeJson = Annotated[str, typer.Option(envvar="SAEFLOW_RUNTIME", help="`runtime`, as JSON.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 SourceFolder = Annotated[Path, typer.Option(help="The source's folder: model/ and inputs/.")]
 Split = Annotated[str, typer.Option(help="train or evaluation.")]
 
@@ -54,10 +55,12 @@ def _json(option: str, text: str) -> Any:
         raise UserError(f"{option}: expected JSON, found {text[:60]!r} ({error}).") from None
 
 
-def _set_threads(runtime: dict[str, Any]) -> None:
+def _machine(runtime: str, threads: int) -> dict[str, Any]:
+    """`runtime`, with torch set to so many threads."""
     import torch
 
-    torch.set_num_threads(runtime["threads"])
+    torch.set_num_threads(threads)
+    return dict(_json("--runtime", runtime))
 
 
 def _model_folders(folder: Path, source: dict[str, Any]) -> list[Path]:
@@ -148,6 +151,7 @@ def extract(
     split: Split,
     folder: SourceFolder,
     runtime: RuntimeJson,
+    threads: Threads,
     out: Out,
     part: Annotated[int, typer.Option(min=0, help="This job's part.")] = 0,
     parts: Annotated[int, typer.Option(min=1, help="Parts in all.")] = 1,
@@ -157,12 +161,8 @@ def extract(
     from saeflow.sources import open_source
     from saeflow.stores import write_part
 
-    values, layout, machine = (
-        _json("--source", source),
-        _json("--store", store),
-        _json("--runtime", runtime),
-    )
-    _set_threads(machine)
+    values, layout = _json("--source", source), _json("--store", store)
+    machine = _machine(runtime, threads)
     with (
         _interruptible(),
         provenance.job(
@@ -220,6 +220,7 @@ def train(
     store: Annotated[Path, typer.Option(help="Folder of the training split's stores.")],
     run: Annotated[str, typer.Option(help="One run of `saes`, as JSON.")],
     runtime: RuntimeJson,
+    threads: Threads,
     out: Out,
     key: Key = "",
 ) -> None:
@@ -227,8 +228,7 @@ def train(
     from saeflow.stores import open_store
     from saeflow.training import train as train_sae
 
-    config, machine = SAEConfig.from_dict(_json("--run", run)), _json("--runtime", runtime)
-    _set_threads(machine)
+    config, machine = SAEConfig.from_dict(_json("--run", run)), _machine(runtime, threads)
     with provenance.job(
         out,
         name="train",
@@ -250,6 +250,7 @@ def clean(
     hook_point: Annotated[str, typer.Option(help="Where the SAEs read.")],
     evaluation: EvaluationJson,
     runtime: RuntimeJson,
+    threads: Threads,
     folder: SourceFolder,
     stores: Annotated[Path, typer.Option(help="The source's stores: train/ and evaluation/.")],
     out: Out,
@@ -259,12 +260,8 @@ def clean(
     from saeflow.evaluation.splice import write_clean
     from saeflow.stores import open_store
 
-    values, metrics, machine = (
-        _json("--source", source),
-        _json("--evaluation", evaluation),
-        _json("--runtime", runtime),
-    )
-    _set_threads(machine)
+    values, metrics = _json("--source", source), _json("--evaluation", evaluation)
+    machine = _machine(runtime, threads)
     with (
         _interruptible(),
         provenance.job(
@@ -292,6 +289,7 @@ def evaluate(
     results: Annotated[Path, typer.Option(help="The results folder, with stores and sources.")],
     evaluation: EvaluationJson,
     runtime: RuntimeJson,
+    threads: Threads,
     out: Out,
     key: Key = "",
 ) -> None:
@@ -299,8 +297,7 @@ def evaluate(
     from saeflow.evaluation import Bench, evaluate_sae
     from saeflow.saes import load, read_config
 
-    metrics, machine = _json("--evaluation", evaluation), _json("--runtime", runtime)
-    _set_threads(machine)
+    metrics, machine = _json("--evaluation", evaluation), _machine(runtime, threads)
     provenance.check(sae)
     config = read_config(sae)
     bench = Bench(results, config["source"], config["hook_point"], metrics, machine["device"])
@@ -326,14 +323,14 @@ def baselines(
     results: Annotated[Path, typer.Option(help="The results folder, with stores and sources.")],
     evaluation: EvaluationJson,
     runtime: RuntimeJson,
+    threads: Threads,
     out: Out,
     key: Key = "",
 ) -> None:
     """Measure what any SAE must beat: identity, mean, PCA."""
     from saeflow.evaluation import Bench, evaluate_baselines
 
-    metrics, machine = _json("--evaluation", evaluation), _json("--runtime", runtime)
-    _set_threads(machine)
+    metrics, machine = _json("--evaluation", evaluation), _machine(runtime, threads)
     source, _, hook_point = store.partition("/")
     bench = Bench(results, source, hook_point, metrics, machine["device"])
     pca_ranks = _json("--ranks", ranks)

@@ -266,7 +266,7 @@ def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
         training["betas"] = tuple(training["betas"])
         axes = {key: _as_list(values[key]) for key in ("store", "d_sae", "seed")}
         options = {key: _as_list(value) for key, value in values["options"].items()}
-        swept = [key for key, value in options.items() if len(value) > 1]
+        swept = [key for key, value in values["options"].items() if isinstance(value, list)]
         for store, d_sae, seed, *chosen in itertools.product(*axes.values(), *options.values()):
             picked = dict(zip(options, chosen, strict=True))
             label = "-".join(

@@ -64,11 +64,6 @@ class Plan:
     def run(self, run: str) -> dict[str, Any]:
         return asdict(self.runs[run])
 
-    def runtime(self, step: str) -> dict[str, Any]:
-        """What a job needs to know of the machine; never part of a key."""
-        runtime = self.params["runtime"]
-        return {**runtime, "threads": runtime["threads"][step]}
-
     def evaluation(self) -> dict[str, Any]:
         return {k: v for k, v in self.params["evaluation"].items() if k != "pca_ranks"}
 
@@ -81,7 +76,7 @@ class Plan:
     # Keys, from the start of the chain to its end.
 
     def key_model(self, source: str) -> str:
-        code = (*_SHARED, "sources/models", "sources/hook_points")
+        code = (*_SHARED, "sources/models", "sources/layouts")
         return job_key("model", self.model(source), code=code, libraries=_MODEL, after=[])
 
     def _after_model(self, source: str) -> list[str]:

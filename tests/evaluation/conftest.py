@@ -14,7 +14,7 @@ class MemoryStore:
     def __init__(self, x: np.ndarray, **columns: np.ndarray) -> None:
         self.x, self.columns, self.path = torch.tensor(x, dtype=torch.float32), columns, Path("m")
         self.rows, self.d_in = self.x.shape
-        self.mean = self.x.double().mean(0).numpy()
+        self.mean = self.x.double().mean(0)
 
     def in_order(self, batch_size: int) -> Iterator[tuple[int, torch.Tensor]]:
         for start in range(0, self.rows, batch_size):

@@ -48,7 +48,7 @@ def test_identity_is_perfect_and_the_mean_explains_nothing(store: Any) -> None:
     identity = measure_rows(Identity(9), store, ALL_ROWS, statistics, 100, "cpu").metrics
     assert identity["fvu"] == identity["nmse"] == 0
     assert identity["l0_mean"] == 9
-    mean = Mean(torch.as_tensor(store.mean))
+    mean = Mean(store.mean)
     got = measure_rows(mean, store, ALL_ROWS, statistics, 100, "cpu").metrics
     assert got["fvu"] == pytest.approx(1, rel=1e-6)
     assert got["l0_mean"] == 0

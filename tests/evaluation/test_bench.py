@@ -79,7 +79,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clean = root / "evaluations" / "tiny" / HOOK_POINT / "clean"
     clean.mkdir(parents=True)
     mean = open_store(root / "stores" / "tiny" / "train" / f"{HOOK_POINT}.zarr").mean
-    write_clean(TEXT, text, HOOK_POINT, mean.numpy(), EVALUATION["ce_contexts"], "cpu", clean)
+    write_clean(TEXT, text, HOOK_POINT, mean, EVALUATION["ce_contexts"], "cpu", clean)
     return root
 
 

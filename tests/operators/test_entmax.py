@@ -26,7 +26,7 @@ def by_root_finding(scores: np.ndarray, alpha: float) -> np.ndarray:
 @settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    n=st.sampled_from([1, 2, 7, 100, 256, 700]),
+    n=st.sampled_from([1, 2, 7, 100, 512, 700]),
     scale=st.sampled_from([0, 1e-3, 0.1, 1, 30, 1e4]),
     shift=st.sampled_from([0, 1e4]),
     alpha=st.sampled_from([1.01, 1.1, 1.3, 1.5, 1.9, 2.0, 2.5, 3.0]),
@@ -72,12 +72,12 @@ def test_alpha_2_is_sparsemax() -> None:
 
 
 def test_alpha_near_1_tends_to_softmax() -> None:
-    scores = torch.randn(10, 300, dtype=torch.float64)
+    scores = torch.randn(10, 600, dtype=torch.float64)
     torch.testing.assert_close(entmax(scores, 1 + 1e-6), scores.softmax(1), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("alpha", [1.05, 1.5, 2.0, 2.7])
-@pytest.mark.parametrize("n", [1, 6, 300])
+@pytest.mark.parametrize("n", [1, 6, 600])
 def test_gradcheck_in_scores_and_alpha(alpha: float, n: int) -> None:
     generator = torch.Generator().manual_seed(1)
     scores = torch.randn(3, n, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -99,7 +99,7 @@ def test_equal_scores_share_equally_at_any_alpha() -> None:
         torch.testing.assert_close(p, torch.full((2, 9), 1 / 9))
 
 
-@pytest.mark.parametrize("n", [4, 400])
+@pytest.mark.parametrize("n", [4, 600])
 def test_minus_infinity_excludes_an_entry(n: int) -> None:
     scores = torch.randn(4, n, dtype=torch.float64)
     masked = scores.clone()
@@ -112,7 +112,7 @@ def test_minus_infinity_excludes_an_entry(n: int) -> None:
 
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores, alpha = torch.randn(50, 300), torch.linspace(1.1, 2, 50).requires_grad_()
+    scores, alpha = torch.randn(50, 600), torch.linspace(1.1, 2, 50).requires_grad_()
     whole = torch.autograd.grad(entmax(scores, alpha)[:, 0].sum(), alpha)[0]
     monkeypatch.setitem(rows.BLOCK, "cpu", 1000)
     got = torch.autograd.grad(entmax(scores, alpha)[:, 0].sum(), alpha)[0]
@@ -121,14 +121,14 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_float32_rounded_once(dtype: torch.dtype) -> None:
-    scores = torch.randn(4, 500).to(dtype)
+    scores = torch.randn(4, 600).to(dtype)
     assert torch.equal(entmax(scores, 1.5), entmax(scores.float(), 1.5).to(dtype))
 
 
 def test_edge_shapes_and_non_contiguous_input() -> None:
     assert entmax(torch.tensor([-7.0]), 1.5).tolist() == [1.0]
     assert entmax(torch.zeros(0, 4), 1.5).shape == (0, 4)
-    scores = torch.randn(300, 4)
+    scores = torch.randn(600, 4)
     assert torch.equal(entmax(scores.t(), 1.5), entmax(scores.t().contiguous(), 1.5))
 
 

@@ -48,6 +48,9 @@ def test_starting_on_a_point_that_is_not_the_median_moves_off_it() -> None:
 def test_starting_on_the_median_stays_there() -> None:
     cross = torch.tensor([[0.0, 0], [1, 0], [-1, 0], [0, 1], [0, -1]])
     assert geometric_median(cross).tolist() == [0, 0]
+    # the others pull with a force of 0.41 < 1, less than the point itself holds
+    triangle = torch.tensor([[0.0, 0], [2, 0], [-1, 1], [-1, -1]])
+    assert geometric_median(triangle).tolist() == [0, 0]
 
 
 def test_an_outlier_moves_it_far_less_than_the_mean() -> None:

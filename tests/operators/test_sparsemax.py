@@ -43,7 +43,7 @@ def by_all_supports(scores: np.ndarray) -> np.ndarray:
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    n=st.sampled_from([1, 2, 7, 100, 255, 256, 300, 1000]),
+    n=st.sampled_from([1, 2, 7, 100, 511, 512, 600, 1000]),
     scale=st.sampled_from([0, 1e-3, 0.1, 1, 30, 1e4]),
     shift=st.sampled_from([0, -50, 1e4]),
 )
@@ -81,7 +81,7 @@ def test_value_and_gradient_match_the_entmax_package(n: int) -> None:
         torch.testing.assert_close(ours.grad, theirs.grad)
 
 
-@pytest.mark.parametrize("n", [1, 8, 300])
+@pytest.mark.parametrize("n", [1, 8, 600])
 def test_gradcheck(n: int) -> None:
     scores = torch.randn(3, n, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(sparsemax, scores, fast_mode=n > 10)
@@ -93,7 +93,7 @@ def test_hand_worked_rows() -> None:
     torch.testing.assert_close(sparsemax(scores), torch.tensor(expected), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("n", [2, 6, 300])
+@pytest.mark.parametrize("n", [2, 6, 600])
 def test_an_entry_equal_to_the_threshold_has_no_probability(n: int) -> None:
     generator = torch.Generator().manual_seed(0)
     expected = torch.rand(1000, n, dtype=torch.float64, generator=generator)
@@ -104,7 +104,7 @@ def test_an_entry_equal_to_the_threshold_has_no_probability(n: int) -> None:
     torch.testing.assert_close(sparsemax(expected + threshold), expected)
 
 
-@pytest.mark.parametrize("n", [3, 400])
+@pytest.mark.parametrize("n", [3, 600])
 def test_minus_infinity_excludes_an_entry(n: int) -> None:
     scores = torch.randn(4, n, dtype=torch.float64)
     masked = scores.clone()
@@ -118,7 +118,7 @@ def test_minus_infinity_excludes_an_entry(n: int) -> None:
 
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = torch.randn(50, 300, requires_grad=True)
+    scores = torch.randn(50, 600, requires_grad=True)
     whole = torch.autograd.grad(sparsemax(scores)[:, 0].sum(), scores)[0]
     monkeypatch.setitem(rows.BLOCK, "cpu", 1000)
     assert torch.equal(torch.autograd.grad(sparsemax(scores)[:, 0].sum(), scores)[0], whole)
@@ -126,7 +126,7 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_float32_rounded_once(dtype: torch.dtype) -> None:
-    scores = (0.1 * torch.randn(4, 500)).to(dtype).requires_grad_()
+    scores = (0.1 * torch.randn(4, 600)).to(dtype).requires_grad_()
     p = sparsemax(scores)
     assert torch.equal(p, sparsemax(scores.detach().float()).to(dtype))
     p[:, 0].sum().backward()
@@ -138,13 +138,13 @@ def test_edge_shapes_and_non_contiguous_input() -> None:
     empty = torch.zeros(0, 4, requires_grad=True)
     sparsemax(empty).sum().backward()
     assert empty.grad.shape == (0, 4)
-    scores = torch.randn(300, 4)
+    scores = torch.randn(600, 4)
     before = scores.clone()
     assert torch.equal(sparsemax(scores.t()), sparsemax(scores.t().contiguous()))
     assert torch.equal(scores, before)
 
 
-@pytest.mark.parametrize("n", [4, 500])
+@pytest.mark.parametrize("n", [4, 600])
 @pytest.mark.parametrize("wrong", ["NaN", "inf", "-inf"])
 def test_a_row_without_projection_is_refused(n: int, wrong: str) -> None:
     scores = torch.randn(2, 2, n)

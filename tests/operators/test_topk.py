@@ -66,6 +66,12 @@ def test_ties_go_to_the_lower_index_whatever_the_rest_of_the_row(k: int) -> None
     assert indices[1].tolist() == [*range(200, 199 + k), 600]
 
 
+def test_ties_above_the_floor_go_to_the_lower_index() -> None:
+    values = torch.rand(2, 640)
+    values[:, ::20] = 5  # 32 ties in one group of columns: the other groups put the floor below
+    assert topk_indices(values, 5)[0].tolist() == [[0, 20, 40, 60, 80]] * 2
+
+
 def test_a_row_with_no_positive_entry_keeps_its_first_zeros() -> None:
     values = torch.relu(-torch.rand(2, 512))
     values[1, :300] = -1

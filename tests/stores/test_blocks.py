@@ -42,8 +42,12 @@ def test_a_block_holds_its_contexts_rows_in_the_order_of_their_places(
         expected = np.linalg.norm(rows[order].astype(float), axis=1)
         np.testing.assert_allclose(block.read("norm"), expected, rtol=1e-6)
         np.testing.assert_array_equal(block.read("activations", 3, 5), rows[order[3:5]])
-        assert block.first_at(int(places[order[4]])) == 4
-        assert block.first_at(10**9) == block.rows
+        for expected_rows in (0, 2, 1000):
+            taken = block.take(2, int(places[order[4]]), expected_rows)
+            np.testing.assert_array_equal(taken["place"], places[order[2:4]])
+            np.testing.assert_array_equal(taken["activations"], rows[order[2:4]])
+            assert len(block.take(1, 10**9, expected_rows)["token"]) == block.rows - 1
+        assert len(block.take(block.rows, 10**9, 5)["place"]) == 0
 
 
 @pytest.mark.parametrize("parts", [2, 3, 10, 23])

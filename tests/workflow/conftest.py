@@ -22,7 +22,7 @@ class Project:
         self.folder = folder
         for name in ("Snakefile", "dvc.yaml", "requirements.lock", ".gitignore", ".dvcignore"):
             shutil.copy(ROOT / name, folder / name)
-        for name in ("workflow", "src", "envs", ".dvc"):
+        for name in ("workflow", "profiles", "src", "envs", ".dvc"):
             ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "cache", "tmp")
             shutil.copytree(ROOT / name, folder / name, ignore=ignore)
         self.params = params

@@ -60,6 +60,7 @@ def test_file_times_do_not_matter(done: Project) -> None:
             {"evaluate_sae": 3, "evaluate_baselines": 1, "collect_tables": 1, "draw_figure": 4, "write_report": 1},
         ),
         ("runtime/extraction_jobs", 3, {}),
+        ("runtime/threads", {"extract": 2, "train": 2, "evaluate": 2}, {}),
         ("figures/allow_unequal_budgets", True, {"draw_figure": 4, "write_report": 1}),
     ],
 )  # fmt: skip

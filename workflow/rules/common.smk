@@ -27,6 +27,9 @@ plan = Plan(config)
 # A rule runs this project's package with the environment's own interpreter.
 package = Path(workflow.basedir) / "src"
 prefix = f"export PYTHONPATH={shlex.quote(str(package))}; "
+# What a job needs to know of the machine is no parameter of the job: it changes no result.
+runtime = shlex.quote(json.dumps(config["runtime"])).replace("{", "{{").replace("}", "}}")
+prefix += f"export SAEFLOW_RUNTIME={runtime}; "
 if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
     prefix += f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
 shell.prefix("set -euo pipefail; " + prefix)
@@ -67,9 +70,43 @@ def gpus():
 
 def model_record(wildcards):
     """The record of the source's model, where it has one."""
-    return f"results/sources/{wildcards.source}/model/{RECORD}" if plan.has_model(wildcards.source) else []
+    return (
+        f"results/sources/{wildcards.source}/model/{RECORD}"
+        if plan.has_model(wildcards.source)
+        else []
+    )
 
 
 def clean_record(source, hook_point):
     """The record of the clean side of the model in the loop, where the source has a model."""
-    return f"results/evaluations/{source}/{hook_point}/clean/{RECORD}" if plan.has_model(source) else []
+    return (
+        f"results/evaluations/{source}/{hook_point}/clean/{RECORD}"
+        if plan.has_model(source)
+        else []
+    )
+
+
+def evaluation_inputs(source, hook_point):
+    return [f"results/stores/{source}/{split}/{RECORD}" for split in ("train", "evaluation")] + [
+        record for record in [clean_record(source, hook_point)] if record
+    ]
+
+
+def is_current(folder, key):
+    record = Path(folder, RECORD)
+    return record.exists() and json.loads(record.read_text()).get("key") == key
+
+
+def parts(wildcards):
+    """The parts of a split; none where its store is there, however many jobs made it."""
+    source, split = wildcards.source, wildcards.split
+    made = [
+        is_current(f"results/stores/{source}/{split}", plan.key_store(source, split)),
+        is_current(f"results/sources/{source}/inputs", plan.key_inputs(source)),
+        not plan.has_model(source)
+        or is_current(f"results/sources/{source}/model", plan.key_model(source)),
+    ]
+    if all(made) and not (workflow.dag_settings.forceall or workflow.dag_settings.forcerun):
+        return []
+    count = config["runtime"]["extraction_jobs"]
+    return [f"results/stores/{source}/{split}.parts/{part}-of-{count}" for part in range(count)]

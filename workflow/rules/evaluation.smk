@@ -4,17 +4,13 @@ Expects results/saes and results/stores; leaves results/evaluations (a table a r
 """
 
 
-def evaluation_inputs(source, hook_point):
-    return [f"results/stores/{source}/{split}/{RECORD}" for split in ("train", "evaluation")] + [
-        record for record in [clean_record(source, hook_point)] if record
-    ]
-
-
 rule evaluate_clean:
     input:
         model=model_record,
         inputs="results/sources/{source}/inputs/provenance.json",
-        stores=expand("results/stores/{{source}}/{split}/provenance.json", split=["train", "evaluation"]),
+        stores=expand(
+            "results/stores/{{source}}/{split}/provenance.json", split=["train", "evaluation"]
+        ),
     output:
         record="results/evaluations/{source}/{hook_point}/clean/provenance.json",
     log:
@@ -28,10 +24,9 @@ rule evaluate_clean:
         key=lambda w: plan.key_clean(w.source, w.hook_point),
         source=lambda w: json.dumps(plan.source(w.source)),
         evaluation=json.dumps(plan.evaluation()),
-        runtime=json.dumps(plan.runtime("evaluate")),
     shell:
         "python -m saeflow clean --source {params.source:q} --hook-point {wildcards.hook_point}"
-        " --evaluation {params.evaluation:q} --runtime {params.runtime:q} --key {params.key}"
+        " --evaluation {params.evaluation:q} --threads {threads} --key {params.key}"
         " --folder results/sources/{wildcards.source} --stores results/stores/{wildcards.source}"
         " --out results/evaluations/{wildcards.source}/{wildcards.hook_point}/clean 2>&1 | tee {log}"
 
@@ -54,10 +49,9 @@ rule evaluate_sae:
     params:
         key=lambda w: plan.key_evaluation(w.run),
         evaluation=json.dumps(plan.evaluation()),
-        runtime=json.dumps(plan.runtime("evaluate")),
     shell:
         "python -m saeflow evaluate --sae results/saes/{wildcards.run} --results results"
-        " --evaluation {params.evaluation:q} --runtime {params.runtime:q} --key {params.key}"
+        " --evaluation {params.evaluation:q} --threads {threads} --key {params.key}"
         " --out results/evaluations/{wildcards.run} 2>&1 | tee {log}"
 
 
@@ -79,11 +73,10 @@ rule evaluate_baselines:
         key=lambda w: plan.key_baselines(w.source, w.hook_point),
         ranks=json.dumps(plan.pca_ranks()),
         evaluation=json.dumps(plan.evaluation()),
-        runtime=json.dumps(plan.runtime("evaluate")),
     shell:
         "python -m saeflow baselines --store {wildcards.source}/{wildcards.hook_point}"
         " --ranks {params.ranks:q} --results results --evaluation {params.evaluation:q}"
-        " --runtime {params.runtime:q} --key {params.key}"
+        " --threads {threads} --key {params.key}"
         " --out results/evaluations/{wildcards.source}/{wildcards.hook_point}/baselines 2>&1 | tee {log}"
 
 

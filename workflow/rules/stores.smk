@@ -22,11 +22,10 @@ rule extract_part:
         key=lambda w: plan.key_store(w.source, w.split),
         source=lambda w: json.dumps(plan.source(w.source)),
         store=lambda w: json.dumps(plan.store(w.source)),
-        runtime=json.dumps(plan.runtime("extract")),
     shell:
         "python -m saeflow extract --source {params.source:q} --store {params.store:q}"
         " --split {wildcards.split} --part {wildcards.part} --parts {wildcards.parts}"
-        " --runtime {params.runtime:q} --key {params.key}"
+        " --threads {threads} --key {params.key}"
         " --folder results/sources/{wildcards.source} --out {output.part} 2>&1 | tee {log}"
 
 
@@ -34,11 +33,7 @@ rule merge_parts:
     input:
         model=model_record,
         inputs="results/sources/{source}/inputs/provenance.json",
-        parts=expand(
-            "results/stores/{{source}}/{{split}}.parts/{part}-of-{parts}",
-            part=range(config["runtime"]["extraction_jobs"]),
-            parts=config["runtime"]["extraction_jobs"],
-        ),
+        parts=parts,
     output:
         record="results/stores/{source}/{split}/provenance.json",
     log:

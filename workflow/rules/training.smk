@@ -23,9 +23,8 @@ rule train_sae:
     params:
         key=lambda w: plan.key_sae(w.run),
         run=lambda w: json.dumps(plan.run(w.run)),
-        runtime=json.dumps(plan.runtime("train")),
         store=lambda w: f"results/stores/{plan.runs[w.run].source}/train",
     shell:
         "python -m saeflow train --store {params.store} --run {params.run:q}"
-        " --runtime {params.runtime:q} --key {params.key}"
+        " --threads {threads} --key {params.key}"
         " --out results/saes/{wildcards.run} 2>&1 | tee {log}"

@@ -112,7 +112,7 @@ def principal_components(store: Any, batch_size: int, device: str) -> tuple[Tens
     Raises:
         UserError: a row is not finite.
     """
-    shift = torch.as_tensor(store.mean, dtype=torch.float64, device=device)
+    shift = store.mean.to(device)
     total = torch.zeros_like(shift)
     products = torch.zeros(len(shift), len(shift), dtype=torch.float64, device=device)
     rows = 0
@@ -136,8 +136,7 @@ def baselines(store: Any, ranks: list[int], batch_size: int, device: str) -> lis
     A rank that is not below the store's width is left out (it would be the identity); the log says
     so.
     """
-    mean = torch.as_tensor(store.mean)
-    found: list[Baseline] = [Identity(store.d_in), Mean(mean)]
+    found: list[Baseline] = [Identity(store.d_in), Mean(store.mean)]
     fitting = sorted({rank for rank in ranks if rank < store.d_in})
     if left_out := sorted(set(ranks) - set(fitting)):
         logger.info("%s: PCA ranks %s left out, its width is %d", store.path, left_out, store.d_in)

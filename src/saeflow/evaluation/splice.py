@@ -50,7 +50,7 @@ def write_clean(
     source: Mapping[str, Any],
     folder: Path,
     hook_point: str,
-    mean: np.ndarray,
+    mean: Tensor,
     ce_contexts: int,
     device: str,
     out: Path,
@@ -83,7 +83,7 @@ def write_clean(
     model = load_model(folder / "model", device)
     keep_first = bool(source["skip_first"])
     replacements: dict[str, Replace] = {
-        "mean": constant(torch.as_tensor(mean, dtype=torch.float32, device=device)),
+        "mean": constant(mean.to(device, torch.float32)),
         "zero": torch.zeros_like,
     }
     sums = dict.fromkeys(("clean", *replacements), 0.0)
@@ -131,12 +131,12 @@ def clean_batch(model: Any, hook_point: str, token_ids: Tensor) -> dict[str, Ten
     found = capture(model, names.values(), token_ids)
     parts = {"token_ids": token_ids, **{part: found[name] for part, name in names.items()}}
     hidden = spliced_hidden(model, hook_point, parts, lambda x: x, keep_first=False)
-    parts["ce"] = token_losses(model, hidden, token_ids)
     head = linear_head(model)
     if head is None:
-        parts["hidden"] = hidden
+        parts |= {"hidden": hidden, "ce": token_losses(model, hidden, token_ids)}
     else:
-        parts["expected"], parts["offsets"] = clean_expectations(model, head, hidden, token_ids)
+        kept = ("ce", "expected", "offsets")
+        parts |= zip(kept, clean_expectations(model, head, hidden, token_ids), strict=True)
     return parts
 
 
@@ -231,23 +231,26 @@ def linear_head(model: Any) -> Tensor | None:
 
 def clean_expectations(
     model: Any, head: Tensor, hidden: Tensor, token_ids: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What a linear lm head's KL needs of the clean side, instead of all its probabilities p.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The clean side's losses, and what a linear lm head's KL needs instead of all probabilities p.
 
     With clean and spliced hidden states c and h of a token and u = p head, the expected logit is a
     product with one vector: KL = <u, c> - logsumexp(head c) - <u, h> + logsumexp(head h).
 
     Returns:
-        u (n (length - 1), d_model) float32 and <u, c> - logsumexp(head c) (n (length - 1),) float64.
+        Cross-entropy (n (length - 1),) float64 of each next token, u (n (length - 1), d_model)
+        float32, and <u, c> - logsumexp(head c) (n (length - 1),) float64.
     """
     flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    expected, offsets = [], []
-    for scores, _, part in _slices(model, hidden, token_ids):
+    losses, expected, offsets = [], [], []
+    for scores, targets, part in _slices(model, hidden, token_ids):
+        normaliser = log_normaliser(scores)
+        losses.append(normaliser - scores.gather(1, targets[:, None])[:, 0])
         p = scores.softmax(1)
         mass = p.sum(1, keepdim=True, dtype=torch.float64)  # off by 1e-5 from 1 on many entries
         expected.append(((p.to(head.dtype) @ head) / mass).float())
-        offsets.append(_product(expected[-1], flat[part]) - log_normaliser(scores))
-    return torch.cat(expected), torch.cat(offsets)
+        offsets.append(_product(expected[-1], flat[part]) - normaliser)
+    return torch.cat(losses), torch.cat(expected), torch.cat(offsets)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

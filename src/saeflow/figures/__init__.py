@@ -42,9 +42,9 @@ def draw(figure: str, tables: Path, options: Mapping[str, Any], folder: Path) ->
         raise UserError(
             f"figures.names: unknown figure {figure!r}. Known: {', '.join(FIGURES)}. Mend params.yaml."
         )
-    folder.mkdir(parents=True, exist_ok=True)
     with style.context():
         drawing = FIGURES[figure](load_tables(tables), options)
+        folder.mkdir(parents=True, exist_ok=True)
         style.save(drawing.figure, folder / figure)
     with atomic_file(folder / f"{figure}.csv") as staged:
         drawing.data.to_csv(staged, index=False, lineterminator="\n", float_format="%.12g")

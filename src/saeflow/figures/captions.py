@@ -58,9 +58,9 @@ def rows_sentence(rows: pd.DataFrame, cross_entropy: bool = False) -> str:
         held = read.one_panel(rows, panel)
         texts.setdefault(_policy(held.iloc[0], cross_entropy), []).append(read.panel_title(panel))
     if len(texts) == 1:
-        return "Evaluated on " + next(iter(texts)) + "."
+        return "Evaluated on held-out rows: " + next(iter(texts)) + "."
     parts = [f"{listed(panels)}: {text}" for text, panels in texts.items()]
-    return "Evaluated on held-out rows. " + "; ".join(parts) + "."
+    return "Evaluated on held-out rows: " + "; ".join(parts) + "."
 
 
 def _policy(row: pd.Series, cross_entropy: bool) -> str:
@@ -72,7 +72,7 @@ def _policy(row: pd.Series, cross_entropy: bool) -> str:
         norm = f"rows above {multiple:g} times the median training norm left out"
     excluded = 100 * row.get("excluded_rows_fraction", 0.0)
     text = (
-        f"{compact(row['rows'])} held-out rows (first positions {first}; {norm}; "
+        f"{compact(row['rows'])} rows (first positions {first}; {norm}; "
         f"{excluded:.2g} % of the split excluded)"
     )
     if cross_entropy and not pd.isna(row.get("ce_tokens")):

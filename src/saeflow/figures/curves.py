@@ -1,5 +1,6 @@
 """Training curves: one row of panels per series, a shade per setting, seeds as thin lines."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ _KNOWN = (
     "tokens_per_s",
 )  # fmt: skip
 _RECONSTRUCTION = "reconstruction"
+_ROUNDING = 1e-6  # of sums in float32, relative to the loss
 _SCHEDULE: dict[str, Any] = {"color": "#CDCDCD", "lw": 3.0, "solid_capstyle": "butt"}
 
 
@@ -47,14 +49,35 @@ def training(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
 
 
 def loss_terms(steps: pd.DataFrame) -> list[str]:
-    """Columns of loss terms besides the reconstruction, those that are not zero throughout."""
-    return [
+    """Loss terms besides the reconstruction: the columns that, added to it, give the loss.
+
+    Variants log other numbers too (k, a threshold, a penalty's weight) under names of their own; the
+    sum tells them apart. A term below a millionth of the loss may be missed.
+    """
+    found: set[str] = set()
+    if {"loss", _RECONSTRUCTION} <= set(steps.columns):
+        for _, entry in steps.groupby(["entry", "variant"]):
+            found |= _summands(entry[entry["run"] == entry["run"].iloc[0]])
+    return [column for column in steps.columns if column in found]
+
+
+def _summands(run: pd.DataFrame) -> set[str]:
+    """The smallest set of columns that makes up the loss of every logged step of one run."""
+    others = [
         column
-        for column in steps.columns
+        for column in run.columns
         if column not in (*_KNOWN, _RECONSTRUCTION)
-        and pd.api.types.is_numeric_dtype(steps[column])
-        and steps[column].fillna(0).ne(0).any()
+        and pd.api.types.is_numeric_dtype(run[column])
+        and run[column].notna().all()
+        and run[column].ne(0).any()
     ]
+    rest = run["loss"] - run[_RECONSTRUCTION]
+    for size in range(len(others) + 1):
+        for chosen in itertools.combinations(others, size):
+            gap = (rest - run[list(chosen)].sum(axis=1)).abs().max()
+            if gap <= _ROUNDING * run["loss"].abs().max():
+                return set(chosen)
+    return set()
 
 
 def _caption(steps: pd.DataFrame, terms: list[str]) -> str:

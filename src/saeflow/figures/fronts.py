@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -16,6 +15,7 @@ from saeflow.figures import tables as read
 from saeflow.figures.drawing import Drawing
 
 _LOG_FROM = 6.0  # a quality axis whose largest value is this many times its least is logarithmic
+_MARKER_SIZES = {"*": 6.5, "X": 4.8, "P": 4.8, "h": 4.8, ".": 6.0, "D": 3.4}
 _PANEL_HEIGHT = 2.15  # inches
 
 
@@ -118,7 +118,7 @@ def _where(rows: pd.DataFrame) -> str:
 def _baseline_sentence(rows: pd.DataFrame, metric: str) -> str:
     """Which baselines are drawn, and which would not be visible."""
     found = []
-    if rows["entry"].str.startswith("random-decoder").any():
+    if rows["entry"].str.contains(style.RANDOM_DECODER, regex=False).any():
         found.append("SAEs whose random decoder stays untrained")
     if (rows["variant"] == "pca").any():
         found.append("PCA that keeps as many directions as the axis says")
@@ -142,18 +142,16 @@ def _draw(
     columns = 1 if len(panels) == 1 and not wide else 2
     lines = -(-len(panels) // columns)
     drawn = rows[rows["variant"] != "identity"]
-    legend = _legend(drawn)
+    series = {panel: read.series_of(read.one_panel(drawn, panel)) for panel, _ in panels}
+    strokes = _strokes([one for held in series.values() for one in held])
+    legend = [Line2D([], [], label=label, **stroke) for label, stroke in strokes.items()]
     width = style.COLUMN_WIDTH if columns == 1 else style.TEXT_WIDTH
-    per_line = _legend_columns([str(handle.get_label()) for handle in legend], width)
+    per_line = _legend_columns(list(strokes), width)
     height = lines * _PANEL_HEIGHT + 0.16 * -(-len(legend) // per_line) + 0.1
     figure = style.new_figure(width, height)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
-    indices = {
-        (series.look.label, str(series.rows["series"].iloc[0])): series.style_index
-        for series in read.series_of(drawn)
-    }
     for ax, (panel, metric) in zip(axes, panels, strict=False):
-        _panel(ax, read.one_panel(drawn, panel), metric, indices)
+        _panel(ax, series[panel], metric, strokes)
         ax.set_title(read.panel_title(panel))
         ax.set_xlabel(read.metric_label("l0_mean", panel))
         label = read.metric_label(metric, panel)
@@ -180,52 +178,53 @@ def _data(rows: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     return own.merge(read.over_seeds(rows, columns), on=keys, how="left", validate="m:1")
 
 
-def _legend(rows: pd.DataFrame) -> list[Line2D]:
-    handles = []
-    for series in read.series_of(rows):
-        if series.rows["variant"].iloc[0] == "mean":
-            handles.append(Line2D([], [], color=series.look.color, lw=1.2, label=series.label))
-        else:
-            handles.append(
-                Line2D([], [], label=series.label, **_strokes(series.look, series.style_index))
-            )
-    return handles
+def _strokes(series: Sequence[read.Series]) -> dict[str, dict[str, Any]]:
+    """Line and marker of each label, the same in every panel of a figure.
 
-
-def _strokes(look: style.Look, index: int) -> dict[str, Any]:
-    """Line and marker of a series."""
-    size = {"*": 6.5, "X": 4.8, "P": 4.8, "h": 4.8, ".": 6, "D": 3.4}.get(look.marker, 4.0)
-    return {
-        "color": look.color, "marker": look.marker, "markersize": size,
-        "linestyle": style.LINE_STYLES[index % len(style.LINE_STYLES)],
-        "markerfacecolor": look.color if index == 0 else "white",
-        "markeredgecolor": look.color if index else "white",
-        "markeredgewidth": 0.8 if index else 0.4,
-    }  # fmt: skip
-
-
-def _panel(ax: Axes, rows: pd.DataFrame, metric: str, indices: Mapping[Any, int]) -> None:
-    ax.grid(True)
-    values = [*rows.loc[rows["variant"] != "mean", metric]]
-    for series in read.series_of(rows):
-        held = series.rows
-        if held["variant"].iloc[0] == "mean":
-            level = float(held[metric].mean())
-            ax.axhline(level, color=series.look.color, lw=1.2, zorder=1.5)
-            values.append(level)
+    A variant keeps its colour and marker; its second, third ... label in a figure has broken lines
+    and open markers.
+    """
+    strokes: dict[str, dict[str, Any]] = {}
+    for one in sorted(series, key=lambda one: style.rank_of(one.look)):
+        look = one.look
+        if one.label in strokes:
             continue
-        index = indices[(series.look.label, str(held["series"].iloc[0]))]
-        _line(ax, held, metric, series.look, index)
-    _scale(ax, rows, metric, values)
+        if one.rows["variant"].iloc[0] == "mean":
+            strokes[one.label] = {"color": look.color, "linewidth": 1.2}
+            continue
+        index = sum(stroke["color"] == look.color for stroke in strokes.values())
+        strokes[one.label] = {
+            "color": look.color, "marker": look.marker,
+            "markersize": _MARKER_SIZES.get(look.marker, 4.0),
+            "linestyle": style.LINE_STYLES[index % len(style.LINE_STYLES)],
+            "markerfacecolor": look.color if index == 0 else "white",
+            "markeredgecolor": look.color if index else "white",
+            "markeredgewidth": 0.8 if index else 0.4,
+        }  # fmt: skip
+    return strokes
+
+
+def _panel(
+    ax: Axes, series: Sequence[read.Series], metric: str, strokes: Mapping[str, Mapping[str, Any]]
+) -> None:
+    ax.grid(True)
+    rows = pd.concat([one.rows for one in series])
+    for one in series:
+        if one.rows["variant"].iloc[0] == "mean":
+            ax.axhline(float(one.rows[metric].mean()), zorder=1.5, **strokes[one.label])
+        else:
+            _line(ax, one.rows, metric, one.look, strokes[one.label])
+    _scale(ax, rows, metric)
     if "true_l0_mean" in rows and metric in ("mmcs", "support_f1"):
         ax.axvline(float(rows["true_l0_mean"].mean()), color=style.INK, lw=0.8, ls=(0, (4, 2)))
 
 
-def _line(ax: Axes, rows: pd.DataFrame, metric: str, look: style.Look, index: int) -> None:
+def _line(
+    ax: Axes, rows: pd.DataFrame, metric: str, look: style.Look, stroke: Mapping[str, Any]
+) -> None:
     """Mean and deviation of each setting, joined in order of L0; the seeds behind them."""
     points = read.over_seeds(rows, ["l0_mean", metric]).sort_values("l0_mean_seed_mean")
     baseline = look in style.BASELINES.values()
-    strokes = _strokes(look, index)
     if rows["seed"].nunique() > 1:
         ax.plot(
             rows["l0_mean"], rows[metric], ls="none", marker=look.marker, ms=2.6, mew=0, alpha=0.3,
@@ -234,22 +233,22 @@ def _line(ax: Axes, rows: pd.DataFrame, metric: str, look: style.Look, index: in
     ax.errorbar(
         points["l0_mean_seed_mean"], points[f"{metric}_seed_mean"],
         xerr=points["l0_mean_seed_sd"].fillna(0), yerr=points[f"{metric}_seed_sd"].fillna(0),
-        elinewidth=0.8, capsize=1.6, capthick=0.8, zorder=2.5 if baseline else 3, **strokes,
+        elinewidth=0.8, capsize=1.6, capthick=0.8, zorder=2.5 if baseline else 3, **stroke,
     )  # fmt: skip
 
 
-def _scale(ax: Axes, rows: pd.DataFrame, metric: str, values: list[float]) -> None:
-    active = rows.loc[rows["l0_mean"] > 0, "l0_mean"]
-    low, high = (float(active.min()), float(active.max())) if len(active) else (1.0, 10.0)
-    style.l0_axis(ax, low / 1.35, high * 1.35)
-    bottom, top = min(values), max(values)
+def _scale(ax: Axes, rows: pd.DataFrame, metric: str) -> None:
+    """Axes that hold every SAE, and of the baselines what lies at the SAEs' L0."""
+    own = rows.loc[read.is_sae(rows) & (rows["l0_mean"] > 0), "l0_mean"]
+    low, high = (own.min() / 1.35, own.max() * 1.35) if len(own) else (0.7, 10.0)
+    style.l0_axis(ax, float(low), float(high))
     if metric in ("mmcs", "support_f1"):
         ax.set_ylim(0, 1.03)
         return
+    visible = rows[(rows["variant"] == "mean") | rows["l0_mean"].between(low, high)]
+    bottom, top = float(visible[metric].min()), float(visible[metric].max())
     if bottom > 0 and top / bottom > _LOG_FROM:
         style.log_axis(ax, "y", bottom / 1.25, top * 1.25)
     else:
         span = top - min(bottom, 0) or 1.0
         ax.set_ylim(0 if bottom >= 0 else bottom - 0.06 * span, top + 0.06 * span)
-    if not np.isfinite(values).all():
-        raise UserError(f"metrics.csv: {metric} is not finite. Evaluate its runs again.")

@@ -97,8 +97,9 @@ VARIANTS = {
     "sparsemax": Look("Sparsemax", "#9760AE", "*"),
     "entmax": Look("Entmax", "#540056", "h"),
 }
+RANDOM_DECODER = "random-decoder"
 BASELINES = {
-    "random-decoder": Look("Random decoder", "#555555", "d"),
+    RANDOM_DECODER: Look("Random decoder", "#555555", "d"),
     "pca": Look("PCA", "#8A8A8A", "."),
     "mean": Look("Mean", "#A8A8A8", "_"),
     "identity": Look("Identity", "#C4C4C4", "_"),
@@ -133,11 +134,11 @@ def look(variant: str, entry: str = "") -> Look:
 
     Args:
         variant: the tables' column.
-        entry: the tables' column; an entry called `random-decoder...` is a baseline, whatever its
-            variant.
+        entry: the tables' column; an entry whose name holds `random-decoder` is a baseline,
+            whatever its variant.
     """
-    if entry.startswith("random-decoder"):
-        return BASELINES["random-decoder"]
+    if RANDOM_DECODER in entry:
+        return BASELINES[RANDOM_DECODER]
     known = VARIANTS.get(variant) or BASELINES.get(variant)
     if known is not None:
         return known
@@ -147,9 +148,13 @@ def look(variant: str, entry: str = "") -> Look:
 
 def rank(variant: str, entry: str = "") -> int:
     """Place of a variant in legends and rows."""
-    chosen = look(variant, entry)
-    fixed = [*VARIANTS.values(), *BASELINES.values()]
-    return fixed.index(chosen) if chosen in fixed else len(VARIANTS) - 1
+    return rank_of(look(variant, entry))
+
+
+def rank_of(look: Look) -> int:
+    """Place of a look in legends and rows: variants, those added later, baselines."""
+    fixed = [*VARIANTS.values(), None, *BASELINES.values()]
+    return fixed.index(look) if look in fixed else len(VARIANTS)
 
 
 def metric_label(metric: str) -> str:

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from saeflow.errors import UserError
@@ -18,6 +19,8 @@ TYPES: dict[str, type] = {
     **dict.fromkeys((*IDS, "metric", "histogram"), str),
     **dict.fromkeys(("d_sae", "k", "k_target", "tokens", "seed"), float),
 }
+
+MEASURED = ("value", "left", "right", "count", "step", "tokens_seen")
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,10 @@ def load_tables(folder: Path) -> Tables:
 def _read(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     try:
         header = pd.read_csv(path, nrows=0, dtype=str).columns
-        numbers = [c for c in header if TYPES.get(c) is not str]
+        types = {column: TYPES.get(column, float) for column in header}
+        numbers = [column for column in header if types[column] is float]
         table = pd.read_csv(
-            path,
-            dtype={column: kind for column, kind in TYPES.items() if column in header},
-            keep_default_na=False,
-            na_values={column: [""] for column in numbers},
+            path, dtype=types, keep_default_na=False, na_values={column: [""] for column in numbers}
         )
     except FileNotFoundError:
         raise UserError(
@@ -85,6 +86,14 @@ def _read(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
             f"{path}: expected the column {missing[0]}, found {', '.join(table.columns)}. "
             "Delete the file and rerun its step."
         )
+    for column in columns:
+        if column in MEASURED and not np.isfinite(table[column]).all():
+            raise UserError(
+                f"{path}: expected finite numbers under {column}, found another or none. Delete the file "
+                "and rerun its step."
+            )
+    if table.duplicated([c for c in columns if c not in ("value", "count")]).any():
+        raise UserError(f"{path}: has rows twice. Delete the file and rerun its step.")
     k = "k" if "k_target" not in table.columns else "k_target"
     runs = table.drop_duplicates("run")[["run", "entry", "d_sae", "schedule", k]]
     settings, series = {}, {}
@@ -188,14 +197,12 @@ class Series:
     rows: pd.DataFrame
     look: style.Look
     label: str
-    style_index: int
-    """Tells series of one variant apart: its line style; 0 has filled markers."""
 
 
 def series_of(rows: pd.DataFrame) -> list[Series]:
-    """Split runs into series, in the legend's order, each with a label of its own.
+    """Split the runs of one panel into series, in the legend's order, each with a label of its own.
 
-    A label is the variant's name; where the figure shows several series of a variant, what they
+    A label is the variant's name; where the panel shows several series of a variant, what they
     differ in is added: entry, d_sae, schedule, else the setting.
     """
     keyed = sorted(
@@ -211,7 +218,7 @@ def series_of(rows: pd.DataFrame) -> list[Series]:
     for i, (key, held) in enumerate(keyed):
         twins = [j for j, chosen in enumerate(looks) if chosen == looks[i]]
         label = _label(held.iloc[0], [keyed[j][1].iloc[0] for j in twins], looks[i], str(key))
-        found.append(Series(held, looks[i], label, twins.index(i)))
+        found.append(Series(held, looks[i], label))
     return found
 
 

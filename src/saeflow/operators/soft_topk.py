@@ -17,6 +17,7 @@ from saeflow.operators.rows import (
     group_size,
     kth_largest,
     kth_largest_by_bisection,
+    next_below,
     refuse_rows,
 )
 
@@ -76,7 +77,7 @@ def _threshold(
     far = floor - FAR * temperature
     is_sparse = bool((maxima > far[:, None]).sum() <= maxima.numel() // 4)
     bound = far if is_sparse else floor
-    solved = SomeEntries.above(block, bound.nextafter(torch.full_like(bound, -torch.inf)))
+    solved = SomeEntries.above(block, next_below(bound))
     refuse_rows(solved.counts < rank, start, ABSENT)
     entries = solved.gather(block, -torch.inf)
     guess = kth_largest(entries, rank)

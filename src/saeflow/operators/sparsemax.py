@@ -15,6 +15,7 @@ from saeflow.operators.rows import (
     as_rows,
     blocks,
     group_maxima,
+    next_below,
     refuse_rows,
 )
 
@@ -74,7 +75,7 @@ def simplex_candidates(
     if size > 1:
         tau = solve((maxima.double() - top[:, None]) * scale[:, None], scale, tau)
         floor = (top + (tau - 1e-12) / scale).to(block.dtype)  # tau is solved to 1e-13
-        candidates = SomeEntries.above(block, floor.nextafter(torch.full_like(floor, -torch.inf)))
+        candidates = SomeEntries.above(block, next_below(floor))
     entries = candidates.gather(block, -torch.inf).double()
     entries = (entries - top[:, None]) * scale[:, None]
     return candidates, entries, solve(entries, scale, tau)

@@ -14,6 +14,7 @@ from saeflow.operators.rows import (
     group_size,
     kth_largest,
     kth_largest_by_bisection,
+    next_below,
     pad,
     positions,
     refuse_rows,
@@ -121,12 +122,13 @@ def _positions_in_block(block: Tensor, k: Tensor, start: int) -> Tensor:
     maxima = group_maxima(block, size)
     refuse_rows(maxima.isnan().any(1), start, "values hold NaN")
     floor = kth_largest(maxima, k)  # at least k entries are at or above it
-    candidates = SomeEntries.above(block, floor)
+    is_crowded = (maxima == floor[:, None]).sum(1) > k  # a common value, such as 0 after a relu
+    candidates = SomeEntries.above(block, floor.where(is_crowded, next_below(floor)))
     entries = candidates.gather(block, float("-inf"))
     from_above = candidates.counts.minimum(k)
     kept = _topk_mask(entries, kth_largest(entries, from_above), from_above)
     flat = candidates.flat[candidates.ungather(kept)]
-    short = (from_above < k).nonzero()[:, 0]  # here the floor is the k-th largest
+    short = (from_above < k).nonzero()[:, 0]  # crowded, and the floor is the k-th largest
     if len(short) == 0:
         return flat
     ties = _first(block[short] == floor[short, None], (k - from_above)[short])

@@ -7,9 +7,11 @@ all, so a killed job started again goes on after the last block it finished.
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -166,19 +168,35 @@ class BlockFile:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of one array."""
-        dtype, shape, offset = self.layout[name]
-        stop = shape[0] if stop is None else stop
-        values = int(np.prod(shape[1:]))
-        flat = np.fromfile(
-            self.path, dtype, (stop - start) * values, offset=offset + start * values * dtype.itemsize
-        )  # fmt: skip
-        return flat.reshape(-1, *shape[1:])
+        stop = self.rows if stop is None else stop
+        with self.path.open("rb", buffering=0) as file:
+            return self._slice(file, name, start, stop)
 
-    def first_at(self, place: int) -> int:
-        """The first row whose place is not below `place`."""
-        dtype, shape, offset = self.layout[PLACE]
-        places = np.memmap(self.path, dtype, "r", offset, shape)
-        return int(np.searchsorted(places, place))
+    def take(self, start: int, place: int, expected: int) -> dict[str, np.ndarray]:
+        """Rows from `start` up to the first whose place is not below `place`, of every array.
+
+        Args:
+            start: number of the first row.
+            place: rows are taken while theirs is below it.
+            expected: about how many there are; only speed depends on it.
+        """
+        with self.path.open("rb", buffering=0) as file:
+            guess = expected + 4 * math.isqrt(expected) + 16
+            while True:
+                places = self._slice(file, PLACE, start, min(start + guess, self.rows))
+                count = int(np.searchsorted(places, place))
+                if count < len(places) or start + count == self.rows:
+                    break
+                guess *= 2
+            stop = start + count
+            rest = {n: self._slice(file, n, start, stop) for n in self.layout if n != PLACE}
+        return {PLACE: places[:count], **rest}
+
+    def _slice(self, file: FileIO, name: str, start: int, stop: int) -> np.ndarray:
+        dtype, shape, offset = self.layout[name]
+        values = math.prod(shape[1:])
+        file.seek(offset + start * values * dtype.itemsize)
+        return np.fromfile(file, dtype, (stop - start) * values).reshape(-1, *shape[1:])
 
     def check(self) -> None:
         """Read the whole file and compare its checksums.

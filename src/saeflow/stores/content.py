@@ -25,16 +25,21 @@ Rows = dict[str, np.ndarray]
 
 
 def in_pieces(windows: Iterable[Rows]) -> Iterator[Rows]:
-    """The same rows, PIECE_ROWS at a time."""
+    """The same rows, PIECE_ROWS at a time; a piece is valid until the next one is asked for."""
     rest: Rows = {}
     for window in windows:
-        joined = {n: np.concatenate([rest[n], v]) if rest else v for n, v in window.items()}
-        count = len(joined[ACTIVATIONS])
-        whole = count - count % PIECE_ROWS
-        for start in range(0, whole, PIECE_ROWS):
-            yield {name: values[start : start + PIECE_ROWS] for name, values in joined.items()}
-        rest = {name: values[whole:].copy() for name, values in joined.items()}
-    if rest and len(rest[ACTIVATIONS]):
+        start, rows = 0, len(window[ACTIVATIONS])
+        if rest:
+            start = min(rows, PIECE_ROWS - len(rest[ACTIVATIONS]))
+            rest = {name: np.concatenate([rest[name], window[name][:start]]) for name in window}
+            if len(rest[ACTIVATIONS]) < PIECE_ROWS:
+                continue
+            yield rest
+        whole = rows - (rows - start) % PIECE_ROWS
+        for first in range(start, whole, PIECE_ROWS):
+            yield {name: values[first : first + PIECE_ROWS] for name, values in window.items()}
+        rest = {name: v[whole:].copy() for name, v in window.items()} if whole < rows else {}
+    if rest:
         yield rest
 
 

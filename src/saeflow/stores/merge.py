@@ -26,8 +26,10 @@ from saeflow.stores.sharded import ShardedWriter
 SUFFIX = ".zarr"
 VERSIONED = ("saeflow", "torch", "numpy", "zarr", "numcodecs", "transformers")
 
-WINDOW_BYTES = 1 << 25
-"""Rows gathered at once; no result depends on it."""
+WINDOW_BYTES = (1 << 24, 1 << 29)
+SLICE_BYTES = 1 << 16
+"""Rows gathered at once: as many as make reads of this size from each block on average, within the bounds.
+No result depends on them."""
 
 
 def finalise(
@@ -156,33 +158,37 @@ def _write_store(
 
 
 def _windows(blocks: list[BlockFile], largest: float, label: str) -> Iterator[Rows]:
-    """The rows of the store in order, without those above the largest norm, some MiB at a time."""
+    """The rows of the store in order, without those above the largest norm, some MiB at a time.
+
+    The memory of a window is used again for the next.
+    """
     total = blocks[0].facts["rows"]
     arrays = {name: item for name, item in blocks[0].layout.items() if name != PLACE}
     row_bytes = sum(dtype.itemsize * math.prod(shape[1:]) for dtype, shape, _ in arrays.values())
-    size = max(1, WINDOW_BYTES // row_bytes)
+    least, most = WINDOW_BYTES
+    size = max(1, min(max(least, SLICE_BYTES * len(blocks)), most) // row_bytes)
+    memory = {
+        name: np.empty((min(size, total), *shape[1:]), dtype)
+        for name, (dtype, shape, _) in arrays.items()
+    }
     cursors = [0] * len(blocks)
     for low in progress(range(0, total, size), label, "window"):
         high = min(low + size, total)
-        window = {
-            name: np.empty((high - low, *shape[1:]), dtype)
-            for name, (dtype, shape, _) in arrays.items()
-        }
+        window = {name: values[: high - low] for name, values in memory.items()}
         filled = 0
         for i, block in enumerate(blocks):
-            start, stop = cursors[i], block.first_at(high)
-            places = block.read(PLACE, start, stop) - low
-            for name, values in window.items():
-                values[places] = block.read(name, start, stop)
-            cursors[i] = stop
+            rows = block.take(cursors[i], high, block.rows * (high - low) // total)
+            places = rows.pop(PLACE) - low
+            for name, values in rows.items():
+                window[name][places] = values
+            cursors[i] += len(places)
             filled += len(places)
         if filled != high - low:
             raise UserError(
                 f"{blocks[0].path.parent}: expected {high - low} rows for places {low} to {high - 1}, "
                 f"found {filled}. Delete the parts and run the extraction again."
             )
-        norms = window.pop(NORM)
-        kept = norms <= largest
+        kept = window.pop(NORM) <= largest
         yield window if kept.all() else {name: values[kept] for name, values in window.items()}
 
 

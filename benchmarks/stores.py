@@ -1,0 +1,289 @@
+"""Codecs, dtypes, chunk and shard shapes on real activations; the loader against a sequential read.
+
+    python benchmarks/stores.py [PROJECT]
+
+Reads the demo's language model (`make demo` first), under results/ of the project. Everything that is
+compared is timed in turns in one process. Written to benchmarks/results/stores.md and .csv.
+"""
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numcodecs.blosc
+import numpy as np
+import pandas as pd
+import torch
+import zarr
+from tables import in_turns, ratio, write
+from torch import Tensor
+
+from saeflow.config import ROOT, load_params
+from saeflow.sources import open_source
+from saeflow.stores.batches import shuffled_batches
+from saeflow.stores.dtypes import DTYPES
+from saeflow.stores.permutation import Permutation
+from saeflow.stores.sharded import ShardedReader, ShardedWriter
+
+SOURCE = "smollm2"
+CONTEXTS = 96
+CHUNK_ROWS, SHARD_ROWS, BATCH = 512, 65536, 1024
+STORE_ROWS = 196_608  # of the stores that are read in batches
+REPEATS = 7
+
+CODECS: dict[str, Any] = {
+    "none": None,
+    "zstd 1": numcodecs.Zstd(1),
+    "zstd 3": numcodecs.Zstd(3),
+    "zstd 9": numcodecs.Zstd(9),
+    "lz4": numcodecs.LZ4(),
+    "zlib 1": numcodecs.Zlib(1),
+    **{
+        f"blosc {name} {level} {kind}": numcodecs.Blosc(name, level, shuffle)
+        for name, level in (("lz4", 5), ("zstd", 1), ("zstd", 5))
+        for kind, shuffle in (("shuffle", 1), ("bitshuffle", 2))
+    },
+}
+
+
+def activations(project: Path) -> Tensor:
+    """(rows, d_in) float32 of the training split, shuffled as in a store."""
+    params = load_params(project / "params.yaml")["sources"][SOURCE]
+    source = open_source(params, project / "results" / "sources" / SOURCE, "cpu")
+    x = source.block("train", 0, CONTEXTS).activations[params["hook_points"][0]]
+    norms = x.norm(dim=1)
+    x = x[norms <= params["max_norm_multiple"] * norms.median()]
+    return x[torch.from_numpy(Permutation(len(x), 0).forward(np.arange(len(x))))]
+
+
+def dtype_costs(x: Tensor) -> pd.DataFrame:
+    """What rounding to a dtype costs, as an SAE's error would be measured."""
+    exact = x.double()
+    rows = []
+    for name, dtype in DTYPES.items():
+        error = (dtype.decode(dtype.encode(x)).double() - exact).square().sum()
+        rows.append(
+            {
+                "dtype": name,
+                "bytes per row": x.shape[1] * dtype.storage.itemsize,
+                "FVU": f"{error / (exact - exact.mean(0)).square().sum():.1e}",
+                "NMSE": f"{error / exact.square().sum():.1e}",
+                "largest |x| / largest of dtype": f"{x.abs().max() / torch.finfo(dtype.torch).max:.1e}",
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def codec_costs(x: Tensor) -> pd.DataFrame:
+    """Size and speed of each codec on chunks of CHUNK_ROWS rows, one thread."""
+    numcodecs.blosc.use_threads = False
+    rows = []
+    for name, dtype in DTYPES.items():
+        stored = dtype.encode(x)
+        chunks = [stored[i : i + CHUNK_ROWS] for i in range(0, len(x) - CHUNK_ROWS + 1, CHUNK_ROWS)]
+        out = np.empty_like(chunks[0])
+        raw = len(chunks) * chunks[0].nbytes
+        for codec_name, codec in CODECS.items():
+            if codec is None:
+                writing = in_turns({"write": lambda: [c.copy() for c in chunks]}, 3)["write"]  # noqa: B023
+                reading, size = writing, raw
+            else:
+                encoded = [codec.encode(chunk) for chunk in chunks]
+                size = sum(len(data) for data in encoded)
+                times = in_turns(
+                    {
+                        "write": lambda: [codec.encode(c) for c in chunks],  # noqa: B023
+                        "read": lambda: [codec.decode(data, out) for data in encoded],  # noqa: B023
+                    },
+                    3,
+                )
+                writing, reading = times["write"], times["read"]
+            rows.append(
+                {
+                    "dtype": name,
+                    "codec": codec_name,
+                    "bytes per row": round(size / len(chunks) / CHUNK_ROWS),
+                    "of raw": round(size / raw, 3),
+                    "write GB/s": round(raw / 1e9 / statistics.median(writing), 2),
+                    "read GB/s": round(raw / 1e9 / statistics.median(reading), 2),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+class Stored:
+    """Activations on disk in one layout, and a stream of batches of them."""
+
+    def __init__(
+        self, folder: Path, stored: np.ndarray, chunk_rows: int, shard_rows: int, codec: str
+    ) -> None:
+        shape = (STORE_ROWS, stored.shape[1])
+        zarr.create_group(folder)
+        writer = ShardedWriter(
+            folder / "activations",
+            shape,
+            stored.dtype,
+            chunk_rows=chunk_rows,
+            shard_rows=shard_rows,
+            codec=codec,
+        )
+        began = time.perf_counter()
+        for start in range(0, STORE_ROWS, len(stored)):
+            writer.append(stored[: STORE_ROWS - start])
+        writer.close()
+        self.write_seconds = time.perf_counter() - began
+        self.array = ShardedReader.open(folder / "activations")
+        self.bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        self.stream = shuffled_batches(self.array, DTYPES["bfloat16"], BATCH, 0, 0, False)
+
+    def epoch(self, batch_size: int = BATCH) -> None:
+        """Read as many batches as an epoch has, from a stream that goes on."""
+        for _ in islice(self.stream, STORE_ROWS // BATCH):
+            pass
+
+    def first_epoch(self, batch_size: int = BATCH) -> None:
+        """Open a stream, read an epoch, close it; values are checked to be finite on the way."""
+        stream = shuffled_batches(self.array, DTYPES["bfloat16"], batch_size, 0, 0, False)
+        for _ in islice(stream, STORE_ROWS // batch_size):
+            pass
+        stream.close()
+
+
+def sequential(path: Path, batch_bytes: int, again: np.ndarray | None) -> None:
+    """Copy a memory-mapped file batch by batch, into new memory or into the same."""
+    mapped = np.memmap(path, np.uint8, "r")
+    for start in range(0, len(mapped), batch_bytes):
+        piece = mapped[start : start + batch_bytes]
+        if again is None:
+            piece.copy()
+        else:
+            again[: len(piece)] = piece
+
+
+def loader(stored: np.ndarray, folder: Path) -> pd.DataFrame:
+    """Rates of shuffled batches, for several layouts, over that of a sequential read."""
+    data = np.resize(stored, (STORE_ROWS, stored.shape[1]))
+    raw = folder / "raw"
+    data.tofile(raw)
+    size, batch_bytes = data.nbytes, BATCH * data.strides[0]
+    del data
+    layouts = {
+        f"chunks of {chunk}, shards of {shard}, {codec}": Stored(
+            folder / f"{chunk}-{shard}-{codec}.zarr", stored, chunk, shard, codec
+        )
+        for chunk, shard, codec in [
+            (64, SHARD_ROWS, "none"),
+            (256, SHARD_ROWS, "none"),
+            (CHUNK_ROWS, 8192, "none"),
+            (CHUNK_ROWS, SHARD_ROWS, "none"),
+            (1024, SHARD_ROWS, "none"),
+            (4096, SHARD_ROWS, "none"),
+            (CHUNK_ROWS, SHARD_ROWS, "zstd"),
+        ]
+    }
+    default = layouts[f"chunks of {CHUNK_ROWS}, shards of {SHARD_ROWS}, none"]
+    group: Any = zarr.open_group(default.array.folder.parent, mode="r")
+    again = np.empty(batch_bytes, np.uint8)
+    works: dict[str, Any] = {
+        "memory map, copied to the same memory": lambda: sequential(raw, batch_bytes, again),
+        "memory map, copied to new memory": lambda: sequential(raw, batch_bytes, None),
+        "default layout, a first epoch": default.first_epoch,
+        "default layout, a first epoch in batches of 8192": lambda: default.first_epoch(8192),
+        **{name: layout.epoch for name, layout in layouts.items()},
+        "zarr's own reading, in order": lambda: [
+            group["activations"][i : i + 8192] for i in range(0, STORE_ROWS, 8192)
+        ],
+    }
+    for layout in layouts.values():
+        layout.epoch()
+    times = in_turns(works, REPEATS)
+    for layout in layouts.values():
+        layout.stream.close()
+    base = times["memory map, copied to the same memory"]
+    return pd.DataFrame(
+        {
+            "read": name,
+            "GB/s": round(size / 1e9 / statistics.median(seconds), 2),
+            "rate over sequential read": round(ratio(base, seconds), 2),
+            "bytes per row": round(layouts[name].bytes / STORE_ROWS) if name in layouts else "",
+            "write GB/s": round(size / 1e9 / layouts[name].write_seconds, 2)
+            if name in layouts
+            else "",
+        }
+        for name, seconds in times.items()
+    )
+
+
+def peak_growth(path: Path, epochs: int) -> float:
+    """MiB that reading some epochs adds to the peak memory of a fresh process."""
+    torch.set_num_threads(1)
+    array = ShardedReader.open(path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    stream = shuffled_batches(array, DTYPES["bfloat16"], BATCH, 0, 0, False)
+    for _ in islice(stream, epochs * array.shape[0] // BATCH):
+        pass
+    stream.close()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def loader_memory(stored: np.ndarray, folder: Path) -> pd.DataFrame:
+    """Peak memory of reading stores of several sizes."""
+    rows = []
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for count in (1, 4, 16):
+            total = count * STORE_ROWS // 16
+            path = folder / f"memory-{count}.zarr"
+            zarr.create_group(path)
+            writer = ShardedWriter(
+                path / "activations",
+                (total, stored.shape[1]),
+                stored.dtype,
+                chunk_rows=CHUNK_ROWS,
+                shard_rows=SHARD_ROWS,
+                codec="none",
+            )
+            for start in range(0, total, len(stored)):
+                writer.append(stored[: total - start])
+            writer.close()
+            growth = pool.apply(peak_growth, (path / "activations", 3))
+            rows.append(
+                {
+                    "store MiB": round(total * stored.strides[0] / 2**20),
+                    "added peak memory MiB": round(growth, 1),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def main() -> None:
+    project = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT
+    if not (project / "results" / "sources" / SOURCE / "inputs" / "train.npy").exists():
+        raise SystemExit(f"{project}/results/sources/{SOURCE}: not there. Run `make demo` first.")
+    x = activations(project)
+    torch.set_num_threads(1)
+    stored = DTYPES["bfloat16"].encode(x)
+    with tempfile.TemporaryDirectory(dir=project / "results") as folder:
+        read = loader(stored, Path(folder))
+        memory = loader_memory(stored, Path(folder))
+    write(
+        "stores",
+        {
+            "Shuffled batches against a sequential read": read,
+            "Memory of the loader": memory,
+            "Cost of a dtype": dtype_costs(x),
+            "Codecs": codec_costs(x),
+        },
+        f"{len(x)} rows of {SOURCE}, width {x.shape[1]}, one thread; stores of {STORE_ROWS} bfloat16 rows, "
+        f"batches of {BATCH}, files in the page cache; chunks of {CHUNK_ROWS} rows for the codecs.",
+    )
+
+
+if __name__ == "__main__":
+    main()

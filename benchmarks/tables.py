@@ -1,0 +1,58 @@
+"""What the benchmarks share: timing in turns, and a table written as CSV and Markdown."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def in_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each piece of work, `repeats` times, one after the other in every round."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for number in range(repeats):
+        names = list(works) if number % 2 == 0 else list(works)[::-1]
+        for name in names:
+            began = time.perf_counter()
+            works[name]()
+            times[name].append(time.perf_counter() - began)
+    return times
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> float:
+    """Median of the ratios of two lists of seconds, turn by turn."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def write(name: str, tables: Mapping[str, pd.DataFrame], notes: str) -> None:
+    """Write results/NAME.md with every table, and results/NAME.csv with all their rows."""
+    versions = ", ".join(
+        f"{package} {importlib.metadata.version(package)}"
+        for package in ("torch", "numpy", "zarr", "numcodecs")
+    )
+    lines = [
+        f"# {name.capitalize()}",
+        "",
+        f"{datetime.date.today()}, {os.cpu_count()} cores ({platform.machine()}), "
+        f"{torch.get_num_threads()} threads, Python {platform.python_version()}, {versions}. "
+        f"By `python benchmarks/{name}.py`. {notes}",
+    ]
+    for title, table in tables.items():
+        lines += ["", f"## {title}", "", "| " + " | ".join(table.columns) + " |"]
+        lines += ["|---" * len(table.columns) + "|"]
+        lines += [
+            "| " + " | ".join(map(str, values)) + " |" for values in table.astype(object).to_numpy()
+        ]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
+    long = [table.assign(table=title) for title, table in tables.items()]
+    pd.concat(long).to_csv(RESULTS / f"{name}.csv", index=False)
+    print("\n".join(lines))

@@ -1,0 +1,71 @@
+"""Training curves show what the steps logged."""
+
+import csv
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from saeflow.errors import UserError
+from saeflow.figures import FIGURES, load_tables, style
+from saeflow.figures.curves import loss_terms
+
+from .conftest import TEXT, Maker
+
+STRICT = {"allow_unequal_budgets": False}
+
+
+@pytest.fixture
+def folder(make_tables: Maker, tmp_path: Path) -> Path:
+    entries = [
+        ("topk", "topk", 1.0, (8, 32)), ("batch-topk", "batch_topk", 1.0, (8,)), ("relu", "relu", 1.0, None),
+    ]  # fmt: skip
+    return make_tables(tmp_path, panels=[TEXT], entries=entries, seeds=2)
+
+
+def test_data_are_the_logged_steps(folder: Path) -> None:
+    with style.context():
+        data = FIGURES["training"](load_tables(folder), STRICT).data
+    with (folder / "training.csv").open() as file:
+        logged = list(csv.DictReader(file))
+    assert len(data) == len(logged)
+    for column in ("reconstruction", "l0", "dead", "tokens_seen", "auxk", "l1", "k"):
+        expected = [float(row[column]) if row[column] else None for row in logged]
+        assert [None if pd.isna(value) else value for value in data[column]] == expected
+
+
+def test_loss_terms_are_what_sums_to_the_loss(folder: Path) -> None:
+    steps = load_tables(folder).training
+    assert {"l1_weight", "threshold", "k"} <= set(steps.columns)
+    assert loss_terms(steps) == ["auxk", "l1"]
+
+
+def test_a_logged_number_that_is_no_loss_term_is_not_drawn_as_one() -> None:
+    steps = pd.DataFrame(
+        {
+            "run": "r", "entry": "e", "variant": "v", "loss": [10.0, 5.5], "reconstruction": [9.0, 5.0],
+            "temperature": [2.0, 1.0], "orthogonality": [0.5, 0.25], "penalty": [0.5, 0.25],
+        }
+    )  # fmt: skip
+    assert loss_terms(steps) == ["orthogonality", "penalty"]
+
+
+def test_the_schedule_lies_under_the_active_latents(folder: Path) -> None:
+    loaded = load_tables(folder)
+    with style.context():
+        figure = FIGURES["training"](loaded, STRICT).figure
+    axes = [ax for part in figure.subfigs for ax in part.axes]
+    panel = next(ax for ax in axes if ax.get_title(loc="left") == "active latents (L0)")
+    row = axes[axes.index(panel) + 5]  # the second series: TopK, below ReLU
+    schedules = [line for line in row.lines if line.get_linewidth() == 3.0]
+    run = loaded.training[loaded.training["run"].str.endswith("topk/d2304-k8-seed0")]
+    topk = run[run["entry"] == "topk"]
+    assert list(schedules[0].get_ydata()) == list(topk["k"])
+    assert list(schedules[0].get_xdata()) == list(topk["tokens_seen"])
+
+
+def test_no_logged_step_is_an_error(folder: Path) -> None:
+    text = (folder / "training.csv").read_text().splitlines()[0]
+    (folder / "training.csv").write_text(text + "\n")
+    with pytest.raises(UserError, match="Take training out"):
+        FIGURES["training"](load_tables(folder), STRICT)

@@ -1,0 +1,208 @@
+"""The report: complete, self-contained, and safe from what names contain."""
+
+import base64
+import json
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from saeflow.errors import UserError
+from saeflow.figures import draw
+from saeflow.figures.report import digits, duration, plain, write_report
+
+from .conftest import ENTRIES, SYNTHETIC, TEXT, Maker, record, write_records
+
+STRICT = {"allow_unequal_budgets": False}
+NAMES = ("fvu_l0", "ce_l0", "recovery")
+EVIL = '<script>alert("x")</script>'
+
+
+class Page(HTMLParser):
+    """Text, tags, and everything a browser would fetch."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "br", "link", "input", "hr"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def results(make_tables: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A results folder with tables, figures and records."""
+    root = tmp_path_factory.mktemp("results")
+    entries = [ENTRIES[0], ENTRIES[2], ENTRIES[3]]
+    make_tables(root / "tables", panels=[TEXT, SYNTHETIC], entries=entries)
+    for name in NAMES:
+        draw(name, root / "tables", STRICT, root / "figures" / name)
+    write_records(root, entries, 2)
+    return root
+
+
+def write(results: Path) -> str:
+    records = sorted(results.rglob("provenance.json"))
+    folders = [results / "figures" / name for name in NAMES]
+    write_report(results / "tables", folders, records, results / "report.html")
+    return (results / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def page(results: Path) -> Page:
+    return Page(write(results))
+
+
+def test_every_element_is_closed_and_every_link_inside_the_page_has_its_place(page: Page) -> None:
+    assert page.open == []
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    inside = [a["href"] for tag, a in page.tags if tag == "a" and str(a["href"]).startswith("#")]
+    assert len(inside) > 8
+    assert {str(href)[1:] for href in inside} <= set(ids)
+
+
+def test_nothing_is_loaded_from_outside(page: Page) -> None:
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form")
+        for name in ("src", "srcset", "data", "poster", "background", "xlink:href"):
+            assert (attributes.get(name) or "data:").startswith("data:")
+        assert "url(" not in (attributes.get("style") or "")
+        assert not any(name.startswith("on") for name in attributes)
+    assert "@import" not in page.text
+    assert "url(" not in page.text
+    policy = [a for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert str(policy[0]["content"]).startswith("default-src 'none'")
+
+
+def test_every_figure_is_there_with_its_caption_and_data(page: Page, results: Path) -> None:
+    images = [str(a["src"]) for tag, a in page.tags if tag == "img"]
+    links = [str(a["href"]) for tag, a in page.tags if tag == "a"]
+    assert len(images) == len(NAMES)
+    for name, image in zip(NAMES, images, strict=True):
+        svg = results / "figures" / name / f"{name}.svg"
+        assert base64.b64decode(image.partition("base64,")[2]) == svg.read_bytes()
+        assert (results / "figures" / name / "caption.md").read_text().strip() in page.text
+        for kind in ("svg", "pdf", "png", "csv"):
+            link = f"figures/{name}/{name}.{kind}"
+            assert link in links
+            assert (results / link).is_file()
+
+
+def test_tables_hold_the_summary_with_baselines(page: Page, results: Path) -> None:
+    import csv
+
+    with (results / "tables" / "summary.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    for line in lines:
+        assert f"{float(line['fvu_mean']):.3f}" in page.text
+    for name in (
+        "PCA",
+        "Mean",
+        "Identity",
+        "random-decoder",
+        "smollm2, blocks.19.resid_post",
+        "toy",
+    ):
+        assert name in page.text
+    assert "11900" in page.text.replace(",", "")
+
+
+def test_every_result_is_listed_with_digest_commit_and_time(page: Page, results: Path) -> None:
+    for path in results.rglob("provenance.json"):
+        values = json.loads(path.read_text())
+        assert path.parent.relative_to(results).as_posix() in page.text
+        assert values["digest"][:12] in page.text
+    assert "3841ee7aaa + changes" in page.text
+    assert "42 s" in page.text
+    assert "2.13.0+cpu" in page.text
+    assert "context length" in page.text
+
+
+def test_schedules_are_drawn(page: Page) -> None:
+    lines = [attributes for tag, attributes in page.tags if tag == "polyline"]
+    assert (
+        len(lines) == 2 * (4 + 1 + 4) + 2 * 3
+    )  # topk, relu, random decoder on two sources: see below
+    first = [tuple(map(float, p.split(","))) for p in str(lines[4]["points"]).split()]
+    assert first[0][1] < first[-1][1]  # k falls
+
+
+def test_names_and_values_are_escaped(results: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "results"
+    shutil.copytree(results, copy)
+    for name in ("summary.csv", "metrics.csv", "training.csv"):
+        path = copy / "tables" / name
+        quoted = '"' + EVIL.replace('"', '""') + '"'
+        path.write_text(path.read_text().replace(",random-decoder,", f",{quoted},"))
+    (copy / "figures" / "fvu_l0" / "caption.md").write_text(f"A figure. {EVIL}\n")
+    values = record("train", {"run": None, "source": {EVIL: EVIL}}, 1.0, device=EVIL, digest=EVIL)
+    values |= {"job": "prepare", "versions": {EVIL: EVIL}, "started": EVIL}
+    values["code"]["commit"] = EVIL
+    (copy / "sources" / "smollm2" / "inputs" / "provenance.json").write_text(json.dumps(values))
+    text = write(copy)
+    assert "<script" not in text
+    page = Page(text)
+    assert not any(tag == "script" for tag, _ in page.tags)
+    assert page.text.count("alert(") >= 6
+
+
+def test_what_is_missing_is_named(results: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "results"
+    shutil.copytree(results, copy)
+    (copy / "figures" / "ce_l0" / "ce_l0.pdf").unlink()
+    with pytest.raises(UserError, match=r"ce_l0\.pdf: no such file\. Draw the figure again"):
+        write(copy)
+    (copy / "figures" / "fvu_l0" / "provenance.json").write_text('{"job": "draw"}')
+    with pytest.raises(UserError, match=r"fvu_l0/provenance\.json: expected a provenance record"):
+        write(copy)
+    assert not list(copy.glob(".report*"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (59.6, "1 min 0 s"),
+        (125, "2 min 5 s"),
+        (7500, "2 h 5 min"),
+    ],
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "text"),
+    [
+        ("l0_mean", 31.96, "32.0"), ("l0_mean", 12345.6, "12,346"), ("fvu", 0.12345, "0.123"),
+        ("dead_fraction", 0.0725, "7.2"), ("ce_degradation", -0.0021, "−0.002"), ("fvu", -1e-9, "0.000"),
+    ],
+)  # fmt: skip
+def test_digits(metric: str, value: float, text: str) -> None:
+    assert digits(metric, value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ({"kind": "linear", "from": 576, "until": 0.01}, "linear from 576, until 0.01"),
+        ([8, 32], "8, 32"), (True, "yes"), (None, "none"), (100_000, "100,000"), (1e-3, "0.001"),
+    ],
+)  # fmt: skip
+def test_parameters_are_written_for_readers(value: object, text: str) -> None:
+    assert plain(value) == text
