@@ -79,6 +79,7 @@ def test_shipped_parameters_are_valid(path: Path) -> None:
         ("stores/smollm2/shard_rows", 1000, "expected a multiple of chunk_rows"),
         ("stores/smollm2/block_contexts", 3, "expected a multiple of the source's forward_batch"),
         ("stores/smollm2", ..., "expected an entry for source 'smollm2'"),
+        ("saes/mean", PARAMS["saes"]["topk"], "saes: the name mean is a baseline's"),
         ("figures/names", ["fvu_10"], "figures.names.0: expected one of"),
         ("runtime/device", "gpu", "runtime.device"),
     ],

@@ -67,7 +67,7 @@ def test_trace_breaks_when_a_record_is_edited(chain: Path) -> None:
     record = json.loads(path.read_text())
     record["params"]["rows"] = 4
     path.write_text(json.dumps(record))
-    with pytest.raises(UserError, match="store/provenance.json"):
+    with pytest.raises(UserError, match=r"store/provenance\.json"):
         list(provenance.trace(Path("results/figure"), external_digest))
 
 

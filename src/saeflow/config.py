@@ -22,7 +22,8 @@ PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parents[1]
 SCHEMA = ROOT / "workflow" / "schemas" / "params.schema.yaml"
 SPLITS = ("train", "evaluation")
-SECTIONS = ("sources", "stores", "training", "saes", "evaluation", "figures", "runtime")
+RESERVED = {"baselines", "clean", "identity", "mean", "pca"}
+"""Names that the evaluation gives to its own rows and folders."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +166,8 @@ def validate(params: Any) -> None:
                     f"stores.{name}.block_contexts: expected a multiple of the source's "
                     f"forward_batch ({batch}), found {block}."
                 )
+    if taken := RESERVED & set(params["saes"]):
+        raise UserError(f"saes: the name {_list(taken)} is a baseline's. Choose another.")
     for run in expand_runs(params):
         _check_run(run, params)
 

@@ -189,17 +189,17 @@ def test_non_contiguous_weights_and_inputs() -> None:
         torch.testing.assert_close(ours, reference)
 
 
-def test_bfloat16_pre_acts_keep_float32_gradients() -> None:
+def test_bfloat16_activations_keep_float32_gradients() -> None:
     W_dec = torch.randn(M, D)
-    x, W_enc = torch.randn(B, D), W_dec.t().requires_grad_()
-    pre_acts = (x @ W_enc).detach().bfloat16()
+    x, W_enc = torch.randn(B, D).bfloat16(), W_dec.t().requires_grad_()
+    b_enc, b_dec = torch.zeros(M), torch.zeros(D, dtype=torch.bfloat16)
+    pre_acts = x @ W_enc.detach().bfloat16()
     chosen = topk_sparse(pre_acts, 4)
-    latents = gather_pre_acts(x, W_enc, torch.zeros(M), torch.zeros(D), pre_acts, chosen)
-    assert latents.values.dtype == torch.float32
+    latents = gather_pre_acts(x, W_enc, b_enc, b_dec, pre_acts, chosen)
     assert torch.equal(latents.values, chosen.values.float())
     got = torch.autograd.grad(decode_sparse(latents, W_dec).sum(), W_enc)[0]
     signal = chosen.with_values(W_dec.sum(1)[chosen.columns]).dense()
-    torch.testing.assert_close(got, x.t() @ signal)
+    torch.testing.assert_close(got, x.float().t() @ signal)
 
 
 def test_float32_and_no_rows() -> None:

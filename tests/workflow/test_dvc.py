@@ -53,7 +53,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_a_changed_option_reruns_its_chain_only(repository: Any) -> None:
-    project, _, _, first_run, second_run, todo = repository
+    _, _, _, first_run, second_run, todo = repository
     assert todo == {
         "train_sae": 1, "evaluate_sae": 1, "collect_tables": 1, "draw_figure": 4, "write_report": 1,
     }  # fmt: skip
@@ -89,7 +89,7 @@ def test_differences_are_shown(repository: Any) -> None:
 
 
 def test_a_fresh_clone_gets_the_results_from_the_cache(repository: Any, tmp_path: Path) -> None:
-    project, _, second, *_ = repository
+    project = repository[0]
     git(project, "clone", "-q", str(project.folder), str(tmp_path / "clone"))
     clone = copy.copy(project)
     clone.folder = tmp_path / "clone"

@@ -3,12 +3,12 @@
 import copy
 import json
 import os
+import pydoc_data.topics
 import signal
 import time
 from pathlib import Path
 from typing import Any
 
-import pydoc_data.topics
 import pytest
 import yaml
 

@@ -29,10 +29,10 @@ package = Path(workflow.basedir) / "src"
 prefix = f"export PYTHONPATH={shlex.quote(str(package))}; "
 # What a job needs to know of the machine is no parameter of the job: it changes no result.
 runtime = shlex.quote(json.dumps(config["runtime"])).replace("{", "{{").replace("}", "}}")
-prefix += f"export SAEFLOW_RUNTIME={runtime}; "
+prefix = f"{prefix}export SAEFLOW_RUNTIME={runtime}; "
 if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
-    prefix += f"export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
-shell.prefix("set -euo pipefail; " + prefix)
+    prefix = f"{prefix}export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
+shell.prefix(f"set -euo pipefail; {prefix}")
 
 
 wildcard_constraints:
@@ -52,9 +52,12 @@ STORES = [
     for split in ("train", "evaluation")
 ]
 SAES = [f"results/saes/{run}/{RECORD}" for run in plan.runs]
-EVALUATIONS = [f"results/evaluations/{run}/{RECORD}" for run in plan.runs] + [
-    f"results/evaluations/{source}/{hook_point}/baselines/{RECORD}"
-    for source, hook_point in plan.stores
+EVALUATIONS = [
+    *(f"results/evaluations/{run}/{RECORD}" for run in plan.runs),
+    *(
+        f"results/evaluations/{source}/{hook_point}/baselines/{RECORD}"
+        for source, hook_point in plan.stores
+    ),
 ]
 FIGURES = [f"results/figures/{figure}/{RECORD}" for figure in config["figures"]["names"]]
 
@@ -87,12 +90,13 @@ def clean_record(source, hook_point):
 
 
 def evaluation_inputs(source, hook_point):
-    return [f"results/stores/{source}/{split}/{RECORD}" for split in ("train", "evaluation")] + [
-        record for record in [clean_record(source, hook_point)] if record
-    ]
+    """The records of what an SAE of one store is measured on."""
+    splits = [f"results/stores/{source}/{split}/{RECORD}" for split in ("train", "evaluation")]
+    return [*splits, *(record for record in [clean_record(source, hook_point)] if record)]
 
 
 def is_current(folder, key):
+    """Whether a result with this key is there."""
     record = Path(folder, RECORD)
     return record.exists() and json.loads(record.read_text()).get("key") == key
 
