@@ -7,9 +7,7 @@ run in turns over the same contexts, in one process. Written to benchmarks/resul
 """
 
 import copy
-import itertools
 import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
@@ -22,7 +20,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from tables import in_turns, ratio, write
+from tables import in_turns, peak_memory, ratio, write
 from torch import Tensor, nn
 
 from saeflow.config import ROOT, load_params
@@ -130,7 +128,7 @@ class Drawn:
 
 
 def extract(rows: int, folder: Path) -> tuple[float, float, float, float]:
-    """Seconds and MiB of added peak memory of write_part and of finalise, in a fresh process."""
+    """Seconds and MiB at the peak of write_part and of finalise, in a fresh process."""
     torch.set_num_threads(1)
     store = {
         "dtype": "bfloat16", "chunk_rows": 512, "shard_rows": 65536, "codec": "none", "block_contexts": 64,
@@ -139,16 +137,13 @@ def extract(rows: int, folder: Path) -> tuple[float, float, float, float]:
     params = {"kind": "drawn", "hook_points": ["drawn"], "max_norm_multiple": 10}
     for name in ("part", "store"):
         (folder / name).mkdir()
-    memory = [resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
-    clock = [time.perf_counter()]
-    write_part(Drawn(rows), "train", 0, 1, store, folder / "part")
-    memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    clock.append(time.perf_counter())
-    finalise([folder / "part"], "drawn", params, "train", store, {}, folder / "store")
-    memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    clock.append(time.perf_counter())
-    seconds = [b - a for a, b in itertools.pairwise(clock)]
-    return (*seconds, *((after - memory[0]) / 1024 for after in memory[1:]))  # type: ignore[return-value]
+    began = time.perf_counter()
+    write_mib = peak_memory(lambda: write_part(Drawn(rows), "train", 0, 1, store, folder / "part"))
+    written = time.perf_counter()
+    merge_mib = peak_memory(
+        lambda: finalise([folder / "part"], "drawn", params, "train", store, {}, folder / "store")
+    )
+    return written - began, time.perf_counter() - written, write_mib, merge_mib
 
 
 def memory(project: Path) -> pd.DataFrame:
@@ -162,8 +157,8 @@ def memory(project: Path) -> pd.DataFrame:
                 {
                     "rows": count,
                     "store MiB": round(count * D_IN * 2 / 2**20),
-                    "added peak MiB after write_part": round(write_mib, 1),
-                    "after finalise": round(merge_mib, 1),
+                    "write_part peak MiB": round(write_mib, 1),
+                    "finalise peak MiB": round(merge_mib, 1),
                     "write_part rows/s": round(count / write_s),
                     "finalise rows/s": round(count / merge_s),
                 }

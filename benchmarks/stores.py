@@ -7,7 +7,6 @@ compared is timed in turns in one process. Written to benchmarks/results/stores.
 """
 
 import multiprocessing
-import resource
 import statistics
 import sys
 import tempfile
@@ -22,7 +21,7 @@ import numpy as np
 import pandas as pd
 import torch
 import zarr
-from tables import in_turns, ratio, write
+from tables import in_turns, peak_memory, ratio, write
 from torch import Tensor
 
 from saeflow.config import ROOT, load_params
@@ -82,7 +81,7 @@ def dtype_costs(x: Tensor) -> pd.DataFrame:
 
 
 def codec_costs(x: Tensor) -> pd.DataFrame:
-    """Size and speed of each codec on chunks of CHUNK_ROWS rows, one thread."""
+    """Size and speed of each codec on chunks of CHUNK_ROWS rows, on one thread."""
     numcodecs.blosc.use_threads = False
     rows = []
     for name, dtype in DTYPES.items():
@@ -143,13 +142,13 @@ class Stored:
         self.bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         self.stream = shuffled_batches(self.array, DTYPES["bfloat16"], BATCH, 0, 0, False)
 
-    def epoch(self, batch_size: int = BATCH) -> None:
+    def epoch(self) -> None:
         """Read as many batches as an epoch has, from a stream that goes on."""
         for _ in islice(self.stream, STORE_ROWS // BATCH):
             pass
 
-    def first_epoch(self, batch_size: int = BATCH) -> None:
-        """Open a stream, read an epoch, close it; values are checked to be finite on the way."""
+    def whole(self, batch_size: int = BATCH) -> None:
+        """Open a stream, read an epoch, close it."""
         stream = shuffled_batches(self.array, DTYPES["bfloat16"], batch_size, 0, 0, False)
         for _ in islice(stream, STORE_ROWS // batch_size):
             pass
@@ -194,8 +193,8 @@ def loader(stored: np.ndarray, folder: Path) -> pd.DataFrame:
     works: dict[str, Any] = {
         "memory map, copied to the same memory": lambda: sequential(raw, batch_bytes, again),
         "memory map, copied to new memory": lambda: sequential(raw, batch_bytes, None),
-        "default layout, a first epoch": default.first_epoch,
-        "default layout, a first epoch in batches of 8192": lambda: default.first_epoch(8192),
+        "default layout, opened and closed": default.whole,
+        "default layout, opened and closed, batches of 8192": lambda: default.whole(8192),
         **{name: layout.epoch for name, layout in layouts.items()},
         "zarr's own reading, in order": lambda: [
             group["activations"][i : i + 8192] for i in range(0, STORE_ROWS, 8192)
@@ -221,16 +220,18 @@ def loader(stored: np.ndarray, folder: Path) -> pd.DataFrame:
     )
 
 
-def peak_growth(path: Path, epochs: int) -> float:
-    """MiB that reading some epochs adds to the peak memory of a fresh process."""
+def read_epochs(path: Path, epochs: int) -> float:
+    """MiB at the peak of reading some epochs, in a fresh process."""
     torch.set_num_threads(1)
     array = ShardedReader.open(path)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    stream = shuffled_batches(array, DTYPES["bfloat16"], BATCH, 0, 0, False)
-    for _ in islice(stream, epochs * array.shape[0] // BATCH):
-        pass
-    stream.close()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+    def read() -> None:
+        stream = shuffled_batches(array, DTYPES["bfloat16"], BATCH, 0, 0, False)
+        for _ in islice(stream, epochs * array.shape[0] // BATCH):
+            pass
+        stream.close()
+
+    return peak_memory(read)
 
 
 def loader_memory(stored: np.ndarray, folder: Path) -> pd.DataFrame:
@@ -252,7 +253,7 @@ def loader_memory(stored: np.ndarray, folder: Path) -> pd.DataFrame:
             for start in range(0, total, len(stored)):
                 writer.append(stored[: total - start])
             writer.close()
-            growth = pool.apply(peak_growth, (path / "activations", 3))
+            growth = pool.apply(read_epochs, (path / "activations", 3))
             rows.append(
                 {
                     "store MiB": round(total * stored.strides[0] / 2**20),
@@ -280,7 +281,7 @@ def main() -> None:
             "Cost of a dtype": dtype_costs(x),
             "Codecs": codec_costs(x),
         },
-        f"{len(x)} rows of {SOURCE}, width {x.shape[1]}, one thread; stores of {STORE_ROWS} bfloat16 rows, "
+        f"{len(x)} rows of {SOURCE}, width {x.shape[1]}, torch on one thread; stores of {STORE_ROWS} bfloat16 rows, "
         f"batches of {BATCH}, files in the page cache; chunks of {CHUNK_ROWS} rows for the codecs.",
     )
 

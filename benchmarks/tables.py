@@ -32,6 +32,19 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(over, under, strict=True))
 
 
+def peak_memory(work: Callable[[], object]) -> float:
+    """MiB by which work raises the memory of this process at its peak (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+
+    def mib(field: str) -> float:
+        status = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith(field))
+
+    before = mib("VmRSS:")
+    work()
+    return mib("VmHWM:") - before
+
+
 def write(name: str, tables: Mapping[str, pd.DataFrame], notes: str) -> None:
     """Write results/NAME.md with every table, and results/NAME.csv with all their rows."""
     versions = ", ".join(

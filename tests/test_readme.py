@@ -11,12 +11,14 @@ def test_the_tree_names_every_module_and_nothing_else() -> None:
     named = set(re.findall(r"^((?:src|workflow|benchmarks)/\S+\.\w+) ", README, re.MULTILINE))
     folders = ("src/saeflow/**/*.py", "src/saeflow/**/*.j2", "workflow/**/*.*", "benchmarks/*.py")
     files = {path for pattern in folders for path in ROOT.glob(pattern) if path.is_file()}
-    assert named == {path.relative_to(ROOT).as_posix() for path in files if "pyc" not in path.suffix}
+    assert named == {
+        path.relative_to(ROOT).as_posix() for path in files if "pyc" not in path.suffix
+    }
 
 
 def test_the_commands_are_targets_of_the_makefile() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    commands = set(re.findall(r"make (\w+)", README))
+    commands = set(re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE))
     assert {"demo", "test"} <= commands
     for command in commands:
         assert re.search(rf"^{command}:", makefile, re.MULTILINE)

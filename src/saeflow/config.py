@@ -304,13 +304,18 @@ def slug(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", str(value))
 
 
+def source_files(folder: Path) -> list[Path]:
+    """Python files and page templates below a folder."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".j2"))
+
+
 @functools.cache
 def source_digest(*parts: str) -> str:
-    """SHA-256 of the Python files of the named modules and subpackages of saeflow."""
+    """SHA-256 of the source files of the named modules and subpackages of saeflow."""
     digest = hashlib.sha256()
     for part in parts:
         path = PACKAGE / part
-        files = sorted(path.rglob("*.py")) if path.is_dir() else [path.with_suffix(".py")]
+        files = source_files(path) if path.is_dir() else [path.with_suffix(".py")]
         for file in files:
             digest.update(file.relative_to(PACKAGE).as_posix().encode())
             digest.update(file.read_bytes())

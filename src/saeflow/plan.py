@@ -17,7 +17,7 @@ _NUMERIC = ("torch", "numpy", "safetensors")
 _MODEL = (*_NUMERIC, "transformers", "tokenizers", "datasets")
 _STORE = (*_MODEL, "zarr", "numcodecs")
 _TABLE = (*_MODEL, "pandas", "scipy")
-_DRAW = ("matplotlib", "numpy", "pandas")
+_DRAW = ("jinja2", "matplotlib", "numpy", "pandas")
 _SHARED = ("config",)
 BASELINES = "baselines"
 

@@ -7,7 +7,6 @@ and times. A killed job leaves its partial folder; the same job started again fi
 """
 
 import datetime
-import hashlib
 import importlib.metadata
 import os
 import platform
@@ -20,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from saeflow.config import PACKAGE, source_digest
 from saeflow.errors import UserError
 from saeflow.files import (
     canonical_json,
@@ -33,7 +33,6 @@ from saeflow.files import (
 
 FORMAT = 1
 RECORD = "provenance.json"
-PACKAGE = Path(__file__).parent
 VERSIONED = (
     "torch", "transformers", "tokenizers", "datasets", "numpy", "scipy", "pandas", "zarr",
     "numcodecs", "safetensors", "matplotlib",
@@ -204,11 +203,7 @@ def _write_record(
 
 def code_digest() -> str:
     """SHA-256 of the package's source files."""
-    digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode())
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return source_digest(".")
 
 
 def _git_state() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Extraction in parts: what a block holds, resuming, refusing rows that cannot be stored."""
 
+import resource
 import signal
 import subprocess
 import sys
@@ -138,6 +139,28 @@ def test_a_killed_job_started_again_ends_with_the_same_store(
     assert files(merged / "a.zarr" / "activations") == files(
         tmp_path / "undisturbed" / "a.zarr" / "activations"
     )
+
+
+def test_a_full_disk_leaves_whole_blocks_only_and_the_next_run_goes_on(
+    tmp_path: Path, make_source: Callable[..., Any], store_params: dict[str, Any]
+) -> None:
+    (tmp_path / "undisturbed").mkdir()
+    part = tmp_path / "part"
+    part.mkdir()
+    write_part(make_source(), "train", 0, 1, store_params, tmp_path / "undisturbed")
+    expected = files(tmp_path / "undisturbed")
+    largest = max(len(data) for data in expected.values())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, hard))
+    try:
+        with pytest.raises(Exception, match=r"(?i)file too large"):
+            write_part(make_source(), "train", 0, 1, store_params, part)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    left = files(part)
+    assert all(expected[name] == data for name, data in left.items())
+    write_part(make_source(), "train", 0, 1, store_params, part)
+    assert files(part) == expected
 
 
 class Spoiled:

@@ -138,8 +138,6 @@ def test_rows_that_are_not_finite_are_named(store: Store) -> None:
     attrs = {**store.attrs, "metadata_digest": metadata_digest(store.path, store.attrs)}
     group.attrs.put(attrs)
     spoiled = open_store(store.path)
-    with pytest.raises(UserError, match=r"not finite in rows 48 to 63"):
-        list(islice(spoiled.batches(16, seed=0), 17))
     with pytest.raises(UserError, match="not finite in rows 40 to 59"):
         spoiled.read(40, 60)
     with pytest.raises(UserError, match="not finite"):

@@ -71,9 +71,7 @@ class Project:
 
     def todo(self, *targets: str) -> dict[str, int]:
         """How many jobs of each rule a run would start."""
-        text = self.run(
-            "snakemake", "--cores", "2", "-n", "--quiet", "rules", *(targets or ("all",))
-        )
+        text = self.snakemake(*(targets or ("all",)), "-n", "--quiet", "rules")
         return job_counts(text)
 
     def contents(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ rule draw_figure:
         pdf="results/figures/{figure}/{figure}.pdf",
         png="results/figures/{figure}/{figure}.png",
         csv="results/figures/{figure}/{figure}.csv",
+        caption="results/figures/{figure}/caption.md",
         record="results/figures/{figure}/provenance.json",
     log:
         "logs/draw_figure/{figure}.log",

@@ -1,4 +1,4 @@
-"""Shuffled batches of a store, read ahead on a thread of their own.
+"""Shuffled batches of a store, read ahead on threads of their own.
 
 The rows of a store are shuffled one by one when it is written: any of them, in any order that does not look
 at them, are a uniform sample. So an epoch may read whole chunks, in a random order and some at a time, put
@@ -6,11 +6,14 @@ the runs of rows of such a group in a random order, and cut it into batches: eve
 and rows go from the file to their place in a batch without another copy.
 """
 
-import queue
-import threading
+import math
+import sys
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -26,9 +29,10 @@ RUN_ROWS = 64
 """Rows that stay together when a group is shuffled."""
 MOST_RUNS = 500
 """Most runs of a chunk: the operating system takes about twice as many places in one read."""
-AHEAD = 4
-"""Batches read ahead, beside the group being read."""
+READERS = 2
+"""Groups read at once, ahead of the one that batches are taken from."""
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -54,54 +58,60 @@ def shuffled_batches(
     Raises:
         UserError: a chunk is damaged.
     """
-    groups = _groups(array, dtype, batch_size, seed, start_batch, pin)
-    return read_ahead(_cut(groups, batch_size, pin), AHEAD)
+    memory = _Memory(dtype, pin)
+
+    def read(group: _Group) -> Tensor:
+        rows = memory.take((group.rows, *array.shape[1:]))
+        _read_runs(array, group, dtype.bits_of(rows))
+        return rows[group.skip :]
+
+    return _cut(read_ahead(_groups(array, batch_size, seed, start_batch), read), batch_size, pin)
 
 
-def _groups(
-    array: ShardedReader, dtype: Dtype, batch_size: int, seed: int, start_batch: int, pin: bool
-) -> Iterator[Tensor]:
-    """(rows, d_in) the shuffled rows of one group of chunks after the other, from a batch on."""
+@dataclass(frozen=True)
+class _Group:
+    """Chunks to read together, the seed of the order of their rows, and how many of these to leave out."""
+
+    chunks: list[int]
+    rows: int
+    seed: list[int]
+    skip: int
+
+
+def _groups(array: ShardedReader, batch_size: int, seed: int, start_batch: int) -> Iterator[_Group]:
+    """The groups of all epochs, from the one with a batch on."""
     batches = max(1, GROUP_BYTES // (batch_size * array.row_bytes))
     size = -(-batches * batch_size // array.chunk_rows)  # chunks of a group
     epoch, skip = divmod(start_batch * batch_size, array.shape[0])
-    memory = _Memory((size * array.chunk_rows, *array.shape[1:]), dtype, pin)
     while True:
         order = np.random.default_rng([seed, epoch]).permutation(array.chunks)
         for number in range(-(-array.chunks // size)):
-            chunks = order[number * size : (number + 1) * size]
-            rows = sum(stop - start for start, stop in map(array.rows_of, chunks.tolist()))
-            if skip >= rows:
-                skip -= rows
-                continue
-            group = memory.take(rows)
-            rng = np.random.default_rng([seed, epoch, number])
-            _read_runs(array, chunks.tolist(), dtype.bits_of(group), rng)
-            yield group[skip:]
-            skip = 0
+            chunks = order[number * size : (number + 1) * size].tolist()
+            rows = sum(stop - start for start, stop in map(array.rows_of, chunks))
+            if skip < rows:
+                yield _Group(chunks, rows, [seed, epoch, number], skip)
+            skip = max(0, skip - rows)
         epoch += 1
 
 
-def _read_runs(
-    array: ShardedReader, chunks: list[int], out: np.ndarray, rng: np.random.Generator
-) -> None:
-    """Read chunks straight into `out` (rows, d_in), their runs of rows in a random order."""
+def _read_runs(array: ShardedReader, group: _Group, out: np.ndarray) -> None:
+    """Read a group's chunks straight into `out` (rows, d_in), their runs of rows in a random order."""
     size, row = array.chunk_rows * array.row_bytes, array.row_bytes
     longest = max(RUN_ROWS, -(-array.chunk_rows // MOST_RUNS)) * row
     runs = []  # (chunk, bytes), in the order of the file
-    for chunk in chunks:
+    for chunk in group.chunks:
         start, stop = array.rows_of(chunk)
         whole, rest = divmod((stop - start) * row, longest)
         runs += [(chunk, longest)] * whole + [(chunk, rest)] * (rest > 0)
-    order = rng.permutation(len(runs))
+    order = np.random.default_rng(group.seed).permutation(len(runs))
     lengths = np.array([length for _, length in runs])
     starts = np.empty_like(lengths)
     starts[order] = lengths[order].cumsum() - lengths[order]
     flat = out.reshape(-1).view(np.uint8)
-    pieces: dict[int, list[np.ndarray]] = {chunk: [] for chunk in chunks}
+    pieces: dict[int, list[np.ndarray]] = {chunk: [] for chunk in group.chunks}
     for (chunk, length), start in zip(runs, starts.tolist(), strict=True):
         pieces[chunk].append(flat[start : start + length])
-    for chunk in chunks:
+    for chunk in group.chunks:
         start, stop = array.rows_of(chunk)
         padding = np.empty(size - (stop - start) * row, np.uint8)
         array.read_chunk(chunk, [*pieces[chunk], padding])
@@ -113,19 +123,24 @@ class _Memory:
     Page-locked memory is left to torch, whose allocator also waits for copies to a GPU.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: Dtype, pin: bool) -> None:
-        self._shape, self._dtype, self._pin = shape, dtype, pin
+    def __init__(self, dtype: Dtype, pin: bool) -> None:
+        self._dtype, self._pin = dtype, pin
         self._free: deque[np.ndarray] = deque()
 
-    def take(self, rows: int) -> Tensor:
-        """(rows, ...) uninitialised, rows at most those of the shape."""
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """An uninitialised tensor."""
         if self._pin:
-            shape = (rows, *self._shape[1:])
             return torch.empty(shape, dtype=self._dtype.torch, pin_memory=True)
-        block = self._free.pop() if self._free else np.empty(self._shape, self._dtype.storage)
+        count = math.prod(shape)
+        try:
+            block = self._free.pop()
+        except IndexError:
+            block = np.empty(0)
+        if len(block) < count:
+            block = np.empty(count, self._dtype.storage)
         lease = block.view()  # lives as long as any tensor made of it
         weakref.finalize(lease, self._free.append, block).atexit = False
-        return self._dtype.decode(lease)[:rows]
+        return self._dtype.decode(lease)[:count].view(shape)
 
 
 def _cut(groups: Iterator[Tensor], batch_size: int, pin: bool) -> Iterator[Tensor]:
@@ -151,47 +166,19 @@ def _join(parts: list[Tensor], pin: bool) -> Tensor:
     return joined.pin_memory() if pin else joined
 
 
-class _End:
-    """What the reading thread puts last."""
+def read_ahead(items: Iterator[S], read: Callable[[S], T]) -> Iterator[T]:
+    """Give read(item) of each item in order, READERS of them read at once on threads of their own.
 
-    def __init__(self, error: BaseException | None) -> None:
-        self.error = error
-
-
-def read_ahead(items: Iterator[T], depth: int) -> Iterator[T]:
-    """Give the same items, made on another thread up to `depth` ahead.
-
-    Errors of the thread are raised here; it ends before this iterator's `close` returns.
+    Errors of the threads are raised here; they end before this iterator's `close` returns.
     """
-    ready: queue.Queue[T | _End] = queue.Queue(depth)
-    stopped = threading.Event()
-
-    def put(item: T | _End) -> None:
-        while not stopped.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return
-
-    def work() -> None:
-        error: BaseException | None = None
-        try:
-            for item in items:
-                put(item)
-                if stopped.is_set():
-                    return
-        except BaseException as caught:  # raised again by the consumer
-            error = caught
-        put(_End(error))
-
-    thread = threading.Thread(target=work, name="saeflow-batches", daemon=True)
-    thread.start()
+    pool = ThreadPoolExecutor(READERS, "saeflow-batches")
     try:
-        while not isinstance(item := ready.get(), _End):
-            yield item
-        if item.error is not None:
-            raise item.error
+        reading = deque(pool.submit(read, item) for item in islice(items, READERS))
+        while reading:
+            done = reading.popleft().result()
+            reading.extend(pool.submit(read, item) for item in islice(items, 1))
+            yield done
+            del done
     finally:
-        stopped.set()
-        thread.join()
+        if not sys.is_finalizing():  # the interpreter has ended the threads itself
+            pool.shutdown(cancel_futures=True)

@@ -98,11 +98,11 @@ class Store:
     def batches(
         self, batch_size: int, seed: int, start_batch: int = 0, *, pin: bool = False
     ) -> Iterator[Tensor]:
-        """Endless shuffled batches (batch_size, d_in) in the store's dtype, read ahead on a thread.
+        """Endless shuffled batches (batch_size, d_in) in the store's dtype, read ahead on two threads.
 
         Every epoch gives each row once, in an order of its own; a batch may hold the end of one epoch and
         the start of the next. Batch b depends on the store, batch_size, seed and b only. Close the iterator
-        (or drop it) to stop the thread.
+        (or drop it) to end the threads.
 
         Args:
             batch_size: rows per batch.
@@ -111,7 +111,8 @@ class Store:
             pin: page-locked memory, for copies to a GPU that do not block.
 
         Raises:
-            UserError: when a chunk is reached that is damaged or has rows that are not finite.
+            UserError: when a chunk is reached that is damaged. Values are not looked at again: extraction
+                refuses those that are not finite, and a chunk's checksum says that it is unchanged.
         """
         if batch_size < 1 or start_batch < 0:
             raise ValueError(
