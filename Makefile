@@ -30,7 +30,7 @@ check: setup
 	snakemake --lint
 
 test: check
-	pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadgroup
 
 bench: setup
 	for script in benchmarks/*.py; do python $$script || exit 1; done
