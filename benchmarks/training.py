@@ -1,52 +1,54 @@
 """Training from the store against the same steps on a tensor in memory, and the cost of a step.
 
-    python benchmarks/training.py
+    python benchmarks/training.py [PROJECT]
 
-Reads the demo's store (`make demo` first). Everything is timed in turns in one process, and only ratios of
-the same run are reported: the median over repeats, with the smallest and largest. Written to
-benchmarks/results/training.md and .csv.
+Reads the demo's store (`make demo` first), under results/ of the project. Everything that is compared is
+timed in turns in one process. Written to benchmarks/results/training.md and .csv.
 """
 
 import dataclasses
-import datetime
-import importlib.metadata
 import itertools
-import os
-import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
+from tables import in_turns, write
 from torch import Tensor
 
 from saeflow.config import ROOT, SAEConfig, expand_runs, load_params
-from saeflow.saes import build
+from saeflow.saes import SAE, build
 from saeflow.stores import open_store
 from saeflow.training.trainer import Run
 
-STORE = ROOT / "results/stores/smollm2/train/blocks.19.resid_post.zarr"
-RESULTS = Path(__file__).parent / "results"
-REPEATS, STEPS = 7, 60
-D_IN, BATCH, K = 768, 2048, 32
-STEP_REPEATS = 5
-VARIANTS = {
-    "topk": {"k": K, "k_schedule": {"kind": "constant"}, "auxk_weight": 1 / 32},
-    "batch_topk": {"k": K, "k_schedule": {"kind": "constant"}, "auxk_weight": 1 / 32},
-    "relu": {"l1": 1.0, "l1_schedule": {"kind": "constant"}},
+STORE = "results/stores/smollm2/train/blocks.19.resid_post.zarr"
+THREADS = (1, 2)
+REPEATS, STEPS, ROWS = 7, 60, 65536
+D_IN, D_SAE, BATCH, K = 768, 12288, 2048, 32
+STEP_REPEATS, DEAD_SHARE = 5, 0.1
+CONSTANT = {"kind": "constant"}
+VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "topk": ("topk", {"k": K, "k_schedule": CONSTANT, "auxk_weight": 1 / 32}, True),
+    "topk, 10 % dead": ("topk", {"k": K, "k_schedule": CONSTANT, "auxk_weight": 1 / 32}, True),
+    "topk, dense path": ("topk", {"k": K, "k_schedule": CONSTANT, "auxk_weight": 1 / 32}, False),
+    "batch_topk": ("batch_topk", {"k": K, "k_schedule": CONSTANT, "auxk_weight": 1 / 32}, True),
+    "relu": ("relu", {"l1": 1.0, "l1_schedule": CONSTANT}, False),
+    "relu, sparse path": ("relu", {"l1": 1.0, "l1_schedule": CONSTANT}, True),
 }
 
 
 class InMemory:
     """The first rows of a store as one float32 tensor, in the order they lie."""
 
-    def __init__(self, path: Path, rows: int) -> None:
+    def __init__(self, path: Path) -> None:
         store = open_store(path)
         self.d_in, self.scale = store.d_in, store.scale
-        self.x = store.read(0, min(rows, store.rows)).float()
+        self.x = store.read(0, min(ROWS, store.rows)).float()
 
     def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Tensor]:
         for number in itertools.count(start_batch):
@@ -60,108 +62,111 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def end_to_end() -> dict[str, object]:
-    """Rate of `train` from the store over its rate on a tensor in memory, the same run otherwise."""
-    runs = expand_runs(load_params(ROOT / "params.yaml"))
-    config: SAEConfig = next(
-        run for run in runs if run.variant == "topk" and run.source == "smollm2"
-    )
+def end_to_end(project: Path) -> Iterator[dict[str, object]]:
+    """The trainer on the store, with its log, against its bare steps on a tensor in memory."""
+    params = load_params(ROOT / "params.yaml")
+    every_s = params["runtime"]["checkpoint_every_s"]
+    runtime = {"device": "cpu", "precision": "fp32", "checkpoint_every_s": every_s}
+    config: SAEConfig = next(run for run in expand_runs(params) if run.entry == "topk")
     budget = dataclasses.replace(config.training, tokens=STEPS * config.training.batch_size)
     config = dataclasses.replace(config, training=budget)
-    runtime = {"device": "cpu", "precision": "fp32", "checkpoint_every_s": 60}
-    stores = {"store": open_store(STORE), "memory": InMemory(STORE, 65536)}
-    times: dict[str, list[float]] = {name: [] for name in stores}
-    for _ in range(REPEATS):
-        for name, store in stores.items():
-            with tempfile.TemporaryDirectory() as folder:
-                run = Run(store, config, runtime, Path(folder))
-                times[name].append(seconds(run.train))
-    ratios = [memory / store for store, memory in zip(times["store"], times["memory"], strict=True)]
-    return row(
-        "end to end / in memory (rate)",
-        ratios,
-        f"d_sae {config.d_sae}, B {config.training.batch_size}, k {config.options['k']}",
-    )
+    store, memory = open_store(project / STORE), InMemory(project / STORE)
+
+    def bare(run: Run) -> None:
+        for x in itertools.islice(run.batches(), STEPS):
+            run.one_step(x)
+            run.step += 1
+
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        ratios, shares = [], []
+        for number in range(REPEATS):
+            with tempfile.TemporaryDirectory(dir=project / "results") as folder:
+                run, plain = (Run(data, config, runtime, Path(folder)) for data in (store, memory))
+                turns = [lambda: seconds(run.train), lambda: seconds(lambda: bare(plain))]  # noqa: B023
+                if number % 2:
+                    took_plain, took = [turn() for turn in turns[::-1]]
+                else:
+                    took, took_plain = [turn() for turn in turns]
+                ratios.append(took_plain / took)
+                shares.append(seconds(run.checkpoint) / every_s)
+        shape = f"d_in {store.d_in}, d_sae {config.d_sae}, B {budget.batch_size}"
+        what = {"threads": threads, "shape": shape}
+        yield {"what": "rate from the store / rate in memory", **what, **spread(ratios)}
+        yield {"what": f"time of one checkpoint / {every_s} s", **what, **spread(shares)}
 
 
-def step_costs(d_sae: int) -> Iterator[dict[str, object]]:
-    """Cost of one step in encoder products of its own shape, timed in turns."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(BATCH, D_IN, generator=generator)
-    product = torch.empty(BATCH, d_sae)
-    for variant, options in VARIANTS.items():
-        sae = build(variant, D_IN, d_sae, options)
-        sae.initialise(x, generator)
-        if variant == "relu":  # about as many active latents as the others
-            with torch.no_grad():
-                pre_acts = sae.pre_activations(x)
-                sae.b_enc.sub_(pre_acts.flatten()[:1_000_000].quantile(1 - K / d_sae))
-        optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
-        dead = torch.zeros(d_sae, dtype=torch.bool)
+def make_step(name: str, x: Tensor) -> tuple[SAE, Callable[[], None]]:
+    """An SAE of about K active latents per row, and one training step of it."""
+    variant, options, is_sparse = VARIANTS[name]
+    sae = build(variant, x.shape[1], D_SAE, options)
+    sae.initialise(x, torch.Generator().manual_seed(0))
+    if variant == "relu":
+        with torch.no_grad():
+            pre_acts = sae.pre_activations(x)
+            sae.b_enc.sub_(pre_acts.flatten()[:1_000_000].quantile(1 - K / D_SAE))
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-6, fused=True)
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    if "dead" in name:
+        dead[: int(DEAD_SHARE * D_SAE)] = True
 
-        def step(sae=sae, optimizer=optimizer, dead=dead) -> None:
-            sae.begin_step(0, 1)
-            fwd = sae.run(x)
-            loss = torch.stack(list(sae.losses(fwd, dead).values())).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            sae.project_grad()
-            torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-            optimizer.step()
-            sae.project_weights()
-            sae.end_step(fwd)
-            fwd.fired()
+    def step() -> None:
+        sae.begin_step(0, 1)
+        fwd = sae.run(x, is_sparse=is_sparse)
+        loss = torch.stack(list(sae.losses(fwd, dead).values())).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        sae.project_grad()
+        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
+        optimizer.step()
+        sae.project_weights()
+        sae.end_step(fwd)
+        fwd.fired()
 
+    return sae, step
+
+
+def step_costs() -> Iterator[dict[str, object]]:
+    """Cost of one step in encoder products of its own shape, each between two of them."""
+    torch.set_num_threads(max(THREADS))
+    x = torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(0))
+    out = torch.empty(BATCH, D_SAE)
+    for name in VARIANTS:
+        sae, step = make_step(name, x)
+        weights = sae.W_enc.detach()
         step()
-        ratios = []
-        for _ in range(STEP_REPEATS):
-            unit = seconds(lambda: torch.mm(x, sae.W_enc.detach(), out=product))  # noqa: B023
-            took = seconds(step)
-            unit = (unit + seconds(lambda: torch.mm(x, sae.W_enc.detach(), out=product))) / 2  # noqa: B023
-            ratios.append(took / unit)
-        yield row(
-            f"{variant} step / encoder product (time)",
-            ratios,
-            f"d_in {D_IN}, d_sae {d_sae}, B {BATCH}, k {K}",
-        )
+
+        def product(weights: Tensor = weights) -> Tensor:
+            return torch.mm(x, weights, out=out)
+
+        times = in_turns({"before": product, "step": step, "after": product}, STEP_REPEATS)
+        ratios = [2 * s / (a + b) for a, s, b in zip(*times.values(), strict=True)]
+        yield {"step": name, "d_sae": D_SAE, **spread(ratios)}
 
 
-def row(what: str, ratios: list[float], shape: str) -> dict[str, object]:
+def spread(ratios: list[float]) -> dict[str, object]:
     return {
-        "ratio": what,
-        "shape": shape,
-        "median": round(statistics.median(ratios), 3),
-        "smallest": round(min(ratios), 3),
-        "largest": round(max(ratios), 3),
+        "median": f"{statistics.median(ratios):.3g}",
+        "smallest": f"{min(ratios):.3g}",
+        "largest": f"{max(ratios):.3g}",
         "repeats": len(ratios),
     }
 
 
 def main() -> None:
-    if not STORE.exists():
-        raise SystemExit(f"{STORE}: no such store. Run `make demo` first.")
-    table = pd.DataFrame([end_to_end(), *step_costs(3072), *step_costs(12288)])
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "numpy", "zarr")
+    project = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT
+    if not (project / STORE).exists():
+        raise SystemExit(f"{project / STORE}: no such store. Run `make demo` first.")
+    rates = pd.DataFrame(end_to_end(project))
+    costs = pd.DataFrame(step_costs())
+    write(
+        "training",
+        {"From the store against in memory": rates, "Cost of a step in encoder products": costs},
+        f"From the store: the trainer with its loader and log, {STEPS} steps a turn; in memory: the same "
+        f"steps alone. A step: d_in {D_IN}, B {BATCH}, about {K} active latents, {max(THREADS)} threads, "
+        "with losses, gradients, projection, clipping, Adam, unit rows and statistics; the product is "
+        f"({BATCH}, {D_IN}) times ({D_IN}, {D_SAE}).",
     )
-    about = (
-        f"{datetime.date.today()}, {os.cpu_count()} cores ({platform.machine()}), "
-        f"{torch.get_num_threads()} threads, Python {platform.python_version()}, {versions}. "
-        "By `python benchmarks/training.py`."
-    )
-    RESULTS.mkdir(exist_ok=True)
-    table.to_csv(RESULTS / "training.csv", index=False)
-    lines = [
-        "# Training",
-        "",
-        about,
-        "",
-        "| " + " | ".join(table.columns) + " |",
-        "|---" * len(table.columns) + "|",
-    ]
-    lines += ["| " + " | ".join(map(str, values)) + " |" for values in table.to_numpy()]
-    (RESULTS / "training.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":

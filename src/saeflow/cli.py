@@ -36,10 +36,8 @@ Split = Annotated[str, typer.Option(help="train or evaluation.")]
 
 def main() -> None:
     """Run the command line with saeflow's exit codes."""
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
-    )
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.getLogger("saeflow").setLevel(logging.INFO)
     try:
         app()
     except UserError as error:

@@ -48,6 +48,11 @@ def test_constant_is_at_its_target_from_the_first_step() -> None:
         {"kind": "linear", "from": 1001, "until": 0.5},
         {"kind": "constant", "from": 3},
         {"kind": "step", "from": 10, "until": 0.5},
+        {"kind": "step", "from": 10, "until": 0.5, "steps": 0},
+        {"kind": "linear", "from": 10, "until": 1.5},
+        {"kind": "linear", "from": 10, "until": -0.1},
+        {"kind": "linear", "from": "10", "until": 0.5},
+        {"kind": "linear", "from": float("nan"), "until": 0.5},
     ],
 )
 def test_a_wrong_schedule_is_one_line(params: dict[str, object]) -> None:

@@ -1,6 +1,7 @@
 """Every variant: both paths agree with plain autograd, saving keeps what it does."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeflow.config import ROOT
@@ -22,6 +24,50 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "topk": {"k": 5, "k_schedule": CONSTANT, "auxk_weight": 1 / 32},
     "batch_topk": {"k": 5, "k_schedule": CONSTANT, "auxk_weight": 1 / 32},
 }
+
+
+def plain_relu(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, dead: Tensor
+) -> Tensor:
+    latents = F.relu((x - b_dec) @ W_enc + b_enc)
+    error = (x - latents @ W_dec - b_dec).square().sum(1).mean()
+    return error + 0.3 * latents.sum(1).mean()
+
+
+def plain_topk_loss(
+    pre_acts: Tensor, mask: Tensor, x: Tensor, W_dec: Tensor, b_dec: Tensor, dead: Tensor
+) -> Tensor:
+    residual = x - F.relu(pre_acts) * mask @ W_dec - b_dec
+    of_dead = F.relu(pre_acts[:, dead])
+    chosen = of_dead.topk(D_IN // 2, dim=1)
+    rebuilt = torch.zeros_like(of_dead).scatter(1, chosen.indices, chosen.values) @ W_dec[dead]
+    fixed = residual.detach()
+    aux = (fixed - rebuilt).square().sum() / (fixed - fixed.mean(0)).square().sum()
+    return residual.square().sum(1).mean() + aux / 32
+
+
+def plain_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, dead: Tensor
+) -> Tensor:
+    pre_acts = (x - b_dec) @ W_enc + b_enc
+    mask = torch.zeros_like(pre_acts).scatter(1, pre_acts.topk(5, dim=1).indices, 1)
+    return plain_topk_loss(pre_acts, mask, x, W_dec, b_dec, dead)
+
+
+def plain_batch_topk(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, b_dec: Tensor, dead: Tensor
+) -> Tensor:
+    pre_acts = (x - b_dec) @ W_enc + b_enc
+    mask = (pre_acts >= pre_acts.flatten().sort().values[-5 * BATCH]).double()
+    return plain_topk_loss(pre_acts, mask, x, W_dec, b_dec, dead)
+
+
+PLAIN_LOSS = {"relu": plain_relu, "topk": plain_topk, "batch_topk": plain_batch_topk}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -69,18 +115,38 @@ class TestEveryVariant:
         dead = torch.zeros(D_SAE, dtype=torch.bool)
         dead[::3] = True
         found = []
-        for is_sparse in {False, VARIANTS[variant].is_sparse}:
+        for is_sparse in (False, True):
             sae = make(variant, x)
             fwd = sae.run(x, is_sparse=is_sparse)
+            assert fwd.is_sparse == is_sparse
             losses = sae.losses(fwd, dead)
             sum(losses.values()).backward()
             found.append((fwd, losses, {n: p.grad for n, p in sae.named_parameters()}))
-        for fwd, losses, gradients in found[1:]:
-            torch.testing.assert_close(fwd.x_hat, found[0][0].x_hat)
-            torch.testing.assert_close(fwd.l0(), found[0][0].l0())
-            assert torch.equal(fwd.fired(), found[0][0].fired())
-            torch.testing.assert_close(losses, found[0][1])
-            torch.testing.assert_close(gradients, found[0][2], rtol=1e-4, atol=1e-5)
+        (dense, *of_dense), (sparse, *of_sparse) = found
+        torch.testing.assert_close(sparse.x_hat, dense.x_hat)
+        assert torch.equal(sparse.l0(), dense.l0())
+        assert torch.equal(sparse.fired(), dense.fired())
+        assert not sparse.pre_acts.requires_grad
+        torch.testing.assert_close(of_sparse, of_dense, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("is_sparse", [False, True])
+    def test_gradients_are_those_of_plain_autograd(
+        self, variant: str, is_sparse: bool, x: Tensor
+    ) -> None:
+        """Against the formulas written out below, in float64, every loss term included."""
+        dead = torch.zeros(D_SAE, dtype=torch.bool)
+        dead[::3] = True
+        sae = make(variant, x)
+        losses = sae.losses(sae.run(x, is_sparse=is_sparse), dead)
+        sum(losses.values()).backward()
+        plain = {n: p.detach().double().requires_grad_() for n, p in sae.named_parameters()}
+        expected = PLAIN_LOSS[variant](x.double(), **plain, dead=dead)
+        expected.backward()
+        torch.testing.assert_close(sum(losses.values()), expected.float())
+        for name, parameter in sae.named_parameters():
+            torch.testing.assert_close(
+                parameter.grad, plain[name].grad.float(), rtol=1e-4, atol=1e-5, msg=name
+            )
 
     def test_training_lowers_the_loss_and_keeps_unit_rows(self, variant: str, x: Tensor) -> None:
         sae = make(variant, x)
@@ -93,14 +159,21 @@ class TestEveryVariant:
             optimizer.zero_grad()
             sum(losses.values()).backward()
             sae.project_grad()
-            along = (sae.W_dec.grad * sae.W_dec).sum(1)
+            along = (sae.W_dec.grad * sae.W_dec.detach()).sum(1)
             assert float(along.abs().max()) < 1e-4
             optimizer.step()
             sae.project_weights()
             sae.end_step(fwd)
-            errors.append(float(sum(losses.values())))
+            errors.append(float(sum(losses.values()).detach()))
         assert errors[-1] < 0.7 * errors[0]
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+
+    def test_a_trained_sae_is_the_same_on_both_paths(self, variant: str, x: Tensor) -> None:
+        sae = make(variant, x)
+        sae.begin_step(0, 1)
+        sae.end_step(sae.run(x))
+        sae.eval()
+        torch.testing.assert_close(sae.run(x, is_sparse=True).x_hat, sae(x))
 
     def test_a_saved_sae_is_the_same_sae(self, variant: str, x: Tensor, tmp_path: Path) -> None:
         sae = make(variant, x)
@@ -112,6 +185,9 @@ class TestEveryVariant:
         assert torch.equal(loaded.encode(x), sae.encode(x))
         assert torch.equal(loaded(x), sae(x))
         assert loaded.encode(x[None]).shape == (1, BATCH, D_SAE)
+        assert loaded.decode(loaded.encode(x[None])).shape == (1, BATCH, D_IN)
+        assert loaded.W_enc.t().is_contiguous()
+        assert not loaded.training
         assert read_config(tmp_path)["variant"] == variant
 
     def test_folding_the_scale_gives_the_raw_sae(self, variant: str, x: Tensor) -> None:
@@ -192,14 +268,28 @@ def test_batch_topk_threshold_is_the_running_mean_of_the_smallest_kept(x: Tensor
     np.testing.assert_array_equal(sae.encode(x).detach().numpy() > 0, positive > expected)
 
 
+def test_batch_topk_threshold_starts_afresh_when_k_changes(x: Tensor) -> None:
+    """Also with a schedule that ends with the run, and so is never at its target."""
+    schedule = {"kind": "linear", "from": 20, "until": 1.0}
+    sae = build("batch_topk", D_IN, D_SAE, {**OPTIONS["batch_topk"], "k_schedule": schedule})
+    sae.initialise(x, torch.Generator().manual_seed(0))
+    for step in range(3):
+        sae.begin_step(step, 3)
+        sae.end_step(sae.run(x))
+    positive = encode_by_hand(sae, x)
+    assert float(sae.get_buffer("threshold")) == pytest.approx(
+        np.sort(positive.ravel())[-BATCH * 10], rel=1e-4
+    )
+
+
 def test_relu_loss_is_error_plus_l1(x: Tensor) -> None:
     sae = make("relu", x)
     losses = sae.losses(sae.run(x), torch.zeros(D_SAE, dtype=torch.bool))
     latents = encode_by_hand(sae, x)
     x_hat = latents @ sae.W_dec.detach().numpy() + sae.b_dec.detach().numpy()
     error = ((x.numpy() - x_hat) ** 2).sum(1).mean()
-    assert float(losses["reconstruction"]) == pytest.approx(error, rel=1e-5)
-    assert float(losses["l1"]) == pytest.approx(0.3 * latents.sum(1).mean(), rel=1e-5)
+    assert float(losses["reconstruction"].detach()) == pytest.approx(error, rel=1e-5)
+    assert float(losses["l1"].detach()) == pytest.approx(0.3 * latents.sum(1).mean(), rel=1e-5)
 
 
 def test_auxk_rebuilds_the_residual_from_dead_latents(x: Tensor) -> None:
@@ -216,7 +306,7 @@ def test_auxk_rebuilds_the_residual_from_dead_latents(x: Tensor) -> None:
         kept[top] = row[top]
     error = ((residual - chosen @ sae.W_dec.detach().numpy()) ** 2).sum()
     spread = ((residual - residual.mean(0)) ** 2).sum()
-    assert float(loss) == pytest.approx(error / spread / 32, rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(error / spread / 32, rel=1e-4)
 
 
 def test_weights_that_are_not_trained_stay_as_they_were(x: Tensor) -> None:
@@ -252,6 +342,10 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"variant": "topq"}, "topq"),
         ({"format": "other"}, r"config\.json"),
         ({"format_version": 99}, "99"),
+        ({"d_in": "12"}, "d_in: expected a whole number"),
+        ({"d_sae": 10**12}, r"expected float32 \[1000000000000\], found float32 \[40\]"),
+        ({"options": {"k": 50, "k_schedule": CONSTANT, "auxk_weight": 0}}, r"config\.json: k: "),
+        ({"options": [1]}, "expected the options k, k_schedule, auxk_weight"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(
@@ -271,6 +365,25 @@ def test_damaged_weights_are_refused(saved: Path) -> None:
             load(saved)
     path.unlink()
     with pytest.raises(UserError, match="no such file"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop("b_dec"), r"b_dec \(expected float32 \[12\], found nothing"),
+        (lambda tensors: tensors.update(extra=torch.ones(2)), r"extra \(expected nothing"),
+        (lambda tensors: tensors.update(b_dec=torch.ones(12).half()), r"found float16 \[12\]"),
+        (lambda tensors: tensors.update(W_enc=torch.ones(40, 12)), r"found float32 \[40, 12\]"),
+    ],
+)
+def test_weights_of_another_sae_are_refused(
+    saved: Path, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
+    tensors = load_file(saved / "weights.safetensors")
+    change(tensors)
+    save_file(tensors, saved / "weights.safetensors")
+    with pytest.raises(UserError, match=message):
         load(saved)
 
 

@@ -169,7 +169,7 @@ def test_memory_does_not_grow_with_the_stream(
     original = np.empty
 
     def counting(shape: int, *args: Any, **kwargs: Any) -> np.ndarray:
-        if args == (np.dtype("<f4"),):
+        if shape > 4096:
             made.append(shape)
         return original(shape, *args, **kwargs)
 

@@ -110,6 +110,9 @@ def _draw(steps: pd.DataFrame, terms: list[str]) -> Figure:
 def _block(
     part: SubFigure, panel: tuple[str, str], block: list[read.Series], terms: list[str]
 ) -> None:
+    terms = [
+        term for term in terms if any(series.rows[term].fillna(0).ne(0).any() for series in block)
+    ]
     columns = ["reconstruction", *(["terms"] if terms else []), "l0", "dead"]
     grid = part.subplots(
         len(block), len(columns) + 1, squeeze=False, sharex="col", sharey="col",

@@ -1,8 +1,8 @@
 """What every sparse autoencoder shares: parameters, encoding, decoding, losses, unit-norm decoder.
 
 A variant says how its latents are activated, on the dense path (`activate`) and, where few latents are
-active, on the sparse one (`select`), and which losses it adds. Both paths give equal values and
-gradients; the dense one is the reference.
+active, on the sparse one (`select`, `activate_selected`), and which losses it adds. Both paths give
+equal values and gradients; the dense one is the reference.
 """
 
 from collections.abc import Mapping
@@ -38,6 +38,11 @@ class Forward:
     def is_sparse(self) -> bool:
         return isinstance(self.latents, SparseLatents)
 
+    @property
+    def values(self) -> Tensor:
+        """Every latent that is stored: (count,) on the sparse path, (B, d_sae) on the dense one."""
+        return self.latents.values if isinstance(self.latents, SparseLatents) else self.latents
+
     def l0(self) -> Tensor:
         """(B,) number of non-zero latents."""
         if isinstance(self.latents, SparseLatents):
@@ -59,14 +64,13 @@ class SAE(nn.Module):
     Args:
         d_in: width of the activations.
         d_sae: number of latents.
-        options: named by the variant; unknown ones are refused.
 
     Attributes:
         W_enc (d_in, d_sae), b_enc (d_sae), W_dec (d_sae, d_in; row i is the direction of latent i,
         unit norm), b_dec (d_in). `W_enc.t()` is contiguous.
     """
 
-    is_sparse = False  # latents few enough for the sparse path
+    is_sparse = False  # trained on the sparse path: few latents are active from the first step
     betas: tuple[float, float] | None = None  # overrides Adam's, where a paper does
     has_unit_norm = True
 
@@ -96,7 +100,7 @@ class SAE(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Activations (..., d_in) to latents (..., d_sae), dense."""
         flat = x.reshape(-1, self.d_in)
-        return self.activate(self.pre_activations(flat)).reshape(*x.shape[:-1], self.d_sae)
+        return self.activate(self.pre_activations(flat), flat).reshape(*x.shape[:-1], self.d_sae)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (..., d_sae) to reconstruction (..., d_in)."""
@@ -112,13 +116,17 @@ class SAE(nn.Module):
 
     # What a variant says.
 
-    def activate(self, pre_acts: Tensor) -> Tensor:
-        """(B, d_sae) pre-activations to latents."""
+    def activate(self, pre_acts: Tensor, x: Tensor) -> Tensor:
+        """Pre-activations (B, d_sae) of x (B, d_in) to latents."""
         raise NotImplementedError
 
-    def select(self, pre_acts: Tensor) -> SparseLatents:
-        """The active entries of pre-activations (B, d_sae) without gradient (sparse variants)."""
+    def select(self, pre_acts: Tensor, x: Tensor) -> SparseLatents:
+        """The entries of pre-activations (B, d_sae) that can be active; called without gradient."""
         raise NotImplementedError
+
+    def activate_selected(self, selected: SparseLatents, x: Tensor) -> SparseLatents:
+        """Selected pre-activations, with gradient, to latents: what `activate` makes of them."""
+        return selected.with_values(selected.values.relu())
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         """Terms of the loss, each already weighted."""
@@ -137,16 +145,22 @@ class SAE(nn.Module):
     # Training.
 
     def run(self, x: Tensor, *, is_sparse: bool | None = None) -> Forward:
-        """A pass that can be differentiated, on the variant's own path unless told otherwise."""
+        """A pass that can be differentiated, on the variant's own path unless told otherwise.
+
+        Args:
+            x: (B, d_in).
+            is_sparse: carry latents as (indices, values) and build no dense (B, d_sae) gradient;
+                False: the plain dense path.
+        """
         if not (self.is_sparse if is_sparse is None else is_sparse):
             pre_acts = self.pre_activations(x)
-            latents = self.activate(pre_acts)
+            latents = self.activate(pre_acts, x)
             return Forward(x, pre_acts, latents, self.decode(latents))
         with torch.no_grad():
             pre_acts = self.pre_activations(x)
-            chosen = self.select(pre_acts)
-        active = gather_pre_acts(x, self.W_enc, self.b_enc, self.b_dec, pre_acts, chosen)
-        active = active.with_values(active.values.relu())
+            chosen = self.select(pre_acts, x)
+        selected = gather_pre_acts(x, self.W_enc, self.b_enc, self.b_dec, pre_acts, chosen)
+        active = self.activate_selected(selected, x)
         return Forward(x, pre_acts, active, decode_sparse(active, self.W_dec, self.b_dec))
 
     def auxk(self, fwd: Forward, dead: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from saeflow.saes.schedules import make_schedule
 class BatchTopK(SAE):
     """k latents an input on average in training; in use, the latents above a threshold.
 
-    The threshold is the running mean of the smallest positive activation kept in each batch, over
-    the steps whose k is at its target (a larger k on the way there keeps smaller ones).
+    The threshold is the running mean of the smallest positive activation kept in each batch. It
+    starts afresh whenever the schedule changes k, since a larger k keeps smaller activations.
 
     Args:
         k: mean latents per input at the end of the schedule.
@@ -44,24 +44,26 @@ class BatchTopK(SAE):
 
     def begin_step(self, step: int, total: int) -> None:
         self.k = self.schedule(step, total)
+        if step and self.k != self.schedule(step - 1, total):
+            self.threshold_weight.zero_()
 
-    def activate(self, pre_acts: Tensor) -> Tensor:
+    def activate(self, pre_acts: Tensor, x: Tensor) -> Tensor:
         if self.training:
             return batch_topk(pre_acts.relu(), self.k)
         return pre_acts * (pre_acts > self.threshold)
 
-    def select(self, pre_acts: Tensor) -> SparseLatents:
-        return batch_topk_sparse(pre_acts, self.k)
+    def select(self, pre_acts: Tensor, x: Tensor) -> SparseLatents:
+        if self.training:
+            return batch_topk_sparse(pre_acts, self.k)
+        return SparseLatents.from_mask(pre_acts, pre_acts > self.threshold)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         return super().losses(fwd, dead) | {"auxk": self.auxk_weight * self.auxk(fwd, dead)}
 
     @torch.no_grad()
     def end_step(self, fwd: Forward) -> None:
-        latents = fwd.latents
-        values = latents.values if isinstance(latents, SparseLatents) else latents
-        positive = values.detach()[values > 0]
-        if len(positive) == 0 or self.k != self.schedule.target:
+        positive = fwd.values.detach()[fwd.values > 0]
+        if len(positive) == 0:
             return
         decay = self.threshold_decay
         weight = decay * self.threshold_weight + (1 - decay)

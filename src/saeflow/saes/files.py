@@ -1,6 +1,5 @@
 """A trained SAE on disk: weights.safetensors and config.json, in raw-activation units."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from saeflow.errors import UserError
-from saeflow.files import read_json, write_json
+from saeflow.files import atomic_file, read_json, write_json
 from saeflow.saes.base import SAE
 from saeflow.saes.variants import build
 
@@ -24,12 +23,13 @@ def save(sae: SAE, folder: Path, config: Mapping[str, Any]) -> None:
     """Write an SAE into an existing folder.
 
     Args:
-        config: at least variant, options, d_in and d_sae; what else describes the SAE.
+        config: at least variant, options, d_in and d_sae; whatever else describes the SAE.
     """
     tensors = {
         name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()
     }
-    save_file(tensors, folder / WEIGHTS)
+    with atomic_file(folder / WEIGHTS) as staged:
+        save_file(tensors, staged)
     write_json(folder / CONFIG, {"format": FORMAT, "format_version": FORMAT_VERSION, **config})
 
 
@@ -50,6 +50,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     if missing := [key for key in _KEYS if key not in config]:
         raise UserError(f"{path}: the key {', '.join(missing)} is missing. Train the SAE again.")
+    for key in ("d_in", "d_sae"):
+        if type(config[key]) is not int or config[key] < 1:
+            raise UserError(
+                f"{path}: {key}: expected a whole number above 0, found {config[key]!r}. "
+                "Train the SAE again."
+            )
     return config
 
 
@@ -62,25 +68,37 @@ def load(folder: Path | str) -> SAE:
     folder = Path(folder)
     config = read_config(folder)
     path = folder / WEIGHTS
-    sae = build(config["variant"], config["d_in"], config["d_sae"], config["options"])
+    described = (config["variant"], config["d_in"], config["d_sae"], config["options"])
+    try:
+        with torch.device("meta"):  # what to expect, before memory is taken for it
+            expected = build(*described).state_dict()
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
     try:
         tensors = load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Train the SAE again.") from None
     except SafetensorError as error:
         raise UserError(f"{path}: damaged ({error}). Train the SAE again.") from None
-    expected = sae.state_dict()
-    wrong = set(expected.keys() ^ tensors.keys())
-    wrong |= {n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape}
+    wrong = {
+        name: f"{name} (expected {_kind(expected.get(name))}, found {_kind(tensors.get(name))})"
+        for name in sorted(expected.keys() | tensors.keys())
+        if _kind(expected.get(name)) != _kind(tensors.get(name))
+    }
     if wrong:
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items() if name in wrong}
         raise UserError(
-            f"{path}: expected the weights that {CONFIG} describes, found others: "
-            f"{', '.join(sorted(wrong))} ({json.dumps(shapes)}). Train the SAE again."
+            f"{path}: not the weights that {CONFIG} describes: {', '.join(wrong.values())}. "
+            "Train the SAE again."
         )
     if bad := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
         raise UserError(f"{path}: {', '.join(bad)} is not finite. Train the SAE again.")
-    with torch.no_grad():
-        for name, tensor in sae.state_dict(keep_vars=True).items():
-            tensor.copy_(tensors[name])
+    sae = build(*described)
+    sae.load_state_dict(tensors)
     return sae.eval()
+
+
+def _kind(tensor: torch.Tensor | None) -> str:
+    """Dtype and shape of a tensor in words."""
+    if tensor is None:
+        return "nothing"
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

@@ -1,14 +1,16 @@
 """ReLU SAE with an L1 penalty (Bricken et al. 2023; Cunningham et al. 2023, arXiv:2309.08600)."""
 
-import torch
 from torch import Tensor
 
+from saeflow.operators import SparseLatents
 from saeflow.saes.base import SAE, Forward, Options, check_weight
 from saeflow.saes.schedules import make_schedule
 
 
 class ReLU(SAE):
-    """z = relu(a); the loss adds l1 * sum_i z_i ||W_dec,i||, the mean over the batch.
+    """z = relu(a); the loss adds l1 * sum_i z_i, the mean over the batch; decoder rows are unit.
+
+    Trained on the dense path: at first half of the latents are active.
 
     Args:
         l1: weight of the penalty at the end of its schedule.
@@ -23,13 +25,14 @@ class ReLU(SAE):
     def begin_step(self, step: int, total: int) -> None:
         self.l1 = self.schedule(step, total)
 
-    def activate(self, pre_acts: Tensor) -> Tensor:
+    def activate(self, pre_acts: Tensor, x: Tensor) -> Tensor:
         return pre_acts.relu()
 
+    def select(self, pre_acts: Tensor, x: Tensor) -> SparseLatents:
+        return SparseLatents.from_mask(pre_acts, pre_acts > 0)
+
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
-        assert isinstance(fwd.latents, Tensor)
-        norms = torch.linalg.vector_norm(self.W_dec, dim=1)
-        return super().losses(fwd, dead) | {"l1": self.l1 * (fwd.latents @ norms).mean()}
+        return super().losses(fwd, dead) | {"l1": self.l1 * fwd.values.sum() / len(fwd.x)}
 
     def state_facts(self) -> dict[str, float]:
         return {"l1_weight": self.l1}

@@ -56,10 +56,24 @@ def make_schedule(
             f"{name}_schedule: expected kind (one of {', '.join(KINDS)}) with its keys, found "
             f"{dict(params)}."
         )
-    start = values.pop("from", target)
-    for end in (start, target):
-        if not low <= end <= high:
-            raise UserError(f"{name}_schedule: expected values in {low:g}..{high:g}, found {end}.")
+    start, until, steps = (
+        values.get("from", target),
+        values.get("until", 1.0),
+        values.get("steps", 1),
+    )
+    for what, value, least, most in (
+        ("from", start, low, high), (name, target, low, high), ("until", until, 0, 1)
+    ):  # fmt: skip
+        if not _is_number(value) or not least <= value <= most:
+            raise UserError(
+                f"{name}_schedule: expected {what} in {least:g}..{most:g}, found {value!r}."
+            )
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise UserError(f"{name}_schedule: expected steps to be a whole number, found {steps!r}.")
     if kind == "exponential" and (start <= 0 or target <= 0):
         raise UserError(f"{name}_schedule: an exponential schedule needs values above 0.")
-    return Schedule(target=target, kind=kind, start=start, **values)
+    return Schedule(target=target, kind=kind, start=start, until=until, steps=steps)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -29,10 +29,10 @@ class TopK(SAE):
     def begin_step(self, step: int, total: int) -> None:
         self.k = round(self.schedule(step, total))
 
-    def activate(self, pre_acts: Tensor) -> Tensor:
+    def activate(self, pre_acts: Tensor, x: Tensor) -> Tensor:
         return keep_topk(pre_acts.relu(), self.k)
 
-    def select(self, pre_acts: Tensor) -> SparseLatents:
+    def select(self, pre_acts: Tensor, x: Tensor) -> SparseLatents:
         return topk_sparse(pre_acts, self.k)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:

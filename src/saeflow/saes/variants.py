@@ -1,5 +1,6 @@
 """The table of variants: a new one is one file, one line here."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,10 @@ def build(variant: str, d_in: int, d_sae: int, options: Mapping[str, Any]) -> SA
     """
     if variant not in VARIANTS:
         raise UserError(f"variant: expected one of {', '.join(VARIANTS)}, found {variant!r}.")
-    try:
-        return VARIANTS[variant](d_in, d_sae, **options)
-    except TypeError as error:
-        raise UserError(f"{variant}: its options do not fit: {error}.") from None
+    known = list(inspect.signature(VARIANTS[variant]).parameters)[2:]  # after d_in and d_sae
+    if not isinstance(options, Mapping) or set(options) != set(known):
+        found = ", ".join(options) if isinstance(options, Mapping) else repr(options)
+        raise UserError(
+            f"{variant}: expected the options {', '.join(known)}, found {found or 'none'}."
+        )
+    return VARIANTS[variant](d_in, d_sae, **options)

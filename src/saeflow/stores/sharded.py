@@ -232,14 +232,16 @@ class ShardedReader:
         """
         shard, within = divmod(chunk, self._chunks_per_shard)
         offset, length = self._index(shard)[within]
-        payload = [np.empty(length - _CRC_BYTES, np.uint8)] if self._compressed else pieces
+        payload: Sequence[Any] = pieces
+        if self._compressed:
+            payload = [np.empty(length - _CRC_BYTES, np.uint8)]
         stored = bytearray(_CRC_BYTES)
         try:
             file = os.open(self._path(shard), os.O_RDONLY)
         except FileNotFoundError:
             raise damaged(self._path(shard), "no such file") from None
         try:
-            read = os.preadv(file, [*(piece.data for piece in payload), stored], offset)
+            read = os.preadv(file, [*payload, stored], offset)
         finally:
             os.close(file)
         if read != length:

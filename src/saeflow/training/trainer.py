@@ -3,15 +3,18 @@
 import csv
 import dataclasses
 import io
+import json
 import logging
 import math
 import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +23,12 @@ from saeflow.errors import UserError
 from saeflow.files import atomic_file, file_digest, json_digest
 from saeflow.progress import progress
 from saeflow.saes import SAE, Forward, build, save
-from saeflow.training.checkpoints import checkpoints, read_checkpoint, write_checkpoint
+from saeflow.training.checkpoints import (
+    checkpoints,
+    delete_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +44,7 @@ class Batches(Protocol):
     scale: float
 
     def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Tensor]:
-        """Endless shuffled batches (B, d_in)."""
+        """Endless shuffled batches (B, d_in), from any number on; dropped when done with."""
         ...
 
 
@@ -55,7 +63,9 @@ def train(
         Content digests: of the weights, and of what steps.csv says besides speed.
 
     Raises:
-        UserError: options that do not fit, a loss that is not finite, a damaged checkpoint.
+        UserError: options that do not fit, a loss that is not finite, a checkpoint that is damaged
+            or of another run.
+        SystemExit: 128 + the signal's number, after SIGTERM or SIGINT and a last checkpoint.
     """
     run = Run(store, config, runtime, folder)
     with run.stop_signals():
@@ -71,6 +81,7 @@ class Run:
     ) -> None:
         self.store, self.config, self.runtime, self.folder = store, config, runtime, folder
         self.device = torch.device(runtime["device"])
+        self.is_bf16 = runtime["precision"] == "bf16"
         self.total = config.training.steps
         self.sae: SAE = build(config.variant, store.d_in, config.d_sae, config.options)
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -81,55 +92,72 @@ class Run:
         torch.manual_seed(config.seed)
         found = checkpoints(folder)
         if not found:
-            self.sae.initialise(self.scaled(next(self.batches())).cpu(), self.generator)
+            with closing(self.batches()) as batches:
+                self.sae.initialise(next(batches).cpu(), self.generator)
         self.sae.to(self.device).train()
         self.sae.W_dec.requires_grad_(config.training.train_decoder)
         self.optimizer = make_optimizer(self.sae, config.training)
         if found:
             self.restore(found[-1])
 
-    def batches(self, start: int = 0) -> Iterator[Tensor]:
-        return self.store.batches(self.config.training.batch_size, self.config.seed, start)
+    @property
+    def identity(self) -> str:
+        """Digest of what decides the weights: a checkpoint of another run is refused."""
+        run = {"config": dataclasses.asdict(self.config), "precision": self.runtime["precision"]}
+        return json_digest({**run, "d_in": self.store.d_in, "scale": self.store.scale})
 
-    def scaled(self, batch: Tensor) -> Tensor:
-        return batch.to(self.device, torch.float32) / self.store.scale
+    @property
+    def dead(self) -> Tensor:
+        """(d_sae,) bool: latents silent for the last `dead_after_tokens` tokens."""
+        return self.silent >= self.config.training.dead_after_tokens
+
+    def batches(self, start: int = 0) -> Generator[Tensor, None, None]:
+        """Batches (B, d_in) from a number on, in scaled units."""
+        size, seed = self.config.training.batch_size, self.config.seed
+        for batch in self.store.batches(size, seed, start):
+            yield batch.to(self.device, torch.float32) / self.store.scale
 
     def train(self) -> None:
         """All steps that are left."""
         config = self.config.training
         saved = logged = time.monotonic()
-        tokens_logged = self.step
-        batches = self.batches(self.step)
-        for _ in progress(range(self.step, self.total), f"training {self.config.name}", "step"):
-            x = self.scaled(next(batches))
-            fwd, losses, lr = self.one_step(x)
-            self.step += 1
-            if self.step % config.log_every_steps == 0 or self.step == self.total:
-                now = time.monotonic()
-                speed = (self.step - tokens_logged) * config.batch_size / (now - logged)
-                self.log(fwd, losses, lr, speed)
-                logged, tokens_logged = now, self.step
-            if self.stopped_by or time.monotonic() - saved > self.runtime["checkpoint_every_s"]:
-                self.checkpoint()
-                saved = time.monotonic()
-            if self.stopped_by:
-                raise SystemExit(128 + self.stopped_by)
+        logged_step = self.step
+        with closing(self.batches(self.step)) as batches:
+            for _ in progress(range(self.step, self.total), f"training {self.config.name}", "step"):
+                fwd, losses, lr = self.one_step(next(batches))
+                self.step += 1
+                if self.step % config.log_every_steps == 0 or self.step == self.total:
+                    now = time.monotonic()
+                    speed = (self.step - logged_step) * config.batch_size / (now - logged)
+                    self.log(fwd, losses, lr, speed)
+                    logged, logged_step = now, self.step
+                if self.stopped_by or time.monotonic() - saved > self.runtime["checkpoint_every_s"]:
+                    self.checkpoint()
+                    saved = time.monotonic()
+                if self.stopped_by:
+                    raise SystemExit(128 + self.stopped_by)
 
     def one_step(self, x: Tensor) -> tuple[Forward, dict[str, Tensor], float]:
         """Forward, losses, gradients, update."""
         sae, config = self.sae, self.config.training
         sae.begin_step(self.step, self.total)
         lr = self.set_lr()
-        with torch.autocast(self.device.type, torch.bfloat16, self.runtime["precision"] == "bf16"):
-            fwd = sae.run(x)
-        losses = sae.losses(fwd, self.silent >= config.dead_after_tokens)
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, self.is_bf16):
+                fwd = sae.run(x)
+            losses = sae.losses(fwd, self.dead)
+        except ValueError as error:  # an operator met NaN
+            if all(bool(values.isfinite().all()) for values in (x, *sae.parameters())):
+                raise
+            self.refuse(x, str(error))
         loss = torch.stack(list(losses.values())).sum()
-        if not bool(loss.isfinite()):
-            self.refuse(losses)
         self.optimizer.zero_grad()
         loss.backward()
         sae.project_grad()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), config.grad_clip)
+        if not bool((loss + norm).isfinite()):  # before the weights see it
+            terms = {**losses, "gradient norm": norm}
+            self.refuse(x, ", ".join(f"{name} {float(t.detach()):g}" for name, t in terms.items()))
         self.optimizer.step()
         sae.project_weights()
         sae.end_step(fwd)
@@ -142,17 +170,20 @@ class Run:
             group["lr"] = lr
         return lr
 
-    def refuse(self, losses: Mapping[str, Tensor]) -> None:
-        found = ", ".join(f"{name} {float(loss.detach()):g}" for name, loss in losses.items())
+    def refuse(self, x: Tensor, found: str) -> NoReturn:
+        """Stop at a step that cannot be taken; the weights are still those before it."""
         last = checkpoints(self.folder)
         kept = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+        if bool(x.isfinite().all()):
+            advice = "Lower lr, or look at the options."
+        else:
+            found, advice = f"the batch is not finite; {found}", "Look at the store."
         raise UserError(
             f"saes.{self.config.entry}: the loss is not finite at step {self.step} (batch {self.step} of "
-            f"{self.config.name}; {found}); {kept}. Lower lr, or look at the options."
+            f"{self.config.name}; {found}); {kept}. {advice}"
         )
 
     def log(self, fwd: Forward, losses: Mapping[str, Tensor], lr: float, speed: float) -> None:
-        dead = (self.silent >= self.config.training.dead_after_tokens).double().mean()
         self.rows.append(
             {
                 "step": self.step,
@@ -161,36 +192,47 @@ class Run:
                 **self.sae.state_facts(),
                 **fwd.facts,
                 "l0": float(fwd.l0().double().mean()),
-                "dead": float(dead),
+                "dead": float(self.dead.double().mean()),
                 "lr": lr,
                 "tokens_per_s": round(speed, 1),
             }
         )
 
     def checkpoint(self) -> None:
+        """Write all state, and the steps so far for whoever watches."""
         tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
-        for number, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"adam.{number}.{name}": tensor for name, tensor in state.items()}
+        for name, parameter in self.sae.named_parameters():
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {f"adam.{name}.{key}": tensor for key, tensor in state.items()}
+        rows = np.frombuffer(json.dumps(self.rows).encode(), np.uint8)
         tensors |= {
             "silent": self.silent,
             "generator": self.generator.get_state(),
             "rng": torch.get_rng_state(),
+            "rows": torch.from_numpy(rows.copy()),
         }
-        write_checkpoint(self.folder, self.step, tensors, {"rows": self.rows})
+        write_checkpoint(self.folder, self.step, tensors, {"run": self.identity})
+        if self.rows:
+            write_steps(self.folder / STEPS, self.rows)
 
     def restore(self, path: Path) -> None:
-        tensors, counters = read_checkpoint(path)
-        self.step, self.rows = counters["step"], counters["rows"]
-        with torch.no_grad():
-            for name, tensor in self.sae.state_dict(keep_vars=True).items():
-                tensor.copy_(tensors[f"sae.{name}"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("adam."):
-                _, number, key = name.split(".")
-                state.setdefault(int(number), {})[key] = tensor
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        """Take all state from a checkpoint of this run."""
+        tensors, facts = read_checkpoint(path)
+        if facts["run"] != self.identity:
+            raise UserError(
+                f"{path}: a checkpoint of another run (other parameters, or another store). Delete "
+                f"{self.folder} to train afresh."
+            )
+        self.step, self.rows = facts["step"], json.loads(tensors["rows"].numpy().tobytes())
+        weights = {name: tensors[f"sae.{name}"] for name in self.sae.state_dict()}
+        self.sae.load_state_dict(weights)
+        for name, parameter in self.sae.named_parameters():
+            prefix = f"adam.{name}."
+            for key in [key for key in tensors if key.startswith(prefix)]:
+                saved = tensors[key]
+                if saved.shape == parameter.shape:  # in the parameter's own memory layout,
+                    saved = torch.empty_like(parameter).copy_(saved)  # which fused Adam relies on
+                self.optimizer.state[parameter][key.removeprefix(prefix)] = saved
         self.silent.copy_(tensors["silent"])
         self.generator.set_state(tensors["generator"])
         torch.set_rng_state(tensors["rng"])
@@ -203,8 +245,7 @@ class Run:
         config = dataclasses.asdict(self.config)
         save(self.sae, self.folder, {**config, "d_in": self.store.d_in, "scale": self.store.scale})
         write_steps(self.folder / STEPS, self.rows)
-        for path in checkpoints(self.folder):
-            path.unlink()
+        delete_checkpoints(self.folder)
         untimed = [{k: v for k, v in row.items() if k not in _TIMED} for row in self.rows]
         return {
             "weights": file_digest(self.folder / "weights.safetensors"),
@@ -213,9 +254,14 @@ class Run:
 
     @contextmanager
     def stop_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run after a step, with a checkpoint."""
+        """SIGTERM and SIGINT end the run after the step, with a checkpoint; a second one, at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread can be told of signals
+            return
 
         def stop(number: int, frame: object) -> None:
+            if self.stopped_by:
+                raise SystemExit(128 + number)
             self.stopped_by = number
 
         previous = {
@@ -251,7 +297,8 @@ def lr_factor(step: int, total: int, config: TrainingConfig) -> float:
 def write_steps(path: Path, rows: list[dict[str, float]]) -> None:
     """Write steps.csv: a line per logged step."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    names = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(text, list(names), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     with atomic_file(path) as staged:
