@@ -94,8 +94,8 @@ class SAE(nn.Module):
     # Using an SAE.
 
     def pre_activations(self, x: Tensor) -> Tensor:
-        """(B, d_in) to (B, d_sae): (x - b_dec) W_enc + b_enc."""
-        return (x - self.b_dec) @ self.W_enc + self.b_enc
+        """(B, d_in) to (B, d_sae): (x - b_dec) W_enc + b_enc, float32 also of bfloat16 products."""
+        return torch.addmm(self.b_enc, x - self.b_dec, self.W_enc).to(self.W_enc.dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations (..., d_in) to latents (..., d_sae), dense."""
