@@ -24,6 +24,7 @@ from torch import Tensor
 from saeflow.config import ROOT, SAEConfig, expand_runs, load_params
 from saeflow.saes import SAE, build
 from saeflow.stores import open_store
+from saeflow.training.checkpoints import delete_checkpoints
 from saeflow.training.trainer import Run
 
 STORE = "results/stores/smollm2/train/blocks.19.resid_post.zarr"
@@ -71,25 +72,35 @@ def end_to_end(project: Path) -> Iterator[dict[str, object]]:
     budget = dataclasses.replace(config.training, tokens=STEPS * config.training.batch_size)
     config = dataclasses.replace(config, training=budget)
     store, memory = open_store(project / STORE), InMemory(project / STORE)
+    shares: list[float] = []
 
-    def bare(run: Run) -> None:
-        for x in itertools.islice(run.batches(), STEPS):
-            run.one_step(x)
-            run.step += 1
+    def from_store(folder: Path) -> float:
+        run = Run(store, config, runtime, folder)
+        took = seconds(run.train)
+        shares.append(seconds(run.checkpoint) / every_s)
+        delete_checkpoints(folder)
+        return took
+
+    def in_memory(folder: Path) -> float:
+        run = Run(memory, config, runtime, folder)
+
+        def bare() -> None:
+            for x in itertools.islice(run.batches(), STEPS):
+                run.one_step(x)
+                run.step += 1
+
+        return seconds(bare)
 
     for threads in THREADS:
         torch.set_num_threads(threads)
-        ratios, shares = [], []
-        for number in range(REPEATS):
-            with tempfile.TemporaryDirectory(dir=project / "results") as folder:
-                run, plain = (Run(data, config, runtime, Path(folder)) for data in (store, memory))
-                turns = [lambda: seconds(run.train), lambda: seconds(lambda: bare(plain))]  # noqa: B023
-                if number % 2:
-                    took_plain, took = [turn() for turn in turns[::-1]]
-                else:
-                    took, took_plain = [turn() for turn in turns]
-                ratios.append(took_plain / took)
-                shares.append(seconds(run.checkpoint) / every_s)
+        ratios: list[float] = []
+        shares.clear()
+        with tempfile.TemporaryDirectory(dir=project / "results") as name:
+            folder = Path(name)
+            for _ in range(REPEATS):
+                before, first = from_store(folder), in_memory(folder)
+                second, after = in_memory(folder), from_store(folder)
+                ratios.append((first + second) / (before + after))
         shape = f"d_in {store.d_in}, d_sae {config.d_sae}, B {budget.batch_size}"
         what = {"threads": threads, "shape": shape}
         yield {"what": "rate from the store / rate in memory", **what, **spread(ratios)}
@@ -163,7 +174,7 @@ def main() -> None:
         "training",
         {"From the store against in memory": rates, "Cost of a step in encoder products": costs},
         f"From the store: the trainer with its loader and log, {STEPS} steps a turn; in memory: the same "
-        f"steps alone. A step: d_in {D_IN}, B {BATCH}, about {K} active latents, {max(THREADS)} threads, "
+        f"steps alone; a repeat is store, memory, memory, store. A step: d_in {D_IN}, B {BATCH}, about {K} active latents, {max(THREADS)} threads, "
         "with losses, gradients, projection, clipping, Adam, unit rows and statistics; the product is "
         f"({BATCH}, {D_IN}) times ({D_IN}, {D_SAE}).",
     )

@@ -23,14 +23,16 @@ from torch import Tensor
 from saeflow.stores.dtypes import Dtype
 from saeflow.stores.sharded import ShardedReader
 
-GROUP_BYTES = 1 << 23
-"""Size of a group, or one batch if that is more; larger ones leave the CPU's cache."""
+GROUP_BYTES = 1 << 24
+"""Size of a group, or one batch if that is more; smaller ones cost more in handing over than in reading."""
 RUN_ROWS = 64
 """Rows that stay together when a group is shuffled."""
 MOST_RUNS = 500
 """Most runs of a chunk: the operating system takes about twice as many places in one read."""
 READERS = 2
-"""Groups read at once, ahead of the one that batches are taken from."""
+"""Groups read at once, each on a thread of its own."""
+AHEAD = 3
+"""Groups being read or ready, ahead of the one that batches are taken from: a reader need not wait."""
 
 _PAGE = 4096
 
@@ -183,13 +185,13 @@ def _join(parts: list[Tensor], pin: bool) -> Tensor:
 
 
 def read_ahead(items: Iterator[S], read: Callable[[S], T]) -> Iterator[T]:
-    """Give read(item) of each item in order, READERS of them read at once on threads of their own.
+    """Give read(item) of each item in order, up to AHEAD of them read ahead by READERS threads.
 
     Errors of the threads are raised here; they end before this iterator's `close` returns.
     """
     pool = ThreadPoolExecutor(READERS, "saeflow-batches")
     try:
-        reading = deque(pool.submit(read, item) for item in islice(items, READERS))
+        reading = deque(pool.submit(read, item) for item in islice(items, AHEAD))
         while reading:
             done = reading.popleft().result()
             reading.extend(pool.submit(read, item) for item in islice(items, 1))

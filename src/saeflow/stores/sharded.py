@@ -145,6 +145,9 @@ def shard_path(folder: Path, shard: int, tail: tuple[int, ...]) -> Path:
 class ShardedReader:
     """Reads the chunks of one array; holds no file open and maps none into memory.
 
+    A chunk's checksum is compared when this reader first reads it, and again only once its file has
+    changed since (size, time of change or inode): epochs after the first cost no more than the reading.
+
     Attributes:
         folder: of the array.
         shape: (rows, ...).
@@ -160,6 +163,7 @@ class ShardedReader:
     _compressed: bool
     _indexes: dict[int, list[list[int]]] = field(default_factory=dict)
     _paths: dict[int, Path] = field(default_factory=dict)
+    _checked: dict[int, tuple[int, int, int]] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path) -> "ShardedReader":
@@ -220,7 +224,7 @@ class ShardedReader:
             self._index(shard)
 
     def read_chunk(self, chunk: int, pieces: Sequence[np.ndarray]) -> None:
-        """Read one chunk into pieces of memory and check its crc32c.
+        """Read one chunk into pieces of memory; compare its crc32c at the first time.
 
         Args:
             chunk: its number.
@@ -241,16 +245,20 @@ class ShardedReader:
         except FileNotFoundError:
             raise damaged(self._path(shard), "no such file") from None
         try:
+            status = os.fstat(file)
             read = os.preadv(file, [*payload, stored], offset)
         finally:
             os.close(file)
         if read != length:
             raise self._damaged(chunk, "the end of the file inside")
-        crc = 0
-        for piece in payload:
-            crc = google_crc32c.extend(crc, piece)
-        if crc != int.from_bytes(stored, "little"):
-            raise self._damaged(chunk, "a wrong checksum of")
+        state = (status.st_ino, status.st_size, status.st_mtime_ns)
+        if self._checked.get(chunk) != state:
+            crc = 0
+            for piece in payload:
+                crc = google_crc32c.extend(crc, piece)
+            if crc != int.from_bytes(stored, "little"):
+                raise self._damaged(chunk, "a wrong checksum of")
+            self._checked[chunk] = state
         if self._compressed:
             self._decompress(chunk, payload[0], pieces)
 
