@@ -94,6 +94,22 @@ def test_any_changed_byte_of_a_shard_is_found(tmp_path: Path, codec: str) -> Non
     np.testing.assert_array_equal(ShardedReader.open(folder).read(0, 40), data)
 
 
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_a_byte_that_changes_after_a_first_read_is_found(tmp_path: Path, codec: str) -> None:
+    folder = tmp_path / "g.zarr" / "x"
+    write(folder, values(40), 16, 64, codec)
+    reader = ShardedReader.open(folder)
+    whole = reader.read(0, 40)
+    np.testing.assert_array_equal(reader.read(0, 40), whole)
+    shard = folder / "c" / "0" / "0"
+    data = bytearray(shard.read_bytes())
+    data[20] ^= 1
+    shard.write_bytes(data)
+    for _ in range(2):  # a chunk that was refused is not trusted the next time
+        with pytest.raises(UserError, match="wrong checksum of chunk 0"):
+            reader.read(0, 40)
+
+
 @pytest.mark.parametrize("length", [0, 3, 68, 300, -1])
 def test_a_truncated_shard_is_found_without_reading_it(tmp_path: Path, length: int) -> None:
     folder = tmp_path / "g.zarr" / "x"

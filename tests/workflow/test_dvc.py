@@ -99,3 +99,28 @@ def test_a_fresh_clone_gets_the_results_from_the_cache(repository: Any, tmp_path
     set_k(clone, [8, 12, 16])
     todo = clone.todo("train")
     assert todo == {"train_sae": 1}
+
+
+def test_an_experiment_runs_and_applies(repository: Any) -> None:
+    project, _, second, *_ = repository
+    git(project, "checkout", "-q", second)
+    project.run("dvc", "exp", "run", "-n", "wider", "-S", "saes.relu.options.l1=[0.3]")
+    assert "wider" in project.run("dvc", "exp", "show", "--md")
+    assert_clean(project)
+    git(project, "checkout", "-q", "-f", second)
+    project.run("dvc", "checkout")
+    project.run("dvc", "exp", "apply", "wider")
+    assert_clean(project)
+
+
+def test_plain_snakemake_then_dvc_commit_is_clean(repository: Any) -> None:
+    project, _, second, *_ = repository
+    git(project, "checkout", "-q", "-f", second)
+    project.run("dvc", "checkout")
+    params = copy.deepcopy(SYNTHETIC)
+    params["figures"]["allow_unequal_budgets"] = True
+    params["saes"]["topk"]["options"]["k"] = [8, 12]
+    project.write(params)
+    project.snakemake("all")
+    project.run("dvc", "commit", "-f")
+    assert_clean(project)
