@@ -5,11 +5,13 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from matplotlib.axes import Axes
 
 from saeflow.errors import UserError
 from saeflow.figures import FIGURES, Drawing, load_tables, style
+from saeflow.figures.distributions import pool
 
 from .conftest import SYNTHETIC, TEXT
 
@@ -72,6 +74,13 @@ def test_a_ridge_has_the_shape_of_the_pooled_counts(
     assert x[1:-1:2] == sorted(pooled)
     top = max(counts)
     assert [h / max(heights) for h in heights[1:-1:2]] == pytest.approx([c / top for c in counts])
+
+
+def test_runs_with_bins_of_different_widths_are_pooled_into_the_widest() -> None:
+    fine = [(float(left), left + 1.0, 1) for left in range(3, 9)]
+    coarse = [(4.0, 6.0, 10), (6.0, 8.0, 20)]
+    pooled = pool(pd.DataFrame([*fine, *coarse], columns=["left", "right", "count"]))
+    assert pooled.to_dict() == {(2, 4): 1, (4, 6): 12, (6, 8): 22, (8, 10): 1}
 
 
 def test_a_count_of_k_is_centred_on_k(drawn: dict[str, Drawing]) -> None:

@@ -199,9 +199,9 @@ def _ridges(
     for place, (ax, panel, ridges) in enumerate(zip(axes, panels, placed, strict=False)):
         for ridge in ridges:
             first = ridge.rows.iloc[0]
-            pooled = bins[bins["run"].isin(ridge.rows["run"])].groupby(["left", "right"])["count"]
             color = style.look(first["variant"], first["entry"]).color
-            _ridge(ax, ridge.base, pooled.sum(), color, shift)
+            pooled = pool(bins[bins["run"].isin(ridge.rows["run"])])
+            _ridge(ax, ridge.base, pooled, color, shift)
         neighbour = [tops[i] for i in range(len(panels)) if i // columns == place // columns]
         ax.set_ylim(min(0, tops[place] - max(neighbour)) - 0.12, tops[place])
         ax.set_yticks([r.base for r in ridges], [r.label for r in ridges], va="bottom")
@@ -214,6 +214,17 @@ def _ridges(
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     return figure
+
+
+def pool(bins: pd.DataFrame) -> pd.Series:
+    """Counts by (left, right), summed over runs, whose bins may differ in width.
+
+    All become as wide as the widest: a bin starts at a multiple of its width, and widths are powers of two
+    of each other, so none is cut.
+    """
+    width = (bins["right"] - bins["left"]).max()
+    left = np.floor(bins["left"] / width) * width
+    return bins["count"].groupby([left, (left + width).rename("right")]).sum()
 
 
 def _ridge(ax: Axes, base: float, pooled: pd.Series, color: str, shift: float) -> None:

@@ -1,0 +1,288 @@
+"""Every variant on data whose truth is known: does it find the dictionary, does its k follow the truth?
+
+    python benchmarks/truth.py
+
+Two synthetic data sets of equal mean number of active features, constant in one and varying in the other.
+Every variant is trained at several settings of its sparsity, with several seeds; the table shows the
+setting whose mean L0 is nearest to the true mean. `oracle` is TopK told each row's true number, in
+training and in use; `shuffled k` and `mean k` are the trained SAE with its own k permuted over the rows
+or replaced by its mean. Written to benchmarks/results/truth.md, .csv, .svg and .png.
+"""
+
+import itertools
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_file
+from tables import RESULTS, write
+from torch import Tensor
+
+from saeflow.config import SAEConfig, TrainingConfig
+from saeflow.evaluation.reconstruction import Reconstruction
+from saeflow.evaluation.recovery import Recovery
+from saeflow.figures.style import COLUMN_WIDTH, Look, context, look, new_figure, save
+from saeflow.operators import keep_topk
+from saeflow.saes import SAE
+from saeflow.saes.base import Forward
+from saeflow.saes.topk import TopK
+from saeflow.sources import open_source, prepare_inputs
+from saeflow.training.trainer import Run
+
+D_IN, N_FEATURES, D_SAE, MEAN_L0, MOST = 96, 192, 192, 6, 11
+ROWS = {"train": 131_072, "evaluation": 16_384}
+SEEDS = (0, 1, 2)
+LAWS: dict[str, dict[str, Any]] = {
+    "constant": {"kind": "constant", "mean": MEAN_L0},
+    "varying": {"kind": "uniform", "smallest": 1, "largest": MOST},
+}
+SOURCE: dict[str, Any] = {
+    "kind": "synthetic", "hook_points": ["features"], "d_in": D_IN, "n_features": N_FEATURES,
+    "coherence": 0.3, "frequency_exponent": 0.3, "correlation": None, "hierarchy": None,
+    "coefficient": {"kind": "normal", "mean": 1.0, "std": 0.2}, "noise_std": 0.02,
+    "skip_first": False, "max_norm_multiple": None, "seed": 0,
+}  # fmt: skip
+TRAINING = TrainingConfig(
+    tokens=524_288, batch_size=1024, lr=2e-3, betas=(0.9, 0.999), lr_warmup_steps=25,
+    lr_decay_fraction=0.3, grad_clip=1.0, dead_after_tokens=50_000, train_decoder=True,
+    log_every_steps=64,
+)  # fmt: skip
+RUNTIME = {"device": "cpu", "precision": "fp32", "checkpoint_every_s": 1e9}
+CONSTANT = {"kind": "constant"}
+FALLING = {"kind": "linear", "from": 48, "until": 0.2}
+WARM = {"kind": "linear", "from": 0, "until": 0.05}
+TOPK = {"k": MEAN_L0, "k_schedule": FALLING, "auxk_weight": 0.03125}
+ENTRIES: dict[str, list[dict[str, Any]]] = {
+    "topk": [TOPK],
+    "batch_topk": [TOPK],
+    "relu": [{"l1": l1, "l1_schedule": WARM} for l1 in (0.5, 1.0, 2.0, 4.0)],
+}
+"""Options by variant, one or more settings each."""
+
+
+@dataclass
+class Data:
+    """One synthetic data set in memory: what the trainer needs of a store, and the truth."""
+
+    features: Tensor
+    train: Tensor
+    held_out: Tensor
+    true_indices: np.ndarray
+    d_in: int
+    scale: float
+
+    @property
+    def true_count(self) -> Tensor:
+        return torch.from_numpy((self.true_indices >= 0).sum(1))
+
+    def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Tensor]:
+        """Endless shuffled batches."""
+        per_epoch = len(self.train) // batch_size
+        for number in itertools.count(start_batch):
+            epoch, place = divmod(number, per_epoch)
+            if place == 0 or number == start_batch:
+                generator = torch.Generator().manual_seed(1000 * seed + epoch)
+                order = torch.randperm(len(self.train), generator=generator)
+            yield self.train[order[place * batch_size : (place + 1) * batch_size]]
+
+
+def draw(law: Mapping[str, Any], *, with_count: bool) -> Data:
+    """Sample a data set; with the true number of active features as a last column for the oracle."""
+    params = {**SOURCE, "l0_law": law}
+    with tempfile.TemporaryDirectory() as name:
+        inputs = Path(name) / "inputs"
+        inputs.mkdir()
+        prepare_inputs(params, ROWS, Path(name) / "model", inputs)
+        source = open_source(params, Path(name), "cpu")
+        blocks = {split: source.block(split, 0, source.n_contexts(split)) for split in ROWS}
+        features = load_file(inputs / "dictionary.safetensors")["features"]
+    rows = {split: block.activations["features"] for split, block in blocks.items()}
+    scale = math.sqrt(float(rows["train"].square().sum(1).mean()) / D_IN)
+    if with_count:
+        for split, block in blocks.items():
+            count = torch.from_numpy((block.columns["true_indices"] >= 0).sum(1))
+            rows[split] = torch.cat([rows[split], count[:, None].float()], 1)
+    truth = blocks["evaluation"].columns["true_indices"]
+    return Data(features, rows["train"], rows["evaluation"], truth, D_IN, scale)
+
+
+class Oracle(TopK):
+    """TopK with each row's true k, which stands in the column after the activations."""
+
+    unit = 1.0  # what the column was divided by
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, : self.d_in], (x[:, self.d_in] * self.unit).round().long()
+
+    def run(self, x: Tensor, *, is_sparse: bool | None = None) -> Forward:
+        x, self.k_of_rows = self.split(x)
+        return super().run(x, is_sparse=False)
+
+    def activate(self, pre_acts: Tensor, x: Tensor) -> Tensor:
+        return keep_topk(pre_acts.relu(), self.k_of_rows)
+
+    def encode(self, x: Tensor) -> Tensor:
+        x, self.k_of_rows = self.split(x)
+        return self.activate(self.pre_activations(x), x)
+
+
+def train_sae(data: Data, variant: str, options: Mapping[str, Any], seed: int) -> SAE:
+    """Train one SAE with the trainer, folded to raw units."""
+    config = SAEConfig(
+        name=variant, entry=variant, variant="topk" if variant == "oracle" else variant,
+        source="truth", hook_point="features", d_sae=D_SAE, seed=seed, options=options,
+        training=TRAINING,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        if variant == "oracle":
+            plain = replace_rows(data)
+            run = Run(plain, config, RUNTIME, Path(folder))
+            oracle = Oracle(data.d_in, D_SAE, **options)
+            oracle.load_state_dict(run.sae.state_dict())
+            oracle.unit = data.scale
+            run.sae, run.store = oracle.train(), data
+            run.optimizer = torch.optim.Adam(oracle.parameters(), fused=True)
+        else:
+            run = Run(data, config, RUNTIME, Path(folder))
+        run.train()
+    with torch.no_grad():
+        run.sae.fold_scale(data.scale)
+    if isinstance(run.sae, Oracle):
+        run.sae.unit = 1.0
+    return run.sae.eval()
+
+
+def replace_rows(data: Data) -> Data:
+    """The same data without the oracle's column."""
+    return replace(data, train=data.train[:, : data.d_in])
+
+
+def with_k(sae: SAE, x: Tensor, k: Tensor) -> Tensor:
+    """Latents (rows, d_sae) with the k largest of each row, for any k (rows,)."""
+    return keep_topk(sae.pre_activations(x).relu(), k.clamp(1, sae.d_sae))
+
+
+def measure(sae: SAE, data: Data, latents: Tensor, k_hat: Tensor | None) -> dict[str, float]:
+    """Reconstruction and recovery of the held-out rows."""
+    x = data.held_out[:, : data.d_in]
+    rebuilt = Reconstruction(x.double().mean(0))
+    rebuilt.add(x, sae.decode(latents))
+    recovery = Recovery(data.features, sae.W_dec)
+    recovery.add(latents, data.true_indices, k_hat)
+    metrics = {"fvu": rebuilt.metrics()["fvu"], **recovery.metrics()}
+    return {**metrics, "l0_mean": float((latents != 0).sum(1).double().mean())}
+
+
+def calibration(l0: Tensor, data: Data) -> dict[int, float]:
+    """Mean L0 of the rows of each true count."""
+    counts = data.true_count
+    return {int(c): float(l0[counts == c].double().mean()) for c in counts.unique()}
+
+
+def rows_of(law: str, data: Data, variant: str) -> Iterator[dict[str, Any]]:
+    """Every measurement of one variant on one data set."""
+    settings = ENTRIES["topk" if variant == "oracle" else variant]
+    for number, options in enumerate(settings):
+        for seed in SEEDS:
+            sae = train_sae(data, variant, options, seed)
+            with torch.inference_mode():
+                latents = sae.encode(data.held_out)
+                x = data.held_out[:, : data.d_in]
+                k_hat = sae.allowed_k(x)
+                ways = {"": (latents, k_hat)}
+                if k_hat is not None:
+                    k = k_hat.floor().long()
+                    order = torch.randperm(len(k), generator=torch.Generator().manual_seed(seed))
+                    mean = torch.full_like(k, round(float(k.double().mean())))
+                    ways["shuffled k"] = (with_k(sae, x, k[order]), None)
+                    ways["mean k"] = (with_k(sae, x, mean), None)
+                for control, (active, allowed) in ways.items():
+                    yield {
+                        "law": law, "variant": variant, "control": control, "setting": number,
+                        "seed": seed, **measure(sae, data, active, allowed),
+                        "calibration": calibration((active != 0).sum(1), data),
+                    }  # fmt: skip
+
+
+METRICS = [
+    "l0_mean", "fvu", "mmcs", "support_f1", "spearman_l0_true", "spearman_k_hat_true",
+]  # fmt: skip
+
+
+def nearest(rows: pd.DataFrame) -> pd.DataFrame:
+    """Of each variant and law, the setting whose mean L0 is nearest to the true mean."""
+    own = rows[rows.control == ""].groupby(["law", "variant", "setting"]).l0_mean.mean()
+    distance = (own - MEAN_L0).abs()
+    best = {key[:2]: key[2] for key in distance.groupby(["law", "variant"]).idxmin()}
+    kept = [
+        best[law, variant] == n for law, variant, n in rows[["law", "variant", "setting"]].values
+    ]
+    return rows[kept]
+
+
+def summary(rows: pd.DataFrame, law: str) -> pd.DataFrame:
+    """Means over the seeds, with the spread from the least to the largest."""
+    lines = []
+    for (variant, control), group in rows[rows.law == law].groupby(
+        ["variant", "control"], sort=False
+    ):
+        line: dict[str, Any] = {"SAE": f"{variant}, {control}" if control else variant}
+        for metric in METRICS:
+            values = group[metric].dropna() if metric in group else pd.Series(dtype=float)
+            half = (values.max() - values.min()) / 2 if len(values) else 0.0
+            line[metric] = f"{values.mean():.3f} ± {half:.3f}" if len(values) else "–"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def look_of(variant: str) -> Look:
+    return Look("Oracle k", "#222222", "d") if variant == "oracle" else look(variant)
+
+
+def draw_calibration(rows: pd.DataFrame) -> None:
+    """Mean L0 against the true number of active features, on the varying data."""
+    own = rows[(rows.law == "varying") & (rows.control == "")]
+    with context():
+        figure = new_figure(COLUMN_WIDTH, 3.2)
+        ax = figure.subplots()
+        ax.plot([1, MOST], [1, MOST], color="#BBBBBB", linewidth=0.8, zorder=0)
+        for variant, group in own.groupby("variant", sort=False):
+            curves = pd.DataFrame(list(group.calibration)).mean()
+            style = look_of(str(variant))
+            ax.plot(curves.index, curves, color=style.color, marker=style.marker, label=style.label)
+        ax.set_xlabel("true active features")
+        ax.set_ylabel("mean L0")
+        ax.grid()
+        figure.legend(loc="outside lower center", ncols=3)
+        save(figure, RESULTS / "truth")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    found = []
+    for law, params in LAWS.items():
+        for variant in ["oracle", *ENTRIES]:
+            data = draw(params, with_count=variant == "oracle")
+            found += list(rows_of(law, data, variant))
+            last = found[-1]
+            print(law, variant, {m: round(last[m], 3) for m in METRICS if m in last}, flush=True)
+    rows = nearest(pd.DataFrame(found))
+    RESULTS.mkdir(exist_ok=True)
+    draw_calibration(rows)
+    write(
+        "truth",
+        {f"{law.capitalize()} number of active features": summary(rows, law) for law in LAWS},
+        f"{N_FEATURES} features in {D_IN} dimensions, {MEAN_L0} active in the mean (constant, or uniform in "
+        f"1..{MOST}), d_sae {D_SAE}, {TRAINING.tokens} rows of training, {ROWS['evaluation']} held out, "
+        f"{len(SEEDS)} seeds (± half of their range).",
+    )
+
+
+if __name__ == "__main__":
+    main()
