@@ -3,8 +3,10 @@
 Exit codes: 0 done, 1 failed, 2 the user's input is at fault (one line on stderr).
 """
 
+import errno
 import json
 import logging
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -44,6 +46,31 @@ def main() -> None:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
         sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
         sys.exit(2)
+    except Exception as error:
+        number = _os_error(error)
+        if number not in _NO_ROOM:
+            raise
+        where = getattr(error, "filename", None)
+        sys.stderr.write(
+            f"error: {where or 'a file'}: {_NO_ROOM[number]}; nothing half-written is kept for whole. Make "
+            "room and run the same command again: it goes on from what is complete.\n"
+        )
+        sys.exit(1)
+
+
+def _os_error(error: Exception) -> int | None:
+    """The operating system's error number, which safetensors only writes into its message."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)$", str(error))
+    return int(found[1]) if found else None
+
+
+_NO_ROOM = {
+    errno.ENOSPC: "no space left on the device",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system cannot be written to",
+}
 
 
 def _json(option: str, text: str) -> Any:
