@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -147,9 +148,10 @@ class Stored:
         for _ in islice(self.stream, STORE_ROWS // BATCH):
             pass
 
-    def whole(self, batch_size: int = BATCH) -> None:
-        """Open a stream, read an epoch, close it."""
-        stream = shuffled_batches(self.array, DTYPES["bfloat16"], batch_size, 0, 0, False)
+    def first(self, batch_size: int = BATCH) -> None:
+        """Open the array and a stream, read an epoch, close it."""
+        array = ShardedReader.open(self.array.folder)
+        stream = shuffled_batches(array, DTYPES["bfloat16"], batch_size, 0, 0, False)
         for _ in islice(stream, STORE_ROWS // batch_size):
             pass
         stream.close()
@@ -167,57 +169,72 @@ def sequential(path: Path, batch_bytes: int, again: np.ndarray | None) -> None:
 
 
 def loader(stored: np.ndarray, folder: Path) -> pd.DataFrame:
-    """Rates of shuffled batches, for several layouts, over that of a sequential read."""
+    """Rates of shuffled batches of the default layout over that of a sequential read, nothing else held."""
     data = np.resize(stored, (STORE_ROWS, stored.shape[1]))
     raw = folder / "raw"
     data.tofile(raw)
     size, batch_bytes = data.nbytes, BATCH * data.strides[0]
     del data
-    layouts = {
-        f"chunks of {chunk}, shards of {shard}, {codec}": Stored(
-            folder / f"{chunk}-{shard}-{codec}.zarr", stored, chunk, shard, codec
-        )
-        for chunk, shard, codec in [
-            (64, SHARD_ROWS, "none"),
-            (256, SHARD_ROWS, "none"),
-            (CHUNK_ROWS, 8192, "none"),
-            (CHUNK_ROWS, SHARD_ROWS, "none"),
-            (1024, SHARD_ROWS, "none"),
-            (4096, SHARD_ROWS, "none"),
-            (CHUNK_ROWS, SHARD_ROWS, "zstd"),
-        ]
-    }
-    default = layouts[f"chunks of {CHUNK_ROWS}, shards of {SHARD_ROWS}, none"]
-    group: Any = zarr.open_group(default.array.folder.parent, mode="r")
+    store = Stored(folder / "default.zarr", stored, CHUNK_ROWS, SHARD_ROWS, "none")
     again = np.empty(batch_bytes, np.uint8)
-    works: dict[str, Any] = {
-        "memory map, copied to the same memory": lambda: sequential(raw, batch_bytes, again),
+    base = "memory map, copied to the same memory"
+    rows = {base: (size / 1e9, 1.0)}
+    works: dict[str, Callable[[], object]] = {
         "memory map, copied to new memory": lambda: sequential(raw, batch_bytes, None),
-        "default layout, opened and closed": default.whole,
-        "default layout, opened and closed, batches of 8192": lambda: default.whole(8192),
-        **{name: layout.epoch for name, layout in layouts.items()},
-        "zarr's own reading, in order": lambda: [
-            group["activations"][i : i + 8192] for i in range(0, STORE_ROWS, 8192)
-        ],
+        "shuffled batches, a further epoch": store.epoch,
+        "shuffled batches, a first epoch (checksums, new threads and memory)": store.first,
+        f"shuffled batches of {8 * BATCH}, a first epoch": lambda: store.first(8 * BATCH),
     }
-    for layout in layouts.values():
-        layout.epoch()
-    times = in_turns(works, REPEATS)
-    for layout in layouts.values():
-        layout.stream.close()
-    base = times["memory map, copied to the same memory"]
+    bases = []
+    for name, work in works.items():
+        work()
+        turns = {base: lambda: sequential(raw, batch_bytes, again), name: work}
+        times = in_turns(turns, REPEATS)
+        bases += times[base]
+        rows[name] = (size / 1e9 / statistics.median(times[name]), ratio(times[base], times[name]))
+    rows[base] = (size / 1e9 / statistics.median(bases), 1.0)
+    store.stream.close()
     return pd.DataFrame(
-        {
-            "read": name,
-            "GB/s": round(size / 1e9 / statistics.median(seconds), 2),
-            "rate over sequential read": round(ratio(base, seconds), 2),
-            "bytes per row": round(layouts[name].bytes / STORE_ROWS) if name in layouts else "",
-            "write GB/s": round(size / 1e9 / layouts[name].write_seconds, 2)
-            if name in layouts
-            else "",
-        }
-        for name, seconds in times.items()
+        {"read": name, "GB/s": round(rate, 2), "rate over sequential read": round(over, 2)}
+        for name, (rate, over) in rows.items()
     )
+
+
+def layouts(stored: np.ndarray, folder: Path) -> pd.DataFrame:
+    """Chunk and shard shapes and codecs against the default, and zarr's own reading."""
+    default = Stored(folder / "layouts-default.zarr", stored, CHUNK_ROWS, SHARD_ROWS, "none")
+    group: Any = zarr.open_group(default.array.folder.parent, mode="r")
+    size = STORE_ROWS * stored.strides[0]
+    rows = []
+    for chunk, shard, codec in [
+        (64, SHARD_ROWS, "none"),
+        (256, SHARD_ROWS, "none"),
+        (CHUNK_ROWS, 8192, "none"),
+        (CHUNK_ROWS, SHARD_ROWS, "none"),
+        (1024, SHARD_ROWS, "none"),
+        (4096, SHARD_ROWS, "none"),
+        (CHUNK_ROWS, SHARD_ROWS, "zstd"),
+    ]:
+        layout = Stored(folder / f"{chunk}-{shard}-{codec}.zarr", stored, chunk, shard, codec)
+        layout.epoch()
+        default.epoch()
+        times = in_turns({"default": default.epoch, "layout": layout.epoch}, REPEATS)
+        layout.stream.close()
+        rows.append(
+            {
+                "layout": f"chunks of {chunk}, shards of {shard}, {codec}",
+                "rate over the default": round(ratio(times["default"], times["layout"]), 2),
+                "bytes per row": round(layout.bytes / STORE_ROWS),
+                "write GB/s": round(size / 1e9 / layout.write_seconds, 2),
+            }
+        )
+    whole = [slice(i, i + 8192) for i in range(0, STORE_ROWS, 8192)]
+    zarr_reads = lambda: [group["activations"][rows] for rows in whole]  # noqa: E731
+    times = in_turns({"default": default.epoch, "zarr": zarr_reads}, 3)
+    over = round(ratio(times["default"], times["zarr"]), 2)
+    rows.append({"layout": "default, zarr's own reading in order", "rate over the default": over})
+    default.stream.close()
+    return pd.DataFrame(rows).astype(object).fillna("")
 
 
 def read_epochs(path: Path, epochs: int) -> float:
@@ -272,11 +289,13 @@ def main() -> None:
     stored = DTYPES["bfloat16"].encode(x)
     with tempfile.TemporaryDirectory(dir=project / "results") as folder:
         read = loader(stored, Path(folder))
+        shapes = layouts(stored, Path(folder))
         memory = loader_memory(stored, Path(folder))
     write(
         "stores",
         {
             "Shuffled batches against a sequential read": read,
+            "Layouts": shapes,
             "Memory of the loader": memory,
             "Cost of a dtype": dtype_costs(x),
             "Codecs": codec_costs(x),
