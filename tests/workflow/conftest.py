@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ class Project:
         return done.stdout
 
     def start(self, *command: str) -> "subprocess.Popen[bytes]":
-        """Start a command in a process group of its own."""
+        """Start a command in a process group of its own, which heeds Ctrl-C even if we do not."""
         return subprocess.Popen(
             command,
             cwd=self.folder,
@@ -64,6 +65,7 @@ class Project:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def snakemake(self, *arguments: str, code: int | None = 0) -> str:
