@@ -8,6 +8,7 @@ if not workflow.overwrite_configfiles:  # a preset replaces the parameters, it d
 include: "workflow/rules/common.smk"
 include: "workflow/rules/sources.smk"
 include: "workflow/rules/stores.smk"
+include: "workflow/rules/complexity.smk"
 include: "workflow/rules/training.smk"
 include: "workflow/rules/evaluation.smk"
 include: "workflow/rules/figures.smk"

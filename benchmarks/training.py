@@ -37,7 +37,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
     "topk": ("topk", {"k": K, "k_schedule": CONSTANT, "auxk_weight": 1 / 32}, True),
     "topk, 10 % dead": ("topk", {"k": K, "k_schedule": CONSTANT, "auxk_weight": 1 / 32}, True),
     "topk, dense path": ("topk", {"k": K, "k_schedule": CONSTANT, "auxk_weight": 1 / 32}, False),
-    "batch_topk": ("batch_topk", {"k": K, "k_schedule": CONSTANT, "auxk_weight": 1 / 32}, True),
+    "batch_topk": (
+        "batch_topk",
+        {"k": K, "k_schedule": CONSTANT, "auxk_weight": 1 / 32, "threshold_start_step": 0},
+        True,
+    ),
     "relu": ("relu", {"l1": 1.0, "l1_schedule": CONSTANT}, False),
     "relu, sparse path": ("relu", {"l1": 1.0, "l1_schedule": CONSTANT}, True),
 }

@@ -20,10 +20,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from sklearn.linear_model import Ridge
 from tables import RESULTS, write
 from torch import Tensor
 
+from saeflow.complexity.files import PROBE
 from saeflow.config import SAEConfig, TrainingConfig
 from saeflow.evaluation.reconstruction import Reconstruction
 from saeflow.evaluation.recovery import Recovery
@@ -38,6 +40,7 @@ from saeflow.training.trainer import Run
 D_IN, N_FEATURES, D_SAE, MEAN_L0, MOST = 96, 192, 192, 6, 11
 ROWS = {"train": 131_072, "evaluation": 16_384}
 SEEDS = (0, 1, 2)
+PROBE_ROWS = 8192
 LAWS: dict[str, dict[str, Any]] = {
     "constant": {"kind": "constant", "mean": MEAN_L0},
     "varying": {"kind": "uniform", "smallest": 1, "largest": MOST},
@@ -49,7 +52,7 @@ SOURCE: dict[str, Any] = {
     "skip_first": False, "max_norm_multiple": None, "seed": 0,
 }  # fmt: skip
 TRAINING = TrainingConfig(
-    tokens=524_288, batch_size=1024, lr=2e-3, betas=(0.9, 0.999), lr_warmup_steps=25,
+    tokens=1_048_576, batch_size=1024, lr=2e-3, betas=(0.9, 0.999), lr_warmup_steps=25,
     lr_decay_fraction=0.3, grad_clip=1.0, dead_after_tokens=50_000, train_decoder=True,
     log_every_steps=64,
 )  # fmt: skip
@@ -58,10 +61,58 @@ CONSTANT = {"kind": "constant"}
 FALLING = {"kind": "linear", "from": 48, "until": 0.2}
 WARM = {"kind": "linear", "from": 0, "until": 0.05}
 TOPK = {"k": MEAN_L0, "k_schedule": FALLING, "auxk_weight": 0.03125}
+BATCH_TOPK = {**TOPK, "threshold_start_step": 400}
+ADAPTIVE = {
+    "complexity": "true_count", "k_min": 1, "k_max": MOST, "steepness": 6.0, "phase_ratio": 0.8,
+    "probe_weight": 0.05, "l1": 0.0, "auxk_weight": 0.03125,
+}  # fmt: skip
+ATTENTION = {
+    "architecture": "mlp", "activation": "weights", "query": "identity", "max_rate": None,
+    "loss": "squared", "l1": 0.0, "l1_schedule": CONSTANT,
+}  # fmt: skip
 ENTRIES: dict[str, list[dict[str, Any]]] = {
     "topk": [TOPK],
-    "batch_topk": [TOPK],
-    "relu": [{"l1": l1, "l1_schedule": WARM} for l1 in (0.5, 1.0, 2.0, 4.0)],
+    "batch_topk": [BATCH_TOPK],
+    "matryoshka": [{**BATCH_TOPK, "groups": {"fractions": [0.125, 0.25]}}],
+    "relu": [{"l1": l1, "l1_schedule": WARM} for l1 in (3.0, 4.0)],
+    "gated": [{"l1": l1, "l1_schedule": WARM} for l1 in (4.0, 6.0)],
+    "p_anneal": [
+        {"l1": l1, "l1_schedule": WARM, "p_end": 0.5, "p_updates": 10, "anneal_start": 0.3}
+        for l1 in (2.0, 3.0)
+    ],
+    "jumprelu": [
+        {
+            "l0_weight": 10.0,
+            "l0_schedule": WARM,
+            "target_l0": MEAN_L0,
+            "target_schedule": FALLING,
+            "threshold": threshold,
+            "bandwidth": 1.0,
+        }
+        for threshold in (1.5,)
+    ],
+    "soft_topk": [
+        {
+            **TOPK,
+            "k_max": 24.0,
+            "estimator_width": D_SAE,
+            "alpha": 0.1,
+            "alpha_schedule": {"kind": "exponential", "from": 1.0, "until": 0.3},
+            "budget_weight": weight,
+            "hard_fraction": 0.1,
+            "hard_phase": "full",
+        }
+        for weight in (1.0, 10.0)
+    ],
+    "adaptive_k": [
+        {**ADAPTIVE, "form": "per_token", "alpha": None},
+        {**ADAPTIVE, "form": "soft", "alpha": 0.1},
+    ],
+    "sparsemax": [{**ATTENTION, "score_scale": scale} for scale in (12.0, 14.0)],
+    "entmax": [
+        {**ATTENTION, "score_scale": scale, "alpha": 1.8, "is_alpha_learned": True}
+        for scale in (24.0,)
+    ],
 }
 """Options by variant, one or more settings each."""
 
@@ -74,6 +125,7 @@ class Data:
     train: Tensor
     held_out: Tensor
     true_indices: np.ndarray
+    train_count: Tensor
     d_in: int
     scale: float
 
@@ -109,7 +161,8 @@ def draw(law: Mapping[str, Any], *, with_count: bool) -> Data:
             count = torch.from_numpy((block.columns["true_indices"] >= 0).sum(1))
             rows[split] = torch.cat([rows[split], count[:, None].float()], 1)
     truth = blocks["evaluation"].columns["true_indices"]
-    return Data(features, rows["train"], rows["evaluation"], truth, D_IN, scale)
+    count = torch.from_numpy((blocks["train"].columns["true_indices"] >= 0).sum(1))
+    return Data(features, rows["train"], rows["evaluation"], truth, count, D_IN, scale)
 
 
 class Oracle(TopK):
@@ -121,15 +174,19 @@ class Oracle(TopK):
         return x[:, : self.d_in], (x[:, self.d_in] * self.unit).round().long()
 
     def run(self, x: Tensor, *, is_sparse: bool | None = None) -> Forward:
-        x, self.k_of_rows = self.split(x)
+        x, count = self.split(x)
+        self.k_of_rows = (count * self.k / MEAN_L0).round().long()  # the schedule of the others
         return super().run(x, is_sparse=False)
 
-    def activate(self, pre_acts: Tensor, x: Tensor) -> Tensor:
-        return keep_topk(pre_acts.relu(), self.k_of_rows)
+    def condition(self, x: Tensor) -> Tensor | None:
+        return self.k_of_rows
+
+    def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
+        return keep_topk(pre_acts.relu(), condition)
 
     def encode(self, x: Tensor) -> Tensor:
         x, self.k_of_rows = self.split(x)
-        return self.activate(self.pre_activations(x), x)
+        return super().encode(x)
 
 
 def train_sae(data: Data, variant: str, options: Mapping[str, Any], seed: int) -> SAE:
@@ -146,16 +203,32 @@ def train_sae(data: Data, variant: str, options: Mapping[str, Any], seed: int) -
             oracle = Oracle(data.d_in, D_SAE, **options)
             oracle.load_state_dict(run.sae.state_dict())
             oracle.unit = data.scale
-            run.sae, run.store = oracle.train(), data
+            run.sae, run.store, run.rows_of = oracle.train(), data, data
             run.optimizer = torch.optim.Adam(oracle.parameters(), fused=True)
         else:
-            run = Run(data, config, RUNTIME, Path(folder))
+            probe = fit(data, Path(folder)) if variant == "adaptive_k" else None
+            run = Run(data, config, RUNTIME, Path(folder), probe)
         run.train()
     with torch.no_grad():
         run.sae.fold_scale(data.scale)
     if isinstance(run.sae, Oracle):
         run.sae.unit = 1.0
     return run.sae.eval()
+
+
+def fit(data: Data, folder: Path) -> Path:
+    """A probe of the true count, k = count / MOST * 10, from the first training rows."""
+    x, count = data.train[:PROBE_ROWS], data.train_count[:PROBE_ROWS]
+    score = (count.double() / (MOST + 1) * 10).numpy()
+    found = Ridge(1.0).fit(x.double().numpy() / data.scale, score)
+    tensors = {
+        "weight": torch.tensor(found.coef_ / data.scale, dtype=torch.float32),
+        "bias": torch.tensor(found.intercept_, dtype=torch.float32),
+        "ridge": torch.tensor(1.0 / PROBE_ROWS), "examples": x,
+        "scores": torch.tensor(score, dtype=torch.float32),
+    }  # fmt: skip
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / PROBE)
+    return folder
 
 
 def replace_rows(data: Data) -> Data:
@@ -173,7 +246,7 @@ def measure(sae: SAE, data: Data, latents: Tensor, k_hat: Tensor | None) -> dict
     x = data.held_out[:, : data.d_in]
     rebuilt = Reconstruction(x.double().mean(0))
     rebuilt.add(x, sae.decode(latents))
-    recovery = Recovery(data.features, sae.W_dec)
+    recovery = Recovery(data.features, sae.directions())
     recovery.add(latents, data.true_indices, k_hat)
     metrics = {"fvu": rebuilt.metrics()["fvu"], **recovery.metrics()}
     return {**metrics, "l0_mean": float((latents != 0).sum(1).double().mean())}

@@ -112,12 +112,15 @@ def validate(
     params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
     """Check a parameter file, and print what it asks for."""
+    from saeflow.complexity.scorers import check_scoring
     from saeflow.sources import check_source
 
     values = load_params(params)
     for name, source in values["sources"].items():
         check_source(name, source, Path("results/sources") / name)
     plan = Plan(values)
+    for source, _, complexity in plan.probes:
+        check_scoring(complexity, values["complexity"][complexity], values["sources"][source])
     typer.echo(
         f"{params}: {len(plan.sources)} sources, {len(plan.stores)} stores, {len(plan.runs)} SAEs, "
         f"{len(values['figures']['names'])} figures."
@@ -241,12 +244,80 @@ def merge(
 
 
 @app.command()
+def score(
+    scoring: Annotated[str, typer.Option(help="One entry of `complexity`, as JSON.")],
+    source: SourceJson,
+    folder: SourceFolder,
+    runtime: RuntimeJson,
+    threads: Threads,
+    out: Out,
+    key: Key = "",
+) -> None:
+    """Score how complex the contexts of a source are."""
+    from saeflow.complexity.scorers import score_contexts, scoring_digests
+
+    values, chosen = _json("--source", source), _json("--scoring", scoring)
+    machine = _machine(runtime, threads)
+    with (
+        _interruptible(),
+        provenance.job(
+            out,
+            name="score",
+            inputs=_model_folders(folder, values),
+            external=scoring_digests(chosen),
+            params={"source": values, "scoring": chosen},
+            key=key,
+            device=machine["device"],
+        ) as job,
+    ):
+        score_contexts(chosen, values, folder, machine["device"], job.path)
+
+
+@app.command()
+def probe(
+    scores: Annotated[Path, typer.Option(help="Folder that `score` wrote.")],
+    scoring: Annotated[str, typer.Option(help="One entry of `complexity`, as JSON.")],
+    name: Annotated[str, typer.Option(help="The name of that entry.")],
+    hook_point: Annotated[str, typer.Option(help="Which activations the probe reads.")],
+    stores: Annotated[Path, typer.Option(help="The source's stores: train/ and evaluation/.")],
+    out: Out,
+    key: Key = "",
+) -> None:
+    """Fit the probe that reads complexity from activations."""
+    from saeflow.complexity.probe import fit_probe
+    from saeflow.complexity.scorers import SCORES
+    from saeflow.stores import open_store
+
+    chosen = _json("--scoring", scoring)
+    with (
+        _interruptible(),
+        provenance.job(
+            out,
+            name="probe",
+            inputs=[scores, *(stores / split for split in SPLITS)],
+            params={"scoring": chosen, "hook_point": hook_point},
+            key=key,
+        ) as job,
+    ):
+        fit_probe(
+            scores / SCORES,
+            {split: open_store(stores / split / f"{hook_point}.zarr") for split in SPLITS},
+            chosen["range"],
+            {"source": stores.name, "hook_point": hook_point, "complexity": name},
+            job.path,
+        )
+
+
+@app.command()
 def train(
     store: Annotated[Path, typer.Option(help="Folder of the training split's stores.")],
     run: Annotated[str, typer.Option(help="One run of `saes`, as JSON.")],
     runtime: RuntimeJson,
     threads: Threads,
     out: Out,
+    probe: Annotated[
+        Path | None, typer.Option(help="Folder of the complexity probe, where the run uses one.")
+    ] = None,
     key: Key = "",
 ) -> None:
     """Train one SAE on one store."""
@@ -257,7 +328,7 @@ def train(
     with provenance.job(
         out,
         name="train",
-        inputs=[store],
+        inputs=[store] if probe is None else [store, probe],
         params={"run": _json("--run", run), "precision": machine["precision"]},
         key=key,
         seed=config.seed,
@@ -265,7 +336,7 @@ def train(
         resumable=True,
     ) as job:
         job.details["content"] = train_sae(
-            open_store(store / f"{config.hook_point}.zarr"), config, machine, job.path
+            open_store(store / f"{config.hook_point}.zarr"), config, machine, job.path, probe
         )
 
 
@@ -376,7 +447,7 @@ def baselines(
 @app.command()
 def collect(
     records: Annotated[
-        list[Path], typer.Argument(help="Records of trained SAEs and of evaluations.")
+        list[Path], typer.Argument(help="Records of trained SAEs, probes and evaluations.")
     ],
     out: Out,
     key: Key = "",
@@ -385,10 +456,13 @@ def collect(
     from saeflow.evaluation.tables import collect as collect_tables
 
     folders = [path.parent for path in records]
-    trained = [path for path in folders if provenance.read_record(path)["job"] == "train"]
-    evaluated = [path for path in folders if path not in trained]
+    by_job: dict[str, list[Path]] = {"train": [], "probe": []}
+    for path in folders:
+        by_job.setdefault(provenance.read_record(path)["job"], []).append(path)
+    trained, probes = by_job.pop("train"), by_job.pop("probe")
+    evaluated = [path for path in folders if path not in {*trained, *probes}]
     with provenance.job(out, name="collect", inputs=folders, key=key) as job:
-        collect_tables(evaluated, trained, job.path)
+        collect_tables(evaluated, trained, probes, job.path)
 
 
 @app.command()

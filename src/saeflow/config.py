@@ -20,6 +20,7 @@ from saeflow.files import json_digest
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parents[1]
+OPTION_PRESETS = PACKAGE / "saes" / "presets.yaml"
 SCHEMA = ROOT / "workflow" / "schemas" / "params.schema.yaml"
 SPLITS = ("train", "evaluation")
 RESERVED = {"baselines", "clean", "identity", "mean", "pca"}
@@ -143,6 +144,7 @@ def validate(params: Any) -> None:
     Raises:
         UserError: the first thing that is wrong, in one line.
     """
+    params = with_presets(params)
     errors = sorted(_validator().iter_errors(params), key=lambda error: list(map(str, error.path)))
     if errors:
         raise UserError(_explain(errors[0]))
@@ -170,6 +172,44 @@ def validate(params: Any) -> None:
         raise UserError(f"saes: the name {_list(taken)} is a baseline's. Choose another.")
     for run in expand_runs(params):
         _check_run(run, params)
+
+
+def with_presets(params: Any) -> Any:
+    """Parameters with the presets that `saes` entries name (`options: {preset: NAME, ...}`) put in.
+
+    An option given beside `preset` replaces the preset's.
+
+    Raises:
+        UserError: an unknown preset, or one of another variant.
+    """
+    entries = params.get("saes") if isinstance(params, Mapping) else None
+    if not isinstance(entries, Mapping):
+        return params
+    return {**params, "saes": {name: _with_preset(name, entry) for name, entry in entries.items()}}
+
+
+def _with_preset(name: str, entry: Any) -> Any:
+    options = entry.get("options") if isinstance(entry, Mapping) else None
+    if not isinstance(options, Mapping) or "preset" not in options:
+        return entry
+    presets, chosen = _option_presets(), options["preset"]
+    if chosen not in presets:
+        raise UserError(
+            f"saes.{name}.options.preset: expected one of {_list(presets)}, found {chosen!r}."
+        )
+    preset = presets[chosen]
+    if preset["variant"] != entry.get("variant"):
+        raise UserError(
+            f"saes.{name}.options.preset: {chosen} is of the variant {preset['variant']}, found variant "
+            f"{entry.get('variant')!r}. Change one of them."
+        )
+    own = {key: value for key, value in options.items() if key != "preset"}
+    return {**entry, "options": {**preset["options"], **own}}
+
+
+@functools.cache
+def _option_presets() -> dict[str, Any]:
+    return dict(yaml.safe_load(OPTION_PRESETS.read_text(encoding="utf-8")))
 
 
 def _list(names: Any) -> str:
@@ -230,6 +270,10 @@ def _check_source(name: str, source: Mapping[str, Any]) -> None:
         raise UserError(f"{where}.hook_points: one is given twice: {_list(hook_points)}.")
 
 
+_COUNTS = {"k", "k_schedule", "k_min", "k_max", "target_l0", "target_schedule"}
+"""Options that count latents."""
+
+
 def _check_run(run: SAEConfig, params: Mapping[str, Any]) -> None:
     where = f"saes.{run.entry}"
     source = params["sources"].get(run.source)
@@ -238,13 +282,23 @@ def _check_run(run: SAEConfig, params: Mapping[str, Any]) -> None:
         raise UserError(
             f"{where}.store: no such store: {run.source}/{run.hook_point}. Known: {_list(stores)}."
         )
-    for key, value in run.options.items():
-        if key in ("k", "k_schedule"):
-            for text, k in _numbers(key, value):
-                if not 1 <= k <= run.d_sae:
-                    raise UserError(
-                        f"{where}.options.{text}: expected 1..{run.d_sae} (d_sae), found {k}."
-                    )
+    options = run.options
+    for key in _COUNTS & set(options):
+        for text, k in _numbers(key, options[key]):
+            if not 1 <= k <= run.d_sae:
+                raise UserError(
+                    f"{where}.options.{text}: expected 1..{run.d_sae} (d_sae), found {k}."
+                )
+    if "k_min" in options and options["k_min"] > options["k_max"]:
+        raise UserError(
+            f"{where}.options.k_min: expected at most k_max ({options['k_max']}), found "
+            f"{options['k_min']}."
+        )
+    name = options.get("complexity")
+    if name is not None and name not in params["complexity"]:
+        raise UserError(
+            f"{where}.options.complexity: no such entry: {name}. Known: {_list(params['complexity'])}."
+        )
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
@@ -263,7 +317,7 @@ def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
         UserError: two runs would have one name.
     """
     runs: dict[str, SAEConfig] = {}
-    for entry, values in params["saes"].items():
+    for entry, values in with_presets(params)["saes"].items():
         shared = {key: params["training"][key] for key in params["training"]}
         training = {key: values.get(key, shared[key]) for key in shared}
         training["betas"] = tuple(training["betas"])

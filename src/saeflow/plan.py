@@ -17,6 +17,7 @@ _NUMERIC = ("torch", "numpy", "safetensors")
 _MODEL = (*_NUMERIC, "transformers", "tokenizers", "datasets")
 _STORE = (*_MODEL, "zarr", "numcodecs")
 _TABLE = (*_MODEL, "pandas", "scipy")
+_PROBE = (*_STORE, "pandas", "scikit-learn", "scipy")
 _DRAW = ("jinja2", "matplotlib", "numpy", "pandas")
 _SHARED = ("config",)
 BASELINES = "baselines"
@@ -39,6 +40,16 @@ class Plan:
         """Sources that an SAE is trained on."""
         return sorted({source for source, _ in self.stores})
 
+    @cached_property
+    def probes(self) -> list[tuple[str, str, str]]:
+        """(source, hook point, complexity) of every probe that an SAE uses."""
+        found = ((run, self.complexity(run.name)) for run in self.runs.values())
+        return sorted({(run.source, run.hook_point, name) for run, name in found if name})
+
+    def complexity(self, run: str) -> str | None:
+        """The scores that a run's options name, where its variant uses any."""
+        return self.runs[run].options.get("complexity")
+
     def has_model(self, source: str) -> bool:
         """Whether the source reads a model (and so has a model in the loop)."""
         return "model" in self.params["sources"][source]
@@ -60,6 +71,9 @@ class Plan:
     def store(self, source: str) -> dict[str, Any]:
         """How the stores of a source are written."""
         return dict(self.params["stores"][source])
+
+    def scoring(self, complexity: str) -> dict[str, Any]:
+        return dict(self.params["complexity"][complexity])
 
     def run(self, run: str) -> dict[str, Any]:
         return asdict(self.runs[run])
@@ -101,9 +115,25 @@ class Plan:
         slice_ |= {"split": split, "source": self.source(source)}
         return job_key("store", slice_, code=code, libraries=_STORE, after=after)
 
+    def key_scores(self, source: str, complexity: str) -> str:
+        code = (*_SHARED, "sources", "complexity/scorers")
+        slice_ = [self.scoring(complexity), self.source(source)]
+        after = [self.key_inputs(source), *self._after_model(source)]
+        return job_key("scores", slice_, code=code, libraries=(*_PROBE, "textstat"), after=after)
+
+    def key_probe(self, source: str, hook_point: str, complexity: str) -> str:
+        code = (*_SHARED, "stores", "complexity")
+        after = [self.key_store(source, split) for split in ("train", "evaluation")]
+        after += [self.key_scores(source, complexity)]
+        slice_ = [hook_point, self.scoring(complexity)]
+        return job_key("probe", slice_, code=code, libraries=_PROBE, after=after)
+
     def key_sae(self, run: str) -> str:
         code = (*_SHARED, "operators", "stores", "saes", "training")
-        after = [self.key_store(self.runs[run].source, "train")]
+        config, complexity = self.runs[run], self.complexity(run)
+        after = [self.key_store(config.source, "train")]
+        if complexity:
+            after += [self.key_probe(config.source, config.hook_point, complexity)]
         slice_ = [self.run(run), self.params["runtime"]["precision"]]
         return job_key("sae", slice_, code=code, libraries=_NUMERIC, after=after)
 
@@ -134,6 +164,7 @@ class Plan:
         code = (*_SHARED, "evaluation/tables")
         after = [self.key_evaluation(run) for run in self.runs]
         after += [self.key_baselines(*store) for store in self.stores]
+        after += [self.key_probe(*probe) for probe in self.probes]
         return job_key("tables", None, code=code, libraries=_TABLE, after=after)
 
     def key_figure(self, figure: str) -> str:

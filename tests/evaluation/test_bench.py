@@ -86,6 +86,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train_sae(results: Path, source: str, hook_point: str, variant: str, seed: int = 0) -> Path:
     """Folder of a briefly trained SAE."""
     options: dict[str, Any] = {"k": 4, "k_schedule": {"kind": "constant"}, "auxk_weight": 0.03125}
+    if variant == "batch_topk":
+        options["threshold_start_step"] = 0
     if variant == "relu":
         options = {"l1": 0.5, "l1_schedule": {"kind": "constant"}}
     name = f"{source}/{hook_point}/{variant}/d24-seed{seed}"
@@ -157,6 +159,9 @@ class Oracle(torch.nn.Module):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return latents @ self.W_dec
 
+    def directions(self) -> torch.Tensor:
+        return self.W_dec
+
     def allowed_k(self, x: torch.Tensor) -> None:
         return None
 
@@ -209,7 +214,7 @@ def test_trained_saes_go_from_folder_to_tables(results: Path, tmp_path: Path, va
         folders.append((out, sae))
     tables = tmp_path / "tables"
     tables.mkdir()
-    collect([out for out, _ in folders], [sae for _, sae in folders], tables)
+    collect([out for out, _ in folders], [sae for _, sae in folders], [], tables)
     found = wide(tables)
     synthetic = found.loc[f"synthetic/features/{variant}/d24-seed0"]
     text = found.loc[f"tiny/{HOOK_POINT}/{variant}/d24-seed0"]

@@ -74,7 +74,7 @@ def runs(tmp_path: Path) -> list[tuple[Path, Path]]:
 
 def gather(runs: list[tuple[Path, Path]], folder: Path) -> Path:
     folder.mkdir()
-    collect([run[0] for run in runs], [run[1] for run in runs[:4]], folder)
+    collect([run[0] for run in runs], [run[1] for run in runs[:4]], [], folder)
     return folder
 
 
@@ -94,11 +94,11 @@ def test_order_of_the_arguments_changes_no_byte(
 ) -> None:
     one, two = gather(runs, tmp_path / "one"), tmp_path / "two"
     two.mkdir()
-    collect([run[0] for run in runs[::-1]], [run[1] for run in runs[3::-1]], two)
+    collect([run[0] for run in runs[::-1]], [run[1] for run in runs[3::-1]], [], two)
     names = sorted(path.name for path in one.iterdir())
     assert names == [
-        "histograms.csv", "metrics.csv", "metrics.json", "summary.csv", "summary.md", "summary.tex",
-        "training.csv",
+        "complexity.csv", "histograms.csv", "metrics.csv", "metrics.json", "probes.csv", "summary.csv",
+        "summary.md", "summary.tex", "training.csv",
     ]  # fmt: skip
     for name in names:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
@@ -124,7 +124,7 @@ def test_settings_that_differ_in_an_option_are_not_taken_for_seeds(tmp_path: Pat
     made = [write_run(tmp_path, values, {"fvu": 0.1}) for values in (first, second)]
     folder = tmp_path / "tables"
     folder.mkdir()
-    collect([run[0] for run in made], [], folder)
+    collect([run[0] for run in made], [], [], folder)
     assert [line["setting"] for line in rows_of(folder / "summary.csv")] == [
         "d64-l10.5", "d64-l10.9",
     ]  # fmt: skip
@@ -184,7 +184,7 @@ def test_a_run_that_is_there_twice_is_refused(
 
 def test_a_missing_table_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such file"):
-        collect([tmp_path / "nothing"], [], tmp_path)
+        collect([tmp_path / "nothing"], [], [], tmp_path)
 
 
 def test_numbers_survive_and_have_one_form() -> None:

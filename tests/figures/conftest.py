@@ -33,6 +33,11 @@ ENTRIES = [  # entry, variant, quality (smaller is better), ks
     ("relu", "relu", 1.2, None),
     ("random-decoder", "topk", 2.0, KS),
 ]
+COMPLEXITY = ["source", "hook_point", "complexity", "split", "context", "score", "predicted"]
+PROBES = [
+    "source", "hook_point", "complexity", "split", "contexts", "ridge", "rmse", "r2", "pearson",
+    "spearman",
+]  # fmt: skip
 L1S = (0.1, 0.5, 2.0, 8.0)
 
 
@@ -64,6 +69,8 @@ class Bench:
         self.metrics: list[dict[str, Any]] = []
         self.histograms: list[dict[str, Any]] = []
         self.training: list[dict[str, Any]] = []
+        self.complexity: list[dict[str, Any]] = []
+        self.probes: list[dict[str, Any]] = []
         self.random = random.Random(7)
 
     def measure(self, ids: dict[str, Any], l0: float, fvu: float, rows: int) -> None:
@@ -198,9 +205,22 @@ class Bench:
                  "threshold", "k", "l0", "dead", "lr",
                  "tokens_per_s"]  # fmt: skip
         write(folder / "training.csv", [*ids, *steps], self.training)
+        write(folder / "complexity.csv", COMPLEXITY, self.complexity)
+        write(folder / "probes.csv", PROBES, self.probes)
         lines = summarise(read_csv(folder / "metrics.csv"))
         write(folder / "summary.csv", list(lines[0]), lines)
         return folder
+
+    def probe(self, panel: tuple[str, str]) -> None:
+        ids = {"source": panel[0], "hook_point": panel[1], "complexity": "labels"}
+        for split, count in (("train", 200), ("evaluation", 40)):
+            for context in range(count):
+                score = self.random.uniform(0, 10)
+                read = min(10, max(0, score + self.random.gauss(0, 1)))
+                row = {**ids, "split": split, "context": context, "score": score, "predicted": read}
+                self.complexity.append(row)
+            quality = {"contexts": count, "ridge": 1, "rmse": 1, "r2": 0.8, "pearson": 0.9}
+            self.probes.append({**ids, "split": split, **quality, "spearman": ""})
 
 
 Maker = Callable[..., Path]
@@ -222,6 +242,7 @@ def fabricate(
                 for seed in range(seeds):
                     bench.sae(panel, entry, point, seed, tokens(entry[0], seed))
         bench.baselines(panel, KS)
+        bench.probe(panel)
     return bench.write(folder)
 
 

@@ -26,6 +26,9 @@ def small(make_tables: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tables(folder, panels=[TEXT, SYNTHETIC], entries=ENTRIES, seeds=2)
 
 
+OF_RUNS = [name for name in FIGURES if name != "complexity"]
+
+
 @pytest.fixture(scope="module")
 def drawn(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("figures")
@@ -45,7 +48,7 @@ def test_a_figure_is_four_files_and_a_caption(name: str, drawn: Path) -> None:
     assert len(pd.read_csv(drawn / name / f"{name}.csv")) > 0
     caption = (drawn / name / "caption.md").read_text()
     assert caption.endswith(".\n")
-    assert "tokens" in caption
+    assert "tokens" in caption or name not in OF_RUNS
 
 
 def test_the_same_tables_give_the_same_bytes_in_another_process(
@@ -74,7 +77,7 @@ def test_no_file_holds_a_date_or_machine(name: str, drawn: Path, small: Path) ->
     assert b"CreationDate" not in (drawn / name / f"{name}.pdf").read_bytes()
 
 
-@pytest.mark.parametrize("name", list(FIGURES))
+@pytest.mark.parametrize("name", OF_RUNS)
 def test_a_variant_has_its_colour_in_every_figure(name: str, drawn: Path) -> None:
     svg = (drawn / name / f"{name}.svg").read_text()
     used = {color.lower() for color in re.findall(r"#[0-9a-fA-F]{6}", svg)}
@@ -84,7 +87,7 @@ def test_a_variant_has_its_colour_in_every_figure(name: str, drawn: Path) -> Non
     assert not used & {look.color.lower() for look in absent}
 
 
-@pytest.mark.parametrize("name", list(FIGURES))
+@pytest.mark.parametrize("name", OF_RUNS)
 def test_unequal_budgets_are_refused_and_nothing_is_left(
     name: str, make_tables: Maker, tmp_path: Path
 ) -> None:

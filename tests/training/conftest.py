@@ -11,15 +11,48 @@ from saeflow.config import SAEConfig, TrainingConfig
 
 D_IN, FEATURES, ACTIVE = 16, 24, 3
 RUNTIME = {"device": "cpu", "precision": "fp32", "threads": 1, "checkpoint_every_s": 0.05}
+CONSTANT = {"kind": "constant"}
+WARM = {"kind": "linear", "from": 0, "until": 0.1}
+ATTENTION = {
+    "architecture": "mlp", "activation": "weights", "query": "identity", "score_scale": 6.0,
+    "max_rate": None, "loss": "squared", "l1": 0.0, "l1_schedule": CONSTANT,
+}  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {
+    "adaptive_k": {
+        "form": "per_token", "complexity": "labels", "k_min": 2, "k_max": 20, "steepness": 6.0,
+        "phase_ratio": 0.9, "probe_weight": 0.05, "l1": 0.005, "alpha": None, "auxk_weight": 1 / 32,
+    },
     "topk": {
         "k": 3,
         "k_schedule": {"kind": "linear", "from": 12, "until": 0.3},
         "auxk_weight": 1 / 32,
     },
-    "batch_topk": {"k": 3, "k_schedule": {"kind": "constant"}, "auxk_weight": 1 / 32},
-    "relu": {"l1": 0.5, "l1_schedule": {"kind": "linear", "from": 0, "until": 0.1}},
-}
+    "batch_topk": {
+        "k": 3, "k_schedule": CONSTANT, "auxk_weight": 1 / 32, "threshold_start_step": 5
+    },
+    "entmax": {**ATTENTION, "alpha": 1.9, "is_alpha_learned": True, "score_scale": 12.0},
+    "gated": {"l1": 2.0, "l1_schedule": WARM},
+    "jumprelu": {
+        "l0_weight": 1.0, "l0_schedule": WARM, "target_l0": 3.0,
+        "target_schedule": {"kind": "linear", "from": 12, "until": 0.3}, "threshold": 0.3,
+        "bandwidth": 0.5,
+    },
+    "matryoshka": {
+        "k": 3, "k_schedule": CONSTANT, "auxk_weight": 1 / 32, "threshold_start_step": 5,
+        "groups": {"fractions": [0.75]},
+    },
+    "p_anneal": {
+        "l1": 0.4, "l1_schedule": WARM, "p_end": 0.4, "p_updates": 10, "anneal_start": 0.3
+    },
+    "relu": {"l1": 0.5, "l1_schedule": WARM},
+    "soft_topk": {
+        "k": 3, "k_schedule": {"kind": "linear", "from": 12, "until": 0.3}, "k_max": 12.0,
+        "estimator_width": 16, "alpha": 1e-3,
+        "alpha_schedule": {"kind": "exponential", "from": 1.0, "until": 0.3}, "budget_weight": 1.0,
+        "hard_fraction": 0.2, "hard_phase": "full", "auxk_weight": 1 / 32,
+    },
+    "sparsemax": {**ATTENTION, "max_rate": 0.9},
+}  # fmt: skip
 
 
 class Samples:

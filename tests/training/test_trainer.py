@@ -19,7 +19,8 @@ from torch import Tensor
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest
-from saeflow.saes import VARIANTS, Forward, TopK, build, load
+from saeflow.saes import VARIANTS, Forward, build, load
+from saeflow.saes.topk import TopK
 from saeflow.training import train
 from saeflow.training.checkpoints import checkpoints, read_checkpoint, write_checkpoint
 from saeflow.training.trainer import Run, lr_factor, peak_lr, write_steps
@@ -46,8 +47,8 @@ def test_training_finds_the_features(variant: str, tmp_path: Path) -> None:
     store = Samples()
     train(store, config(variant, steps=800), QUIET, tmp_path)
     sae = load(tmp_path)
-    cosines = store.features @ sae.W_dec.detach().T
-    cosines = (cosines / sae.W_dec.detach().norm(dim=1)).numpy()
+    directions = sae.directions().detach()
+    cosines = (store.features @ directions.T / directions.norm(dim=1)).numpy()
     matched = cosines[linear_sum_assignment(-cosines)].mean()
     assert matched > 0.9
     x = store.batch(512, 10_000_000)
@@ -65,6 +66,7 @@ def test_a_step_is_adam_on_the_projected_clipped_gradient(variant: str, tmp_path
     run = Run(store, setting, QUIET, tmp_path)
     plain = build(variant, D_IN, 32, OPTIONS[variant]).double()
     plain.load_state_dict(run.sae.state_dict())
+    b1, b2 = plain.betas or (0.9, 0.999)
     moments = {name: (0.0, 0.0) for name, _ in plain.named_parameters()}
     for step in range(2):
         x = store.batch(128, step)
@@ -76,21 +78,30 @@ def test_a_step_is_adam_on_the_projected_clipped_gradient(variant: str, tmp_path
             plain.run(x.double(), is_sparse=False), torch.zeros(32, dtype=torch.bool)
         )
         sum(losses.values()).backward()
-        gradients = {name: p.grad.numpy().copy() for name, p in plain.named_parameters()}
-        W = plain.W_dec.detach().numpy()
-        gradients["W_dec"] -= (gradients["W_dec"] * W).sum(1, keepdims=True) * W
+        gradients = {
+            name: p.grad.numpy().copy()
+            for name, p in plain.named_parameters()
+            if p.grad is not None
+        }
+        if plain.has_unit_norm:
+            W = plain.W_dec.detach().numpy()
+            gradients["W_dec"] -= (gradients["W_dec"] * W).sum(1, keepdims=True) * W
         norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
         assert norm > 0.05
         lr = 3e-3 * (step + 1) / 4
         with torch.no_grad():
             for name, p in plain.named_parameters():
+                if name not in gradients:
+                    continue
                 g = gradients[name] * 0.05 / norm
-                first = 0.9 * moments[name][0] + 0.1 * g
-                second = 0.999 * moments[name][1] + 0.001 * g**2
+                first = b1 * moments[name][0] + (1 - b1) * g
+                second = b2 * moments[name][1] + (1 - b2) * g**2
                 moments[name] = first, second
-                unbiased = first / (1 - 0.9 ** (step + 1)), second / (1 - 0.999 ** (step + 1))
+                unbiased = first / (1 - b1 ** (step + 1)), second / (1 - b2 ** (step + 1))
                 p -= torch.as_tensor(lr * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8))
-            plain.W_dec /= plain.W_dec.norm(dim=1, keepdim=True)
+            if plain.has_unit_norm:
+                plain.W_dec /= plain.W_dec.norm(dim=1, keepdim=True)
+        plain.end_step(plain.run(x.double()))
     for name, p in plain.named_parameters():
         found = dict(run.sae.named_parameters())[name]
         np.testing.assert_allclose(found.detach().numpy(), p.detach().numpy(), rtol=1e-3, atol=2e-5)

@@ -9,6 +9,7 @@ from snakemake.settings.types import DeploymentMethod
 
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
+from saeflow.complexity.scorers import check_scoring
 from saeflow.config import check_params
 from saeflow.errors import UserError
 from saeflow.plan import Plan
@@ -18,11 +19,12 @@ try:
     check_params(config, workflow.overwrite_configfiles or ["params.yaml"])
     for name, source in config["sources"].items():
         check_source(name, source, Path("results/sources") / name)
+    plan = Plan(config)
+    for source, _, name in plan.probes:
+        check_scoring(name, config["complexity"][name], config["sources"][source])
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
-
-plan = Plan(config)
 
 # A rule runs this project's package with the environment's own interpreter.
 package = Path(workflow.basedir) / "src"
@@ -38,6 +40,7 @@ shell.prefix(f"set -euo pipefail; {prefix}")
 wildcard_constraints:
     source="[a-z0-9._-]+",
     hook_point="[A-Za-z0-9._-]+",
+    complexity="[a-z0-9._-]+",
     split="train|evaluation",
     part="[0-9]+",
     parts="[0-9]+",
@@ -58,6 +61,10 @@ EVALUATIONS = [
         f"results/evaluations/{source}/{hook_point}/baselines/{RECORD}"
         for source, hook_point in plan.stores
     ),
+]
+PROBES = [
+    f"results/complexity/{source}/{name}/probes/{hook_point}/{RECORD}"
+    for source, hook_point, name in plan.probes
 ]
 FIGURES = [f"results/figures/{figure}/{RECORD}" for figure in config["figures"]["names"]]
 
@@ -87,6 +94,12 @@ def clean_record(source, hook_point):
         if plan.has_model(source)
         else []
     )
+
+
+def probe_folder(run):
+    """The folder of the probe that a run uses, if any, as a list."""
+    config, name = plan.runs[run], plan.complexity(run)
+    return [f"results/complexity/{config.source}/{name}/probes/{config.hook_point}"] if name else []
 
 
 def evaluation_inputs(source, hook_point):

@@ -84,10 +84,13 @@ rule collect_tables:
     input:
         evaluations=EVALUATIONS,
         saes=SAES,
+        probes=PROBES,
     output:
         metrics="results/tables/metrics.csv",
         summary="results/tables/summary.csv",
         training="results/tables/training.csv",
+        complexity="results/tables/complexity.csv",
+        probes="results/tables/probes.csv",
         histograms="results/tables/histograms.csv",
         json="results/tables/metrics.json",
         record="results/tables/provenance.json",
@@ -98,5 +101,5 @@ rule collect_tables:
     params:
         key=plan.key_tables(),
     shell:
-        "python -m saeflow collect {input.saes} {input.evaluations} --key {params.key}"
+        "python -m saeflow collect {input.saes} {input.evaluations} {input.probes} --key {params.key}"
         " --out results/tables 2>&1 | tee {log}"

@@ -1,6 +1,6 @@
 """Training: one SAE a job.
 
-Expects results/stores/SOURCE/train; leaves results/saes/RUN with weights, config and steps.csv. A job
+Expects results/stores/SOURCE/train (and the probes of results/complexity that runs use); leaves results/saes/RUN with weights, config and steps.csv. A job
 that is killed goes on from its last checkpoint when it is started again.
 """
 
@@ -8,6 +8,7 @@ that is killed goes on from its last checkpoint when it is started again.
 rule train_sae:
     input:
         store=lambda w: f"results/stores/{plan.runs[w.run].source}/train/provenance.json",
+        probe=lambda w: [f"{folder}/provenance.json" for folder in probe_folder(w.run)],
     output:
         weights="results/saes/{run}/weights.safetensors",
         config="results/saes/{run}/config.json",
@@ -24,7 +25,8 @@ rule train_sae:
         key=lambda w: plan.key_sae(w.run),
         run=lambda w: json.dumps(plan.run(w.run)),
         store=lambda w: f"results/stores/{plan.runs[w.run].source}/train",
+        probe=lambda w: [f"--probe={folder}" for folder in probe_folder(w.run)],
     shell:
         "python -m saeflow train --store {params.store} --run {params.run:q}"
-        " --threads {threads} --key {params.key}"
+        " {params.probe} --threads {threads} --key {params.key}"
         " --out results/saes/{wildcards.run} 2>&1 | tee {log}"

@@ -38,11 +38,11 @@ def measure_rows(
         statistics: of these rows.
         batch_size: rows per step; does not change a result beyond rounding.
         device: where the SAE is.
-        features: (n_features, d_in) true dictionary, for an SAE with a decoder `W_dec` on a store
+        features: (n_features, d_in) true dictionary, for an SAE with `directions` on a store
             with a column `true_indices`; None leaves recovery out.
     """
     rebuilt = Reconstruction(statistics.mean)
-    recovery = None if features is None else Recovery(features, sae.W_dec)
+    recovery = None if features is None else Recovery(features, sae.directions())
     sparsity: Sparsity | None = None
     allowed_total, allowed_rows = 0.0, 0
     with torch.inference_mode():

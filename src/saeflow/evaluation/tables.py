@@ -20,18 +20,27 @@ IDS = (
 )  # fmt: skip
 METRICS = "metrics.csv"
 HISTOGRAMS = "histograms.csv"
+COMPLEXITY_COLUMNS = (
+    "source", "hook_point", "complexity", "split", "context", "score", "predicted",
+)  # fmt: skip
+PROBE_COLUMNS = (
+    "source", "hook_point", "complexity", "split", "contexts", "ridge", "rmse", "r2", "pearson",
+    "spearman",
+)  # fmt: skip
 METRIC_COLUMNS = (*IDS, "metric", "value")
 HISTOGRAM_COLUMNS = (*IDS, "histogram", "left", "right", "count")
 POLICY = ("rows", "excluded_rows_fraction", "first_position_excluded", "max_norm_multiple")
 SUMMARISED = (
     "l0_mean", "nmse", "fvu", "explained_variance", "cosine", "relative_norm", "dead_fraction",
     "dense_fraction", "ce_clean", "ce_spliced", "ce_degradation", "loss_recovered", "kl", "mmcs",
-    "mcc", "support_precision", "support_recall", "support_f1",
+    "mcc", "support_precision", "support_recall", "support_f1", "k_hat_mean", "spearman_l0_true",
+    "spearman_k_hat_true",
 )  # fmt: skip
 PRINTED = {
-    "l0_mean": "L0", "nmse": "NMSE", "fvu": "FVU", "cosine": "cosine", "dead_fraction": "dead",
+    "l0_mean": "L0", "k_hat_mean": "mean k-hat", "nmse": "NMSE", "fvu": "FVU", "cosine": "cosine", "dead_fraction": "dead",
     "dense_fraction": "dense", "ce_degradation": "CE degradation", "loss_recovered": "loss recovered",
     "kl": "KL", "mmcs": "MMCS", "support_f1": "support F1",
+    "spearman_l0_true": "Spearman of L0", "spearman_k_hat_true": "Spearman of k-hat",
 }  # fmt: skip
 BASELINES = ("identity", "mean", "pca")
 
@@ -130,15 +139,19 @@ def read_csv(path: Path) -> list[Row]:
         ) from None
 
 
-def collect(evaluations: Iterable[Path], saes: Iterable[Path], folder: Path) -> None:
+def collect(
+    evaluations: Iterable[Path], saes: Iterable[Path], probes: Iterable[Path], folder: Path
+) -> None:
     """Gather the tables of all runs.
 
     Args:
         evaluations: folders with metrics.csv and histograms.csv.
         saes: folders of trained SAEs (config.json, steps.csv).
+        probes: folders of complexity probes (predictions.csv, quality.json).
         folder: written: metrics.csv and histograms.csv (all runs), metrics.json (run -> metric ->
             value), summary.csv, summary.md and summary.tex (one line per setting, mean and sample
-            standard deviation over seeds), training.csv (the logged steps of all runs).
+            standard deviation over seeds), training.csv (the logged steps of all runs),
+            complexity.csv and probes.csv (scores, predictions and quality of all probes).
 
     Raises:
         UserError: a file is missing, or two folders hold one run.
@@ -157,6 +170,7 @@ def collect(evaluations: Iterable[Path], saes: Iterable[Path], folder: Path) -> 
     _write_text(folder / "summary.md", as_markdown(lines))
     _write_text(folder / "summary.tex", as_latex(lines))
     _write_training(saes, folder / "training.csv")
+    _write_probes(list(probes), folder)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -198,6 +212,21 @@ def _write_training(saes: Iterable[Path], path: Path) -> None:
     for row in ordered:
         columns.update(dict.fromkeys(row))
     write_csv(path, list(columns), ordered)
+
+
+def _write_probes(probes: list[Path], folder: Path) -> None:
+    predictions = [row for probe in probes for row in read_csv(probe / "predictions.csv")]
+    write_csv(folder / "complexity.csv", COMPLEXITY_COLUMNS, predictions)
+    qualities = []
+    for probe in probes:
+        quality = read_json(probe / "quality.json")
+        first = read_csv(probe / "predictions.csv")[0]
+        for split in ("train", "evaluation"):
+            known = {name: first[name] for name in PROBE_COLUMNS[:3]}
+            values = {**quality[split], "ridge": quality["ridge"]}
+            numbers = {name: number(value) for name, value in values.items()}
+            qualities.append({**known, "split": split, **numbers})
+    write_csv(folder / "probes.csv", PROBE_COLUMNS, qualities)
 
 
 def setting_of(row: Mapping[str, str]) -> str:

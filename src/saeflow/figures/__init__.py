@@ -6,10 +6,12 @@ from typing import Any
 
 from saeflow.errors import UserError
 from saeflow.figures import style
+from saeflow.figures.complexity import complexity
 from saeflow.figures.curves import training
 from saeflow.figures.distributions import firing_rates, l0_histograms
 from saeflow.figures.drawing import Drawing
 from saeflow.figures.fronts import ce_l0, fvu_l0, recovery
+from saeflow.figures.schedules import schedules
 from saeflow.figures.tables import Tables, load_tables
 from saeflow.files import atomic_file
 
@@ -19,9 +21,11 @@ FIGURES: dict[str, Callable[[Tables, Mapping[str, Any]], Drawing]] = {
     "fvu_l0": fvu_l0,
     "ce_l0": ce_l0,
     "training": training,
+    "schedules": schedules,
     "l0_histograms": l0_histograms,
     "firing_rates": firing_rates,
     "recovery": recovery,
+    "complexity": complexity,
 }
 
 
@@ -30,7 +34,7 @@ def draw(figure: str, tables: Path, options: Mapping[str, Any], folder: Path) ->
 
     Args:
         figure: a key of FIGURES.
-        tables: folder with metrics.csv, training.csv and histograms.csv.
+        tables: folder with the tables that `collect` wrote.
         options: `figures` of the parameters without the names.
         folder: written: FIGURE.svg, .pdf, .png (300 dpi), .csv (the plotted numbers), caption.md.
 

@@ -28,13 +28,15 @@ TITLES = {
     "fvu_l0": "Reconstruction against sparsity",
     "ce_l0": "The model's loss against sparsity",
     "training": "Training",
+    "schedules": "Schedules",
     "l0_histograms": "Active latents per input",
     "firing_rates": "How often latents fire",
     "recovery": "Recovery of a known dictionary",
+    "complexity": "Complexity",
 }
 JOBS = {
     "fetch": "fetch the model", "prepare": "prepare inputs", "extract": "extract activations",
-    "merge": "merge stores", "train": "train SAEs", "clean": "run the clean model",
+    "merge": "merge stores", "score": "score complexity", "probe": "fit complexity probes", "train": "train SAEs", "clean": "run the clean model",
     "evaluate": "evaluate SAEs", "baselines": "evaluate baselines", "collect": "collect tables",
     "draw": "draw figures", "report": "write the report",
 }  # fmt: skip

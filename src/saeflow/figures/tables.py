@@ -11,12 +11,20 @@ import numpy as np
 import pandas as pd
 
 from saeflow.errors import UserError
-from saeflow.evaluation.tables import HISTOGRAM_COLUMNS, IDS, METRIC_COLUMNS, natural, setting_of
+from saeflow.evaluation.tables import (
+    COMPLEXITY_COLUMNS,
+    HISTOGRAM_COLUMNS,
+    IDS,
+    METRIC_COLUMNS,
+    PROBE_COLUMNS,
+    natural,
+    setting_of,
+)
 from saeflow.figures import style
 
 UNTRAINED = ("identity", "mean", "pca")
 TYPES: dict[str, type] = {
-    **dict.fromkeys((*IDS, "metric", "histogram"), str),
+    **dict.fromkeys((*IDS, "metric", "histogram", "complexity", "split"), str),
     **dict.fromkeys(("d_sae", "k", "k_target", "tokens", "seed"), float),
 }
 
@@ -34,6 +42,8 @@ class Tables:
     metrics: pd.DataFrame
     histograms: pd.DataFrame
     training: pd.DataFrame
+    complexity: pd.DataFrame
+    probes: pd.DataFrame
 
     @cached_property
     def wide(self) -> pd.DataFrame:
@@ -59,10 +69,29 @@ def load_tables(folder: Path) -> Tables:
     """
     training_ids = tuple("k_target" if column == "k" else column for column in IDS)
     return Tables(
-        metrics=_read(folder / "metrics.csv", METRIC_COLUMNS),
-        histograms=_read(folder / "histograms.csv", HISTOGRAM_COLUMNS),
-        training=_read(folder / "training.csv", (*training_ids, "step", "tokens_seen")),
+        metrics=_runs(folder / "metrics.csv", METRIC_COLUMNS),
+        histograms=_runs(folder / "histograms.csv", HISTOGRAM_COLUMNS),
+        training=_runs(folder / "training.csv", (*training_ids, "step", "tokens_seen")),
+        complexity=_read(folder / "complexity.csv", COMPLEXITY_COLUMNS),
+        probes=_read(folder / "probes.csv", PROBE_COLUMNS),
     )
+
+
+def _runs(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """A table of runs, each row once, with their setting and series."""
+    table = _read(path, columns)
+    if table.duplicated([c for c in columns if c not in ("value", "count")]).any():
+        raise UserError(f"{path}: has rows twice. Delete the file and rerun its step.")
+    k = "k" if "k_target" not in table.columns else "k_target"
+    runs = table.drop_duplicates("run")[["run", "entry", "d_sae", "schedule", k]]
+    settings, series = {}, {}
+    for row in runs.to_dict("records"):
+        setting = setting_of({"run": str(row["run"])})
+        settings[row["run"]] = setting
+        series[row["run"]] = _series(setting, row, k)
+    table["setting"] = table["run"].map(settings).astype(str)
+    table["series"] = table["run"].map(series).astype(str)
+    return table
 
 
 def _read(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
@@ -92,17 +121,6 @@ def _read(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
                 f"{path}: expected finite numbers under {column}, found another or none. Delete the file "
                 "and rerun its step."
             )
-    if table.duplicated([c for c in columns if c not in ("value", "count")]).any():
-        raise UserError(f"{path}: has rows twice. Delete the file and rerun its step.")
-    k = "k" if "k_target" not in table.columns else "k_target"
-    runs = table.drop_duplicates("run")[["run", "entry", "d_sae", "schedule", k]]
-    settings, series = {}, {}
-    for row in runs.to_dict("records"):
-        setting = setting_of({"run": str(row["run"])})
-        settings[row["run"]] = setting
-        series[row["run"]] = _series(setting, row, k)
-    table["setting"] = table["run"].map(settings).astype(str)
-    table["series"] = table["run"].map(series).astype(str)
     return table
 
 
@@ -261,4 +279,4 @@ def setting_label(row: Mapping[Any, Any] | pd.Series, k: str = "k") -> str:
     if not pd.isna(row[k]):
         return f"k = {row[k]:g}"
     rest = re.sub(r"^d\d+-?", "", str(row["setting"]))
-    return re.sub(r"^(l1)(?=[\d.])", r"\1 = ", rest)
+    return re.sub(r"^(l1|target_l0|k_max|score_scale|alpha)(?=[\d.])", r"\1 = ", rest)

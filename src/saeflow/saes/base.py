@@ -2,12 +2,14 @@
 
 A variant says how its latents are activated, on the dense path (`activate`) and, where few latents are
 active, on the sparse one (`select`, `activate_selected`), and which losses it adds. Both paths give
-equal values and gradients; the dense one is the reference.
+equal values and gradients; the dense one is the reference. What a variant decides from each input
+besides the pre-activations (its k, its norm) is the `condition`, worked out once for both.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +31,13 @@ class Forward:
     """One training pass over a batch."""
 
     x: Tensor  # (B, d_in)
+    condition: Tensor | None  # (B,) what the variant decides from each input
     pre_acts: Tensor  # (B, d_sae); without gradient on the sparse path
+    selected: (
+        Tensor | SparseLatents
+    )  # (B, d_sae) pre-activations with gradient, all or the selected
     latents: Tensor | SparseLatents  # (B, d_sae)
     x_hat: Tensor  # (B, d_in)
-    facts: dict[str, float] = field(default_factory=dict)
 
     @property
     def is_sparse(self) -> bool:
@@ -70,7 +75,7 @@ class SAE(nn.Module):
         unit norm), b_dec (d_in). `W_enc.t()` is contiguous.
     """
 
-    is_sparse = False  # trained on the sparse path: few latents are active from the first step
+    trains_on: Literal["all", "last"] = "all"  # rows of the store: all, or each context's last
     betas: tuple[float, float] | None = None  # overrides Adam's, where a paper does
     has_unit_norm = True
 
@@ -91,6 +96,19 @@ class SAE(nn.Module):
             self.b_enc.zero_()
             self.b_dec.copy_(geometric_median(x))
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether a step is faster on the sparse path: few latents are active."""
+        return False
+
+    def take_probe(self, folder: Path, scale: float) -> None:
+        """Take what a probe learned (`saeflow.complexity`), where the variant's options name one.
+
+        Args:
+            folder: of the fitted probe.
+            scale: raw activations over the trainer's.
+        """
+
     # Using an SAE.
 
     def pre_activations(self, x: Tensor) -> Tensor:
@@ -100,7 +118,8 @@ class SAE(nn.Module):
     def encode(self, x: Tensor) -> Tensor:
         """Activations (..., d_in) to latents (..., d_sae), dense."""
         flat = x.reshape(-1, self.d_in)
-        return self.activate(self.pre_activations(flat), flat).reshape(*x.shape[:-1], self.d_sae)
+        latents = self.activate(self.pre_activations(flat), self.condition(flat))
+        return latents.reshape(*x.shape[:-1], self.d_sae)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (..., d_sae) to reconstruction (..., d_in)."""
@@ -114,17 +133,25 @@ class SAE(nn.Module):
         """(B,) how many latents each input may use, where a variant decides that by input."""
         return None
 
+    def directions(self) -> Tensor:
+        """(d_sae, d_in) what each latent adds to a reconstruction, per unit of activation."""
+        return self.W_dec
+
     # What a variant says.
 
-    def activate(self, pre_acts: Tensor, x: Tensor) -> Tensor:
-        """Pre-activations (B, d_sae) of x (B, d_in) to latents."""
+    def condition(self, x: Tensor) -> Tensor | None:
+        """(B,) what the variant decides from each input, with gradient."""
+        return None
+
+    def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
+        """Pre-activations (B, d_sae) to latents (B, d_sae)."""
         raise NotImplementedError
 
-    def select(self, pre_acts: Tensor, x: Tensor) -> SparseLatents:
+    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
         """The entries of pre-activations (B, d_sae) that can be active; called without gradient."""
         raise NotImplementedError
 
-    def activate_selected(self, selected: SparseLatents, x: Tensor) -> SparseLatents:
+    def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         """Selected pre-activations, with gradient, to latents: what `activate` makes of them."""
         return selected.with_values(selected.values.relu())
 
@@ -138,7 +165,7 @@ class SAE(nn.Module):
     def end_step(self, fwd: Forward) -> None:
         """Update running statistics, after the step."""
 
-    def state_facts(self) -> dict[str, float]:
+    def facts(self, fwd: Forward) -> dict[str, float]:
         """What steps.csv says of the step besides losses: k, a threshold, a penalty."""
         return {}
 
@@ -152,25 +179,37 @@ class SAE(nn.Module):
             is_sparse: carry latents as (indices, values) and build no dense (B, d_sae) gradient;
                 False: the plain dense path.
         """
+        condition = self.condition(x)
         if not (self.is_sparse if is_sparse is None else is_sparse):
             pre_acts = self.pre_activations(x)
-            latents = self.activate(pre_acts, x)
-            return Forward(x, pre_acts, latents, self.decode(latents))
+            latents = self.activate(pre_acts, condition)
+            return Forward(x, condition, pre_acts, pre_acts, latents, self.decode(latents))
         with torch.no_grad():
             pre_acts = self.pre_activations(x)
-            chosen = self.select(pre_acts, x)
-        selected = gather_pre_acts(x, self.W_enc, self.b_enc, self.b_dec, pre_acts, chosen)
-        active = self.activate_selected(selected, x)
-        return Forward(x, pre_acts, active, decode_sparse(active, self.W_dec, self.b_dec))
+            chosen = self.select(pre_acts, condition)
+        selected = self.gather(x, pre_acts, chosen)
+        active = self.activate_selected(selected, condition)
+        return Forward(x, condition, pre_acts, selected, active, self.decode_selected(active))
+
+    def gather(self, x: Tensor, pre_acts: Tensor, chosen: SparseLatents) -> SparseLatents:
+        """The chosen entries of `pre_activations(x)`, with gradient."""
+        return gather_pre_acts(x, self.W_enc, self.b_enc, self.b_dec, pre_acts, chosen)
+
+    def decode_selected(self, latents: SparseLatents) -> Tensor:
+        """`decode`, of latents on the sparse path."""
+        return decode_sparse(latents, self.W_dec, self.b_dec)
 
     def auxk(self, fwd: Forward, dead: Tensor) -> Tensor:
         """How well dead latents (d_sae,) rebuild the residual (Gao et al. 2024)."""
         residual = (fwd.x - fwd.x_hat).detach()
         if not fwd.is_sparse:
             return auxk_loss(residual, fwd.pre_acts, self.W_dec, dead)
-        chosen = select_auxk(fwd.pre_acts, dead, self.d_in // 2)
-        values = gather_pre_acts(fwd.x, self.W_enc, self.b_enc, self.b_dec, fwd.pre_acts, chosen)
+        values = self.gather(fwd.x, fwd.pre_acts, select_auxk(fwd.pre_acts, dead, self.d_in // 2))
         return auxk_loss_sparse(residual, values, self.W_dec, dead)
+
+    def freeze_decoder(self) -> None:
+        """Leave the decoder as it was initialised: the random-decoder baseline."""
+        self.W_dec.requires_grad_(False)
 
     @torch.no_grad()
     def project_grad(self) -> None:
@@ -203,15 +242,46 @@ def check_k(k: Any, d_sae: int) -> int:
     return k
 
 
+def check_count(name: str, value: Any, low: int = 1) -> int:
+    """A whole number of at least `low`.
+
+    Raises:
+        UserError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise UserError(f"{name}: expected a whole number of at least {low}, found {value!r}.")
+    return value
+
+
+def check_number(name: str, value: Any, low: float, high: float) -> float:
+    """A number within low..high.
+
+    Raises:
+        UserError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise UserError(f"{name}: expected a number in {low:g}..{high:g}, found {value!r}.")
+    return float(value)
+
+
 def check_weight(name: str, value: Any) -> float:
     """A weight of a loss, at least 0.
 
     Raises:
         UserError: it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e30:
-        raise UserError(f"{name}: expected a number of at least 0, found {value!r}.")
-    return float(value)
+    return check_number(name, value, 0, 1e30)
+
+
+def check_choice(name: str, value: Any, *choices: str) -> Any:
+    """One of some words.
+
+    Raises:
+        UserError: it is not.
+    """
+    if value not in choices:
+        raise UserError(f"{name}: expected one of {', '.join(choices)}, found {value!r}.")
+    return value
 
 
 Options = Mapping[str, Any]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from saeflow.operators import SparseLatents, batch_topk, batch_topk_sparse
-from saeflow.saes.base import SAE, Forward, Options, check_k, check_weight
+from saeflow.saes.base import SAE, Forward, Options, check_count, check_k, check_weight
 from saeflow.saes.schedules import make_schedule
 
 
@@ -12,16 +12,19 @@ class BatchTopK(SAE):
     """k latents an input on average in training; in use, the latents above a threshold.
 
     The threshold is the running mean of the smallest positive activation kept in each batch. It
-    starts afresh whenever the schedule changes k, since a larger k keeps smaller activations.
+    starts afresh whenever the schedule changes k, since a larger k keeps smaller activations, and at
+    `threshold_start_step`, since activations move while the weights are young.
 
     Args:
         k: mean latents per input at the end of the schedule.
         k_schedule: how k gets there.
         auxk_weight: weight of the AuxK loss.
+        threshold_start_step: the step from which batches count (1000 in the released code).
+
+    Attributes:
         threshold_decay: of the running mean; its start-up bias is removed.
     """
 
-    is_sparse = True
     threshold: Tensor
     threshold_weight: Tensor
 
@@ -33,26 +36,33 @@ class BatchTopK(SAE):
         k: int,
         k_schedule: Options,
         auxk_weight: float,
+        threshold_start_step: int,
     ) -> None:
         super().__init__(d_in, d_sae)
         self.k: float = check_k(k, d_sae)
         self.schedule = make_schedule("k", k, k_schedule, 1, d_sae)
         self.auxk_weight = check_weight("auxk_weight", auxk_weight)
+        self.threshold_start_step = check_count("threshold_start_step", threshold_start_step, 0)
         self.threshold_decay = 0.999
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("threshold_weight", torch.zeros(()))
 
+    @property
+    def is_sparse(self) -> bool:
+        return True
+
     def begin_step(self, step: int, total: int) -> None:
         self.k = self.schedule(step, total)
-        if step and self.k != self.schedule(step - 1, total):
+        k_changed = step > 0 and self.k != self.schedule(step - 1, total)
+        if k_changed or step == self.threshold_start_step:
             self.threshold_weight.zero_()
 
-    def activate(self, pre_acts: Tensor, x: Tensor) -> Tensor:
+    def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         if self.training:
             return batch_topk(pre_acts.relu(), self.k)
         return pre_acts * (pre_acts > self.threshold)
 
-    def select(self, pre_acts: Tensor, x: Tensor) -> SparseLatents:
+    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
         if self.training:
             return batch_topk_sparse(pre_acts, self.k)
         return SparseLatents.from_mask(pre_acts, pre_acts > self.threshold)
@@ -75,5 +85,5 @@ class BatchTopK(SAE):
         super().fold_scale(scale)
         self.threshold.mul_(scale)
 
-    def state_facts(self) -> dict[str, float]:
+    def facts(self, fwd: Forward) -> dict[str, float]:
         return {"k": self.k, "threshold": self.threshold.item()}

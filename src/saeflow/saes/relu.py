@@ -25,14 +25,14 @@ class ReLU(SAE):
     def begin_step(self, step: int, total: int) -> None:
         self.l1 = self.schedule(step, total)
 
-    def activate(self, pre_acts: Tensor, x: Tensor) -> Tensor:
+    def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         return pre_acts.relu()
 
-    def select(self, pre_acts: Tensor, x: Tensor) -> SparseLatents:
+    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
         return SparseLatents.from_mask(pre_acts, pre_acts > 0)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         return super().losses(fwd, dead) | {"l1": self.l1 * fwd.values.sum() / len(fwd.x)}
 
-    def state_facts(self) -> dict[str, float]:
+    def facts(self, fwd: Forward) -> dict[str, float]:
         return {"l1_weight": self.l1}

@@ -16,8 +16,6 @@ class TopK(SAE):
         auxk_weight: weight of the AuxK loss (1/32 in the paper).
     """
 
-    is_sparse = True
-
     def __init__(
         self, d_in: int, d_sae: int, *, k: int, k_schedule: Options, auxk_weight: float
     ) -> None:
@@ -26,17 +24,21 @@ class TopK(SAE):
         self.schedule = make_schedule("k", k, k_schedule, 1, d_sae)
         self.auxk_weight = check_weight("auxk_weight", auxk_weight)
 
+    @property
+    def is_sparse(self) -> bool:
+        return True
+
     def begin_step(self, step: int, total: int) -> None:
         self.k = round(self.schedule(step, total))
 
-    def activate(self, pre_acts: Tensor, x: Tensor) -> Tensor:
+    def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         return keep_topk(pre_acts.relu(), self.k)
 
-    def select(self, pre_acts: Tensor, x: Tensor) -> SparseLatents:
+    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
         return topk_sparse(pre_acts, self.k)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         return super().losses(fwd, dead) | {"auxk": self.auxk_weight * self.auxk(fwd, dead)}
 
-    def state_facts(self) -> dict[str, float]:
+    def facts(self, fwd: Forward) -> dict[str, float]:
         return {"k": self.k}

@@ -72,6 +72,21 @@ def shuffled_batches(
     return _cut(read_ahead(_groups(array, batch_size, seed, start_batch), read), batch_size, pin)
 
 
+def batches_in_memory(
+    rows: Tensor, batch_size: int, seed: int, start_batch: int
+) -> Iterator[Tensor]:
+    """Endless shuffled batches of rows (n, d_in) in memory, with the guarantees of `shuffled_batches`."""
+    epoch, skip = divmod(start_batch * batch_size, len(rows))
+
+    def epochs(epoch: int, skip: int) -> Iterator[Tensor]:
+        while True:
+            order = np.random.default_rng([seed, epoch]).permutation(len(rows))
+            yield rows[torch.from_numpy(order[skip:])]
+            epoch, skip = epoch + 1, 0
+
+    return _cut(epochs(epoch, skip), batch_size, False)
+
+
 @dataclass(frozen=True)
 class _Group:
     """Chunks to read together, the seed of the order of their rows, and how many of these to leave out."""

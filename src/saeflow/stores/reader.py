@@ -11,7 +11,7 @@ from torch import Tensor
 from saeflow.errors import UserError
 from saeflow.files import read_json
 from saeflow.progress import progress
-from saeflow.stores.batches import shuffled_batches
+from saeflow.stores.batches import batches_in_memory, shuffled_batches
 from saeflow.stores.blocks import ACTIVATIONS
 from saeflow.stores.content import (
     PIECE_ROWS,
@@ -121,10 +121,35 @@ class Store:
         array = self.arrays[ACTIVATIONS]
         return shuffled_batches(array, self.kind, batch_size, seed, start_batch, pin)
 
+    def last_rows(self) -> "Rows":
+        """Each context's last row, in memory; contexts whose last row was left out are left out.
+
+        Raises:
+            UserError: the store does not say which rows are last, or a chunk is damaged.
+        """
+        position = self.column("position")
+        last = np.flatnonzero(position == position.max())
+        found = torch.empty(len(last), self.d_in, dtype=self.dtype)
+        for start, rows in self.in_order(PIECE_ROWS):
+            low, high = np.searchsorted(last, (start, start + len(rows)))
+            found[low:high] = rows[torch.from_numpy(last[low:high] - start)]
+        return Rows(found)
+
     def in_order(self, batch_size: int) -> Iterator[tuple[int, Tensor]]:
         """(number of the first row, rows) from the first row to the last; the last batch may be short."""
         for start in range(0, self.rows, batch_size):
             yield start, self.read(start, min(start + batch_size, self.rows))
+
+
+class Rows:
+    """Rows (n, d_in) in memory, with a store's `batches`."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Tensor]:
+        """As `Store.batches`."""
+        return batches_in_memory(self.rows, batch_size, seed, start_batch)
 
 
 def open_store(path: Path | str) -> Store:

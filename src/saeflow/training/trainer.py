@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saeflow.complexity.files import PROBE
 from saeflow.config import SAEConfig, TrainingConfig
 from saeflow.errors import UserError
 from saeflow.files import atomic_file, file_digest, json_digest
@@ -37,19 +38,31 @@ _TIMED = ("tokens_per_s",)
 _LR_AUTO, _LR_AUTO_WIDTH = 2e-4, 2**14  # Gao et al. 2024, scaled as 1/sqrt(d_sae)
 
 
-class Batches(Protocol):
-    """What the trainer needs of a store."""
-
-    d_in: int
-    scale: float
+class Shuffled(Protocol):
+    """Rows in endless shuffled batches."""
 
     def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Tensor]:
         """Endless shuffled batches (B, d_in), from any number on; dropped when done with."""
         ...
 
 
+class Batches(Shuffled, Protocol):
+    """What the trainer needs of a store."""
+
+    d_in: int
+    scale: float
+
+    def last_rows(self) -> Shuffled:
+        """Each context's last row alone."""
+        ...
+
+
 def train(
-    store: Batches, config: SAEConfig, runtime: Mapping[str, Any], folder: Path
+    store: Batches,
+    config: SAEConfig,
+    runtime: Mapping[str, Any],
+    folder: Path,
+    probe: Path | None = None,
 ) -> dict[str, str]:
     """Train one SAE, going on from a checkpoint in `folder` if there is one.
 
@@ -58,6 +71,7 @@ def train(
         config: the run.
         runtime: device, precision, checkpoint_every_s.
         folder: written: weights.safetensors, config.json, steps.csv.
+        probe: folder of a fitted complexity probe, where the run's options name one.
 
     Returns:
         Content digests: of the weights, and of what steps.csv says besides speed.
@@ -67,7 +81,7 @@ def train(
             or of another run.
         SystemExit: 128 + the signal's number, after SIGTERM or SIGINT and a last checkpoint.
     """
-    run = Run(store, config, runtime, folder)
+    run = Run(store, config, runtime, folder, probe)
     with run.stop_signals():
         run.train()
     return run.finish()
@@ -77,13 +91,22 @@ class Run:
     """One training run and all of its state."""
 
     def __init__(
-        self, store: Batches, config: SAEConfig, runtime: Mapping[str, Any], folder: Path
+        self,
+        store: Batches,
+        config: SAEConfig,
+        runtime: Mapping[str, Any],
+        folder: Path,
+        probe: Path | None = None,
     ) -> None:
         self.store, self.config, self.runtime, self.folder = store, config, runtime, folder
+        self.probe = probe
         self.device = torch.device(runtime["device"])
         self.is_bf16 = runtime["precision"] == "bf16"
         self.total = config.training.steps
         self.sae: SAE = build(config.variant, store.d_in, config.d_sae, config.options)
+        if probe is not None:
+            self.sae.take_probe(probe, store.scale)
+        self.rows_of: Shuffled = store if self.sae.trains_on == "all" else store.last_rows()
         self.generator = torch.Generator().manual_seed(config.seed)
         self.step = 0
         self.silent = torch.zeros(config.d_sae, dtype=torch.int64, device=self.device)
@@ -95,7 +118,8 @@ class Run:
             with closing(self.batches()) as batches:
                 self.sae.initialise(next(batches).cpu(), self.generator)
         self.sae.to(self.device).train()
-        self.sae.W_dec.requires_grad_(config.training.train_decoder)
+        if not config.training.train_decoder:
+            self.sae.freeze_decoder()
         self.optimizer = make_optimizer(self.sae, config.training)
         if found:
             self.restore(found[-1])
@@ -103,7 +127,12 @@ class Run:
     @property
     def identity(self) -> str:
         """Digest of what decides the weights: a checkpoint of another run is refused."""
-        run = {"config": dataclasses.asdict(self.config), "precision": self.runtime["precision"]}
+        run: dict[str, Any] = {
+            "config": dataclasses.asdict(self.config),
+            "precision": self.runtime["precision"],
+        }
+        if self.probe is not None:
+            run["probe"] = file_digest(self.probe / PROBE)
         return json_digest({**run, "d_in": self.store.d_in, "scale": self.store.scale})
 
     @property
@@ -114,7 +143,7 @@ class Run:
     def batches(self, start: int = 0) -> Generator[Tensor, None, None]:
         """Batches (B, d_in) from a number on, in scaled units."""
         size, seed = self.config.training.batch_size, self.config.seed
-        for batch in self.store.batches(size, seed, start):
+        for batch in self.rows_of.batches(size, seed, start):
             yield batch.to(self.device, torch.float32) / self.store.scale
 
     def train(self) -> None:
@@ -189,8 +218,7 @@ class Run:
                 "step": self.step,
                 "tokens_seen": self.step * self.config.training.batch_size,
                 **{name: float(loss) for name, loss in losses.items()},
-                **self.sae.state_facts(),
-                **fwd.facts,
+                **self.sae.facts(fwd),
                 "l0": float(fwd.l0().double().mean()),
                 "dead": float(self.dead.double().mean()),
                 "lr": lr,

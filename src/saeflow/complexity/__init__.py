@@ -1,0 +1,1 @@
+"""Complexity of contexts: scores, and a linear probe that reads them from activations."""

@@ -1,0 +1,177 @@
+"""AdaptiveK SAE: k from a linear probe of the context's complexity (arXiv:2508.17320)."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from saeflow.complexity.files import read_probe
+from saeflow.errors import UserError
+from saeflow.saes.base import (
+    Forward,
+    check_choice,
+    check_k,
+    check_number,
+    check_weight,
+)
+from saeflow.saes.per_input_k import PerInputK
+
+LARGEST = 10.0
+C_START, C_LOW, C_HIGH = 0.2, 0.01, 0.5
+EXAMPLES = 1024  # of the probe's loss, a step
+
+
+class AdaptiveK(PerInputK):
+    """k(x) = round(k_min + (k_max - k_min) sigmoid(steepness (score / 10 - 1/2))), score = w x + b in 0..10.
+
+    The probe was fitted before (phase 1). It rests for `phase_ratio` of the steps (phase 2), then learns
+    with the SAE (phase 3): the loss adds probe_weight * (MSE(score, y) + ridge |w|^2 / 2 +
+    c (|w - w_0| + |b - b_0|)), with c adapted in 0.01..0.5 from 0.2 on: times 0.8 at a step whose probe loss
+    is more than 5 % below that of 3 steps before, else times 1.2. A rounded k passes no gradient to the
+    probe, the form `soft` does. The rest of the loss is mean (x - x_hat)^2 + l1 mean |z|_1 / mean |x|_2 +
+    AuxK.
+
+    Args:
+        form: per_token, all rows; per_context, trained on each context's last row (the released code);
+            soft, the soft top-k with a real k.
+        complexity: which scores the probe was fitted to, a key of `complexity` in the parameters.
+        k_min, k_max: of the map; it reaches neither (34 and 306 of 20 and 320).
+        steepness: s of the map.
+        phase_ratio: share of the steps of phase 2.
+        probe_weight: weight of the probe's terms in phase 3.
+        l1: weight of the L1 term.
+        alpha: temperature of the form soft, in units of scaled activations; None for the others.
+        auxk_weight: weight of the AuxK loss.
+    """
+
+    deviation: Tensor
+    probe_losses: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        form: str,
+        complexity: str,
+        k_min: int,
+        k_max: int,
+        steepness: float,
+        phase_ratio: float,
+        probe_weight: float,
+        l1: float,
+        alpha: float | None,
+        auxk_weight: float,
+    ) -> None:
+        super().__init__(d_in, d_sae)
+        self.form = check_choice("form", form, "per_token", "per_context", "soft")
+        if self.form == "per_context":
+            self.trains_on = "last"
+        self.complexity = complexity
+        self.k_min, self.k_max = check_k(k_min, d_sae), check_k(k_max, d_sae)
+        if self.k_min > self.k_max:
+            raise UserError(f"k_min: expected at most k_max ({k_max}), found {k_min}.")
+        self.steepness = check_number("steepness", steepness, 0, 1e6)
+        self.phase_ratio = check_number("phase_ratio", phase_ratio, 0, 1)
+        self.probe_weight = check_weight("probe_weight", probe_weight)
+        self.l1 = check_weight("l1", l1)
+        self.auxk_weight = check_weight("auxk_weight", auxk_weight)
+        if (alpha is None) == (self.form == "soft"):
+            raise UserError(
+                f"alpha: expected a number with form soft, null with others, found {alpha!r}."
+            )
+        self.temperature = 0.0 if alpha is None else check_number("alpha", alpha, 1e-8, 1e8)
+        self.probe_w = nn.Parameter(torch.zeros(d_in))
+        self.probe_b = nn.Parameter(torch.zeros(()))
+        self.is_joint, self.step = False, 0
+        self.register_buffer("deviation", torch.tensor(C_START))
+        self.register_buffer("probe_losses", torch.full((3,), -1.0))
+        for name, shape in (("first_w", (d_in,)), ("first_b", ()), ("ridge", ())):
+            self.register_buffer(name, torch.zeros(shape), persistent=False)
+        self.register_buffer("examples", torch.zeros(0, d_in), persistent=False)
+        self.register_buffer("scores", torch.zeros(0), persistent=False)
+
+    first_w: Tensor
+    first_b: Tensor
+    ridge: Tensor
+    examples: Tensor
+    scores: Tensor
+
+    def take_probe(self, folder: Path, scale: float) -> None:
+        probe = read_probe(folder)
+        if probe["weight"].shape != (self.d_in,):
+            raise UserError(
+                f"{folder}: the probe reads activations of width {len(probe['weight'])}, expected "
+                f"{self.d_in}. Fit it on the store that the SAE is trained on."
+            )
+        with torch.no_grad():
+            self.probe_w.copy_(probe["weight"] * scale)
+            self.probe_b.copy_(probe["bias"])
+        self.first_w, self.first_b = self.probe_w.detach().clone(), self.probe_b.detach().clone()
+        self.ridge = probe["ridge"]
+        self.examples, self.scores = probe["examples"] / scale, probe["scores"]
+
+    def begin_step(self, step: int, total: int) -> None:
+        self.step = step
+        self.is_joint = step >= round(self.phase_ratio * total)
+
+    def score(self, x: Tensor) -> Tensor:
+        """(n,) complexity of activations (n, d_in), 0..10."""
+        return (x @ self.probe_w + self.probe_b).clamp(0, LARGEST)
+
+    def k_hat(self, x: Tensor) -> Tensor:
+        share = torch.sigmoid(self.steepness * (self.score(x) / LARGEST - 0.5))
+        k = self.k_min + (self.k_max - self.k_min) * share
+        if self.is_soft:
+            return k if self.is_joint else k.detach()
+        return k.detach().round()
+
+    def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
+        losses = {
+            "reconstruction": (fwd.x - fwd.x_hat).square().mean(),
+            "l1": self.l1
+            * fwd.values.abs().sum()
+            / torch.linalg.vector_norm(fwd.x, dim=1).sum().clamp(min=1e-12),
+            "auxk": self.auxk_weight * self.auxk(fwd, dead),
+        }
+        if self.is_joint and len(self.examples):
+            losses["probe"] = self.probe_weight * self.probe_loss()
+        return losses
+
+    def probe_loss(self) -> Tensor:
+        """MSE of the score on the probe's own examples, ridge, and distance from the fitted probe."""
+        at = torch.arange(min(EXAMPLES, len(self.examples)), device=self.examples.device)
+        at = (at + self.step * len(at)) % len(self.examples)
+        error = (self.score(self.examples[at]) - self.scores[at]).square().mean()
+        self.adapt(error.detach())
+        moved = self.probe_w - self.first_w
+        distance = safe_norm(moved) + (self.probe_b - self.first_b).abs()
+        return error + self.ridge * self.probe_w.square().sum() / 2 + self.deviation * distance
+
+    def adapt(self, loss: Tensor) -> None:
+        """c after a step with this probe loss."""
+        before = self.probe_losses[0].clone()
+        if before >= 0:
+            self.deviation.mul_(torch.where(loss < 0.95 * before, 0.8, 1.2)).clamp_(C_LOW, C_HIGH)
+        self.probe_losses.copy_(torch.cat((self.probe_losses[1:], loss[None])))
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        super().fold_scale(scale)
+        self.probe_w.div_(scale)
+
+    def facts(self, fwd: Forward) -> dict[str, float]:
+        assert fwd.condition is not None
+        k_hat = fwd.condition.detach().float()
+        return {
+            "k_hat": float(k_hat.mean()),
+            "k_hat_std": float(k_hat.std()),
+            "temperature": self.temperature,
+            "deviation": float(self.deviation),
+        }
+
+
+def safe_norm(vector: Tensor) -> Tensor:
+    """|vector|, with gradient 0 at 0."""
+    square = vector.square().sum()
+    return torch.where(square > 0, square, 1).sqrt() * (square > 0)

@@ -1,0 +1,73 @@
+"""Entmax SAE: the sparsemax SAE with a sharpness between softmax and sparsemax, fixed or learned."""
+
+import torch
+from torch import Tensor, nn
+
+from saeflow.errors import UserError
+from saeflow.operators import entmax
+from saeflow.saes.base import Forward, Options
+from saeflow.saes.sparsemax import Sparsemax
+
+
+class Entmax(Sparsemax):
+    """z = ||c|| alpha-entmax(s), which is sparsemax at alpha = 2 and denser below.
+
+    Source: Peters et al. 2019 (arXiv:1905.05702); learned alpha: Correia et al. 2019 (arXiv:1909.00015).
+
+    Args:
+        alpha: in (1, 2].
+        is_alpha_learned: alpha = 1 + sigmoid(a), from this alpha on, which must be below 2.
+        architecture, query, score_scale, max_rate, loss, l1, l1_schedule: as for Sparsemax.
+        activation: weights or scores, as for Sparsemax.
+    """
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        alpha: float,
+        is_alpha_learned: bool,
+        architecture: str,
+        activation: str,
+        query: str,
+        score_scale: float | str,
+        max_rate: float | None,
+        loss: str,
+        l1: float,
+        l1_schedule: Options,
+    ) -> None:
+        super().__init__(
+            d_in,
+            d_sae,
+            architecture=architecture,
+            activation=activation,
+            query=query,
+            score_scale=score_scale,
+            max_rate=max_rate,
+            loss=loss,
+            l1=l1,
+            l1_schedule=l1_schedule,
+        )
+        most = 1.999 if is_alpha_learned else 2
+        is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not is_number or not 1.001 <= alpha <= most:
+            raise UserError(
+                f"alpha: expected a number above 1 (at least 1.001) and up to {most}, found {alpha!r}."
+            )
+        if activation == "relu":
+            raise UserError("activation: expected weights or scores, found 'relu' (see sparsemax).")
+        self.fixed_alpha = float(alpha)
+        raw = torch.tensor(alpha - 1.0).logit() if is_alpha_learned else None
+        self.raw_alpha = None if raw is None else nn.Parameter(raw)
+
+    @property
+    def alpha(self) -> float | Tensor:
+        """The sharpness now."""
+        return self.fixed_alpha if self.raw_alpha is None else 1 + self.raw_alpha.sigmoid()
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        return entmax(scores, self.alpha)
+
+    def facts(self, fwd: Forward) -> dict[str, float]:
+        return super().facts(fwd) | {"alpha": float(torch.as_tensor(self.alpha).detach())}

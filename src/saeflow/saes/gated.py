@@ -1,0 +1,65 @@
+"""Gated SAE: one path decides which latents fire, the other how much (Rajamanoharan et al. 2024, arXiv:2404.16014)."""
+
+import torch
+from torch import Tensor, nn
+
+from saeflow.operators import SparseLatents, decode_sparse
+from saeflow.saes.base import SAE, Forward, Options, check_weight
+from saeflow.saes.schedules import make_schedule
+
+
+class Gated(SAE):
+    """z = 1[pi > 0] * relu(u exp(r_mag) + b_mag), where u = (x - b_dec) W_enc and pi = u + b_enc.
+
+    The loss adds l1 * sum_i relu(pi_i), which only the gate feels, and the error of a reconstruction
+    from relu(pi) through a decoder taken as a constant, which teaches the gate. Trained on the dense
+    path: at first half of the latents are active.
+
+    Args:
+        l1: weight of the penalty on the gate at the end of its schedule.
+        l1_schedule: how it gets there.
+    """
+
+    betas = (0.0, 0.999)
+
+    def __init__(self, d_in: int, d_sae: int, *, l1: float, l1_schedule: Options) -> None:
+        super().__init__(d_in, d_sae)
+        self.schedule = make_schedule("l1", check_weight("l1", l1), l1_schedule, 0, float("inf"))
+        self.l1 = self.schedule.target
+        self.r_mag = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae))
+
+    def begin_step(self, step: int, total: int) -> None:
+        self.l1 = self.schedule(step, total)
+
+    def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
+        magnitude = ((pre_acts - self.b_enc) * self.r_mag.exp() + self.b_mag).relu()
+        return magnitude * (pre_acts > 0)
+
+    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
+        return SparseLatents.from_mask(pre_acts, pre_acts > 0)
+
+    def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
+        b_enc, r_mag, b_mag = (v[selected.columns] for v in (self.b_enc, self.r_mag, self.b_mag))
+        return selected.with_values(((selected.values - b_enc) * r_mag.exp() + b_mag).relu())
+
+    def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
+        W_dec, b_dec = self.W_dec.detach(), self.b_dec.detach()
+        if isinstance(fwd.selected, SparseLatents):
+            gate = fwd.selected
+            penalty, x_gate = gate.values.sum(), decode_sparse(gate, W_dec, b_dec)
+        else:
+            positive = fwd.selected.relu()
+            penalty, x_gate = positive.sum(), positive @ W_dec + b_dec
+        return super().losses(fwd, dead) | {
+            "l1": self.l1 * penalty / len(fwd.x),
+            "gate": (fwd.x - x_gate).square().sum(1).mean(),
+        }
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        super().fold_scale(scale)
+        self.b_mag.mul_(scale)
+
+    def facts(self, fwd: Forward) -> dict[str, float]:
+        return {"l1_weight": self.l1}

@@ -1,0 +1,87 @@
+"""Matryoshka BatchTopK SAE: nested dictionaries in one (Bussmann et al. 2025, arXiv:2503.17547)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from saeflow.errors import UserError
+from saeflow.operators import SparseLatents, decode_sparse
+from saeflow.saes.base import Forward, Options
+from saeflow.saes.batch_topk import BatchTopK
+
+
+class Matryoshka(BatchTopK):
+    """BatchTopK whose every prefix of groups must reconstruct: the loss is the mean over prefixes.
+
+    One selection over all latents; prefix g decodes those of the first g groups. AuxK is that of the
+    whole.
+
+    Args:
+        groups: {fractions: [...]}, shares of d_sae of each group but the last, which takes the rest;
+            1/32, 1/16, 1/8, 1/4 in the paper.
+        k, k_schedule, auxk_weight, threshold_start_step: as for BatchTopK.
+    """
+
+    boundaries: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        k: int,
+        k_schedule: Options,
+        auxk_weight: float,
+        threshold_start_step: int,
+        groups: Options,
+    ) -> None:
+        super().__init__(
+            d_in,
+            d_sae,
+            k=k,
+            k_schedule=k_schedule,
+            auxk_weight=auxk_weight,
+            threshold_start_step=threshold_start_step,
+        )
+        boundaries = group_boundaries(groups, d_sae)
+        self.register_buffer("boundaries", torch.tensor(boundaries), persistent=False)
+
+    def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
+        losses = super().losses(fwd, dead)
+        errors = [losses["reconstruction"]]
+        errors += [(fwd.x - part).square().sum(1).mean() for part in self.prefixes(fwd.latents)]
+        losses["reconstruction"] = torch.stack(errors).mean()
+        return losses
+
+    def prefixes(self, latents: Tensor | SparseLatents) -> list[Tensor]:
+        """(B, d_in) reconstructions by every prefix of groups but the whole, shortest first."""
+        if isinstance(latents, SparseLatents):
+            pieces = decode_sparse(latents.split_columns(self.boundaries), self.W_dec)
+            pieces = pieces.view(len(latents), -1, self.d_in)[:, :-1]
+            return list((pieces.cumsum(1) + self.b_dec).unbind(1))
+        return [
+            latents[:, :end] @ self.W_dec[:end] + self.b_dec for end in self.boundaries.tolist()
+        ]
+
+
+def group_boundaries(groups: Options, d_sae: int) -> list[int]:
+    """Where each group but the last ends.
+
+    Raises:
+        UserError: no fractions, a group without a latent, or no rest.
+    """
+    fractions: Any = groups.get("fractions") if set(groups) == {"fractions"} else None
+    if not isinstance(fractions, list) or not fractions or not all(map(_is_number, fractions)):
+        raise UserError(f"groups: expected {{fractions: [shares of d_sae]}}, found {dict(groups)}.")
+    ends = [round(sum(fractions[: i + 1]) * d_sae) for i in range(len(fractions))]
+    if any(a >= b for a, b in zip([0, *ends], [*ends, d_sae], strict=True)):
+        raise UserError(
+            f"groups: expected fractions that leave every group, and the rest, at least one of the "
+            f"{d_sae} latents, found {fractions}."
+        )
+    return ends
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,93 @@
+"""P-annealed SAE: an L_p penalty whose p falls below 1 (Karvonen et al. 2024, arXiv:2408.00113)."""
+
+import torch
+from torch import Tensor
+
+from saeflow.operators import SparseLatents
+from saeflow.saes.base import SAE, Forward, Options, check_count, check_number, check_weight
+from saeflow.saes.schedules import make_schedule
+
+
+class PAnneal(SAE):
+    """z = relu(a); the loss adds l1 * sum_i z_i^p, the mean over the batch.
+
+    p falls from 1 to `p_end` in `p_updates` equal jumps, equally spaced from `anneal_start` to the end
+    of the run. At each jump the weight is multiplied by (mean penalty at the old p) / (mean at the new
+    p) over the last 10 steps, so that the penalty itself does not jump.
+
+    Args:
+        l1: weight of the penalty while p = 1, at the end of its schedule.
+        l1_schedule: how it gets there.
+        p_end: the last p.
+        p_updates: number of jumps.
+        anneal_start: share of the steps before the first jump.
+    """
+
+    WINDOW = 10
+    recent: Tensor
+    factor: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        l1: float,
+        l1_schedule: Options,
+        p_end: float,
+        p_updates: int,
+        anneal_start: float,
+    ) -> None:
+        super().__init__(d_in, d_sae)
+        self.schedule = make_schedule("l1", check_weight("l1", l1), l1_schedule, 0, float("inf"))
+        self.p_end = check_number("p_end", p_end, 0.01, 1)
+        self.p_updates = check_count("p_updates", p_updates)
+        self.anneal_start = check_number("anneal_start", anneal_start, 0, 1)
+        self.l1, self.jumps, self.n_steps = self.schedule.target, 0, 0
+        # The penalty of the last steps at their p and at the next one; what the weight grew by.
+        self.register_buffer("recent", torch.zeros(2, self.WINDOW, dtype=torch.float64))
+        self.register_buffer("factor", torch.ones((), dtype=torch.float64))
+
+    def p_after(self, jumps: int) -> float:
+        """p after some jumps."""
+        return 1 + (self.p_end - 1) * min(jumps, self.p_updates) / self.p_updates
+
+    def jumps_at(self, step: int, total: int) -> int:
+        """Jumps made when a step begins; a start beyond the last step makes none."""
+        start = self.anneal_start * total
+        if step < start or start >= total:
+            return 0
+        return min(self.p_updates, 1 + int((step - start) * self.p_updates / (total - start)))
+
+    def begin_step(self, step: int, total: int) -> None:
+        self.l1, self.n_steps = self.schedule(step, total), step
+        self.jumps = self.jumps_at(step, total)
+        if step and self.jumps > self.jumps_at(step - 1, total):
+            at_old, at_new = self.recent.sum(1)
+            if at_old > 0 and at_new > 0:
+                self.factor.mul_(at_old / at_new)
+
+    def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
+        return pre_acts.relu()
+
+    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
+        return SparseLatents.from_mask(pre_acts, pre_acts > 0)
+
+    def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
+        positive = fwd.values[fwd.values > 0]
+        penalty = positive.pow(self.p_after(self.jumps)).sum() / len(fwd.x)
+        return super().losses(fwd, dead) | {"penalty": self.weight * penalty}
+
+    @property
+    def weight(self) -> float:
+        """The penalty's weight now."""
+        return self.l1 * float(self.factor)
+
+    @torch.no_grad()
+    def end_step(self, fwd: Forward) -> None:
+        positive = fwd.values[fwd.values > 0].double()
+        for row, jumps in enumerate((self.jumps, self.jumps + 1)):
+            self.recent[row, self.n_steps % self.WINDOW] = positive.pow(self.p_after(jumps)).sum()
+
+    def facts(self, fwd: Forward) -> dict[str, float]:
+        return {"l1_weight": self.weight, "p": self.p_after(self.jumps)}

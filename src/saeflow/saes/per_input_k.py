@@ -1,0 +1,79 @@
+"""What SAEs with a k of their own for each input share: the hard and the soft selection."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from saeflow.operators import SparseLatents, keep_topk, soft_topk, topk_sparse
+from saeflow.saes.base import SAE
+
+SPARSE_BELOW = 0.05
+"""Temperature, in units of scaled activations, under which the soft mask has few entries above 0."""
+
+
+class PerInputK(SAE):
+    """z = v m, v = relu(a), with a mask m of k_hat latents, k_hat real and different for each input.
+
+    While `temperature` is above 0 (in training only), m is the soft top-k of v, whose gradient reaches
+    k_hat; otherwise it is the hard top-floor(k_hat).
+
+    Attributes:
+        temperature: of the soft top-k; 0 is hard.
+        is_fixed: pre-activations are taken as constants, so that only the decoder learns.
+    """
+
+    temperature: float = 0.0
+    is_fixed: bool = False
+
+    @abstractmethod
+    def k_hat(self, x: Tensor) -> Tensor:
+        """(B,) in the weights' precision, in 0..d_sae: how many latents each input may use, with gradient."""
+
+    @property
+    def is_soft(self) -> bool:
+        return self.training and self.temperature > 0
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.temperature < SPARSE_BELOW
+
+    def condition(self, x: Tensor) -> Tensor | None:
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is 2 apart near 256
+            return self.k_hat(x.to(self.W_dec.dtype))
+
+    def allowed_k(self, x: Tensor) -> Tensor | None:
+        return self.condition(x)
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        pre_acts = super().pre_activations(x)
+        return pre_acts.detach() if self.training and self.is_fixed else pre_acts
+
+    def gather(self, x: Tensor, pre_acts: Tensor, chosen: SparseLatents) -> SparseLatents:
+        selected = super().gather(x, pre_acts, chosen)
+        if self.training and self.is_fixed:
+            return selected.with_values(selected.values.detach())
+        return selected
+
+    def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
+        assert condition is not None
+        v = pre_acts.relu()
+        if self.is_soft:
+            return v * soft_topk(v, condition, self.temperature)
+        return keep_topk(v, condition.detach().floor().long())
+
+    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
+        assert condition is not None
+        if self.is_soft:
+            mask = soft_topk(pre_acts.relu(), condition, self.temperature) > 0
+            return SparseLatents.from_mask(pre_acts, mask)
+        return topk_sparse(pre_acts, condition.floor().long())
+
+    def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
+        v = selected.with_values(selected.values.relu())
+        if self.is_soft:
+            assert condition is not None
+            k, temperature = condition, self.temperature
+            mask = v.map_rows(lambda rows: soft_topk(rows, k, temperature))
+            return v.with_values(v.values * mask.values)
+        return v

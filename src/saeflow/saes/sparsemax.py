@@ -1,0 +1,254 @@
+"""Sparsemax SAE: an input attends to shared concepts, most of them with weight 0 (arXiv:2604.14925)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saeflow.errors import UserError
+from saeflow.operators import (
+    SparseLatents,
+    decode_sparse,
+    gather_pre_acts,
+    geometric_median,
+    sparsemax,
+)
+from saeflow.saes.base import (
+    SAE,
+    Forward,
+    Options,
+    check_choice,
+    check_number,
+    check_weight,
+)
+from saeflow.saes.schedules import make_schedule
+
+RATE_DECAY = 0.99
+
+
+class Sparsemax(SAE):
+    """z = ||c|| sparsemax(s) with scores s of the unit vector c / ||c||, c = x - b_dec.
+
+    `architecture: shared` is cross-attention, with concepts C = W_dec (d_sae, d_in) and no bias:
+    s = scale q W_Q W_K^T C^T, x_hat = z C W_V. Products are taken in the order that never builds the keys
+    C W_K or values C W_V, which would cost a matrix product over d_sae each. `mlp` has an encoder and a
+    decoder of its own: s = scale (q W_enc + b_enc), x_hat = z W_dec + b_dec. The norm is a part of the
+    latents, so that `decode` needs them alone, and both forms take activations of any unit.
+
+    Args:
+        architecture: shared or mlp.
+        activation: weights, the sparsemax itself (the paper); scores, s where the sparsemax is above 0,
+            with no gradient through the threshold (the released code; such a latent may be negative);
+            relu, relu(s), the ablation.
+        query: identity, or linear for a learned W_Q (shared only).
+        score_scale: a number; 1/sqrt(d); or learned, from 1 on.
+        max_rate: latents whose running firing rate in training exceeds this are left out, also in use;
+            None keeps all.
+        loss: squared, the sum over d_in; norm_weighted, 10 mean((x - x_hat)^2 / ||x||) (released code).
+        l1: weight of sum |z| / ||x||, the mean over the batch, at the end of its schedule; 0 in the
+            paper where sparsity is sparsemax's.
+        l1_schedule: how it gets there.
+    """
+
+    betas = (0.9, 0.99)
+    has_unit_norm = False
+    firing_rate: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        *,
+        architecture: str,
+        activation: str,
+        query: str,
+        score_scale: float | str,
+        max_rate: float | None,
+        loss: str,
+        l1: float,
+        l1_schedule: Options,
+    ) -> None:
+        super().__init__(d_in, d_sae)
+        self.is_shared = check_choice("architecture", architecture, "shared", "mlp") == "shared"
+        self.activation = check_choice("activation", activation, "weights", "scores", "relu")
+        self.loss = check_choice("loss", loss, "squared", "norm_weighted")
+        self.schedule = make_schedule("l1", check_weight("l1", l1), l1_schedule, 0, float("inf"))
+        self.l1 = self.schedule.target
+        self.max_rate = None if max_rate is None else check_number("max_rate", max_rate, 0, 1)
+        scale, is_learned = read_scale(score_scale, d_in)
+        self.score_scale = nn.Parameter(torch.tensor(scale), requires_grad=is_learned)
+        if check_choice("query", query, "identity", "linear") == "linear" and not self.is_shared:
+            raise UserError("query: expected identity with the architecture mlp, found 'linear'.")
+        if self.is_shared:
+            for name in ("W_enc", "b_enc", "b_dec"):
+                self.register_parameter(name, None)
+            self.W_K = nn.Parameter(torch.zeros(d_in, d_in))
+            self.W_V = nn.Parameter(torch.zeros(d_in, d_in))
+            self.W_Q = nn.Parameter(torch.zeros(d_in, d_in)) if query == "linear" else None
+        self.register_buffer("firing_rate", torch.zeros(d_sae))
+
+    def initialise(self, x: Tensor, generator: torch.Generator) -> None:
+        """Random unit concepts, every map the identity; mlp as other variants."""
+        with torch.no_grad():
+            directions = torch.randn(self.d_sae, self.d_in, generator=generator)
+            self.W_dec.copy_(directions / directions.norm(dim=1, keepdim=True))
+            if self.is_shared:
+                for matrix in (self.W_K, self.W_V, self.W_Q):
+                    if matrix is not None:
+                        matrix.copy_(torch.eye(self.d_in))
+            else:
+                self.W_enc.copy_(self.W_dec.t())
+                self.b_enc.zero_()
+                self.b_dec.copy_(geometric_median(x))
+
+    @property
+    def is_sparse(self) -> bool:
+        return self.activation != "relu"
+
+    def freeze_decoder(self) -> None:
+        if self.is_shared:
+            raise UserError("train_decoder: the shared concepts are encoder and decoder at once.")
+        super().freeze_decoder()
+
+    # The encoder's product is `encoder_input(x) @ encoder + bias`.
+
+    def centred(self, x: Tensor) -> Tensor:
+        return x if self.is_shared else x - self.b_dec
+
+    def condition(self, x: Tensor) -> Tensor | None:
+        return torch.linalg.vector_norm(self.centred(x), dim=1)
+
+    def encoder_input(self, x: Tensor) -> Tensor:
+        """(B, d_in) what the scores are linear in."""
+        centred = self.centred(x)
+        norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True).clamp(min=1e-12)
+        unit = centred / norm * self.score_scale
+        if not self.is_shared:
+            return unit
+        query = unit if self.W_Q is None else unit @ self.W_Q
+        return query @ self.W_K.t()
+
+    def encoder(self) -> tuple[Tensor, Tensor]:
+        """(d_in, d_sae) and the bias (d_sae,)."""
+        if self.is_shared:
+            return self.W_dec.t(), self.W_dec.new_zeros(self.d_sae)
+        return self.W_enc, self.b_enc * self.score_scale
+
+    def pre_activations(self, x: Tensor) -> Tensor:
+        matrix, bias = self.encoder()
+        return torch.addmm(bias, self.encoder_input(x), matrix).to(self.W_dec.dtype)
+
+    def gather(self, x: Tensor, pre_acts: Tensor, chosen: SparseLatents) -> SparseLatents:
+        matrix, bias = self.encoder()
+        nothing = self.W_dec.new_zeros(self.d_in)
+        return gather_pre_acts(self.encoder_input(x), matrix, bias, nothing, pre_acts, chosen)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        if self.is_shared:
+            return latents @ self.W_dec @ self.W_V
+        return super().decode(latents)
+
+    def decode_selected(self, latents: SparseLatents) -> Tensor:
+        if self.is_shared:
+            return decode_sparse(latents, self.W_dec) @ self.W_V
+        return super().decode_selected(latents)
+
+    def directions(self) -> Tensor:
+        return self.W_dec @ self.W_V if self.is_shared else self.W_dec
+
+    # Selection.
+
+    def probabilities(self, scores: Tensor) -> Tensor:
+        """(B, n) scores to their projection on the simplex."""
+        return sparsemax(scores)
+
+    def allowed(self, pre_acts: Tensor) -> Tensor:
+        """Scores, -inf where a latent fires too often to be used."""
+        if self.max_rate is None:
+            return pre_acts
+        return pre_acts.masked_fill(self.firing_rate > self.max_rate, -torch.inf)
+
+    def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
+        assert condition is not None
+        scores = self.allowed(pre_acts)
+        if self.activation == "relu":
+            z = scores.relu()
+        elif self.activation == "weights":
+            z = self.probabilities(scores)
+        else:
+            z = pre_acts * (self.probabilities(scores.detach()) > 0)
+        return z * condition[:, None]
+
+    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
+        scores = self.allowed(pre_acts)
+        kept = scores > 0 if self.activation == "relu" else self.probabilities(scores) > 0
+        return SparseLatents.from_mask(pre_acts, kept)
+
+    def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
+        assert condition is not None
+        is_weights = self.activation == "weights"
+        z = selected.map_rows(self.probabilities) if is_weights else selected
+        return z.with_values(z.values * condition[z.rows])
+
+    # Training.
+
+    def begin_step(self, step: int, total: int) -> None:
+        self.l1 = self.schedule(step, total)
+
+    def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
+        error = (fwd.x - fwd.x_hat).square()
+        if self.loss == "squared":
+            losses = {"reconstruction": error.sum(1).mean()}
+        else:
+            norm = torch.linalg.vector_norm(fwd.x, dim=1, keepdim=True).clamp(min=1e-12)
+            losses = {"reconstruction": 10 * (error / norm).mean()}
+        if self.l1:
+            assert fwd.condition is not None
+            norm = fwd.condition.detach().clamp(min=1e-12)
+            of_rows = (
+                norm[fwd.latents.rows] if isinstance(fwd.latents, SparseLatents) else norm[:, None]
+            )
+            losses["l1"] = self.l1 * (fwd.values.abs() / of_rows).sum() / len(fwd.x)
+        return losses
+
+    @torch.no_grad()
+    def end_step(self, fwd: Forward) -> None:
+        if self.max_rate is None:
+            return
+        if isinstance(fwd.latents, SparseLatents):
+            active = fwd.latents.columns[fwd.latents.values != 0]
+            counts = torch.bincount(active, minlength=self.d_sae)
+        else:
+            counts = (fwd.latents != 0).sum(0)
+        rate = (counts / len(fwd.x)).to(self.firing_rate.dtype)
+        self.firing_rate.lerp_(rate, 1 - RATE_DECAY)
+
+    @torch.no_grad()
+    def fold_scale(self, scale: float) -> None:
+        if not self.is_shared:  # scores are of unit vectors, latents carry the norm
+            self.b_dec.mul_(scale)
+
+    def facts(self, fwd: Forward) -> dict[str, float]:
+        facts = {"score_scale": float(self.score_scale.detach())}
+        if self.l1:
+            facts["l1_weight"] = self.l1
+        if self.max_rate is not None:
+            facts["masked"] = float((self.firing_rate > self.max_rate).double().mean())
+        return facts
+
+
+def read_scale(value: Any, d_in: int) -> tuple[float, bool]:
+    """A score scale from its option, and whether it is learned.
+
+    Raises:
+        UserError: it is none.
+    """
+    if value == "1/sqrt(d)":
+        return d_in**-0.5, False
+    if value == "learned":
+        return 1.0, True
+    if isinstance(value, str):
+        raise UserError(
+            f"score_scale: expected a number above 0, 1/sqrt(d) or learned, found {value!r}."
+        )
+    return check_number("score_scale", value, 1e-8, 1e8), False

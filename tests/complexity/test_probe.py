@@ -1,0 +1,239 @@
+"""The probe, against ridge regression written out, and what is trained with it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from saeflow.complexity.files import read_probe
+from saeflow.complexity.probe import agreement, fit_probe, scored_rows
+from saeflow.errors import UserError
+from saeflow.saes import build
+
+WHERE = {"source": "tiny", "hook_point": "blocks.2.resid_post", "complexity": "labels"}
+
+
+@pytest.fixture
+def scores(stores: dict[str, Any], tmp_path: Path) -> Path:
+    """Scores that are nearly linear in each context's last activation."""
+    direction = torch.randn(stores["train"].d_in, generator=torch.Generator().manual_seed(0))
+    noise = np.random.default_rng(0)
+    tables = []
+    for split, store in stores.items():
+        rows = store.read(0, store.rows) @ direction / store.scale
+        last = store.column("position") == 31
+        context = store.column("context")[last]
+        score = rows.numpy()[last] + noise.normal(0, 0.3, last.sum())
+        tables.append(
+            pd.DataFrame({"split": split, "context": context, "position": 31, "score": score})
+        )
+    path = tmp_path / "scores.csv"
+    pd.concat(tables).to_csv(path, index=False)
+    return path
+
+
+def test_the_probe_is_ridge_regression(stores: Any, scores: Path, tmp_path: Path) -> None:
+    """The normal equations of the chosen penalty, with an intercept that is not penalised."""
+    fit_probe(scores, stores, None, WHERE, tmp_path)
+    probe, quality = read_probe(tmp_path), json.loads((tmp_path / "quality.json").read_text())
+    table = pd.read_csv(scores)
+    y = table[table.split == "train"].set_index("context").score
+    low, high = np.percentile(y, (1, 99))
+    store = stores["train"]
+    last = store.column("position") == 31
+    x = store.read(0, store.rows).double().numpy()[last] / store.scale
+    target = (y.loc[store.column("context")[last]].to_numpy() - low) / (high - low)
+    target = target.clip(0, 1) * 10
+    centred = x - x.mean(0)
+    w = np.linalg.solve(
+        centred.T @ centred + quality["ridge"] * np.eye(x.shape[1]), centred.T @ target
+    )
+    np.testing.assert_allclose(probe["weight"] * store.scale, w, rtol=1e-4, atol=1e-6)
+    assert float(probe["bias"]) == pytest.approx(target.mean() - x.mean(0) @ w, rel=1e-4)
+    np.testing.assert_allclose(probe["examples"] / store.scale, x, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(probe["scores"], target, rtol=1e-5, atol=1e-5)
+    assert quality["range"] == pytest.approx([low, high])
+
+
+def test_the_penalty_has_the_least_error_on_held_out_folds(
+    stores: Any, scores: Path, tmp_path: Path
+) -> None:
+    fit_probe(scores, stores, None, WHERE, tmp_path)
+    quality = json.loads((tmp_path / "quality.json").read_text())
+    probe = read_probe(tmp_path)
+    x = (probe["examples"] / stores["train"].scale).double().numpy()
+    y = probe["scores"].double().numpy()
+    order = np.random.RandomState(0).permutation(len(y))  # KFold's own shuffle
+    folds = np.array_split(order, 5)
+    errors = {}
+    for ridge in (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0):
+        of_folds = []
+        for fold in folds:
+            rest = np.setdiff1d(order, fold)
+            mean, offset = x[rest].mean(0), y[rest].mean()
+            c = x[rest] - mean
+            w = np.linalg.solve(c.T @ c + ridge * np.eye(x.shape[1]), c.T @ (y[rest] - offset))
+            error = y[fold] - offset - (x[fold] - mean) @ w
+            of_folds.append((error**2).mean() ** 0.5)
+        errors[ridge] = np.mean(of_folds)
+    assert quality["ridge"] == min(errors, key=errors.__getitem__)
+    assert quality["cross_validated_rmse"] == pytest.approx(min(errors.values()), rel=1e-6)
+
+
+def test_quality_is_that_of_the_predictions(stores: Any, scores: Path, tmp_path: Path) -> None:
+    fit_probe(scores, stores, None, WHERE, tmp_path)
+    table = pd.read_csv(tmp_path / "predictions.csv")
+    quality = json.loads((tmp_path / "quality.json").read_text())
+    probe = read_probe(tmp_path)
+    for split in ("train", "evaluation"):
+        of_split = table[table.split == split]
+        assert quality[split] == pytest.approx(
+            agreement(of_split.score.to_numpy(), of_split.predicted.to_numpy())
+        )
+        assert of_split.predicted.between(0, 10).all()
+    held_out = table[table.split == "evaluation"]
+    _, x, _ = scored_rows(stores["evaluation"], pd.read_csv(scores).query("split == 'evaluation'"))
+    expected = (x @ probe["weight"] + probe["bias"]).clamp(0, 10)
+    np.testing.assert_allclose(held_out.predicted, expected, rtol=1e-4, atol=1e-4)
+    assert quality["evaluation"]["spearman"] == pytest.approx(
+        spearmanr(held_out.score, held_out.predicted)[0]
+    )
+
+
+def test_agreement_by_hand() -> None:
+    found = agreement(np.array([1.0, 2, 3, 4]), np.array([1.0, 2, 4, 3]))
+    assert found == pytest.approx(
+        {"contexts": 4, "rmse": 0.5**0.5, "r2": 1 - 2 / 5, "pearson": 0.8, "spearman": 0.8}
+    )
+    assert agreement(np.ones(3), np.arange(3.0))["pearson"] is None
+
+
+def test_rows_that_the_store_left_out_are_left_out(stores: Any) -> None:
+    table = pd.DataFrame({"context": [*range(20), 1000], "position": 31, "score": range(21)})
+    context, x, score = scored_rows(stores["train"], table)
+    assert set(context) <= set(range(20))
+    assert x.shape == (len(context), stores["train"].d_in)
+    np.testing.assert_array_equal(score, context)
+
+
+def test_too_few_or_equal_scores_are_refused(stores: Any, tmp_path: Path) -> None:
+    few = pd.DataFrame({"context": range(5), "position": 31, "score": range(5)})
+    with pytest.raises(UserError, match="at least 10 rows"):
+        scored_rows(stores["train"], few)
+    rows = [("train", c, 31, 1.0) for c in range(40)] + [
+        ("evaluation", c, 31, 1.0) for c in range(12)
+    ]
+    path = tmp_path / "scores.csv"
+    pd.DataFrame(rows, columns=["split", "context", "position", "score"]).to_csv(path, index=False)
+    with pytest.raises(UserError, match="all contexts have the score 1"):
+        fit_probe(path, stores, None, WHERE, tmp_path)
+
+
+ADAPTIVE: dict[str, Any] = {
+    "form": "per_token", "complexity": "labels", "k_min": 2, "k_max": 12, "steepness": 6.0,
+    "phase_ratio": 0.5, "probe_weight": 0.05, "l1": 0.005, "alpha": None, "auxk_weight": 0.0,
+}  # fmt: skip
+
+
+def adaptive(stores: Any, scores: Path, tmp_path: Path, **changes: Any) -> Any:
+    fit_probe(scores, stores, None, WHERE, tmp_path)
+    store = stores["train"]
+    sae = build("adaptive_k", store.d_in, 40, {**ADAPTIVE, **changes})
+    sae.take_probe(tmp_path, store.scale)
+    sae.initialise(store.read(0, 256) / store.scale, torch.Generator().manual_seed(0))
+    return sae.train(), store.read(0, 64) / store.scale
+
+
+def test_k_follows_the_probe(stores: Any, scores: Path, tmp_path: Path) -> None:
+    sae, x = adaptive(stores, scores, tmp_path)
+    probe, scale = read_probe(tmp_path), stores["train"].scale
+    score = (scale * x @ probe["weight"] + probe["bias"]).clamp(0, 10)
+    expected = (2 + 10 / (1 + (-6 * (score / 10 - 0.5)).exp())).round()
+    torch.testing.assert_close(sae.allowed_k(x).detach(), expected)
+    assert len(expected.unique()) > 3
+    sae.fold_scale(scale)
+    torch.testing.assert_close(sae.eval().allowed_k(scale * x).detach(), expected)
+
+
+@pytest.mark.parametrize("form", ["per_token", "soft"])
+def test_the_probe_rests_then_learns(form: str, stores: Any, scores: Path, tmp_path: Path) -> None:
+    """In phase 2 nothing reaches it; in phase 3 its own loss does, and through a real k the SAE's."""
+    alpha = 0.05 if form == "soft" else None
+    sae, x = adaptive(stores, scores, tmp_path, form=form, alpha=alpha)
+    sae.begin_step(4, 10)
+    losses = sae.losses(sae.run(x), torch.zeros(40, dtype=torch.bool))
+    assert "probe" not in losses
+    sum(losses.values()).backward()
+    assert sae.probe_w.grad is None
+    sae.begin_step(5, 10)
+    losses = sae.losses(sae.run(x), torch.zeros(40, dtype=torch.bool))
+    losses.pop("probe")
+    sum(losses.values()).backward()
+    assert (sae.probe_w.grad is not None) == (form == "soft")
+
+
+def test_the_joint_loss_is_the_papers(stores: Any, scores: Path, tmp_path: Path) -> None:
+    sae, x = adaptive(stores, scores, tmp_path)
+    with torch.no_grad():
+        sae.probe_w.add_(0.01)
+        sae.probe_b.add_(-0.2)
+    probe, scale = read_probe(tmp_path), stores["train"].scale
+    w, b = scale * probe["weight"] + 0.01, probe["bias"] - 0.2
+    predicted = (probe["examples"] / scale @ w + b).clamp(0, 10)
+    error = (predicted - probe["scores"]).square().mean()
+    distance = (0.01**2 * len(w)) ** 0.5 + 0.2
+    expected = error + probe["ridge"] * w.square().sum() / 2 + 0.2 * distance
+    sae.begin_step(8, 10)
+    losses = sae.losses(sae.run(x), torch.zeros(40, dtype=torch.bool))
+    assert float(losses["probe"].detach()) == pytest.approx(0.05 * float(expected), rel=1e-4)
+
+
+def test_the_deviation_weight_adapts(stores: Any, scores: Path, tmp_path: Path) -> None:
+    """Times 0.8 where the loss fell by more than 5 % over 3 steps, else times 1.2, within 0.01..0.5."""
+    sae, _ = adaptive(stores, scores, tmp_path)
+    found = []
+    for loss in (1.0, 1.0, 1.0, 0.96, 0.94, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9, 0.9):
+        sae.adapt(torch.tensor(loss))
+        found.append(float(sae.deviation))
+    expected, c = [0.2, 0.2, 0.2], 0.2
+    for factor in (1.2, 0.8, 0.8, 0.8, 1.2, 1.2, 1.2, 1.2, 1.2, 1.2):
+        c = min(0.5, max(0.01, c * factor))
+        expected.append(c)
+    assert found[:8] == pytest.approx(expected[:8], rel=1e-5)
+    for _ in range(30):
+        sae.adapt(torch.tensor(1.0))
+    assert float(sae.deviation) == pytest.approx(0.5)
+
+
+def test_a_probe_of_another_width_is_refused(stores: Any, scores: Path, tmp_path: Path) -> None:
+    fit_probe(scores, stores, None, WHERE, tmp_path)
+    sae = build("adaptive_k", stores["train"].d_in + 1, 40, ADAPTIVE)
+    with pytest.raises(UserError, match="expected 17"):
+        sae.take_probe(tmp_path, 1.0)
+    with pytest.raises(UserError, match="no such file"):
+        sae.take_probe(tmp_path / "nothing", 1.0)
+    (tmp_path / "probe.safetensors").write_bytes(b"short")
+    with pytest.raises(UserError, match="damaged"):
+        sae.take_probe(tmp_path, 1.0)
+
+
+def test_last_rows_are_each_contexts_last(stores: Any) -> None:
+    store = stores["train"]
+    last = store.column("position") == 31
+    expected = store.read(0, store.rows)[torch.from_numpy(last)]
+    count = len(expected)
+    batches = store.last_rows().batches(count, 0)
+    seen = [next(batches) for _ in range(2)]
+    for batch in seen:  # an epoch each, in different orders
+        assert {row.tobytes() for row in batch.numpy()} == {r.tobytes() for r in expected.numpy()}
+    assert not torch.equal(*seen)
+    resumed = store.last_rows().batches(7, 3, start_batch=9)
+    whole = store.last_rows().batches(7, 3)
+    for _ in range(9):
+        next(whole)
+    assert torch.equal(next(resumed), next(whole))
