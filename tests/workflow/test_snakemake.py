@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
-from .conftest import SYNTHETIC, Project
+from saeflow.config import expand_runs, load_params
+
+from .conftest import ROOT, SYNTHETIC, Project, job_counts
 
 pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("snakemake")]
 
@@ -180,3 +182,12 @@ def test_works_without_git_and_dvc(done: Project) -> None:
     assert not (done.folder / ".git").exists()
     record = json.loads((done.folder / "results/tables/provenance.json").read_text())
     assert record["code"]["commit"] is None
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_preset_plans(path: Path, tmp_path: Path) -> None:
+    project = Project(tmp_path, SYNTHETIC)
+    jobs = job_counts(project.snakemake("all", "-n", "--quiet", "rules", "--configfile", str(path)))
+    runs = len(expand_runs(load_params(path)))
+    assert jobs["train_sae"] == jobs["evaluate_sae"] == runs
+    assert jobs["write_report"] == 1

@@ -41,11 +41,12 @@ JOBS = {
     "draw": "draw figures", "report": "write the report",
 }  # fmt: skip
 _METRICS = (
-    ("l0_mean", "L0", "per input"), ("nmse", "NMSE", ""), ("fvu", "FVU", ""), ("cosine", "cosine", ""),
+    ("l0_mean", "L0", "per input"), ("k_hat_mean", "k̂", "per input"), ("nmse", "NMSE", ""), ("fvu", "FVU", ""), ("cosine", "cosine", ""),
     ("dead_fraction", "dead", "%"),
     ("dense_fraction", "dense", "%"), ("ce_degradation", "CE degradation", "nats/token"),
     ("loss_recovered", "loss recovered", ""), ("kl", "KL", "nats/token"),
     ("mmcs", "mean max cosine", ""), ("support_f1", "support F1", ""),
+    ("spearman_l0_true", "Spearman", "of L0, true count"),
 )  # fmt: skip
 _SPARK = (150.0, 34.0)  # pixels
 
@@ -117,7 +118,7 @@ def duration(seconds: float) -> str:
 
 def digits(metric: str, value: float) -> str:
     """A metric's value with the digits that mean something."""
-    if metric == "l0_mean":
+    if metric in ("l0_mean", "k_hat_mean"):
         return f"{value:.1f}" if abs(value) < 999.95 else f"{value:,.0f}"
     if metric in ("dead_fraction", "dense_fraction"):
         return f"{100 * value:.1f}"
