@@ -12,8 +12,11 @@ from scipy.stats import spearmanr
 
 from saeflow.complexity.files import read_probe
 from saeflow.complexity.probe import agreement, fit_probe, scored_rows
+from saeflow.config import SAEConfig, TrainingConfig
 from saeflow.errors import UserError
-from saeflow.saes import build
+from saeflow.saes import build, load
+from saeflow.training import train
+from saeflow.training.trainer import Run
 
 WHERE = {"source": "tiny", "hook_point": "blocks.2.resid_post", "complexity": "labels"}
 
@@ -237,3 +240,56 @@ def test_last_rows_are_each_contexts_last(stores: Any) -> None:
     for _ in range(9):
         next(whole)
     assert torch.equal(next(resumed), next(whole))
+
+
+RUNTIME = {"device": "cpu", "precision": "fp32", "checkpoint_every_s": 1e9}
+
+
+def run_config(form: str, alpha: float | None) -> SAEConfig:
+    training = TrainingConfig(
+        tokens=32 * 40, batch_size=32, lr=3e-3, betas=(0.9, 0.999), lr_warmup_steps=5,
+        lr_decay_fraction=0.2, grad_clip=1.0, dead_after_tokens=500, train_decoder=True,
+        log_every_steps=10,
+    )  # fmt: skip
+    return SAEConfig(
+        name="a/b/c/d", entry="c", variant="adaptive_k", source="a", hook_point="b", d_sae=40,
+        seed=0, options={**ADAPTIVE, "form": form, "alpha": alpha}, training=training,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("form", "alpha"), [("per_context", None), ("soft", 0.05)])
+def test_a_run_goes_on_within_its_joint_phase(
+    form: str, alpha: float | None, stores: Any, scores: Path, tmp_path: Path
+) -> None:
+    """Probe, its distance weight and its losses come back from a checkpoint."""
+    folders = [tmp_path / name for name in ("probe", "whole", "broken")]
+    for folder in folders:
+        folder.mkdir()
+    probe, whole, broken = folders
+    fit_probe(scores, stores, None, WHERE, probe)
+    config = run_config(form, alpha)
+    expected = train(stores["train"], config, RUNTIME, whole, probe)
+    run = Run(stores["train"], config, RUNTIME, broken, probe)
+    batches = run.batches()
+    for _ in range(27):
+        run.one_step(next(batches))
+        run.step += 1
+    batches.close()
+    run.checkpoint()
+    found = train(stores["train"], config, RUNTIME, broken, probe)
+    assert found["weights"] == expected["weights"]
+    sae = load(broken)
+    weight = read_probe(probe)["weight"]
+    assert not torch.equal(sae.get_parameter("probe_w").detach(), weight)  # it learned
+
+
+def test_per_context_sees_last_rows_alone(stores: Any, scores: Path, tmp_path: Path) -> None:
+    fit_probe(scores, stores, None, WHERE, tmp_path)
+    store = stores["train"]
+    (tmp_path / "run").mkdir()
+    run = Run(store, run_config("per_context", None), RUNTIME, tmp_path / "run", tmp_path)
+    last = store.read(0, store.rows)[torch.from_numpy(store.column("position") == 31)]
+    known = {row.tobytes() for row in (last / store.scale).numpy()}
+    batches = run.batches()
+    assert all(row.tobytes() in known for _ in range(5) for row in next(batches).numpy())
+    batches.close()

@@ -126,3 +126,12 @@ def test_wrong_arguments_are_refused(operator: Callable[..., Tensor]) -> None:
         operator(floats.long(), threshold, 1.0)
     with pytest.raises(TypeError, match="threshold must be a floating point tensor, got float"):
         operator(floats, 0.5, 1.0)
+
+
+def test_gradient_in_the_values_is_that_of_a_small_step() -> None:
+    """Away from the thresholds the function is smooth."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(5, 7, generator=generator, dtype=torch.float64)
+    threshold = torch.full((7,), 0.3, dtype=torch.float64)
+    values = torch.where((values - 0.3).abs() < 0.01, values + 0.1, values).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: jumprelu(x, threshold, 0.01), values, eps=1e-4)

@@ -637,3 +637,16 @@ def test_weights_that_are_not_finite_are_refused(saved: Path, x: Tensor) -> None
     save(sae, saved, read_config(saved))
     with pytest.raises(UserError, match="b_dec is not finite"):
         load(saved)
+
+
+@pytest.mark.parametrize("variant", ["relu", "gated", "p_anneal", "jumprelu"])
+def test_the_path_follows_the_density(variant: str, x: Tensor) -> None:
+    sae = make(variant, x)
+    assert not sae.run(x).is_sparse
+    with torch.no_grad():
+        sae.b_enc.sub_(100)
+        sae.b_enc[3] = 50
+    sae.end_step(sae.run(x))
+    fwd = sae.run(x)
+    assert fwd.is_sparse
+    assert 0 < float(sae.get_buffer("density")) <= 1 / D_SAE + 1e-6

@@ -4,16 +4,16 @@ import torch
 from torch import Tensor, nn
 
 from saeflow.operators import SparseLatents, decode_sparse
-from saeflow.saes.base import SAE, Forward, Options, check_weight
+from saeflow.saes.base import Forward, Options, check_weight
+from saeflow.saes.penalised import Penalised
 from saeflow.saes.schedules import make_schedule
 
 
-class Gated(SAE):
+class Gated(Penalised):
     """z = 1[pi > 0] * relu(u exp(r_mag) + b_mag), where u = (x - b_dec) W_enc and pi = u + b_enc.
 
     The loss adds l1 * sum_i relu(pi_i), which only the gate feels, and the error of a reconstruction
-    from relu(pi) through a decoder taken as a constant, which teaches the gate. Trained on the dense
-    path: at first half of the latents are active.
+    from relu(pi) through a decoder taken as a constant, which teaches the gate.
 
     Args:
         l1: weight of the penalty on the gate at the end of its schedule.

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 
 from saeflow.errors import UserError
 from saeflow.operators import SparseLatents, jumprelu, step
-from saeflow.saes.base import SAE, Forward, Options, check_number, check_weight
+from saeflow.saes.base import Forward, Options, check_number, check_weight
+from saeflow.saes.penalised import Penalised
 from saeflow.saes.schedules import make_schedule
 
 
-class JumpReLU(SAE):
+class JumpReLU(Penalised):
     """z = a 1[a > theta], theta = exp(log_theta) per latent, with straight-through gradients.
 
     The loss adds l0_weight * L0 (the paper's), or l0_weight * (L0 / target - 1)^2 where a target is

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from saeflow.operators import SparseLatents
-from saeflow.saes.base import SAE, Forward, Options, check_count, check_number, check_weight
+from saeflow.saes.base import Forward, Options, check_count, check_number, check_weight
+from saeflow.saes.penalised import Penalised
 from saeflow.saes.schedules import make_schedule
 
 
-class PAnneal(SAE):
+class PAnneal(Penalised):
     """z = relu(a); the loss adds l1 * sum_i z_i^p, the mean over the batch.
 
     p falls from 1 to `p_end` in `p_updates` equal jumps, equally spaced from `anneal_start` to the end
@@ -85,6 +86,7 @@ class PAnneal(SAE):
 
     @torch.no_grad()
     def end_step(self, fwd: Forward) -> None:
+        super().end_step(fwd)
         positive = fwd.values[fwd.values > 0].double()
         for row, jumps in enumerate((self.jumps, self.jumps + 1)):
             self.recent[row, self.n_steps % self.WINDOW] = positive.pow(self.p_after(jumps)).sum()

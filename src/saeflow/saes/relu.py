@@ -3,14 +3,13 @@
 from torch import Tensor
 
 from saeflow.operators import SparseLatents
-from saeflow.saes.base import SAE, Forward, Options, check_weight
+from saeflow.saes.base import Forward, Options, check_weight
+from saeflow.saes.penalised import Penalised
 from saeflow.saes.schedules import make_schedule
 
 
-class ReLU(SAE):
+class ReLU(Penalised):
     """z = relu(a); the loss adds l1 * sum_i z_i, the mean over the batch; decoder rows are unit.
-
-    Trained on the dense path: at first half of the latents are active.
 
     Args:
         l1: weight of the penalty at the end of its schedule.
