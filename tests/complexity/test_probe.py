@@ -180,6 +180,22 @@ def test_the_probe_rests_then_learns(form: str, stores: Any, scores: Path, tmp_p
     assert (sae.probe_w.grad is not None) == (form == "soft")
 
 
+def test_the_joint_phase_starts_at_rest(stores: Any, scores: Path, tmp_path: Path) -> None:
+    """The fitted probe is where its own loss has no gradient (but for scores at the ends of 0..10)."""
+    fit_probe(scores, stores, [-50.0, 50.0], WHERE, tmp_path)
+    store = stores["train"]
+    sae = build("adaptive_k", store.d_in, 40, ADAPTIVE)
+    sae.take_probe(tmp_path, store.scale)
+    sae.probe_loss().backward()
+    moved = build("adaptive_k", store.d_in, 40, ADAPTIVE)
+    moved.take_probe(tmp_path, store.scale)
+    with torch.no_grad():
+        moved.probe_w.mul_(1.1)
+    moved.deviation.zero_()
+    moved.probe_loss().backward()
+    assert float(sae.probe_w.grad.norm()) < 0.02 * float(moved.probe_w.grad.norm())
+
+
 def test_the_joint_loss_is_the_papers(stores: Any, scores: Path, tmp_path: Path) -> None:
     sae, x = adaptive(stores, scores, tmp_path)
     with torch.no_grad():
@@ -190,7 +206,7 @@ def test_the_joint_loss_is_the_papers(stores: Any, scores: Path, tmp_path: Path)
     predicted = (probe["examples"] / scale @ w + b).clamp(0, 10)
     error = (predicted - probe["scores"]).square().mean()
     distance = (0.01**2 * len(w)) ** 0.5 + 0.2
-    expected = error + probe["ridge"] * w.square().sum() / 2 + 0.2 * distance
+    expected = error + probe["ridge"] * w.square().sum() / len(probe["scores"]) + 0.2 * distance
     sae.begin_step(8, 10)
     losses = sae.losses(sae.run(x), torch.zeros(40, dtype=torch.bool))
     assert float(losses["probe"].detach()) == pytest.approx(0.05 * float(expected), rel=1e-4)

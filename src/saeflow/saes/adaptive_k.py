@@ -25,8 +25,8 @@ class AdaptiveK(PerInputK):
     """k(x) = round(k_min + (k_max - k_min) sigmoid(steepness (score / 10 - 1/2))), score = w x + b in 0..10.
 
     The probe was fitted before (phase 1). It rests for `phase_ratio` of the steps (phase 2), then learns
-    with the SAE (phase 3): the loss adds probe_weight * (MSE(score, y) + ridge |w|^2 / 2 +
-    c (|w - w_0| + |b - b_0|)), with c adapted in 0.01..0.5 from 0.2 on: times 0.8 at a step whose probe loss
+    with the SAE (phase 3): the loss adds probe_weight * (MSE(score, y) + ridge |w|^2 / n +
+    c (|w - w_0| + |b - b_0|)), n scored rows (what the fit minimised, so that phase 3 starts at rest), with c adapted in 0.01..0.5 from 0.2 on: times 0.8 at a step whose probe loss
     is more than 5 % below that of 3 steps before, else times 1.2. A rounded k passes no gradient to the
     probe, the form `soft` does. The rest of the loss is mean (x - x_hat)^2 + l1 mean |z|_1 / mean |x|_2 +
     AuxK.
@@ -146,7 +146,11 @@ class AdaptiveK(PerInputK):
         self.adapt(error.detach())
         moved = self.probe_w - self.first_w
         distance = safe_norm(moved) + (self.probe_b - self.first_b).abs()
-        return error + self.ridge * self.probe_w.square().sum() / 2 + self.deviation * distance
+        return (
+            error
+            + self.ridge * self.probe_w.square().sum() / len(self.examples)
+            + self.deviation * distance
+        )
 
     def adapt(self, loss: Tensor) -> None:
         """c after a step with this probe loss."""
