@@ -30,7 +30,7 @@ def complexity(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
     width = style.COLUMN_WIDTH if columns == 1 else style.TEXT_WIDTH
-    figure = style.new_figure(width, _SIZE * lines + 0.5)
+    figure = style.new_figure(width, _SIZE * lines + 0.25)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     color = style.VARIANTS["adaptive_k"].color
     for ax, (key, held) in zip(axes, groups, strict=False):

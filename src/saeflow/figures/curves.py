@@ -116,14 +116,16 @@ def _block(
     columns = ["reconstruction", *(["terms"] if terms else []), "l0", "dead"]
     grid = part.subplots(
         len(block), len(columns) + 1, squeeze=False, sharex="col", sharey="col",
-        width_ratios=[*[1.0] * len(columns), 1.0],
+        width_ratios=[*[1.0] * len(columns), 1.15],
     )  # fmt: skip
     for line, series in zip(grid, block, strict=True):
         _row(dict(zip(columns, line, strict=False)), series, terms)
         line[-1].set_axis_off()
+        handles = _legend(series)
         legend = line[-1].legend(
-            handles=_legend(series), title=series.label, loc="center left", alignment="left",
-            bbox_to_anchor=(-0.08, 0.5), title_fontsize=7, fontsize=6.5, borderpad=0, ncols=2,
+            handles=handles, title=series.label.replace(" (", "\n("), loc="center left", alignment="left",
+            bbox_to_anchor=(-0.08, 0.5), title_fontsize=7, fontsize=6.5, borderpad=0,
+            ncols=1 if any(len(str(handle.get_label())) > 8 for handle in handles) else 2,
             handlelength=1.1, handletextpad=0.4, columnspacing=0.7,
         )  # fmt: skip
         legend.set_in_layout(False)
