@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 CORES ?= all
 
-.PHONY: setup demo test check bench
+.PHONY: setup demo test check bench torture
 
 setup: .venv/ready
 
@@ -34,3 +34,6 @@ test: check
 
 bench: setup
 	for script in benchmarks/*.py; do python $$script || exit 1; done
+
+torture: setup
+	python tests/torture/campaign.py

@@ -8,6 +8,7 @@ line names the file at fault; anything else is printed and ends the campaign wit
 """
 
 import argparse
+import contextlib
 import copy
 import os
 import random
@@ -27,9 +28,9 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
 
 import pandas as pd
 from tables import write
+from tests.workflow.conftest import SYNTHETIC, Project
 
 from saeflow.files import file_digest
-from tests.workflow.conftest import SYNTHETIC, Project
 
 LONGEST_WAIT_S = 14.0
 STAGES = {
@@ -103,16 +104,12 @@ def stage(project: Project) -> str:
 
 def end(process: "subprocess.Popen[bytes]", how: signal.Signals) -> None:
     """Send a signal to a whole process group; what does not heed it in time is killed."""
-    try:
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         os.killpg(process.pid, how)
         if how != signal.SIGKILL:
             process.wait(60)
-    except (ProcessLookupError, subprocess.TimeoutExpired):
-        pass
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

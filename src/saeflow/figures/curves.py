@@ -62,19 +62,21 @@ def loss_terms(steps: pd.DataFrame) -> list[str]:
 
 
 def _summands(run: pd.DataFrame) -> set[str]:
-    """The smallest set of columns that makes up the loss of every logged step of one run."""
+    """The smallest set of columns that makes up the loss of every logged step of one run.
+
+    A term that a run has in some steps only (SoftSAE's budget) is 0 in the others.
+    """
     others = [
         column
         for column in run.columns
         if column not in (*_KNOWN, _RECONSTRUCTION)
         and pd.api.types.is_numeric_dtype(run[column])
-        and run[column].notna().all()
-        and run[column].ne(0).any()
+        and run[column].fillna(0).ne(0).any()
     ]
     rest = run["loss"] - run[_RECONSTRUCTION]
     for size in range(len(others) + 1):
         for chosen in itertools.combinations(others, size):
-            gap = (rest - run[list(chosen)].sum(axis=1)).abs().max()
+            gap = (rest - run[list(chosen)].fillna(0).sum(axis=1)).abs().max()
             if gap <= _ROUNDING * run["loss"].abs().max():
                 return set(chosen)
     return set()
