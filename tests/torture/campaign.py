@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT)]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "workflow")]
 
 import pandas as pd
+from conftest import SYNTHETIC, Project
 from tables import write
-from tests.workflow.conftest import SYNTHETIC, Project
 
 from saeflow.files import file_digest
 
