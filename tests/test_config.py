@@ -163,7 +163,10 @@ def test_an_entry_overrides_the_shared_budget() -> None:
     params = changed("saes/topk/tokens", 4096)
     tokens = {run.entry: run.training.tokens for run in expand_runs(params)}
     assert tokens["topk"] == 4096
-    assert all(n == params["training"]["tokens"] for e, n in tokens.items() if e != "topk")
+    shared = params["training"]["tokens"]
+    own = {name: entry.get("tokens", shared) for name, entry in params["saes"].items()}
+    assert shared in own.values()
+    assert tokens == own
 
 
 def test_the_dataclass_and_the_schema_name_the_same_fields() -> None:
