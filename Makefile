@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 CORES ?= all
 
-.PHONY: setup demo test check bench torture
+.PHONY: setup demo test check bench
 
 setup: .venv/ready
 
@@ -34,6 +34,3 @@ test: check
 
 bench: setup
 	for script in benchmarks/*.py; do python $$script || exit 1; done
-
-torture: setup
-	python tests/torture/campaign.py

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from ..workflow.conftest import ROOT, SYNTHETIC, Project
+from ..workflow.conftest import ROOT, SYNTHETIC
 from .cluster import Cluster, why_not
 
 PROFILE = ROOT / "workflow" / "profiles" / "slurm" / "config.yaml"
@@ -52,11 +52,3 @@ def small(tokens: int = 131_072) -> dict[str, Any]:
     params["training"]["tokens"] = tokens
     params["figures"]["names"] = ["fvu_l0"]
     return params
-
-
-@pytest.fixture(scope="session")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """The same workflow without SLURM."""
-    project = Project(tmp_path_factory.mktemp("local"), small())
-    project.snakemake("all")
-    return project
