@@ -55,7 +55,7 @@ def speed(project: Path) -> pd.DataFrame:
     last = max(HookPoint.parse(name).block for name in source.hook_points)
     bare = truncated(source.model, last + 1)
     parts = -(-source.n_contexts("train") // BLOCK_CONTEXTS)
-    tokens = torch.from_numpy(source.tokens("train").astype(np.int64))
+    tokens = torch.from_numpy(source.inputs("train").astype(np.int64))
     blocks = iter(range(TURNS + 1))
 
     @torch.inference_mode()

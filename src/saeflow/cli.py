@@ -82,10 +82,14 @@ def _json(option: str, text: str) -> Any:
 
 def _machine(runtime: str, threads: int) -> dict[str, Any]:
     """`runtime`, with torch set to so many threads."""
+    _set_threads(threads)
+    return dict(_json("--runtime", runtime))
+
+
+def _set_threads(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    return dict(_json("--runtime", runtime))
 
 
 def _model_folders(folder: Path, source: dict[str, Any]) -> list[Path]:
@@ -131,19 +135,22 @@ def validate(
 def fetch(
     model: Annotated[str, typer.Option(help="`model` and `hook_points`, as JSON.")],
     out: Out,
+    threads: Threads = 1,
     key: Key = "",
 ) -> None:
-    """Fetch a source's model, and check that it has the hook points."""
+    """Fetch (or train) a source's model, and check that it has the hook points."""
     from saeflow.sources.models import fetch_model, pinned
 
     values = _json("--model", model)
+    if "trained" in values["model"]:
+        _set_threads(threads)
     with (
         _interruptible(),
         provenance.job(
             out, name="fetch", params=values, external=pinned(values["model"]), key=key
         ) as job,
     ):
-        fetch_model(values["model"], values["hook_points"], job.path)
+        fetch_model(values["model"], values["hook_points"], job.path, threads)
 
 
 @app.command()
@@ -151,9 +158,10 @@ def prepare(
     source: SourceJson,
     rows: Annotated[str, typer.Option(help="Rows asked for, by split, as JSON.")],
     folder: SourceFolder,
+    threads: Threads = 1,
     key: Key = "",
 ) -> None:
-    """Make what a source reads: token ids of its text, or its true dictionary."""
+    """Make what a source reads: token ids of its text, pixels of its images, or its true dictionary."""
     from saeflow.sources import external_inputs, prepare_inputs
 
     values, counts = _json("--source", source), _json("--rows", rows)
@@ -169,7 +177,35 @@ def prepare(
             key=key,
         ) as job,
     ):
-        prepare_inputs(values, counts, model, job.path)
+        prepare_inputs(values, counts, model, job.path, threads)
+
+
+@app.command()
+def label(
+    labelled: Annotated[str, typer.Option(help="One entry of evaluation.labelled_sets, as JSON.")],
+    folder: SourceFolder,
+    out: Out,
+    threads: Threads = 1,
+    key: Key = "",
+) -> None:
+    """Decode the images of a labelled set as a source's model sees them."""
+    from saeflow.sources.images import images_digests
+    from saeflow.sources.vision import prepare_labelled
+
+    values, model = _json("--labelled", labelled), folder / "model"
+    external = images_digests(values["train"]) | images_digests(values["test"])
+    with (
+        _interruptible(),
+        provenance.job(
+            out,
+            name="label",
+            inputs=[model],
+            external=external,
+            params={"labelled": values},
+            key=key,
+        ) as job,
+    ):
+        prepare_labelled(values, model, job.path, threads)
 
 
 @app.command()
@@ -352,31 +388,70 @@ def clean(
     out: Out,
     key: Key = "",
 ) -> None:
-    """Run the model once on evaluation contexts: the clean side that every SAE is compared with."""
-    from saeflow.evaluation.splice import write_clean
-    from saeflow.stores import open_store
-
+    """Run the model once on evaluation inputs: the clean side that every SAE is compared with."""
     values, metrics = _json("--source", source), _json("--evaluation", evaluation)
     machine = _machine(runtime, threads)
+    labelled = {name: folder / "labelled" / name for name in metrics.get("labelled_sets", {})}
     with (
         _interruptible(),
         provenance.job(
             out,
             name="clean",
-            inputs=[*_model_folders(folder, values), *(stores / split for split in SPLITS)],
+            inputs=[
+                *_model_folders(folder, values),
+                *(stores / split for split in SPLITS),
+                *labelled.values(),
+            ],
             params={
                 "source": values,
                 "hook_point": hook_point,
-                "ce_contexts": metrics["ce_contexts"],
+                **{
+                    name: metrics[name]
+                    for name in ("ce_contexts", "concept_cards")
+                    if name in metrics
+                },
             },
             key=key,
             device=machine["device"],
         ) as job,
     ):
+        if values["kind"] == "vision":
+            from saeflow.evaluation.zero_shot import write_labelled
+
+            cards = metrics["concept_cards"]
+            prompts = cards["prompts"] if cards else []
+            write_labelled(
+                values, folder, labelled, prompts, hook_point, machine["device"], job.path
+            )
+            return
+        from saeflow.evaluation.splice import write_clean
+        from saeflow.stores import open_store
+
         mean = open_store(stores / "train" / f"{hook_point}.zarr").mean
         write_clean(
             values, folder, hook_point, mean, metrics["ce_contexts"], machine["device"], job.path
         )
+
+
+@app.command()
+def dimension(
+    store: Annotated[Path, typer.Option(help="Folder of the evaluation split's stores.")],
+    hook_point: Annotated[str, typer.Option(help="Which activations.")],
+    evaluation: EvaluationJson,
+    out: Out,
+    key: Key = "",
+) -> None:
+    """Estimate the local intrinsic dimension of evaluation rows."""
+    from saeflow.evaluation.dimension import write_dimensions
+    from saeflow.stores import open_store
+
+    settings = _json("--evaluation", evaluation)["dimension"]
+    params = {"hook_point": hook_point, "dimension": settings}
+    with (
+        _interruptible(),
+        provenance.job(out, name="dimension", inputs=[store], params=params, key=key) as job,
+    ):
+        write_dimensions(open_store(store / f"{hook_point}.zarr"), settings, job.path)
 
 
 @app.command()

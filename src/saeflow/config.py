@@ -23,7 +23,7 @@ ROOT = PACKAGE.parents[1]
 OPTION_PRESETS = PACKAGE / "saes" / "presets.yaml"
 SCHEMA = ROOT / "workflow" / "schemas" / "params.schema.yaml"
 SPLITS = ("train", "evaluation")
-RESERVED = {"baselines", "clean", "identity", "mean", "pca"}
+RESERVED = {"baselines", "clean", "dimension", "identity", "mean", "pca"}
 """Names that the evaluation gives to its own rows and folders."""
 
 
@@ -166,12 +166,25 @@ def validate(params: Any) -> None:
             )
     for name, source in params["sources"].items():
         _check_source(name, source)
-        if source["kind"] == "text":
+        if "forward_batch" in source:
             batch, block = source["forward_batch"], params["stores"][name]["block_contexts"]
             if block % batch:
                 raise UserError(
                     f"stores.{name}.block_contexts: expected a multiple of the source's "
                     f"forward_batch ({batch}), found {block}."
+                )
+    dimension = params["evaluation"]["dimension"]
+    for name in dimension["sources"] if dimension else []:
+        if name not in params["sources"]:
+            raise UserError(
+                f"evaluation.dimension.sources: no such source: {name}. Known: {_list(params['sources'])}."
+            )
+    for name, labelled in params["evaluation"]["labelled_sets"].items():
+        for split in ("train", "test"):
+            folder = labelled[split].get("folder")
+            if folder is not None and not Path(folder).is_dir():
+                raise UserError(
+                    f"evaluation.labelled_sets.{name}.{split}.folder: no such folder: {folder}. Mend the path."
                 )
     if taken := RESERVED & set(params["saes"]):
         raise UserError(f"saes: the name {_list(taken)} is a baseline's. Choose another.")
@@ -263,10 +276,12 @@ def _yaml_trap(error: Any) -> str:
 
 def _check_source(name: str, source: Mapping[str, Any]) -> None:
     where = f"sources.{name}"
-    if source["kind"] == "text":
-        model, text = source["model"], source["text"]
+    if "model" in source:
+        model = source["model"]
         paths = [(f"{where}.model.{key}", model[key]) for key in ("folder", "gguf") if key in model]
-        paths += [(f"{where}.text.files", path) for path in text.get("files", [])]
+        paths += [(f"{where}.text.files", p) for p in source.get("text", {}).get("files", [])]
+        if "folder" in source.get("images", {}):
+            paths.append((f"{where}.images.folder", source["images"]["folder"]))
         for key, path in paths:
             if not Path(path).exists():
                 raise UserError(f"{key}: no such file or folder: {path}. Mend the path.")

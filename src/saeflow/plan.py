@@ -14,13 +14,13 @@ from typing import Any
 from saeflow.config import SAEConfig, expand_runs, job_key
 
 _NUMERIC = ("torch", "numpy", "safetensors")
-_MODEL = (*_NUMERIC, "transformers", "tokenizers", "datasets")
+_MODEL = (*_NUMERIC, "transformers", "tokenizers", "datasets", "pillow")
 _STORE = (*_MODEL, "zarr", "numcodecs")
 _TABLE = (*_MODEL, "pandas", "scipy")
 _PROBE = (*_STORE, "pandas", "scikit-learn", "scipy")
-_DRAW = ("jinja2", "matplotlib", "numpy", "pandas")
+_DRAW = ("jinja2", "matplotlib", "numpy", "pandas", "safetensors")
 _SHARED = ("config",)
-BASELINES = "baselines"
+_OF_IMAGES = ("labelled_sets", "concept_cards", "images_listed")
 
 
 class Plan:
@@ -54,6 +54,19 @@ class Plan:
         """Whether the source reads a model (and so has a model in the loop)."""
         return "model" in self.params["sources"][source]
 
+    def is_vision(self, source: str) -> bool:
+        """Whether the source's model sees images."""
+        return bool(self.params["sources"][source]["kind"] == "vision")
+
+    def has_dimension(self, source: str) -> bool:
+        """Whether the local intrinsic dimension of the source's rows is asked for."""
+        dimension = self.params["evaluation"]["dimension"]
+        return dimension is not None and source in dimension["sources"]
+
+    def labelled(self, source: str) -> list[str]:
+        """The labelled sets that the source's model classifies."""
+        return list(self.params["evaluation"]["labelled_sets"]) if self.is_vision(source) else []
+
     # The slices of the parameters that each job sees.
 
     def source(self, source: str) -> dict[str, Any]:
@@ -78,8 +91,16 @@ class Plan:
     def run(self, run: str) -> dict[str, Any]:
         return asdict(self.runs[run])
 
-    def evaluation(self) -> dict[str, Any]:
-        return {k: v for k, v in self.params["evaluation"].items() if k != "pca_ranks"}
+    def evaluation(self, source: str) -> dict[str, Any]:
+        """What of `evaluation` concerns a source: images only where it sees any."""
+        every = {k: v for k, v in self.params["evaluation"].items() if k != "pca_ranks"}
+        if not self.is_vision(source):
+            every = {k: v for k, v in every.items() if k not in _OF_IMAGES}
+        dimension = every["dimension"] if self.has_dimension(source) else None
+        return {**every, "dimension": dimension}
+
+    def labelled_set(self, name: str) -> dict[str, Any]:
+        return dict(self.params["evaluation"]["labelled_sets"][name])
 
     def pca_ranks(self) -> list[int]:
         return list(self.params["evaluation"]["pca_ranks"])
@@ -90,7 +111,9 @@ class Plan:
     # Keys, from the start of the chain to its end.
 
     def key_model(self, source: str) -> str:
-        code = (*_SHARED, "sources/models", "sources/layouts")
+        code: tuple[str, ...] = (*_SHARED, "sources/models", "sources/layouts")
+        if "trained" in self.model(source)["model"]:
+            code += ("sources/clip_training", "sources/scenes")
         return job_key("model", self.model(source), code=code, libraries=_MODEL, after=[])
 
     def _after_model(self, source: str) -> list[str]:
@@ -142,21 +165,41 @@ class Plan:
         slice_ = [hook_point, self.params["evaluation"]["ce_contexts"], self.source(source)]
         after = [self.key_inputs(source), *self._after_model(source)]
         after += [self.key_store(source, split) for split in ("train", "evaluation")]
+        if self.is_vision(source):
+            code = (*_SHARED, "sources", "evaluation/zero_shot")
+            slice_ = [hook_point, self.params["evaluation"]["concept_cards"], self.source(source)]
+            after += [self.key_labelled(source, name) for name in self.labelled(source)]
         return job_key("clean", slice_, code=code, libraries=_MODEL, after=after)
+
+    def key_labelled(self, source: str, name: str) -> str:
+        code = (*_SHARED, "sources")
+        after = self._after_model(source)
+        slice_ = self.labelled_set(name)
+        return job_key("labelled", slice_, code=code, libraries=_MODEL, after=after)
+
+    def key_dimension(self, source: str, hook_point: str) -> str:
+        code = (*_SHARED, "stores", "evaluation/dimension")
+        slice_ = [hook_point, self.params["evaluation"]["dimension"]]
+        after = [self.key_store(source, "evaluation")]
+        libraries = (*_STORE, "scikit-dimension", "scikit-learn", "scipy")
+        return job_key("dimension", slice_, code=code, libraries=libraries, after=after)
 
     def _after_stores(self, source: str, hook_point: str) -> list[str]:
         after = [self.key_store(source, split) for split in ("train", "evaluation")]
-        return after + ([self.key_clean(source, hook_point)] if self.has_model(source) else [])
+        after += [self.key_clean(source, hook_point)] if self.has_model(source) else []
+        after += [self.key_dimension(source, hook_point)] if self.has_dimension(source) else []
+        return after
 
     def key_evaluation(self, run: str) -> str:
         code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation")
         config = self.runs[run]
         after = [self.key_sae(run), *self._after_stores(config.source, config.hook_point)]
-        return job_key("evaluation", self.evaluation(), code=code, libraries=_TABLE, after=after)
+        slice_ = self.evaluation(config.source)
+        return job_key("evaluation", slice_, code=code, libraries=_TABLE, after=after)
 
     def key_baselines(self, source: str, hook_point: str) -> str:
         code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation")
-        slice_ = [self.evaluation(), self.pca_ranks()]
+        slice_ = [self.evaluation(source), self.pca_ranks()]
         after = self._after_stores(source, hook_point)
         return job_key("baselines", slice_, code=code, libraries=_TABLE, after=after)
 

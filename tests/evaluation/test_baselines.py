@@ -12,7 +12,7 @@ from saeflow.evaluation.baselines import PCA, Identity, Mean, baselines, princip
 from saeflow.evaluation.measure import measure_rows
 from saeflow.evaluation.rows import RowSelection, row_statistics
 
-ALL_ROWS = RowSelection(skip_first=False, norm_limit=None)
+ALL_ROWS = RowSelection(positions="all", norm_limit=None)
 
 
 @pytest.fixture

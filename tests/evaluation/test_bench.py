@@ -39,7 +39,9 @@ SYNTHETIC = {
     "coefficient": {"kind": "normal", "mean": 1.0, "std": 0.2}, "noise_std": 0.0,
     "skip_first": False, "max_norm_multiple": None, "seed": 0,
 }  # fmt: skip
-EVALUATION = {"batch_size": 100, "skip_first": True, "max_norm_multiple": 10, "ce_contexts": 6}
+EVALUATION = {
+    "batch_size": 100, "skip_first": True, "max_norm_multiple": 10, "ce_contexts": 6, "dimension": None,
+}  # fmt: skip
 
 
 def make_stores(results: Path, name: str, params: Mapping[str, Any]) -> None:
@@ -184,7 +186,7 @@ def test_the_true_code_is_recovered_whole(results: Path) -> None:
         return latents
 
     oracle.encode = encode
-    got = bench.measure(oracle, recovery=True).metrics
+    got = bench.measure(oracle, is_trained=True)[0].metrics
     for name in ("mmcs", "mcc", "support_precision", "support_recall", "support_f1"):
         assert got[name] == pytest.approx(1, abs=1e-6), name
     assert got["spearman_l0_true"] == pytest.approx(1, abs=1e-12)
@@ -248,7 +250,7 @@ def test_metrics_of_a_trained_sae_match_a_plain_loop(results: Path) -> None:
     """fvu, cosine and L0 of a saved SAE, written out in float64 from its weights."""
     bench = Bench(results, "tiny", HOOK_POINT, EVALUATION, "cpu")
     sae = load(train_sae(results, "tiny", HOOK_POINT, "relu"))
-    got = bench.measure(sae, recovery=False).metrics
+    got = bench.measure(sae, is_trained=False)[0].metrics
     x = bench.held_out.read(0, bench.held_out.rows).double().numpy()
     w = {name: value.detach().double().numpy() for name, value in sae.named_parameters()}
     z = np.maximum((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"], 0)
@@ -270,7 +272,7 @@ def test_batch_size_does_not_change_a_metric_of_a_trained_sae(
         sae = load(train_sae(results, source, hook_point, "topk"))
         expected, got = (
             Bench(results, source, hook_point, EVALUATION | {"batch_size": size}, "cpu")
-            .measure(sae, recovery=True)
+            .measure(sae, is_trained=True)[0]
             .metrics
             for size in (100, batch_size)
         )

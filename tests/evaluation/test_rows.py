@@ -38,12 +38,12 @@ def test_rows_follow_the_policy(
     norm_limit: float | None,
     expected: list[int],
 ) -> None:
-    selection = RowSelection(skip_first=skip_first, norm_limit=norm_limit)
+    selection = RowSelection(positions="rest" if skip_first else "all", norm_limit=norm_limit)
     assert chosen(memory_store(X, position=POSITIONS), selection, batch_size) == expected
 
 
 def test_statistics_are_of_the_rows_that_are_kept(memory_store: Any) -> None:
-    selection = RowSelection(skip_first=True, norm_limit=None)
+    selection = RowSelection(positions="rest", norm_limit=None)
     got = row_statistics(memory_store(X, position=POSITIONS), selection, 2, "cpu")
     np.testing.assert_allclose(got.mean, X[[1, 2, 4]].mean(0), rtol=1e-15)
     assert (got.rows, got.excluded) == (3, 2)
@@ -53,11 +53,11 @@ def test_statistics_are_of_the_rows_that_are_kept(memory_store: Any) -> None:
 def test_the_mean_of_equal_rows_is_the_row_itself(memory_store: Any) -> None:
     row = np.float32([0.1, 1e7, -3.3])
     store = memory_store(np.tile(row, (999, 1)))
-    got = row_statistics(store, RowSelection(skip_first=False, norm_limit=None), 100, "cpu")
+    got = row_statistics(store, RowSelection(positions="all", norm_limit=None), 100, "cpu")
     assert (got.mean.numpy() == row.astype(np.float64)).all()
 
 
 def test_no_row_left_is_refused(memory_store: Any) -> None:
-    selection = RowSelection(skip_first=True, norm_limit=0.5)
+    selection = RowSelection(positions="rest", norm_limit=0.5)
     with pytest.raises(UserError, match="none of its 5 rows is left"):
         row_statistics(memory_store(X, position=POSITIONS), selection, 2, "cpu")

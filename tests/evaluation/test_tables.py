@@ -16,6 +16,7 @@ import pytest
 from saeflow.errors import UserError
 from saeflow.evaluation.tables import (
     METRIC_COLUMNS,
+    Evaluation,
     as_latex,
     collect,
     describe_schedule,
@@ -49,7 +50,7 @@ def write_run(root: Path, values: dict[str, Any], metrics: dict[str, float]) -> 
     for folder in folders:
         folder.mkdir(parents=True)
     bins = {"l0": [(8.0, 9.0, 1000)]}
-    write_evaluation(folders[0], [(identify(values), POLICY | metrics, bins)])
+    write_evaluation(folders[0], [(identify(values), Evaluation(POLICY | metrics, bins))])
     (folders[1] / "config.json").write_text(json.dumps(values))
     (folders[1] / "steps.csv").write_text("step,tokens_seen,loss,k\n0,10,3.5,64\n9,100,1.25,8\n")
     return folders
@@ -97,8 +98,8 @@ def test_order_of_the_arguments_changes_no_byte(
     collect([run[0] for run in runs[::-1]], [run[1] for run in runs[3::-1]], [], two)
     names = sorted(path.name for path in one.iterdir())
     assert names == [
-        "complexity.csv", "histograms.csv", "metrics.csv", "metrics.json", "probes.csv", "summary.csv",
-        "summary.md", "summary.tex", "training.csv",
+        "classification.csv", "complexity.csv", "dimension.csv", "histograms.csv", "images.csv",
+        "metrics.csv", "metrics.json", "probes.csv", "summary.csv", "summary.md", "summary.tex", "training.csv",
     ]  # fmt: skip
     for name in names:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name

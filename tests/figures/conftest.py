@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from saeflow.evaluation.tables import read_csv, summarise
+from saeflow.evaluation.tables import EXTRA, read_csv, summarise
 
 IDS = [
     "run",
@@ -72,6 +74,75 @@ class Bench:
         self.complexity: list[dict[str, Any]] = []
         self.probes: list[dict[str, Any]] = []
         self.random = random.Random(7)
+        self.extra: dict[str, list[dict[str, Any]]] = {name: [] for name in EXTRA}
+        self.pictured: list[str] = []
+
+    def see(self, ids: dict[str, Any], l0: float, quality: float) -> None:
+        """What an SAE of images has beside the others' metrics."""
+        shared = {"set": "shapes", "classes": 20, "images": 400, "clean_accuracy": 0.95}
+        for n in (1, 5, 10, 50):
+            for protocol in ("paper", "leak_free"):
+                for labels, concepts in (("true", "on"), ("true", "off"), ("permuted", "on")):
+                    known = {"protocol": protocol, "labels": labels, "concepts": concepts, "n": n}
+                    accuracy = (
+                        0.05 if labels == "permuted" else (1 - math.exp(-n / 9)) * 0.9 / quality
+                    )
+                    self.extra["classification"].append(
+                        {**ids, **shared, **known, "accuracy": accuracy / 1.2, "l0": n / 2}
+                    )
+        whole = {"protocol": "all", "labels": "true", "concepts": "on", "n": "all", "accuracy": 0.7}
+        self.extra["classification"].append({**ids, **shared, **whole})
+        for image in range(40):
+            varies = 0 if ids["variant"] == "topk" else image % 7
+            known = {"context": image, "label": image % 20, "objects": image % 7}
+            self.extra["images"].append({**ids, **known, "l0": l0 * (1 + varies / 10)})
+        for estimator in ("mle", "twonn"):
+            for neighbours in (20, 50):
+                spearman = (
+                    {} if ids["variant"] == "topk" else {"spearman_l0": 0.4, "partial_l0": 0.3}
+                )
+                known = {
+                    "estimator": estimator,
+                    "neighbours": neighbours,
+                    "rows": 900,
+                    "dimension": 6,
+                }
+                self.extra["dimension"].append({**ids, **known, **spearman})
+        self.pictured.append(ids["run"])
+
+    def cards(self, folder: Path) -> None:
+        """Pictures of concepts: two concepts, three images of each, four from simple to complex."""
+        rng = np.random.default_rng(0)
+        for run in self.pictured:
+            (folder / run).mkdir(parents=True)
+            arrays = {
+                "pixels": rng.integers(0, 255, (2, 3, 16, 16, 3), np.uint8),
+                "masks": rng.random((2, 3, 4, 4), np.float32),
+                "shown_pixels": rng.integers(0, 255, (4, 16, 16, 3), np.uint8),
+                "shown_l0": rng.integers(0, 9, (4, 4, 4)).astype(np.int32),
+                "shown_masks": rng.random((4, 3, 4, 4), np.float32),
+            }
+            save_file(arrays, folder / run / "cards.safetensors")
+            card = {
+                "images": [3, 1, 2], "histogram": [9, 4, 1], "edges": [0, 1, 2, 3], "firing_rate": 0.02,
+                "prompt": "a <b>red</b> object", "prompt_cosine": 0.5, "on_objects": 0.9,
+            }  # fmt: skip
+            spread = 0 if "/topk/" in run else 1
+            facts = {
+                "covered": 0.3,
+                "concepts": [{"latent": latent, **card} for latent in (7, 12)],
+                "shown": [
+                    {
+                        "context": i,
+                        "l0": 4.0 + i * spread,
+                        "k_hat": None,
+                        "objects": i,
+                        "concepts": [7],
+                    }
+                    for i in range(4)
+                ],
+            }
+            (folder / run / "cards.json").write_text(json.dumps(facts))
 
     def measure(self, ids: dict[str, Any], l0: float, fvu: float, rows: int) -> None:
         text = ids["source"] != SYNTHETIC[0]
@@ -124,6 +195,7 @@ class Bench:
             add("mmcs", min(0.995, found))
             add("support_f1", min(0.99, found**2))
             add("true_l0_mean", 20.0)
+            self.see(ids, l0, quality)
         spread = 0.01 if k and variant == "topk" else l0 * 0.3
         bins = [(float(k), float(k + 1), rows)] if spread == 0.01 and k else _bell(l0, spread, rows)
         rates = [
@@ -207,6 +279,9 @@ class Bench:
         write(folder / "training.csv", [*ids, *steps], self.training)
         write(folder / "complexity.csv", COMPLEXITY, self.complexity)
         write(folder / "probes.csv", PROBES, self.probes)
+        for name, columns in EXTRA.items():
+            write(folder / f"{name}.csv", [*IDS, *columns], self.extra[name])
+        self.cards(folder / "cards")
         lines = summarise(read_csv(folder / "metrics.csv"))
         write(folder / "summary.csv", list(lines[0]), lines)
         return folder

@@ -40,7 +40,7 @@ def test_smollm2_comes_out_of_its_wheel_and_predicts_english(tmp_path: Path) -> 
     rows = {"train": 1000, "evaluation": 1000}
     prepare_inputs(PARAMS, rows, tmp_path / "model", tmp_path / "inputs")
     source: Any = open_source(PARAMS, tmp_path, "cpu")
-    tokens = source.tokens("evaluation")
+    tokens = source.inputs("evaluation")
     assert (tokens[:, 0] == 1).all()  # <|im_start|>
     ids = torch.from_numpy(tokens.astype(np.int64))
     found = capture(source.model, ["blocks.19.resid_pre"], ids)

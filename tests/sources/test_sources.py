@@ -18,7 +18,7 @@ def test_a_kind_is_a_module_with_four_functions(kind: str) -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(UserError, match="expected one of synthetic, text, found 'audio'"):
+    with pytest.raises(UserError, match="expected one of synthetic, text, vision, found 'audio'"):
         check_source("s", {"kind": "audio"}, Path())
 
 

@@ -41,6 +41,7 @@ wildcard_constraints:
     source="[a-z0-9._-]+",
     hook_point="[A-Za-z0-9._-]+",
     complexity="[a-z0-9._-]+",
+    labelled="[a-z0-9._-]+",
     split="train|evaluation",
     part="[0-9]+",
     parts="[0-9]+",
@@ -88,12 +89,8 @@ def model_record(wildcards):
 
 
 def clean_record(source, hook_point):
-    """The record of the clean side of the model in the loop, where the source has a model."""
-    return (
-        f"results/evaluations/{source}/{hook_point}/clean/{RECORD}"
-        if plan.has_model(source)
-        else []
-    )
+    """The record of the clean side of the model in the loop."""
+    return f"results/evaluations/{source}/{hook_point}/clean/{RECORD}"
 
 
 def probe_folder(run):
@@ -105,7 +102,10 @@ def probe_folder(run):
 def evaluation_inputs(source, hook_point):
     """The records of what an SAE of one store is measured on."""
     splits = [f"results/stores/{source}/{split}/{RECORD}" for split in ("train", "evaluation")]
-    return [*splits, *(record for record in [clean_record(source, hook_point)] if record)]
+    model = [clean_record(source, hook_point)] if plan.has_model(source) else []
+    folder = f"results/evaluations/{source}/{hook_point}/dimension"
+    dimension = [f"{folder}/{RECORD}"] if plan.has_dimension(source) else []
+    return [*splits, *model, *dimension]
 
 
 def is_current(folder, key):

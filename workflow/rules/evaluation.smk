@@ -11,6 +11,10 @@ rule evaluate_clean:
         stores=expand(
             "results/stores/{{source}}/{split}/provenance.json", split=["train", "evaluation"]
         ),
+        labelled=lambda w: [
+            f"results/sources/{w.source}/labelled/{name}/provenance.json"
+            for name in plan.labelled(w.source)
+        ],
     output:
         record="results/evaluations/{source}/{hook_point}/clean/provenance.json",
     log:
@@ -23,12 +27,30 @@ rule evaluate_clean:
     params:
         key=lambda w: plan.key_clean(w.source, w.hook_point),
         source=lambda w: json.dumps(plan.source(w.source)),
-        evaluation=json.dumps(plan.evaluation()),
+        evaluation=lambda w: json.dumps(plan.evaluation(w.source)),
     shell:
         "python -m saeflow clean --source {params.source:q} --hook-point {wildcards.hook_point}"
         " --evaluation {params.evaluation:q} --threads {threads} --key {params.key}"
         " --folder results/sources/{wildcards.source} --stores results/stores/{wildcards.source}"
         " --out results/evaluations/{wildcards.source}/{wildcards.hook_point}/clean 2>&1 | tee {log}"
+
+
+rule estimate_dimension:
+    input:
+        "results/stores/{source}/evaluation/provenance.json",
+    output:
+        record="results/evaluations/{source}/{hook_point}/dimension/provenance.json",
+    log:
+        "logs/estimate_dimension/{source}_{hook_point}.log",
+    conda:
+        "../../envs/model.yaml"
+    params:
+        key=lambda w: plan.key_dimension(w.source, w.hook_point),
+        evaluation=lambda w: json.dumps(plan.evaluation(w.source)),
+    shell:
+        "python -m saeflow dimension --store results/stores/{wildcards.source}/evaluation"
+        " --hook-point {wildcards.hook_point} --evaluation {params.evaluation:q} --key {params.key}"
+        " --out results/evaluations/{wildcards.source}/{wildcards.hook_point}/dimension 2>&1 | tee {log}"
 
 
 rule evaluate_sae:
@@ -48,7 +70,7 @@ rule evaluate_sae:
         gpu=gpus(),
     params:
         key=lambda w: plan.key_evaluation(w.run),
-        evaluation=json.dumps(plan.evaluation()),
+        evaluation=lambda w: json.dumps(plan.evaluation(plan.runs[w.run].source)),
     shell:
         "python -m saeflow evaluate --sae results/saes/{wildcards.run} --results results"
         " --evaluation {params.evaluation:q} --threads {threads} --key {params.key}"
@@ -72,7 +94,7 @@ rule evaluate_baselines:
     params:
         key=lambda w: plan.key_baselines(w.source, w.hook_point),
         ranks=json.dumps(plan.pca_ranks()),
-        evaluation=json.dumps(plan.evaluation()),
+        evaluation=lambda w: json.dumps(plan.evaluation(w.source)),
     shell:
         "python -m saeflow baselines --store {wildcards.source}/{wildcards.hook_point}"
         " --ranks {params.ranks:q} --results results --evaluation {params.evaluation:q}"
@@ -92,6 +114,9 @@ rule collect_tables:
         complexity="results/tables/complexity.csv",
         probes="results/tables/probes.csv",
         histograms="results/tables/histograms.csv",
+        extra=expand(
+            "results/tables/{table}.csv", table=["classification", "images", "dimension"]
+        ),
         json="results/tables/metrics.json",
         record="results/tables/provenance.json",
     log:

@@ -1,7 +1,8 @@
 """Sources: the model and the inputs it reads.
 
 Expects nothing but params.yaml; leaves results/sources/SOURCE/model (a Hugging Face folder, where the
-source has a model) and results/sources/SOURCE/inputs (token ids, or the true dictionary).
+source has a model), results/sources/SOURCE/inputs (token ids, pixels or the true dictionary) and
+results/sources/SOURCE/labelled/SET (images that are classified).
 """
 
 
@@ -12,11 +13,12 @@ rule fetch_model:
         "logs/fetch_model/{source}.log",
     conda:
         "../../envs/model.yaml"
+    threads: lambda w: threads("train") if plan.is_vision(w.source) else 1
     params:
         key=lambda w: plan.key_model(w.source),
         model=lambda w: json.dumps(plan.model(w.source)),
     shell:
-        "python -m saeflow fetch --model {params.model:q} --key {params.key}"
+        "python -m saeflow fetch --model {params.model:q} --threads {threads} --key {params.key}"
         " --out results/sources/{wildcards.source}/model 2>&1 | tee {log}"
 
 
@@ -29,10 +31,30 @@ rule prepare_inputs:
         "logs/prepare_inputs/{source}.log",
     conda:
         "../../envs/model.yaml"
+    threads: lambda w: threads("extract") if plan.is_vision(w.source) else 1
     params:
         key=lambda w: plan.key_inputs(w.source),
         source=lambda w: json.dumps(plan.source(w.source)),
         rows=lambda w: json.dumps(plan.rows(w.source)),
     shell:
         "python -m saeflow prepare --source {params.source:q} --rows {params.rows:q} --key {params.key}"
-        " --folder results/sources/{wildcards.source} 2>&1 | tee {log}"
+        " --threads {threads} --folder results/sources/{wildcards.source} 2>&1 | tee {log}"
+
+
+rule prepare_labelled:
+    input:
+        model=model_record,
+    output:
+        record="results/sources/{source}/labelled/{labelled}/provenance.json",
+    log:
+        "logs/prepare_labelled/{source}_{labelled}.log",
+    conda:
+        "../../envs/model.yaml"
+    threads: threads("extract")
+    params:
+        key=lambda w: plan.key_labelled(w.source, w.labelled),
+        labelled=lambda w: json.dumps(plan.labelled_set(w.labelled)),
+    shell:
+        "python -m saeflow label --labelled {params.labelled:q} --threads {threads} --key {params.key}"
+        " --folder results/sources/{wildcards.source}"
+        " --out results/sources/{wildcards.source}/labelled/{wildcards.labelled} 2>&1 | tee {log}"

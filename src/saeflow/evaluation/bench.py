@@ -6,15 +6,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 from torch import Tensor
 
 from saeflow.errors import UserError
 from saeflow.evaluation.baselines import baselines
-from saeflow.evaluation.measure import Measured, measure_rows
+from saeflow.evaluation.dimension import DIMENSIONS
+from saeflow.evaluation.images import KINDS, PerImage, PerKind, PerRow, write_cards
+from saeflow.evaluation.measure import Measured, Observer, measure_rows
 from saeflow.evaluation.rows import RowSelection, RowStatistics, row_statistics
 from saeflow.evaluation.splice import ModelInTheLoop
-from saeflow.evaluation.tables import identify, write_evaluation
+from saeflow.evaluation.tables import Evaluation, identify, write_evaluation
+from saeflow.evaluation.zero_shot import LabelledSets
 from saeflow.stores import open_store
 
 logger = logging.getLogger(__name__)
@@ -47,14 +52,24 @@ class Bench:
         self._model = results / "sources" / source / "model"
         self._inputs = results / "sources" / source / "inputs"
         self._clean = results / "evaluations" / source / hook_point / "clean"
+        self._dimension = results / "evaluations" / source / hook_point / "dimension"
 
     @property
     def inputs(self) -> list[Path]:
         """The result folders that a measurement reads."""
-        stores = [self._stores / "train", self._stores / "evaluation"]
-        if self._model.exists():
-            return [*stores, self._model, self._clean]
-        return [*stores, self._inputs]
+        found = [self._stores / "train", self._stores / "evaluation"]
+        found += [self._model, self._clean] if self._model.exists() else [self._inputs]
+        if self.is_vision and self._inputs not in found:
+            found.append(self._inputs)
+        dimension = self.evaluation["dimension"]
+        if dimension is not None and self.source in dimension["sources"]:
+            found.append(self._dimension)
+        return found
+
+    @cached_property
+    def is_vision(self) -> bool:
+        """Whether the rows are tokens of images."""
+        return bool(self.source_params["kind"] == "vision")
 
     @cached_property
     def train(self) -> Any:
@@ -75,9 +90,9 @@ class Bench:
     def selection(self) -> RowSelection:
         """Which rows are measured; the norm limit comes from the training split."""
         multiple = self.evaluation["max_norm_multiple"]
-        has_contexts = self.source_params["kind"] != "synthetic"
+        skips = self.evaluation["skip_first"] and self.source_params["kind"] == "text"
         return RowSelection(
-            skip_first=self.evaluation["skip_first"] and has_contexts,
+            positions="rest" if skips else "all",
             norm_limit=None if multiple is None else multiple * self.train.median_norm,
         )
 
@@ -85,6 +100,20 @@ class Bench:
     def statistics(self) -> RowStatistics:
         """Count and mean of the measured rows."""
         return row_statistics(self.held_out, self.selection, self.batch_size, self.device)
+
+    @cached_property
+    def kinds(self) -> dict[str, RowStatistics]:
+        """Count and mean of CLS tokens and patches, where the store has both."""
+        if not self.is_vision or self.source_params["tokens"] != "all":
+            return {}
+        limit = self.selection.norm_limit
+        return {
+            kind: row_statistics(
+                self.held_out, RowSelection(positions=positions, norm_limit=limit),
+                self.batch_size, self.device,
+            )
+            for kind, positions in KINDS.items()
+        }  # fmt: skip
 
     @cached_property
     def features(self) -> Tensor | None:
@@ -95,16 +124,38 @@ class Bench:
 
     @cached_property
     def model_in_the_loop(self) -> ModelInTheLoop | None:
-        """The source's model with its clean side, where the source has a model."""
-        if not self._model.exists():
+        """The source's language model with its clean side, where it has one."""
+        if self.is_vision or not self._model.exists():
             return None
         return ModelInTheLoop(self._clean, self._model, self.device)
+
+    @cached_property
+    def labelled_sets(self) -> LabelledSets | None:
+        """The labelled sets of a vision source, with its model."""
+        return LabelledSets(self._clean, self._model, self.device) if self.is_vision else None
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """(images, height, width, 3) uint8 of a vision source's evaluation split, mapped from disk."""
+        return np.load(self._inputs / "evaluation.npy", mmap_mode="r")
+
+    @property
+    def cover(self) -> np.ndarray | None:
+        """(images, down, across) class of the object on each patch of scenes, -1 for none."""
+        path = self._inputs / "evaluation_cover.npy"
+        return np.load(path) if path.exists() else None
+
+    @cached_property
+    def dimensions(self) -> dict[str, np.ndarray]:
+        """Local intrinsic dimension of the first rows; nothing where it is not asked for."""
+        path = self._dimension / DIMENSIONS
+        return dict(load_arrays(path)) if self._dimension in self.inputs else {}
 
     @property
     def policy(self) -> dict[str, float]:
         """The row policy, as metrics that stand beside the others in every table."""
         multiple = self.evaluation["max_norm_multiple"]
-        skipped = self.selection.skip_first or self.source_params["skip_first"]
+        skipped = self.selection.positions == "rest" or self.source_params.get("skip_first", False)
         return {
             "rows": float(self.statistics.rows),
             "excluded_rows_fraction": self.statistics.excluded_fraction,
@@ -112,22 +163,56 @@ class Bench:
             **({} if multiple is None else {"max_norm_multiple": float(multiple)}),
         }
 
-    def measure(self, sae: Any, *, recovery: bool) -> Measured:
+    def measure(
+        self, sae: Any, *, is_trained: bool
+    ) -> tuple[Evaluation, Measured, PerImage | None]:
         """Every metric of one SAE or baseline.
 
         Args:
             sae: see `measure_rows`; `forward` is what is spliced into the model.
-            recovery: compare its decoder with the true dictionary, where there is one.
+            is_trained: it is an SAE: compare its decoder with the true dictionary, where there is one,
+                and classify images through a few of its latents.
         """
-        features = self.features if recovery else None
+        per_image = per_row = None
+        observers: list[Observer] = [PerKind(self.kinds)] if self.kinds else []
+        if self.is_vision and is_trained:
+            objects = "objects" in self.held_out.columns
+            per_image = PerImage(len(self.pixels), objects=objects)
+            observers.append(per_image)
+        if self.dimensions and is_trained:
+            per_row = PerRow(len(self.dimensions["norm"]))
+            observers.append(per_row)
         measured = measure_rows(
             sae, self.held_out, self.selection, self.statistics, self.batch_size, self.device,
-            features,
+            self.features if is_trained else None, observers,
         )  # fmt: skip
         metrics = self.policy | measured.metrics
+        tables: dict[str, list[dict[str, Any]]] = {}
+        if per_image is not None:
+            tables["images"] = per_image.lines(self.evaluation["images_listed"])
+        if per_row is not None:
+            tables["dimension"] = per_row.lines(self.dimensions)
         if self.model_in_the_loop is not None:
             metrics |= self.model_in_the_loop.metrics(sae.forward)
-        return Measured(metrics, measured.histograms)
+        if self.labelled_sets is not None:
+            accuracies, lines = self.labelled_sets.evaluate(sae, top_n=is_trained)
+            metrics |= accuracies
+            tables["classification"] = lines
+        return Evaluation(metrics, measured.histograms, tables), measured, per_image
+
+    def write_cards(self, sae: Any, measured: Measured, per_image: PerImage, folder: Path) -> None:
+        """Pictures of the concepts of an SAE of images; see `write_cards`."""
+        settings = self.evaluation["concept_cards"]
+        if settings is None or self.labelled_sets is None:
+            return
+        from saeflow.sources.vision import load_preprocessing
+
+        among = dict(settings, among=min(settings["among"], len(self.pixels)))
+        write_cards(
+            sae, self.held_out, self.selection, per_image, measured.fired, self.pixels, self.cover,
+            load_preprocessing(self._model).grid, self.labelled_sets.name_concepts(sae), among,
+            self.batch_size, self.device, folder,
+        )  # fmt: skip
 
     def check_fits(self, config: Mapping[str, Any]) -> None:
         """Refuse an SAE that was trained on something else.
@@ -157,15 +242,19 @@ def evaluate_sae(sae: Any, config: Mapping[str, Any], bench: Bench, folder: Path
         sae: as `saeflow.load` returns it.
         config: its config.json.
         bench: of the source and hook point it was trained on.
-        folder: written: metrics.csv and histograms.csv.
+        folder: written: metrics.csv, histograms.csv, the tables of EXTRA that the source has, and concept
+            cards of images.
 
     Raises:
         UserError: the SAE was trained on other activations, or a measurement has no value.
     """
     bench.check_fits(config)
-    measured = bench.measure(sae.to(bench.device).eval(), recovery=True)
-    logger.info("%s: %s", config["name"], _brief(measured.metrics))
-    write_evaluation(folder, [(identify(config), measured.metrics, measured.histograms)])
+    sae = sae.to(bench.device).eval()
+    found, measured, per_image = bench.measure(sae, is_trained=True)
+    logger.info("%s: %s", config["name"], _brief(found.metrics))
+    write_evaluation(folder, [(identify(config), found)])
+    if per_image is not None:
+        bench.write_cards(sae, measured, per_image, folder)
 
 
 def evaluate_baselines(ranks: list[int], bench: Bench, folder: Path) -> None:
@@ -178,9 +267,9 @@ def evaluate_baselines(ranks: list[int], bench: Bench, folder: Path) -> None:
     """
     results = []
     for baseline in baselines(bench.train, ranks, bench.batch_size, bench.device):
-        measured = bench.measure(baseline.to(bench.device).eval(), recovery=False)
+        found, _, _ = bench.measure(baseline.to(bench.device).eval(), is_trained=False)
         name = f"{bench.source}/{bench.hook_point}/{baseline.variant}/k{baseline.width}"
-        logger.info("%s: %s", name, _brief(measured.metrics))
+        logger.info("%s: %s", name, _brief(found.metrics))
         ids = {
             "run": name,
             "source": bench.source,
@@ -193,10 +282,10 @@ def evaluate_baselines(ranks: list[int], bench: Bench, folder: Path) -> None:
             "seed": 0,
             "tokens": 0 if baseline.variant == "identity" else bench.train.rows,
         }
-        results.append((ids, measured.metrics, measured.histograms))
+        results.append((ids, found))
     write_evaluation(folder, results)
 
 
 def _brief(metrics: Mapping[str, float]) -> str:
-    names = ("fvu", "l0_mean", "ce_degradation", "mmcs", "support_f1")
+    names = ("fvu", "l0_mean", "ce_degradation", "zero_shot", "mmcs", "support_f1")
     return ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)

@@ -1,8 +1,10 @@
 """Everything about an SAE that needs activations only, in one pass over a store."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,11 +15,33 @@ from saeflow.evaluation.sparsity import Histogram, Sparsity
 
 
 @dataclass(frozen=True)
+class Seen:
+    """Some evaluated rows and what the SAE made of them."""
+
+    rows: np.ndarray  # (n,) numbers in the store
+    x: Tensor  # (n, d_in)
+    x_hat: Tensor  # (n, d_in)
+    latents: Tensor  # (n, d_sae)
+    l0: Tensor  # (n,)
+    allowed: Tensor | None  # (n,) k, where the variant chooses it
+    column: Callable[[str], np.ndarray]  # a column of the store for these rows
+
+
+class Observer(Protocol):
+    """Takes every evaluated row in, and gives metrics."""
+
+    def add(self, seen: Seen) -> None: ...
+
+    def metrics(self) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True)
 class Measured:
     """What was measured of one SAE or baseline."""
 
     metrics: dict[str, float]
     histograms: dict[str, Histogram]
+    fired: np.ndarray  # (d_sae,) rows on which each latent fired
 
 
 def measure_rows(
@@ -28,6 +52,7 @@ def measure_rows(
     batch_size: int,
     device: str,
     features: Tensor | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Measured:
     """Everything that needs activations only, in one pass over a store.
 
@@ -40,6 +65,7 @@ def measure_rows(
         device: where the SAE is.
         features: (n_features, d_in) true dictionary, for an SAE with `directions` on a store
             with a column `true_indices`; None leaves recovery out.
+        observers: see every row too.
     """
     rebuilt = Reconstruction(statistics.mean)
     recovery = None if features is None else Recovery(features, sae.directions())
@@ -48,17 +74,24 @@ def measure_rows(
     with torch.inference_mode():
         for rows, x in selected_rows(store, selection, batch_size, device):
             latents = sae.encode(x)
-            rebuilt.add(x, sae.decode(latents))
+            x_hat = sae.decode(latents)
+            rebuilt.add(x, x_hat)
             sparsity = sparsity or Sparsity(latents.shape[1], latents.device)
-            sparsity.add(latents)
+            l0 = sparsity.add(latents)
             allowed = sae.allowed_k(x)
             if allowed is not None:
                 allowed_total += float(allowed.double().sum())
                 allowed_rows += len(x)
-            if recovery is not None:
+
+            def column(name: str, rows: np.ndarray = rows) -> np.ndarray:
                 first, last = int(rows[0]), int(rows[-1]) + 1
-                truth = store.column("true_indices", first, last)[rows - first]
-                recovery.add(latents, truth, allowed)
+                values: np.ndarray = store.column(name, first, last)[rows - first]
+                return values
+
+            if recovery is not None:
+                recovery.add(latents, column("true_indices"), allowed)
+            for observer in observers:
+                observer.add(Seen(rows, x, x_hat, latents, l0, allowed, column))
     metrics = rebuilt.metrics()
     assert sparsity is not None  # rebuilt.metrics refuses an empty selection
     metrics |= sparsity.metrics()
@@ -66,4 +99,6 @@ def measure_rows(
         metrics["k_hat_mean"] = allowed_total / allowed_rows
     if recovery is not None:
         metrics |= recovery.metrics()
-    return Measured(metrics, sparsity.histograms())
+    for observer in observers:
+        metrics |= observer.metrics()
+    return Measured(metrics, sparsity.histograms(), sparsity.fired.cpu().numpy())

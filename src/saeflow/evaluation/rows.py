@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,23 +16,24 @@ class RowSelection:
     """The policy on outlying rows, the same for every SAE and baseline of a store.
 
     Attributes:
-        skip_first: leave out the first position of each context.
+        positions: of each context: all, the first alone, or the rest.
         norm_limit: leave out rows whose Euclidean norm is above it; None keeps all.
     """
 
-    skip_first: bool
+    positions: Literal["all", "first", "rest"]
     norm_limit: float | None
 
     def keep(self, x: Tensor, positions: np.ndarray | None) -> Tensor:
         """(rows,) bool: which rows of `x` (rows, d_in) are evaluated; norms in float64."""
         kept = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        if self.skip_first:
+        if self.positions != "all":
             if positions is None:
                 raise UserError(
                     "evaluation.skip_first: the store has no column `position`. "
                     "Set it to false, or extract the store again."
                 )
-            kept &= torch.as_tensor(np.asarray(positions) != 0, device=x.device)
+            is_first = torch.as_tensor(np.asarray(positions) == 0, device=x.device)
+            kept &= is_first if self.positions == "first" else ~is_first
         if self.norm_limit is not None:
             kept &= torch.linalg.vector_norm(x.double(), dim=1) <= self.norm_limit
         return kept
@@ -69,7 +70,9 @@ def selected_rows(
     for start, batch in store.in_order(batch_size):
         x = batch.to(device=device, dtype=torch.float32)
         positions = (
-            store.column("position", start, start + len(x)) if selection.skip_first else None
+            store.column("position", start, start + len(x))
+            if selection.positions != "all"
+            else None
         )
         kept = selection.keep(x, positions)
         if bool(kept.all()):

@@ -22,7 +22,7 @@ from torch.nn.functional import log_softmax
 
 from saeflow.errors import UserError
 from saeflow.files import read_json, write_json
-from saeflow.sources.hook_points import HookPoint, capture, logits, run_from
+from saeflow.sources.hook_points import HookPoint, capture, logits, resume_at, run_from
 from saeflow.sources.models import load_model
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def constant(row: Tensor) -> Replace:
 def clean_batch(model: Any, hook_point: str, token_ids: Tensor) -> dict[str, Tensor]:
     """What is kept of some contexts (n, length): see `write_clean`."""
     names = {"activation": hook_point}
-    if _resume_at(model, hook_point) is None:
+    if resume_at(model, hook_point) is None:
         names["block_input"] = str(HookPoint.parse(hook_point).block_input)
     found = capture(model, names.values(), token_ids)
     parts = {"token_ids": token_ids, **{part: found[name] for part, name in names.items()}}
@@ -138,17 +138,6 @@ def clean_batch(model: Any, hook_point: str, token_ids: Tensor) -> dict[str, Ten
         kept = ("ce", "expected", "offsets")
         parts |= zip(kept, clean_expectations(model, head, hidden, token_ids), strict=True)
     return parts
-
-
-def _resume_at(model: Any, hook_point: str) -> str | None:
-    """The block input that the activation at a hook point is, so that its own block need not run."""
-    point = HookPoint.parse(hook_point)
-    if point.place == "resid_pre":
-        return hook_point
-    is_last = point.block + 1 == model.config.get_text_config().num_hidden_layers
-    if point.place == "resid_post" and not is_last:
-        return str(HookPoint(point.block + 1, 0))
-    return None
 
 
 def spliced_hidden(
@@ -170,10 +159,10 @@ def spliced_hidden(
     spliced = x.clone()
     rows = x[:, first:].reshape(-1, x.shape[-1])
     spliced[:, first:] = replace(rows).reshape(x[:, first:].shape).to(x.dtype)
-    resume_at = _resume_at(model, hook_point)
-    if resume_at is None:
+    resumed = resume_at(model, hook_point)
+    if resumed is None:
         return run_from(model, hook_point, parts["block_input"], token_ids, lambda _: spliced)
-    return run_from(model, resume_at, spliced, token_ids, lambda block_input: block_input)
+    return run_from(model, resumed, spliced, token_ids, lambda block_input: block_input)
 
 
 def _slices(

@@ -7,8 +7,10 @@ Bytes depend on the numbers only: numbers have 12 significant digits, runs are i
 import csv
 import math
 import re
+import shutil
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,19 @@ PROBE_COLUMNS = (
     "source", "hook_point", "complexity", "split", "contexts", "ridge", "rmse", "r2", "pearson",
     "spearman",
 )  # fmt: skip
+EXTRA: dict[str, tuple[str, ...]] = {
+    "classification": (
+        "set", "classes", "images", "clean_accuracy", "protocol", "labels", "concepts", "n", "accuracy",
+        "l0",
+    ),
+    "images": ("context", "label", "objects", "l0", "k_hat"),
+    "dimension": (
+        "estimator", "neighbours", "rows", "dimension", "spearman_l0", "partial_l0", "spearman_k_hat",
+        "partial_k_hat",
+    ),
+}  # fmt: skip
+"""Columns, beside the id columns, of tables that not every source has."""
+CARDS = "cards"
 METRIC_COLUMNS = (*IDS, "metric", "value")
 HISTOGRAM_COLUMNS = (*IDS, "histogram", "left", "right", "count")
 POLICY = ("rows", "excluded_rows_fraction", "first_position_excluded", "max_norm_multiple")
@@ -34,12 +49,14 @@ SUMMARISED = (
     "l0_mean", "nmse", "fvu", "explained_variance", "cosine", "relative_norm", "dead_fraction",
     "dense_fraction", "ce_clean", "ce_spliced", "ce_degradation", "loss_recovered", "kl", "mmcs",
     "mcc", "support_precision", "support_recall", "support_f1", "k_hat_mean", "spearman_l0_true",
-    "spearman_k_hat_true",
+    "spearman_k_hat_true", "zero_shot_clean", "zero_shot", "fvu_cls", "fvu_patches", "l0_cls", "l0_patches",
+    "spearman_l0_objects", "spearman_k_hat_objects",
 )  # fmt: skip
 PRINTED = {
     "l0_mean": "L0", "k_hat_mean": "mean k-hat", "nmse": "NMSE", "fvu": "FVU", "cosine": "cosine", "dead_fraction": "dead",
     "dense_fraction": "dense", "ce_degradation": "CE degradation", "loss_recovered": "loss recovered",
-    "kl": "KL", "mmcs": "MMCS", "support_f1": "support F1",
+    "kl": "KL", "zero_shot": "zero-shot accuracy", "fvu_cls": "FVU of CLS", "fvu_patches": "FVU of patches",
+    "spearman_l0_objects": "Spearman of L0, objects", "mmcs": "MMCS", "support_f1": "support F1",
     "spearman_l0_true": "Spearman of L0", "spearman_k_hat_true": "Spearman of k-hat",
 }  # fmt: skip
 BASELINES = ("identity", "mean", "pca")
@@ -87,33 +104,48 @@ def _describe(schedule: Mapping[str, Any]) -> str:
     return f"{schedule['kind']} {schedule['from']:g} until {schedule['until']:g}{steps}"
 
 
-def write_evaluation(
-    folder: Path,
-    results: Iterable[tuple[Mapping[str, Any], Mapping[str, float], Mapping[str, Any]]],
-) -> None:
-    """Write metrics.csv and histograms.csv of one or several runs.
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found of one run."""
+
+    metrics: Mapping[str, float]
+    histograms: Mapping[str, Any]
+    """By name: (left, right, count) of each bin."""
+    tables: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+    """Lines of some tables of EXTRA."""
+
+
+def write_evaluation(folder: Path, results: Iterable[tuple[Mapping[str, Any], Evaluation]]) -> None:
+    """Write metrics.csv, histograms.csv and the tables of EXTRA of one or several runs.
 
     Args:
-        folder: where the two files go.
-        results: id columns, metrics and histograms (lists of left, right, count) of each run.
+        folder: where the files go.
+        results: id columns of each run, and what was found.
     """
     metrics, histograms = [], []
-    for ids, values, bins in results:
+    extra: dict[str, list[Row]] = {name: [] for name in EXTRA}
+    for ids, found in results:
         known = {key: number(ids[key]) for key in IDS}
         metrics += [
             {**known, "metric": name, "value": number(float(value))}
-            for name, value in values.items()
+            for name, value in found.metrics.items()
         ]
+        for name, lines in found.tables.items():
+            extra[name] += [
+                known | {key: number(value) for key, value in line.items()} for line in lines
+            ]
         histograms += [
             {
                 **known, "histogram": name,
                 "left": number(left), "right": number(right), "count": number(count),
             }
-            for name, counted in bins.items()
+            for name, counted in found.histograms.items()
             for left, right, count in counted
         ]  # fmt: skip
     write_csv(folder / METRICS, METRIC_COLUMNS, metrics)
     write_csv(folder / HISTOGRAMS, HISTOGRAM_COLUMNS, histograms)
+    for name, rows in extra.items():
+        write_csv(folder / f"{name}.csv", (*IDS, *EXTRA[name]), rows)
 
 
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
@@ -161,6 +193,10 @@ def collect(
     write_csv(folder / METRICS, METRIC_COLUMNS, metrics)
     histograms = _all_runs(folder / HISTOGRAMS for folder in folders)
     write_csv(folder / HISTOGRAMS, HISTOGRAM_COLUMNS, histograms)
+    for name, columns in EXTRA.items():
+        rows = _all_runs(folder / f"{name}.csv" for folder in folders)
+        write_csv(folder / f"{name}.csv", (*IDS, *columns), rows)
+    _copy_cards(folders, folder / CARDS)
     by_run: dict[str, dict[str, float]] = {}
     for row in metrics:
         by_run.setdefault(row["run"], {})[row["metric"]] = float(row["value"])
@@ -171,6 +207,16 @@ def collect(
     _write_text(folder / "summary.tex", as_latex(lines))
     _write_training(saes, folder / "training.csv")
     _write_probes(list(probes), folder)
+
+
+def _copy_cards(evaluations: Iterable[Path], folder: Path) -> None:
+    """Concept cards of the runs that have them, in folders named after the runs."""
+    for evaluation in evaluations:
+        if (evaluation / "cards.json").exists():
+            run = read_csv(evaluation / METRICS)[0]["run"]
+            (folder / run).mkdir(parents=True)
+            for path in evaluation.glob("cards.*"):
+                shutil.copyfile(path, folder / run / path.name)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -300,7 +346,10 @@ def policy_note(line: Mapping[str, str]) -> str:
     first = "left out" if line["first_position_excluded"] == "1" else "included"
     multiple = line["max_norm_multiple"]
     norm = f"above {multiple} x the median training norm left out" if multiple else "of any norm"
-    text = f"Rows: {line['rows']}, first positions {first}, rows {norm}"
+    if line["hook_point"].startswith("vision."):
+        text = f"Rows: {line['rows']} tokens of images, rows {norm}"
+    else:
+        text = f"Rows: {line['rows']}, first positions {first}, rows {norm}"
     text += f" ({100 * float(line['excluded_rows_fraction']):.3g} % of the split)."
     if line["ce_tokens"]:
         kept = "keeping" if line["ce_first_position_kept"] == "1" else "replacing"

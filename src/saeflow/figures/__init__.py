@@ -6,7 +6,10 @@ from typing import Any
 
 from saeflow.errors import UserError
 from saeflow.figures import style
+from saeflow.figures.adaptivity import adaptivity
+from saeflow.figures.classification import top_concepts
 from saeflow.figures.complexity import complexity
+from saeflow.figures.concepts import concepts, simple_to_complex
 from saeflow.figures.curves import training
 from saeflow.figures.distributions import firing_rates, l0_histograms
 from saeflow.figures.drawing import Drawing
@@ -26,6 +29,10 @@ FIGURES: dict[str, Callable[[Tables, Mapping[str, Any]], Drawing]] = {
     "firing_rates": firing_rates,
     "recovery": recovery,
     "complexity": complexity,
+    "top_concepts": top_concepts,
+    "concepts": concepts,
+    "simple_to_complex": simple_to_complex,
+    "adaptivity": adaptivity,
 }
 
 

@@ -33,10 +33,15 @@ TITLES = {
     "firing_rates": "How often latents fire",
     "recovery": "Recovery of a known dictionary",
     "complexity": "Complexity",
+    "top_concepts": "Classification through a few concepts",
+    "concepts": "Concepts on images",
+    "simple_to_complex": "Images from the simplest to the most complex",
+    "adaptivity": "What the number of latents follows",
 }
 JOBS = {
     "fetch": "fetch the model", "prepare": "prepare inputs", "extract": "extract activations",
     "merge": "merge stores", "score": "score complexity", "probe": "fit complexity probes", "train": "train SAEs", "clean": "run the clean model",
+    "label": "prepare labelled sets", "dimension": "estimate local dimension",
     "evaluate": "evaluate SAEs", "baselines": "evaluate baselines", "collect": "collect tables",
     "draw": "draw figures", "report": "write the report",
 }  # fmt: skip
@@ -45,6 +50,8 @@ _METRICS = (
     ("dead_fraction", "dead", "%"),
     ("dense_fraction", "dense", "%"), ("ce_degradation", "CE degradation", "nats/token"),
     ("loss_recovered", "loss recovered", ""), ("kl", "KL", "nats/token"),
+    ("zero_shot", "zero-shot", "accuracy, %"), ("fvu_cls", "FVU", "of CLS"), ("fvu_patches", "FVU", "of patches"),
+    ("spearman_l0_objects", "Spearman", "of L0, objects"),
     ("mmcs", "mean max cosine", ""), ("support_f1", "support F1", ""),
     ("spearman_l0_true", "Spearman", "of L0, true count"),
 )  # fmt: skip
@@ -120,7 +127,7 @@ def digits(metric: str, value: float) -> str:
     """A metric's value with the digits that mean something."""
     if metric in ("l0_mean", "k_hat_mean"):
         return f"{value:.1f}" if abs(value) < 999.95 else f"{value:,.0f}"
-    if metric in ("dead_fraction", "dense_fraction"):
+    if metric in ("dead_fraction", "dense_fraction", "zero_shot"):
         return f"{100 * value:.1f}"
     text = f"{value:.3f}" if abs(value) < 99.9995 else f"{value:.1f}"
     return text.replace("-0.000", "0.000").replace("-", "−")

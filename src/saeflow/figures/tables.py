@@ -12,7 +12,9 @@ import pandas as pd
 
 from saeflow.errors import UserError
 from saeflow.evaluation.tables import (
+    CARDS,
     COMPLEXITY_COLUMNS,
+    EXTRA,
     HISTOGRAM_COLUMNS,
     IDS,
     METRIC_COLUMNS,
@@ -24,7 +26,8 @@ from saeflow.figures import style
 
 UNTRAINED = ("identity", "mean", "pca")
 TYPES: dict[str, type] = {
-    **dict.fromkeys((*IDS, "metric", "histogram", "complexity", "split"), str),
+    **dict.fromkeys((*IDS, "metric", "histogram", "complexity", "split", "set", "protocol"), str),
+    **dict.fromkeys(("labels", "concepts", "n", "estimator"), str),
     **dict.fromkeys(("d_sae", "k", "k_target", "tokens", "seed"), float),
 }
 
@@ -44,6 +47,11 @@ class Tables:
     training: pd.DataFrame
     complexity: pd.DataFrame
     probes: pd.DataFrame
+    classification: pd.DataFrame
+    images: pd.DataFrame
+    dimension: pd.DataFrame
+    cards: Path
+    """Folder with pictures of concepts, by run."""
 
     @cached_property
     def wide(self) -> pd.DataFrame:
@@ -74,6 +82,8 @@ def load_tables(folder: Path) -> Tables:
         training=_runs(folder / "training.csv", (*training_ids, "step", "tokens_seen")),
         complexity=_read(folder / "complexity.csv", COMPLEXITY_COLUMNS),
         probes=_read(folder / "probes.csv", PROBE_COLUMNS),
+        **{name: _runs(folder / f"{name}.csv", (*IDS, *EXTRA[name])) for name in EXTRA},
+        cards=folder / CARDS,
     )
 
 

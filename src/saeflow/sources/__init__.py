@@ -1,4 +1,4 @@
-"""Sources of activations: models that read text, and synthetic data whose truth is known.
+"""Sources of activations: models that read text or see images, and synthetic data whose truth is known.
 
 A kind of source is one module with `check`, `external_inputs`, `prepare_inputs` and `open_source`, and
 one line in KINDS. Modules are imported when they are used, so that checking parameters loads no model code.
@@ -22,6 +22,7 @@ __all__ = [
 KINDS = {
     "synthetic": "saeflow.sources.synthetic",
     "text": "saeflow.sources.text",
+    "vision": "saeflow.sources.vision",
 }
 
 ENGLISH = "bundled:english"
@@ -74,17 +75,22 @@ def external_digest(name: str) -> str | None:
 
 
 def prepare_inputs(
-    params: Mapping[str, Any], rows: Mapping[str, int], model: Path, folder: Path
+    params: Mapping[str, Any],
+    rows: Mapping[str, int],
+    model: Path,
+    folder: Path,
+    workers: int = 1,
 ) -> None:
-    """Write what a source reads: token ids of its text, or its true dictionary.
+    """Write what a source reads: token ids of its text, pixels of its images, or its true dictionary.
 
     Args:
         params: one entry of `sources`.
         rows: rows asked for, by split; rounded up to whole contexts.
-        model: the folder that `fetch_model` wrote (text sources).
+        model: the folder that `fetch_model` wrote (text and vision sources).
         folder: existing folder to write into.
+        workers: processes that may help.
     """
-    _kind(params).prepare_inputs(params, rows, model, folder)
+    _kind(params).prepare_inputs(params, rows, model, folder, workers)
 
 
 def open_source(params: Mapping[str, Any], folder: Path, device: str) -> Source:

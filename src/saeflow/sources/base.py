@@ -22,6 +22,12 @@ class Block:
     """By name: (rows, ...), which input each row came from and, where known, its truth."""
 
 
+def generator(seed: int, stream: int, number: int) -> np.random.Generator:
+    """A generator of its own (counter-based) for each block of each stream of a seed."""
+    sequence = np.random.SeedSequence(seed, spawn_key=(stream, number))
+    return np.random.Generator(np.random.Philox(sequence))
+
+
 class Source(Protocol):
     """Activations of contexts; each context gives `rows_per_context` rows."""
 

@@ -1,12 +1,12 @@
-"""Read and replace activations at hook points of Hugging Face causal language models.
+"""Read and replace activations at hook points of Hugging Face causal language models and of CLIP.
 
 Only the blocks that are needed run: `capture` stops after the last hook point, `run_from` starts at the
-hook point's block. Both leave the lm head out; `logits` applies it.
+hook point's block. Both leave a language model's lm head out; `logits` applies it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,36 +23,41 @@ from saeflow.sources.layouts import (
 
 __all__ = [
     "HookPoint", "capture", "check_hook_points", "check_model", "decoder_of", "hook", "logits",
-    "run_from", "splice",
+    "resume_at", "run_from", "splice",
 ]  # fmt: skip
 
 Visit = Callable[[Tensor], Tensor | None]
-"""Sees the activation (batch, position, d_in); returns what takes its place, or None to keep it."""
+"""Sees the activation (batch, position, d_in), an image's embedding (batch, d_in); returns what takes its place, or None to keep it."""
 
 
 class _Stop(Exception):  # noqa: N818 (a signal, not an error)
     """Raised inside a forward pass when all that was asked for has been seen."""
 
 
-def _layout(model: nn.Module) -> Layout:
+def _layout(model: nn.Module, tower: str) -> Layout:
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    return layout_of(model_type, type(model).__name__)
+    return layout_of(model_type, type(model).__name__, tower)
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The part of a causal language model between token ids and lm head."""
-    path = _layout(model).decoder
+def decoder_of(model: nn.Module, tower: str = "") -> nn.Module:
+    """The part of a causal language model between token ids and lm head, or CLIP's image tower."""
+    path = _layout(model, tower).decoder
     try:
         return model.get_submodule(path)
     except AttributeError:
+        kind = (
+            "a CLIP model with its image tower"
+            if tower
+            else "a causal language model with its decoder"
+        )
+        loader = "CLIPModel" if tower else "AutoModelForCausalLM"
         raise UserError(
-            f"{type(model).__name__}: expected a causal language model with its decoder at {path}. "
-            "Load it with AutoModelForCausalLM."
+            f"{type(model).__name__}: expected {kind} at {path}. Load it with {loader}."
         ) from None
 
 
-def _blocks(model: nn.Module) -> Any:
-    return getattr(decoder_of(model), _layout(model).blocks)
+def _blocks(model: nn.Module, tower: str) -> Any:
+    return decoder_of(model, tower).get_submodule(_layout(model, tower).blocks)
 
 
 def check_model(model: nn.Module, hook_points: Iterable[str]) -> None:
@@ -62,13 +67,22 @@ def check_model(model: nn.Module, hook_points: Iterable[str]) -> None:
         UserError: unknown layout, bad name or a block that the model lacks.
     """
     config: Any = getattr(model, "config", None)
-    _layout(model)
-    check_shape(Shape(config.model_type, len(_blocks(model))), hook_points, type(model).__name__)
+    for name in hook_points:
+        tower = HookPoint.parse(name).tower
+        _layout(model, tower)
+        shape = Shape(config.model_type, len(_blocks(model, tower)))
+        check_shape(shape, [name], type(model).__name__)
+
+
+def resume_at(model: nn.Module, hook_point: str) -> str | None:
+    """The block input that the activation at a hook point is, if it is one."""
+    point = HookPoint.parse(hook_point)
+    found = point.resume_at(len(_blocks(model, point.tower)))
+    return None if found is None else str(found)
 
 
 def _attach(model: nn.Module, point: HookPoint, visit: Visit) -> Any:
     """Register `visit` at a hook point; the handle's `remove` takes it away."""
-    layout, block = _layout(model), _blocks(model)[point.block]
 
     def visit_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if args:
@@ -83,23 +97,38 @@ def _attach(model: nn.Module, point: HookPoint, visit: Visit) -> Any:
             return None if new is None else (new, *output[1:])
         return visit(output)
 
+    if point.is_embedding:
+        return cast(nn.Module, model.visual_projection).register_forward_hook(visit_output)
+    layout, block = _layout(model, point.tower), _blocks(model, point.tower)[point.block]
     if point.place == "resid_pre":
         return block.register_forward_pre_hook(visit_input, with_kwargs=True)
     path = {"attn_out": layout.attention, "mlp_out": layout.mlp, "resid_post": ""}[point.place]
     return block.get_submodule(path).register_forward_hook(visit_output)
 
 
+def _run(model: nn.Module, tower: str, inputs: Tensor) -> Tensor:
+    """Final hidden states of token ids (batch, position), or embeddings of pixels (batch, 3, h, w)."""
+    body: Any = decoder_of(model, tower)
+    if tower:
+        embedding: Tensor = cast(nn.Module, model.visual_projection)(body(inputs).pooler_output)
+        return embedding
+    hidden: Tensor = body(input_ids=inputs, use_cache=False).last_hidden_state
+    return hidden
+
+
 @torch.no_grad()
-def capture(model: nn.Module, hook_points: Iterable[str], token_ids: Tensor) -> dict[str, Tensor]:
-    """Activations at some hook points; no block after the last of them runs, nor does the lm head.
+def capture(model: nn.Module, hook_points: Iterable[str], inputs: Tensor) -> dict[str, Tensor]:
+    """Activations at some hook points; nothing after the last of them runs.
 
     Args:
-        model: a causal language model of a known layout, in evaluation mode.
-        hook_points: names such as `blocks.8.resid_post`.
-        token_ids: (batch, position) integers; each position sees those before it.
+        model: a causal language model of a known layout or CLIP, in evaluation mode.
+        hook_points: names such as `blocks.8.resid_post`, all of one tower.
+        inputs: token ids (batch, position), each position sees those before it; or normalised pixels
+            (batch, 3, height, width) for hook points of the image tower.
 
     Returns:
-        By name, in the order asked for: (batch, position, d_in) in the model's dtype and device.
+        By name, in the order asked for: (batch, position, d_in), the embedding (batch, d_in), in the
+        model's dtype and device.
 
     Raises:
         UserError: unknown layout, bad name or a block that the model lacks.
@@ -120,7 +149,7 @@ def capture(model: nn.Module, hook_points: Iterable[str], token_ids: Tensor) -> 
         for name in set(names):
             hooks.callback(_attach(model, HookPoint.parse(name), keep(name)).remove)
         hooks.enter_context(suppress(_Stop))
-        decoder_of(model)(input_ids=token_ids, use_cache=False)
+        _run(model, HookPoint.parse(names[0]).tower, inputs)
     return {name: found[name] for name in names}
 
 
@@ -131,7 +160,7 @@ def splice(
     """While the context is open, `replace`(activation) takes the activation's place at a hook point.
 
     Args:
-        model: a causal language model of a known layout.
+        model: a causal language model of a known layout or CLIP.
         hook_point: a name such as `blocks.8.resid_post`.
         replace: (batch, position, d_in) to the same shape, dtype and device.
     """
@@ -150,7 +179,7 @@ def hook(model: nn.Module, hook_point: str, sae: nn.Module) -> Iterator[None]:
     Gradients flow through. The SAE sees every position, also those that its training left out.
 
     Args:
-        model: a causal language model of a known layout.
+        model: a causal language model of a known layout or CLIP.
         hook_point: a name such as `blocks.8.resid_post`.
         sae: takes and returns raw activations (n, d_in), in its own dtype and on its own device.
     """
@@ -176,29 +205,38 @@ def run_from(
     model: nn.Module,
     hook_point: str,
     block_input: Tensor,
-    token_ids: Tensor,
+    inputs: Tensor | None,
     replace: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Run a model from a hook point's block on, with the activation at the hook point replaced.
 
     Args:
-        model: a causal language model of a known layout, in evaluation mode.
+        model: a causal language model of a known layout or CLIP, in evaluation mode.
         hook_point: a name such as `blocks.8.mlp_out`.
         block_input: (batch, position, d_model), what `capture` gives at `HookPoint.block_input`.
-        token_ids: (batch, position) the ids that `block_input` came from; they set shape and masks.
+        inputs: (batch, position) the ids that `block_input` came from; they set shape and masks. The
+            image tower needs none.
         replace: (batch, position, d_in) to the same shape.
 
     Returns:
-        (batch, position, d_model) hidden states after the final norm, as the lm head takes them.
+        (batch, position, d_model) hidden states after the final norm, as the lm head takes them; of the
+        image tower (batch, d_embedding).
     """
     check_model(model, [hook_point])
     point = HookPoint.parse(hook_point)
     with ExitStack() as hooks:
-        hooks.enter_context(_passed_over(_blocks(model)[: point.block]))
+        hooks.enter_context(_passed_over(_blocks(model, point.tower)[: point.block]))
         hooks.callback(_attach(model, point.block_input, lambda _: block_input).remove)
         hooks.callback(_attach(model, point, replace).remove)
-        hidden: Tensor = decoder_of(model)(input_ids=token_ids, use_cache=False).last_hidden_state
-        return hidden
+        if not point.tower:
+            assert inputs is not None
+            return _run(model, point.tower, inputs)
+        body: Any = decoder_of(model, point.tower)
+        hidden = body.encoder(inputs_embeds=block_input).last_hidden_state
+        embedding: Tensor = cast(nn.Module, model.visual_projection)(
+            body.post_layernorm(hidden[:, 0])
+        )
+        return embedding
 
 
 @contextmanager

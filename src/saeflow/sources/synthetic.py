@@ -14,7 +14,7 @@ import numpy as np
 
 from saeflow.errors import UserError
 from saeflow.files import read_json, write_json
-from saeflow.sources.base import Block, Column
+from saeflow.sources.base import Block, Column, generator
 from saeflow.sources.firing import (
     Hierarchy,
     arrival_times,
@@ -84,7 +84,11 @@ def open_source(params: Mapping[str, Any], folder: Path, device: str) -> "Synthe
 
 
 def prepare_inputs(
-    params: Mapping[str, Any], rows: Mapping[str, int], model: Path, folder: Path
+    params: Mapping[str, Any],
+    rows: Mapping[str, int],
+    model: Path,
+    folder: Path,
+    workers: int = 1,
 ) -> None:
     """Draw the true dictionary and the structure of its firing.
 
@@ -99,7 +103,7 @@ def prepare_inputs(
     from safetensors.numpy import save_file
 
     check(folder.parent.name, params, folder)
-    rng = _generator(params["seed"], _STRUCTURE_STREAM, 0)
+    rng = generator(params["seed"], _STRUCTURE_STREAM, 0)
     n_features, correlation = params["n_features"], params["correlation"]
     features = true_dictionary(n_features, params["d_in"], params["coherence"], rng)
     rates = firing_rates(n_features, params["frequency_exponent"], params["l0_law"])
@@ -144,12 +148,6 @@ def _until(
         earliest.append(np.sort(times, axis=None)[:keep])
     fire = round(law["mean"] * ROWS_PER_CONTEXT * _CALIBRATION_CONTEXTS)
     return float(np.sort(np.concatenate(earliest))[fire])
-
-
-def _generator(seed: int, stream: int, number: int) -> np.random.Generator:
-    """A generator of its own (counter-based) for each block of each stream."""
-    sequence = np.random.SeedSequence(seed, spawn_key=(stream, number))
-    return np.random.Generator(np.random.Philox(sequence))
 
 
 def coefficients(
@@ -231,7 +229,7 @@ class SyntheticSource:
         """Activations, true indices and true values of one context."""
         from scipy.sparse import csr_array
 
-        rng = _generator(self.params["seed"], _SPLITS[split], number)
+        rng = generator(self.params["seed"], _SPLITS[split], number)
         counts = sample_l0(self.law, ROWS_PER_CONTEXT, rng)
         times = arrival_times(ROWS_PER_CONTEXT, self.rates, self.loadings, rng)
         if self.hierarchy is not None:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from saeflow.errors import UserError
-from saeflow.sources.base import Block, Column
+from saeflow.sources.base import Column
 from saeflow.sources.documents import documents_digests, is_evaluation, read_documents
 from saeflow.sources.layouts import check_hook_points
+from saeflow.sources.model_source import ModelSource
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,11 @@ def rows_per_context(params: Mapping[str, Any]) -> int:
 
 
 def prepare_inputs(
-    params: Mapping[str, Any], rows: Mapping[str, int], model: Path, folder: Path
+    params: Mapping[str, Any],
+    rows: Mapping[str, int],
+    model: Path,
+    folder: Path,
+    workers: int = 1,
 ) -> None:
     """Tokenise and pack documents into contexts, split by document; memory stays bounded.
 
@@ -191,7 +196,7 @@ def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
     return np.lib.format.open_memmap(path, mode="w+", dtype=np.int32, shape=shape)
 
 
-class TextSource:
+class TextSource(ModelSource):
     """Activations of a language model at its hook points, context by context.
 
     Args:
@@ -207,27 +212,8 @@ class TextSource:
     }
 
     def __init__(self, params: Mapping[str, Any], folder: Path, device: str) -> None:
-        self.folder = folder
-        self.device = device
-        self.hook_points = list(params["hook_points"])
-        self.rows_per_context = rows_per_context(params)
-        self.first = int(params["skip_first"])
-        self.forward_batch = int(params["forward_batch"])
-        self._tokens: dict[str, np.ndarray] = {}
-
-    @cached_property
-    def model(self) -> "nn.Module":
-        """The language model, loaded when it is first needed.
-
-        Raises:
-            UserError: it lacks a hook point.
-        """
-        from saeflow.sources.hook_points import check_model
-        from saeflow.sources.models import load_model
-
-        model = load_model(self.folder / "model", self.device)
-        check_model(model, self.hook_points)
-        return model
+        first = int(params["skip_first"])
+        super().__init__(params, folder, device, slice(first, None), rows_per_context(params))
 
     @cached_property
     def d_in(self) -> dict[str, int]:
@@ -237,54 +223,12 @@ class TextSource:
         width = int(load_config(self.folder / "model").hidden_size)
         return dict.fromkeys(self.hook_points, width)
 
-    def tokens(self, split: str) -> np.ndarray:
-        """(contexts, context_length) int32 token ids, mapped from disk.
-
-        Raises:
-            UserError: they were not prepared.
-        """
-        if split not in self._tokens:
-            path = self.folder / "inputs" / f"{split}.npy"
-            if not path.is_file():
-                raise UserError(f"{path}: no such file. Run the step that prepares the inputs.")
-            self._tokens[split] = np.load(path, mmap_mode="r")
-        return self._tokens[split]
-
-    def n_contexts(self, split: str) -> int:
-        """Number of contexts of a split."""
-        return len(self.tokens(split))
-
-    def block(self, split: str, start: int, stop: int) -> Block:
-        """Activations of contexts [start, stop), in (context, position) order.
-
-        The model is always called on the same `forward_batch` contexts, so that the bits do not depend on
-        how contexts are divided into blocks; it is cheapest when `start` is a multiple of `forward_batch`.
-        """
+    def model_input(self, inputs: np.ndarray) -> "Tensor":
+        """(n, context_length) token ids."""
         import torch
 
-        from saeflow.sources.hook_points import capture
+        return torch.from_numpy(inputs.astype(np.int64))
 
-        tokens = self.tokens(split)
-        if not 0 <= start < stop <= len(tokens):
-            raise ValueError(
-                f"contexts: expected a range within 0..{len(tokens)}, found {start}..{stop}"
-            )
-        shape = (stop - start, self.rows_per_context)
-        activations = {
-            name: torch.empty(*shape, width, dtype=torch.float32)
-            for name, width in self.d_in.items()
-        }
-        batch = self.forward_batch
-        for begin in range(start // batch * batch, stop, batch):
-            ids = torch.from_numpy(tokens[begin : begin + batch].astype(np.int64)).to(self.device)
-            low, high = max(start, begin), min(stop, begin + batch)
-            for name, x in capture(self.model, self.hook_points, ids).items():
-                kept = x[low - begin : high - begin, self.first :]
-                activations[name][low - start : high - start] = kept.float().cpu()
-        columns: dict[str, np.ndarray] = {
-            "context": np.repeat(np.arange(start, stop, dtype=np.int64), shape[1]),
-            "position": np.tile(np.arange(shape[1], dtype=np.int32) + self.first, shape[0]),
-            "token": np.ascontiguousarray(tokens[start:stop, self.first :]).reshape(-1),
-        }
-        rows = {name: x.reshape(-1, x.shape[-1]) for name, x in activations.items()}
-        return Block(rows, columns)
+    def known(self, split: str, start: int, stop: int) -> dict[str, np.ndarray]:
+        """The token of each row."""
+        return {"token": self.inputs(split)[start:stop, self.positions]}

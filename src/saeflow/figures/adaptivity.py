@@ -1,0 +1,108 @@
+"""What the number of active latents follows: the objects of an image, and local intrinsic dimension."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from saeflow.errors import UserError
+from saeflow.figures import captions, style
+from saeflow.figures import tables as read
+from saeflow.figures.drawing import Drawing
+
+_ESTIMATORS = {"mle": "maximum likelihood", "twonn": "TwoNN"}
+_HEIGHT = 2.3  # inches
+
+
+def adaptivity(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
+    """L0 against the number of objects, and its rank correlation with local intrinsic dimension.
+
+    Raises:
+        UserError: neither was measured.
+    """
+    images = tables.images[tables.images["objects"].notna() & (tables.images["objects"] >= 0)]
+    dimension = tables.dimension[tables.dimension["spearman_l0"].notna()]
+    if images.empty and dimension.empty:
+        raise UserError(
+            "figures.names: adaptivity needs images of generated scenes or evaluation.dimension, the tables "
+            "have neither. Take adaptivity out of figures.names in params.yaml."
+        )
+    shown = {*images["run"], *dimension["run"]}
+    read.check_budgets(tables, tables.wide[tables.wide["run"].isin(shown)], options)
+    panels = sorted({*read.panels_of(images), *read.panels_of(dimension)})
+    figure = style.new_figure(style.TEXT_WIDTH, _HEIGHT * len(panels) + 0.45)
+    axes = figure.subplots(len(panels), 3, squeeze=False)
+    legend: dict[str, Any] = {}
+    parts = []
+    for line, panel in zip(axes, panels, strict=True):
+        seen = read.one_panel(images, panel)
+        parts.append(_objects(line[0], seen, panel, legend))
+        for ax, (estimator, title) in zip(line[1:], _ESTIMATORS.items(), strict=True):
+            held = read.one_panel(dimension, panel)
+            held = held[held["estimator"] == estimator]
+            parts.append(held)
+            _correlations(ax, held, title, legend)
+    legend["norm partialled out"] = Line2D([], [], color=style.INK, alpha=0.4)
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=4)
+    caption = (
+        "Left: mean number of active latents per token of an image, over its mean across images, against the "
+        "number of objects of the scene. Middle and right: Spearman correlation of a token's L0 with the "
+        "local intrinsic dimension around it, by the size of the neighbourhood it is estimated in; pale, "
+        "with what both owe to the activation's norm taken out. Variants with a fixed k are left out: their "
+        "L0 does not vary. "
+        f"{captions.budget_sentence(tables.wide[tables.wide['run'].isin(shown)])}"
+    )
+    return Drawing(figure, pd.concat(parts, ignore_index=True), caption)
+
+
+def stroke(one: read.Series, series: list[read.Series]) -> dict[str, Any]:
+    """How a series is drawn: twins, of one variant, differ in their dashes."""
+    twins = [other.label for other in series if other.look == one.look]
+    dash = style.LINE_STYLES[twins.index(one.label) % len(style.LINE_STYLES)]
+    return {"color": one.look.color, "marker": one.look.marker, "ls": dash}
+
+
+def _objects(
+    ax: Axes, held: pd.DataFrame, panel: tuple[str, str], legend: dict[str, Any]
+) -> pd.DataFrame:
+    found = []
+    ax.set_title(read.panel_title(panel))
+    ax.set_xlabel("objects in the scene")
+    ax.set_ylabel("L0 over its mean")
+    ax.grid(True)
+    series = read.series_of(held) if len(held) else []
+    for one in series:
+        for _, rows in read.each_setting(one.rows):
+            if rows["l0"].std() < 1e-6:
+                continue
+            means = (rows["l0"] / rows["l0"].mean()).groupby(rows["objects"]).mean()
+            style_of = stroke(one, series)
+            ax.plot(means.index, means, **style_of)
+            legend.setdefault(one.label, Line2D([], [], **style_of))
+            first = rows.iloc[0]
+            found += [
+                {"run": first["run"], "objects": count, "l0_over_mean": value}
+                for count, value in means.items()
+            ]
+    return pd.DataFrame(found)
+
+
+def _correlations(ax: Axes, held: pd.DataFrame, title: str, legend: dict[str, Any]) -> None:
+    ax.set_title(title)
+    ax.set_xlabel("neighbours")
+    ax.set_ylabel("Spearman of L0, dimension")
+    ax.axhline(0, color=style.FAINT, lw=0.8)
+    ax.grid(True)
+    series = read.series_of(held) if len(held) else []
+    for one in series:
+        means = one.rows.groupby("neighbours")[["spearman_l0", "partial_l0"]].mean()
+        style_of = stroke(one, series)
+        ax.plot(means.index, means["spearman_l0"], **style_of)
+        ax.plot(means.index, means["partial_l0"], **style_of | {"marker": "", "alpha": 0.4})
+        legend.setdefault(one.label, Line2D([], [], **style_of))
+    if len(held):
+        style.log_axis(ax, "x", held["neighbours"].min() / 1.2, held["neighbours"].max() * 1.2)
+        ax.set_xticks(sorted(held["neighbours"].unique()))
+        ax.minorticks_off()

@@ -1,0 +1,401 @@
+"""Vision sources: a CLIP model looks at images.
+
+Images are decoded once, to the model's own size, when inputs are prepared; the step that runs the model
+then reads pixels mapped from disk and never waits for a decoder.
+"""
+
+import csv
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property, partial
+from itertools import takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from saeflow.errors import UserError
+from saeflow.files import read_json, write_json
+from saeflow.sources.base import Column
+from saeflow.sources.images import (
+    NO_LABEL,
+    Images,
+    Item,
+    Preprocessing,
+    Ready,
+    Unreadable,
+    images_digests,
+    read_images,
+    ready_images,
+)
+from saeflow.sources.layouts import EMBEDDING, check_hook_points
+from saeflow.sources.model_source import ModelSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+FACTS = "images.json"
+POSITIONS = {"all": slice(0, None), "cls": slice(0, 1), "patches": slice(1, None)}
+_LOG_EVERY_S = 30
+
+
+def check(name: str, params: Mapping[str, Any], folder: Path) -> None:
+    """Check hook points as far as they can be told before the model is fetched."""
+    check_hook_points(name, params, folder)
+    if EMBEDDING in params["hook_points"] and params["tokens"] != "cls":
+        raise UserError(
+            f"sources.{name}.tokens: expected cls with {EMBEDDING}, which is one vector an image, found "
+            f"{params['tokens']}. Set tokens: cls, or make it a source of its own."
+        )
+
+
+def external_inputs(params: Mapping[str, Any]) -> dict[str, str]:
+    """Digests of the images."""
+    return images_digests(params["images"])
+
+
+def open_source(params: Mapping[str, Any], folder: Path, device: str) -> "VisionSource":
+    """Open the model and the pixels in `folder`."""
+    return VisionSource(params, folder, device)
+
+
+def load_preprocessing(model: Path) -> Preprocessing:
+    """What a fetched CLIP model wants of an image.
+
+    Raises:
+        UserError: its preprocessor_config.json is missing or says something else.
+    """
+    from transformers import CLIPImageProcessorPil
+
+    from saeflow.sources.models import load_config, model_folder
+
+    vision = load_config(model).vision_config
+    local = model_folder(model, weights=False)
+    try:
+        processor: Any = CLIPImageProcessorPil.from_pretrained(local, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{local}: no preprocessing for images ({error}). Add the model's preprocessor_config.json."
+        ) from None
+    size, crop = processor.size, processor.crop_size
+    found = Preprocessing(
+        shorter_side=int(size["shortest_edge"] if "shortest_edge" in size else size["height"]),
+        height=int(crop["height"]),
+        width=int(crop["width"]),
+        resample=int(processor.resample),
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+        patch=int(vision.patch_size),
+    )
+    if (found.height, found.width) != (vision.image_size, vision.image_size):
+        raise UserError(
+            f"{local}: expected images of {vision.image_size} pixels (config.json), found a crop of "
+            f"{found.height} x {found.width} (preprocessor_config.json). Mend one of them."
+        )
+    return found
+
+
+def rows_per_context(params: Mapping[str, Any], preprocessing: Preprocessing) -> int:
+    """Rows that each image gives: the CLS token, its patches, or both."""
+    down, across = preprocessing.grid
+    return {"all": down * across + 1, "cls": 1, "patches": down * across}[params["tokens"]]
+
+
+def prepare_inputs(
+    params: Mapping[str, Any],
+    rows: Mapping[str, int],
+    model: Path,
+    folder: Path,
+    workers: int = 1,
+) -> None:
+    """Decode the images of both splits to the model's size; memory stays bounded.
+
+    An image's own bytes decide its split, so that equal images share one.
+
+    Args:
+        params: a vision source.
+        rows: rows asked for by split, rounded up to whole images.
+        model: the folder that `fetch_model` wrote.
+        folder: written, by split: `{split}.npy` (images, height, width, 3) uint8, `{split}.csv` with
+            id and label of each, of scenes `{split}_objects.npy` (images,) and `{split}_cover.npy`
+            (images, down, across), the class of the object on each patch; and images.json.
+        workers: processes that decode.
+
+    Raises:
+        UserError: too few images, or too many that cannot be read.
+    """
+    preprocessing = load_preprocessing(model)
+    wanted = {s: math.ceil(n / rows_per_context(params, preprocessing)) for s, n in rows.items()}
+    images = read_images(params["images"])
+
+    def split_of(item: Item) -> str:
+        share = int.from_bytes(hashlib.sha256(item.identity).digest()[:8], "big") / 2**64
+        return "evaluation" if share < params["evaluation_share"] else "train"
+
+    write_images(
+        images, split_of, wanted, preprocessing, params["unreadable_share"], workers, folder
+    )
+
+
+def prepare_labelled(
+    labelled: Mapping[str, Any], model: Path, folder: Path, workers: int = 1
+) -> None:
+    """Decode a labelled set's images, at most so many of each class.
+
+    Args:
+        labelled: an entry of `evaluation.labelled_sets`: train and test (images), per_class,
+            unreadable_share, templates, class_names.
+        model: the folder that `fetch_model` wrote.
+        folder: written: as `prepare_inputs` does, with the splits train and test; images.json has the
+            classes and the templates too.
+
+    Raises:
+        UserError: images without classes, different ones in train and test, a class without images, or
+            templates that take no class name.
+    """
+    preprocessing = load_preprocessing(model)
+    found = {split: read_images(labelled[split]) for split in ("train", "test")}
+    named: list[str] | None = labelled["class_names"]
+    classes = named or found["train"][0] or []
+    for split, (own, _) in found.items():
+        where = f"labelled_sets: {split}"
+        if own is None:
+            raise UserError(
+                f"{where}: expected images with classes, found none. Give label_column, or a folder with "
+                "one subfolder a class."
+            )
+        if len(own) != len(classes) or (named is None and own != classes):
+            raise UserError(
+                f"{where}: expected the classes {_some(classes)}, found {_some(own)}. Train and test (and "
+                "class_names) must have the same classes in the same order."
+            )
+    for template in labelled["templates"]:
+        if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
+            raise UserError(
+                f"labelled_sets.templates: expected one {{}} for the class in each, found {template!r}."
+            )
+    totals = {}
+    for split, images in found.items():
+        counts = write_images(
+            images, partial(_always, split), {split: None}, preprocessing, labelled["unreadable_share"],
+            workers, folder, labelled["per_class"][split],
+        )  # fmt: skip
+        if missing := [name for i, name in enumerate(classes) if not counts[i]]:
+            raise UserError(
+                f"labelled_sets: {split}: no images of {len(missing)} of {len(classes)} classes, such as "
+                f"{missing[0]}. Give images of every class."
+            )
+        totals[f"{split}_images"] = sum(counts)
+    names = [name.replace("_", " ") for name in classes]
+    write_json(
+        folder / FACTS, {"classes": names, **totals, "templates": list(labelled["templates"])}
+    )
+
+
+def _always(split: str, item: Item) -> str:
+    return split
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" ... ({len(names)})" if len(names) > 3 else "")
+
+
+def write_images(
+    images: Images,
+    split_of: Callable[[Item], str],
+    wanted: Mapping[str, int | None],
+    preprocessing: Preprocessing,
+    unreadable_share: float,
+    workers: int,
+    folder: Path,
+    per_class: int | None = None,
+) -> list[int]:
+    """Write the first readable images of each split, in order.
+
+    Args:
+        wanted: images by split; None: as many as there are.
+        per_class: at most so many of each class; images without one are left out.
+
+    Returns:
+        Images of each class.
+
+    Raises:
+        UserError: too few images, or too many that cannot be read.
+    """
+    classes, items = images
+    writers = {split: PixelWriter(folder, split, n) for split, n in wanted.items()}
+    unreadable = Unreadable(unreadable_share, sum(n or 0 for n in wanted.values()))
+    counts = [0] * len(classes or [])
+    logged = time.monotonic()
+
+    def takes(item: Item) -> bool:
+        if per_class is not None and (item.label == NO_LABEL or counts[item.label] >= per_class):
+            return False
+        writer = writers.get(split_of(item))
+        return writer is not None and not writer.is_full
+
+    def done() -> bool:
+        full = all(writer.is_full for writer in writers.values())
+        return full or (per_class is not None and all(n >= per_class for n in counts))
+
+    offered = (item for item in takewhile(lambda _: not done(), items) if takes(item))
+    for item, ready in ready_images(offered, preprocessing, workers):
+        unreadable.add(item, ready if isinstance(ready, str) else None)
+        if isinstance(ready, Ready) and takes(item):  # decoding runs ahead of what is still wanted
+            writers[split_of(item)].add(item, ready)
+            if item.label != NO_LABEL:
+                counts[item.label] += 1
+        if time.monotonic() - logged > _LOG_EVERY_S:
+            logged = time.monotonic()
+            logger.info("%s", ", ".join(map(str, writers.values())))
+    for writer in writers.values():
+        writer.close()
+    logger.info("%s; %d unreadable", ", ".join(map(str, writers.values())), len(unreadable.ids))
+    if set(wanted) == {"train", "evaluation"}:
+        write_json(folder / FACTS, {"classes": classes, "unreadable": unreadable.ids})
+    return counts
+
+
+class PixelWriter:
+    """The images of one split, appended to files as they come.
+
+    Args:
+        folder: where `{split}.npy`, `{split}.csv` and the truth of scenes go.
+        split: their name.
+        wanted: how many; None for as many as come.
+    """
+
+    def __init__(self, folder: Path, split: str, wanted: int | None) -> None:
+        self.split, self.wanted = split, wanted
+        self.count = 0
+        self._folder = folder
+        self._pixels = (folder / f"{split}.npy").open("wb")
+        self._table = (folder / f"{split}.csv").open("w", newline="", encoding="utf-8")
+        self._rows = csv.writer(self._table, lineterminator="\n")
+        self._rows.writerow(["context", "id", "label"])
+        self._labels: list[int] = []
+        self._truth: list[Ready] = []
+        self._shape: tuple[int, ...] = ()
+
+    @property
+    def is_full(self) -> bool:
+        return self.wanted is not None and self.count >= self.wanted
+
+    def __str__(self) -> str:
+        return (
+            f"{self.split}: {self.count}"
+            + (f" of {self.wanted}" if self.wanted else "")
+            + " images"
+        )
+
+    def add(self, item: Item, ready: Ready) -> None:
+        """Append one image."""
+        if not self.count:
+            self._shape = ready.pixels.shape
+            self._header()
+        self._pixels.write(np.ascontiguousarray(ready.pixels).tobytes())
+        self._rows.writerow([self.count, item.id, item.label])
+        self._labels.append(item.label)
+        if ready.cover is not None:
+            self._truth.append(Ready(np.empty(0), ready.cover, ready.objects))
+        self.count += 1
+
+    def _header(self) -> None:
+        """The array's header, whose length does not depend on the number of images."""
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self._shape)}
+        self._pixels.seek(0)
+        np.lib.format.write_array_header_1_0(self._pixels, header)
+
+    def close(self) -> None:
+        """Put everything on disk.
+
+        Raises:
+            UserError: there were too few images.
+        """
+        if not self.count or (self.wanted is not None and not self.is_full):
+            raise UserError(
+                f"images: they give {self.count} of the {self.split} split, {self.wanted or 'some'} are "
+                f"asked for. Lower {self.split}_rows in stores, change evaluation_share, or add images."
+            )
+        self._header()
+        self._pixels.close()
+        self._table.close()
+        np.save(self._folder / f"{self.split}_labels.npy", np.array(self._labels, np.int32))
+        if self._truth:
+            covers = np.stack([ready.cover for ready in self._truth if ready.cover is not None])
+            objects = np.array([ready.objects for ready in self._truth], np.int32)
+            np.save(self._folder / f"{self.split}_cover.npy", covers)
+            np.save(self._folder / f"{self.split}_objects.npy", objects)
+
+
+def normalised(pixels: np.ndarray, preprocessing: Preprocessing) -> "Tensor":
+    """Pixels (n, height, width, 3) uint8 as the model takes them: (n, 3, height, width) float32."""
+    import torch
+
+    x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(255)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
+    return x.sub_(mean).div_(std)
+
+
+class VisionSource(ModelSource):
+    """Activations of CLIP's image tower at its hook points, image by image.
+
+    Position 0 is the CLS token (or the embedding), position 1 + i the i-th patch, row by row.
+
+    Args:
+        params: a vision source.
+        folder: results/sources/NAME, with model/ and inputs/.
+        device: where the model runs.
+    """
+
+    def __init__(self, params: Mapping[str, Any], folder: Path, device: str) -> None:
+        self.preprocessing = load_preprocessing(folder / "model")
+        n_rows = rows_per_context(params, self.preprocessing)
+        super().__init__(params, folder, device, POSITIONS[params["tokens"]], n_rows)
+        names = ["label"] + (["objects", "cover"] if "scenes" in params["images"] else [])
+        self._names = names
+        self.columns: dict[str, Column] = {
+            "context": (np.dtype(np.int64), ()),
+            "position": (np.dtype(np.int32), ()),
+            **{name: (np.dtype(np.int32), ()) for name in names},
+        }
+
+    @cached_property
+    def d_in(self) -> dict[str, int]:
+        """Width of the activations by hook point."""
+        from saeflow.sources.models import load_config
+
+        config = load_config(self.folder / "model")
+        widths = {EMBEDDING: int(config.projection_dim)}
+        return {
+            name: widths.get(name, int(config.vision_config.hidden_size))
+            for name in self.hook_points
+        }
+
+    def model_input(self, inputs: np.ndarray) -> "Tensor":
+        """(n, 3, height, width) normalised pixels."""
+        return normalised(inputs, self.preprocessing)
+
+    def known(self, split: str, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Of each row: the image's class; of scenes, its objects and the class of the one it shows."""
+        columns = {}
+        for name in self._names:
+            path = self.folder / "inputs" / f"{split}_{'labels' if name == 'label' else name}.npy"
+            values = np.load(path, mmap_mode="r")[start:stop].astype(np.int32)
+            if name == "cover":
+                patches = values.reshape(len(values), -1)
+                cls = np.full((len(values), 1), NO_LABEL, np.int32)
+                columns[name] = np.concatenate([cls, patches], 1)[:, self.positions]
+            else:
+                columns[name] = np.repeat(values[:, None], self.rows_per_context, axis=1)
+        return columns
+
+
+def image_facts(folder: Path) -> dict[str, Any]:
+    """Classes (and templates) of prepared images."""
+    return dict(read_json(folder / FACTS))
