@@ -177,7 +177,9 @@ class Bench:
         observers: list[Observer] = [PerKind(self.kinds)] if self.kinds else []
         if self.is_vision and is_trained:
             objects = "objects" in self.held_out.columns
-            per_image = PerImage(len(self.pixels), objects=objects)
+            cards = self.evaluation["concept_cards"]
+            among = min(cards["among"], len(self.pixels)) if cards else 0
+            per_image = PerImage(len(self.pixels), objects=objects, among=among)
             observers.append(per_image)
         if self.dimensions and is_trained:
             per_row = PerRow(len(self.dimensions["norm"]))
@@ -207,10 +209,10 @@ class Bench:
             return
         from saeflow.sources.vision import load_preprocessing
 
-        among = dict(settings, among=min(settings["among"], len(self.pixels)))
+        settings = dict(settings, among=per_image.among)
         write_cards(
             sae, self.held_out, self.selection, per_image, measured.fired, self.pixels, self.cover,
-            load_preprocessing(self._model).grid, self.labelled_sets.name_concepts(sae), among,
+            load_preprocessing(self._model).grid, self.labelled_sets.name_concepts(sae), settings,
             self.batch_size, self.device, folder,
         )  # fmt: skip
 

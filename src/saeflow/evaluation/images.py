@@ -30,6 +30,7 @@ CARDS, CARD_FACTS = "cards.safetensors", "cards.json"
 KINDS: dict[str, Literal["first", "rest"]] = {"cls": "first", "patches": "rest"}
 _PER_KIND = ("fvu", "nmse", "cosine")
 _DENSE = 0.1
+_PART = 0.25
 _MOST_PIXELS = 112
 _BINS = 24
 _SHOWN = 8
@@ -72,17 +73,26 @@ class PerImage:
     Args:
         n_images: images of the split.
         objects: whether the store knows how many objects each has.
+        among: of so many images, what every latent fires on is kept apart.
     """
 
-    def __init__(self, n_images: int, *, objects: bool) -> None:
+    def __init__(self, n_images: int, *, objects: bool, among: int = 0) -> None:
         self.tokens, self.l0, self.k_hat = (np.zeros(n_images) for _ in range(3))
         self.labels = np.full(n_images, -1)
         self.objects = np.full(n_images, -1) if objects else None
         self.has_k = False
         self.energy: Any = 0.0  # (d_sae,) sum of squared activations of each latent
+        self.among = among
+        self.fires_on: Any = None  # (among, d_sae) tokens of each image that it fires on
 
     def add(self, seen: Seen) -> None:
         self.energy = self.energy + seen.latents.double().square().sum(0).cpu().numpy()
+        near = np.flatnonzero(seen.column("context") < self.among)
+        if len(near):
+            if self.fires_on is None:
+                self.fires_on = np.zeros((self.among, seen.latents.shape[1]), np.int32)
+            fires = (seen.latents[torch.as_tensor(near, device=seen.x.device)] != 0).cpu().numpy()
+            np.add.at(self.fires_on, seen.column("context")[near], fires)
         image = seen.column("context")
         np.add.at(self.tokens, image, 1)
         np.add.at(self.l0, image, seen.l0.cpu().numpy())
@@ -212,7 +222,7 @@ def write_cards(
         folder: written: cards.safetensors and cards.json.
     """
     among = per_image.images[per_image.images < settings["among"]]
-    chosen = _chosen(per_image.energy, fired, store.rows, settings["concepts"])
+    chosen = _chosen(per_image, fired, store.rows, settings["concepts"])
     order = among[np.argsort(per_image.l0[among] / per_image.tokens[among], kind="stable")]
     places = np.linspace(0, len(order) - 1, min(_SHOWN, len(order))).round().astype(int)
     shown = order[places]
@@ -277,10 +287,16 @@ def write_cards(
     write_json(folder / CARD_FACTS, facts)
 
 
-def _chosen(energy: np.ndarray, fired: np.ndarray, rows: int, count: int) -> np.ndarray:
-    """The latents with the largest sum of squared activations, but for dense ones."""
-    rate = fired / rows
-    usable = np.flatnonzero((rate > 0) & (rate <= _DENSE))
+def _chosen(per_image: PerImage, fired: np.ndarray, rows: int, count: int) -> np.ndarray:
+    """The latents with the largest sum of squared activations among those that look at a part of an image.
+
+    These fire on at most _DENSE of all tokens and, on average over the images they fire on, on at most
+    _PART of the tokens; where there are too few of them, any that fire.
+    """
+    rate, energy = fired / rows, per_image.energy
+    images = np.maximum((per_image.fires_on > 0).sum(0), 1)
+    part = per_image.fires_on.sum(0) / images / max(per_image.tokens.max(), 1)
+    usable = np.flatnonzero((rate > 0) & (rate <= _DENSE) & (part <= _PART))
     usable = usable if len(usable) >= count else np.flatnonzero(rate > 0)
     return usable[np.argsort(-energy[usable], kind="stable")][:count]
 

@@ -51,12 +51,12 @@ def concepts(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
     width = style.TEXT_WIDTH / 2 - 0.1
     side = (width - _HISTOGRAM) / n_images
     line = side + 0.2
-    figure = _new_figure(line * -(-len(cards) // 2))
+    figure = _new_figure(line * -(-len(cards) // 2) + 0.05)
     data = []
     for place, (pictures, number) in enumerate(cards):
         card = pictures.facts["concepts"][number]
         images, masks = pictures.arrays["pixels"][number], pictures.arrays["masks"][number]
-        left, top = (place % 2) * (width + 0.2), place // 2 * line + 0.12
+        left, top = (place % 2) * (width + 0.2), place // 2 * line + 0.16
         most = max(float(masks.max()), 1e-9)
         for i, (image, mask) in enumerate(zip(images, masks, strict=True)):
             ax = _axes(figure, left + i * side, top, side - 0.04, side - 0.04)
@@ -75,7 +75,8 @@ def concepts(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
         "fires little and outlined where it fires above half of its largest activation shown, and the histogram of its "
         "activations that are not 0 (logarithmic counts). Title: variant, number of the latent, on how many tokens "
         "it fires, how much of its activation lies on objects, and the nearest of some texts, by what adding the concept's direction does to image embeddings. "
-        "Chosen without looking: the largest sums of squared activations, but for dense concepts (above 10 %)."
+        "Chosen without looking: the largest sums of squared activations, among concepts that fire on at most "
+        "10 % of all tokens and, where they fire, on at most a quarter of an image."
         + _covered(runs)
     )
     return Drawing(figure, pd.DataFrame(data), caption)
@@ -97,11 +98,11 @@ def simple_to_complex(tables: read.Tables, options: Mapping[str, Any]) -> Drawin
     columns = max(len(pictures.facts["shown"]) for pictures in runs)
     side = (style.TEXT_WIDTH - _LABEL) / columns
     line = 2 * side + 0.16
-    figure = _new_figure(line * len(runs))
+    figure = _new_figure(line * len(runs) + 0.05)
     data = []
     for number, pictures in enumerate(runs):
         used = pictures.arrays["shown_l0"]
-        top = number * line + 0.12
+        top = number * line + 0.16
         for i, shown in enumerate(pictures.facts["shown"]):
             left = _LABEL + i * side
             ax = _axes(figure, left, top, side - 0.04, side - 0.04)
