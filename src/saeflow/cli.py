@@ -437,7 +437,7 @@ def clean(
 def dimension(
     store: Annotated[Path, typer.Option(help="Folder of the evaluation split's stores.")],
     hook_point: Annotated[str, typer.Option(help="Which activations.")],
-    evaluation: EvaluationJson,
+    settings: Annotated[str, typer.Option(help="`dimension` of `evaluation`, as JSON.")],
     out: Out,
     key: Key = "",
 ) -> None:
@@ -445,13 +445,13 @@ def dimension(
     from saeflow.evaluation.dimension import write_dimensions
     from saeflow.stores import open_store
 
-    settings = _json("--evaluation", evaluation)["dimension"]
-    params = {"hook_point": hook_point, "dimension": settings}
+    chosen = _json("--settings", settings)
+    params = {"hook_point": hook_point, "dimension": chosen}
     with (
         _interruptible(),
         provenance.job(out, name="dimension", inputs=[store], params=params, key=key) as job,
     ):
-        write_dimensions(open_store(store / f"{hook_point}.zarr"), settings, job.path)
+        write_dimensions(open_store(store / f"{hook_point}.zarr"), chosen, job.path)
 
 
 @app.command()

@@ -96,8 +96,12 @@ class Plan:
         every = {k: v for k, v in self.params["evaluation"].items() if k != "pca_ranks"}
         if not self.is_vision(source):
             every = {k: v for k, v in every.items() if k not in _OF_IMAGES}
-        dimension = every["dimension"] if self.has_dimension(source) else None
-        return {**every, "dimension": dimension}
+        return {**every, "dimension": self.dimension() if self.has_dimension(source) else None}
+
+    def dimension(self) -> dict[str, Any] | None:
+        """How local intrinsic dimension is estimated, where it is."""
+        chosen = self.params["evaluation"]["dimension"]
+        return chosen and {key: chosen[key] for key in ("rows", "neighbours")}
 
     def labelled_set(self, name: str) -> dict[str, Any]:
         return dict(self.params["evaluation"]["labelled_sets"][name])
@@ -179,7 +183,7 @@ class Plan:
 
     def key_dimension(self, source: str, hook_point: str) -> str:
         code = (*_SHARED, "stores", "evaluation/dimension")
-        slice_ = [hook_point, self.params["evaluation"]["dimension"]]
+        slice_ = [hook_point, self.dimension()]
         after = [self.key_store(source, "evaluation")]
         libraries = (*_STORE, "scikit-dimension", "scikit-learn", "scipy")
         return job_key("dimension", slice_, code=code, libraries=libraries, after=after)

@@ -46,10 +46,10 @@ rule estimate_dimension:
         "../../envs/model.yaml"
     params:
         key=lambda w: plan.key_dimension(w.source, w.hook_point),
-        evaluation=lambda w: json.dumps(plan.evaluation(w.source)),
+        settings=json.dumps(plan.dimension()),
     shell:
         "python -m saeflow dimension --store results/stores/{wildcards.source}/evaluation"
-        " --hook-point {wildcards.hook_point} --evaluation {params.evaluation:q} --key {params.key}"
+        " --hook-point {wildcards.hook_point} --settings {params.settings:q} --key {params.key}"
         " --out results/evaluations/{wildcards.source}/{wildcards.hook_point}/dimension 2>&1 | tee {log}"
 
 

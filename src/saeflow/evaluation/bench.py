@@ -61,8 +61,7 @@ class Bench:
         found += [self._model, self._clean] if self._model.exists() else [self._inputs]
         if self.is_vision and self._inputs not in found:
             found.append(self._inputs)
-        dimension = self.evaluation["dimension"]
-        if dimension is not None and self.source in dimension["sources"]:
+        if self.evaluation["dimension"] is not None:
             found.append(self._dimension)
         return found
 

@@ -25,10 +25,11 @@ MEAN = STD = (0.5, 0.5, 0.5)
 _TEXT_LAYERS = 2
 _HEAD_WIDTH = 32
 _LONGEST_CAPTION = 48
-_VOCABULARY = 700
 _BETAS, _WEIGHT_DECAY, _WARMUP = (0.9, 0.98), 0.05, 0.1
 _MOST_LOGIT_SCALE = math.log(100)  # as in the paper
 _RENDERED_AT_ONCE = 256
+_END = "</w>"
+_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 _SINGLES = {"smallest": 1, "largest": 1}
 
 
@@ -46,10 +47,10 @@ def train_clip(options: Mapping[str, Any], folder: Path, workers: int) -> None:
     """
     import torch
     from torch.nn.functional import cross_entropy, normalize
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
     images, captions, is_single = _pairs(options, workers)
-    tokenizer = CLIPTokenizer().train_new_from_iterator(captions, vocab_size=_VOCABULARY)
+    tokenizer = make_tokenizer(captions)
     encoded = tokenizer(captions, padding=True, return_tensors="pt")["input_ids"]
     width, layers = options["width"], options["layers"]
     shape = {
@@ -115,6 +116,33 @@ def train_clip(options: Mapping[str, Any], folder: Path, workers: int) -> None:
         image_std=list(STD),
     ).save_pretrained(folder)
     write_json(folder / "steps.json", {"loss": losses})
+
+
+def make_tokenizer(captions: list[str]) -> Any:
+    """CLIP's byte-pair encoding with merges that make one token of every word of the captions.
+
+    The words' order decides which pieces are merged, so that the result is always the same (training
+    breaks ties by chance).
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    words = sorted({word for text in captions for word in text.replace(",", " , ").split()})
+    merges: dict[tuple[str, str], None] = {}
+    while True:
+        merged = dict.fromkeys("".join(pair) for pair in merges)
+        known = [*letters, *(letter + _END for letter in letters), *merged, *_SPECIAL]
+        vocabulary = {piece: number for number, piece in enumerate(known)}
+        tokenizer: Any = CLIPTokenizer(vocab=vocabulary, merges=list(merges))
+        pieces = [found for word in words if len(found := tokenizer.tokenize(word)) > 1]
+        if not pieces:
+            return tokenizer
+        for first, *rest in pieces:
+            front = first
+            for piece in rest:
+                merges[front, piece] = None
+                front += piece
 
 
 def _pairs(options: Mapping[str, Any], workers: int) -> tuple[np.ndarray, list[str], np.ndarray]:

@@ -199,13 +199,15 @@ def _dataset_items(
 
 def prepare_image(item: Item, preprocessing: Preprocessing) -> Ready | str:
     """Decode one image, or say why it cannot be."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if not isinstance(item.content, bytes):
         return _prepare_scene(*item.content, preprocessing)
     try:
         with Image.open(io.BytesIO(item.content)) as image:
             return Ready(_fit(as_rgb(image), preprocessing))
+    except UnidentifiedImageError:
+        return "no image format that is known"
     except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         return str(error)
 

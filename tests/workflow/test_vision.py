@@ -1,0 +1,98 @@
+"""The real workflow on scenes and a small CLIP that it trains itself."""
+
+import copy
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import load_file
+
+from .conftest import Project
+
+pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("vision")]
+PARAMS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "vision.yaml").read_text())
+RUN = "scenes/vision.blocks.0.resid_post/soft-topk/d64-seed0"
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = Project(tmp_path_factory.mktemp("vision"), PARAMS)
+    project.snakemake("all")
+    return project
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_figure_is_drawn_and_traces(done: Project) -> None:
+    for name in PARAMS["figures"]["names"]:
+        done.run("saeflow", "trace", f"results/figures/{name}/{name}.svg")
+    assert "results are as they were made" in done.run("saeflow", "verify")
+    report = (done.folder / "results/report.html").read_text()
+    assert "Classification through a few concepts" in report
+
+
+def test_nothing_is_left_to_do(done: Project) -> None:
+    assert done.todo() == {}
+
+
+def test_a_new_labelled_set_trains_nothing_again(done: Project) -> None:
+    params = copy.deepcopy(PARAMS)
+    params["evaluation"]["labelled_sets"]["one"]["templates"] = ["a picture of a {}"]
+    done.write(params)
+    todo = done.todo()
+    done.write(PARAMS)
+    assert set(todo) == {
+        "prepare_labelled", "evaluate_clean", "evaluate_sae", "evaluate_baselines", "collect_tables",
+        "draw_figure", "write_report",
+    }  # fmt: skip
+
+
+def test_tables_hold_images_sets_and_dimensions(done: Project) -> None:
+    tables = done.folder / "results/tables"
+    lines = rows(tables / "classification.csv")
+    assert {line["set"] for line in lines} == {"one"}
+    assert {line["n"] for line in lines} == {"1", "5", "10", "50", "all"}
+    assert {line["images"] for line in lines} == {"42"}
+    images = [line for line in rows(tables / "images.csv") if line["run"] == RUN]
+    assert len(images) == 10
+    assert all(0 <= int(line["objects"]) <= 3 for line in images)
+    assert {line["estimator"] for line in rows(tables / "dimension.csv")} == {"mle", "twonn"}
+    metrics = json.loads((tables / "metrics.json").read_text())[RUN]
+    assert {"zero_shot", "fvu_cls", "fvu_patches", "spearman_l0_objects"} <= set(metrics)
+    assert "ce_spliced" not in metrics
+
+
+def test_cards_show_where_concepts_fire(done: Project) -> None:
+    """The masks are the SAE's own latents at the images' places in the store."""
+    import torch
+
+    import saeflow
+
+    folder = done.folder / "results"
+    cards = json.loads((folder / "tables/cards" / RUN / "cards.json").read_text())
+    arrays = load_file(folder / "tables/cards" / RUN / "cards.safetensors")
+    store = saeflow.open_store(folder / "stores/scenes/evaluation/vision.blocks.0.resid_post.zarr")
+    sae = saeflow.load(folder / "saes" / RUN)
+    with torch.no_grad():
+        latents = sae.encode(store.read(0, store.rows).float()).numpy()
+    context, position = store.column("context"), store.column("position")
+    pixels = np.load(folder / "sources/scenes/inputs/evaluation.npy")
+    for number, card in enumerate(cards["concepts"]):
+        for i, image in enumerate(card["images"]):
+            mine = (context == image) & (position > 0)
+            expected = np.zeros(16)
+            expected[position[mine] - 1] = latents[mine, card["latent"]]
+            assert arrays["masks"][number, i].ravel() == pytest.approx(np.abs(expected), abs=1e-5)
+            assert np.array_equal(arrays["pixels"][number, i], pixels[image])
+        assert card["prompt"]
+    for number, shown in enumerate(cards["shown"]):
+        mine = context == shown["context"]
+        assert shown["l0"] == pytest.approx((latents[mine] != 0).sum(1).mean())
+        assert arrays["shown_l0"][number].sum() == (latents[mine & (position > 0)] != 0).sum()
