@@ -385,13 +385,14 @@ def clean(
     threads: Threads,
     folder: SourceFolder,
     stores: Annotated[Path, typer.Option(help="The source's stores: train/ and evaluation/.")],
+    labelled: Annotated[Path, typer.Option(help="Folder of its labelled sets, where it has any.")],
     out: Out,
     key: Key = "",
 ) -> None:
     """Run the model once on evaluation inputs: the clean side that every SAE is compared with."""
     values, metrics = _json("--source", source), _json("--evaluation", evaluation)
     machine = _machine(runtime, threads)
-    labelled = {name: folder / "labelled" / name for name in metrics.get("labelled_sets", {})}
+    sets = {name: labelled / name for name in metrics.get("labelled_sets", {})}
     with (
         _interruptible(),
         provenance.job(
@@ -400,7 +401,7 @@ def clean(
             inputs=[
                 *_model_folders(folder, values),
                 *(stores / split for split in SPLITS),
-                *labelled.values(),
+                *sets.values(),
             ],
             params={
                 "source": values,
@@ -421,7 +422,7 @@ def clean(
             cards = metrics["concept_cards"]
             prompts = cards["prompts"] if cards else []
             write_labelled(
-                values, folder, labelled, prompts, hook_point, machine["device"], job.path
+                values, folder, sets, prompts, hook_point, machine["device"], job.path
             )
             return
         from saeflow.evaluation.splice import write_clean

@@ -180,6 +180,10 @@ def validate(params: Any) -> None:
                 f"evaluation.dimension.sources: no such source: {name}. Known: {_list(params['sources'])}."
             )
     for name, labelled in params["evaluation"]["labelled_sets"].items():
+        if name in RESERVED:
+            raise UserError(
+                f"evaluation.labelled_sets: the name {name} is a folder of the evaluation's. Choose another."
+            )
         for split in ("train", "test"):
             folder = labelled[split].get("folder")
             if folder is not None and not Path(folder).is_dir():

@@ -96,7 +96,7 @@ def test_order_of_the_arguments_changes_no_byte(
     one, two = gather(runs, tmp_path / "one"), tmp_path / "two"
     two.mkdir()
     collect([run[0] for run in runs[::-1]], [run[1] for run in runs[3::-1]], [], two)
-    names = sorted(path.name for path in one.iterdir())
+    names = sorted(path.name for path in one.iterdir() if path.is_file())
     assert names == [
         "classification.csv", "complexity.csv", "dimension.csv", "histograms.csv", "images.csv",
         "metrics.csv", "metrics.json", "probes.csv", "summary.csv", "summary.md", "summary.tex", "training.csv",

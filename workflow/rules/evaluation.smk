@@ -1,7 +1,27 @@
 """Evaluation: every SAE and every baseline on held-out activations and with the model in the loop.
 
-Expects results/saes and results/stores; leaves results/evaluations (a table a run) and results/tables.
+Expects results/saes and results/stores; leaves results/evaluations (a table a run, and what runs are
+measured on) and results/tables.
 """
+
+
+rule prepare_labelled:
+    input:
+        model=model_record,
+    output:
+        record="results/evaluations/{source}/labelled/{labelled}/provenance.json",
+    log:
+        "logs/prepare_labelled/{source}_{labelled}.log",
+    conda:
+        "../../envs/model.yaml"
+    threads: threads("extract")
+    params:
+        key=lambda w: plan.key_labelled(w.source, w.labelled),
+        labelled=lambda w: json.dumps(plan.labelled_set(w.labelled)),
+    shell:
+        "python -m saeflow label --labelled {params.labelled:q} --threads {threads} --key {params.key}"
+        " --folder results/sources/{wildcards.source}"
+        " --out results/evaluations/{wildcards.source}/labelled/{wildcards.labelled} 2>&1 | tee {log}"
 
 
 rule evaluate_clean:
@@ -12,7 +32,7 @@ rule evaluate_clean:
             "results/stores/{{source}}/{split}/provenance.json", split=["train", "evaluation"]
         ),
         labelled=lambda w: [
-            f"results/sources/{w.source}/labelled/{name}/provenance.json"
+            f"results/evaluations/{w.source}/labelled/{name}/provenance.json"
             for name in plan.labelled(w.source)
         ],
     output:
@@ -32,6 +52,7 @@ rule evaluate_clean:
         "python -m saeflow clean --source {params.source:q} --hook-point {wildcards.hook_point}"
         " --evaluation {params.evaluation:q} --threads {threads} --key {params.key}"
         " --folder results/sources/{wildcards.source} --stores results/stores/{wildcards.source}"
+        " --labelled results/evaluations/{wildcards.source}/labelled"
         " --out results/evaluations/{wildcards.source}/{wildcards.hook_point}/clean 2>&1 | tee {log}"
 
 
@@ -114,9 +135,7 @@ rule collect_tables:
         complexity="results/tables/complexity.csv",
         probes="results/tables/probes.csv",
         histograms="results/tables/histograms.csv",
-        extra=expand(
-            "results/tables/{table}.csv", table=["classification", "images", "dimension"]
-        ),
+        extra=expand("results/tables/{table}.csv", table=["classification", "images", "dimension"]),
         json="results/tables/metrics.json",
         record="results/tables/provenance.json",
     log:

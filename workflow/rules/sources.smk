@@ -1,8 +1,7 @@
 """Sources: the model and the inputs it reads.
 
 Expects nothing but params.yaml; leaves results/sources/SOURCE/model (a Hugging Face folder, where the
-source has a model), results/sources/SOURCE/inputs (token ids, pixels or the true dictionary) and
-results/sources/SOURCE/labelled/SET (images that are classified).
+source has a model) and results/sources/SOURCE/inputs (token ids, pixels or the true dictionary).
 """
 
 
@@ -39,22 +38,3 @@ rule prepare_inputs:
     shell:
         "python -m saeflow prepare --source {params.source:q} --rows {params.rows:q} --key {params.key}"
         " --threads {threads} --folder results/sources/{wildcards.source} 2>&1 | tee {log}"
-
-
-rule prepare_labelled:
-    input:
-        model=model_record,
-    output:
-        record="results/sources/{source}/labelled/{labelled}/provenance.json",
-    log:
-        "logs/prepare_labelled/{source}_{labelled}.log",
-    conda:
-        "../../envs/model.yaml"
-    threads: threads("extract")
-    params:
-        key=lambda w: plan.key_labelled(w.source, w.labelled),
-        labelled=lambda w: json.dumps(plan.labelled_set(w.labelled)),
-    shell:
-        "python -m saeflow label --labelled {params.labelled:q} --threads {threads} --key {params.key}"
-        " --folder results/sources/{wildcards.source}"
-        " --out results/sources/{wildcards.source}/labelled/{wildcards.labelled} 2>&1 | tee {log}"

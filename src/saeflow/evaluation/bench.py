@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,7 @@ class Bench:
         settings = dict(settings, among=per_image.among)
         write_cards(
             sae, self.held_out, self.selection, per_image, measured.fired, self.pixels, self.cover,
-            load_preprocessing(self._model).grid, self.labelled_sets.name_concepts(sae), settings,
+            load_preprocessing(self._model).grid, partial(self.labelled_sets.name_concepts, sae), settings,
             self.batch_size, self.device, folder,
         )  # fmt: skip
 

@@ -3,7 +3,7 @@
 Position 0 of an image is its CLS token, position 1 + i its i-th patch.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -202,7 +202,7 @@ def write_cards(
     pixels: np.ndarray,
     cover: np.ndarray | None,
     grid: tuple[int, int],
-    prompts: tuple[list[str], np.ndarray],
+    name: Callable[[np.ndarray], list[tuple[str, float]]],
     settings: Mapping[str, Any],
     batch_size: int,
     device: str,
@@ -217,7 +217,7 @@ def write_cards(
         pixels: (images, height, width, 3) uint8 of the split.
         cover: of scenes (images, down, across), -1 where a patch shows no object.
         grid: patches down and across.
-        prompts: texts, and (d_sae, prompts) how near each concept is to each; no texts, no name.
+        name: nearest text and its cosine of some latents; nothing where there are no texts.
         settings: `concepts`, `images` and `among` of evaluation.concept_cards.
         folder: written: cards.safetensors and cards.json.
     """
@@ -250,7 +250,7 @@ def write_cards(
                     held = kept.setdefault(number, torch.zeros(tokens, latents.shape[1]))
                     held[torch.from_numpy(position[here]).long()] = own
     arrays, cards = _cards(activations, chosen, pixels, grid, settings["images"])
-    names, near = prompts
+    names = name(chosen)
     for number, (card, latent) in enumerate(zip(cards, chosen.tolist(), strict=True)):
         if cover is not None:
             strength = np.abs(activations[: len(cover), 1:, number])
@@ -258,8 +258,7 @@ def write_cards(
             card["on_objects"] = float((strength * on).sum() / max(strength.sum(), 1e-12))
         card["firing_rate"] = float(fired[latent] / store.rows)
         if names:
-            best = int(near[latent].argmax())
-            card |= {"prompt": names[best], "prompt_cosine": float(near[latent, best])}
+            card["prompt"], card["prompt_cosine"] = names[number]
     strongest = [_strongest(kept[number], grid) for number in range(len(shown))]
     arrays |= {
         "shown_pixels": _small(pixels[shown]),

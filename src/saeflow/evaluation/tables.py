@@ -211,6 +211,7 @@ def collect(
 
 def _copy_cards(evaluations: Iterable[Path], folder: Path) -> None:
     """Concept cards of the runs that have them, in folders named after the runs."""
+    folder.mkdir()
     for evaluation in evaluations:
         if (evaluation / "cards.json").exists():
             run = read_csv(evaluation / METRICS)[0]["run"]

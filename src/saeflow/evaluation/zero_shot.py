@@ -246,34 +246,37 @@ class LabelledSets:
         texts = [load_file(self.folder / f"{name}.text.safetensors")["text"] for name in sets]
         return names, torch.cat(texts) if texts else torch.zeros(0, self.summary["d_embedding"])
 
-    def name_concepts(self, sae: Any) -> tuple[list[str], np.ndarray]:
-        """What each concept adds to image embeddings, compared with texts.
+    def name_concepts(self, sae: Any, latents: np.ndarray) -> list[tuple[str, float]]:
+        """What some concepts add to image embeddings, compared with texts.
 
         To every token of some test images the concept's direction is added, as long as these tokens are on
         average; the change of the unit embedding, averaged over the images, is compared with the texts'
         differences from their mean.
 
+        Args:
+            sae: with `directions`.
+            latents: (n,) numbers of the concepts.
+
         Returns:
-            The texts, and their cosine to each concept (d_sae, texts); no texts without labelled sets.
+            The nearest text of each, and its cosine; nothing without labelled sets.
         """
         names, text = self.prompts()
         sets = list(self.summary["sets"])
         if not sets or not names:
-            return [], np.zeros((0, 0))
+            return []
         parts = next(self.batches(sets[0], "test"))
         rows = self.rows_of(parts)
         length = torch.linalg.vector_norm(rows, dim=-1).mean()
-        centred = text - text.mean(0)
-        centred /= torch.linalg.vector_norm(centred, dim=1, keepdim=True).clamp(min=1e-12)
+        centred = _unit(text - text.mean(0))
         found = []
         with torch.inference_mode():
             base = _unit(self.embed_rows(parts, rows))
-            directions = sae.directions()
-            for direction in directions:
+            for direction in sae.directions()[torch.as_tensor(latents, device=rows.device)]:
                 step = direction / direction.norm().clamp(min=1e-12) * length
                 change = (_unit(self.embed_rows(parts, rows + step)) - base).mean(0)
-                found.append(_unit(change[None]).cpu() @ centred.t())
-        return names, torch.cat(found).numpy()
+                near = _unit(change[None]).cpu() @ centred.t()
+                found.append((names[int(near.argmax())], float(near.max())))
+        return found
 
     def rows_of(self, parts: Mapping[str, Tensor]) -> Tensor:
         """(n, tokens, d_in) the activations that the source's stores hold."""
