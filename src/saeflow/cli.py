@@ -421,9 +421,7 @@ def clean(
 
             cards = metrics["concept_cards"]
             prompts = cards["prompts"] if cards else []
-            write_labelled(
-                values, folder, sets, prompts, hook_point, machine["device"], job.path
-            )
+            write_labelled(values, folder, sets, prompts, hook_point, machine["device"], job.path)
             return
         from saeflow.evaluation.splice import write_clean
         from saeflow.stores import open_store

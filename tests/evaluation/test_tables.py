@@ -18,6 +18,8 @@ from saeflow.evaluation.tables import (
     METRIC_COLUMNS,
     Evaluation,
     as_latex,
+    classification_latex,
+    classification_markdown,
     collect,
     describe_schedule,
     escape_latex,
@@ -98,7 +100,7 @@ def test_order_of_the_arguments_changes_no_byte(
     collect([run[0] for run in runs[::-1]], [run[1] for run in runs[3::-1]], [], two)
     names = sorted(path.name for path in one.iterdir() if path.is_file())
     assert names == [
-        "classification.csv", "complexity.csv", "dimension.csv", "histograms.csv", "images.csv",
+        "classification.csv", "classification.md", "classification.tex", "complexity.csv", "dimension.csv", "histograms.csv", "images.csv",
         "metrics.csv", "metrics.json", "probes.csv", "summary.csv", "summary.md", "summary.tex", "training.csv",
     ]  # fmt: skip
     for name in names:
@@ -212,3 +214,38 @@ def test_schedules_are_told_apart() -> None:
 def test_gathering_tables_loads_no_torch() -> None:
     code = "import sys, saeflow.evaluation.tables; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_accuracies_are_one_table_a_protocol() -> None:
+    shared = {
+        "source": "scenes", "hook_point": "vision.blocks.2.resid_post", "set": "a_b", "classes": "4",
+        "images": "40", "clean_accuracy": "0.9", "entry": "topk", "variant": "topk",
+    }  # fmt: skip
+    rows = []
+    for seed in (0, 1):
+        run = shared | {"run": f"scenes/vision.blocks.2.resid_post/topk/d8-k2-seed{seed}"}
+        whole = {"protocol": "all", "labels": "true", "concepts": "on", "n": "all"}
+        rows.append(run | whole | {"accuracy": "0.75"})
+        for n in (1, 5, 10, 50):
+            for protocol in ("leak_free", "paper"):
+                for labels, concepts in (("true", "on"), ("true", "off"), ("permuted", "on")):
+                    known = {
+                        "protocol": protocol,
+                        "labels": labels,
+                        "concepts": concepts,
+                        "n": str(n),
+                    }
+                    accuracy = n / 100 + seed / 50 + (protocol == "paper") / 4
+                    rows.append(
+                        run | known | {"accuracy": "9" if labels == "permuted" else str(accuracy)}
+                    )
+    table = classification_markdown(rows)
+    assert (
+        "## scenes, vision.blocks.2.resid_post, a_b, leak-free protocol: 40 images of 4 classes"
+        in table
+    )
+    assert "| topk | d8-k2 | 0.020 | 0.060 | 0.110 | 0.510 | 0.750 | 0.020 |" in table
+    assert "| topk | d8-k2 | 0.270 | 0.310 | 0.360 | 0.760 | 0.750 | 0.270 |" in table
+    latex = classification_latex(rows)
+    assert latex.count(r"\begin{tabular}{llrrrrrrrrr}") == latex.count(r"\end{tabular}") == 2
+    assert r"a\_b" in latex

@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors.numpy import save_file
-from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
 from saeflow.evaluation.measure import Seen
@@ -174,6 +173,8 @@ class PerRow:
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     """Spearman's; None where one side is constant."""
+    from scipy.stats import spearmanr
+
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return None
     return float(spearmanr(a, b)[0])
@@ -181,6 +182,8 @@ def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
 
 def partial_correlation(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> float | None:
     """Spearman's, with what the ranks of `given` explain linearly taken from both sides' ranks."""
+    from scipy.stats import rankdata
+
     ranks = [rankdata(values) for values in (a, b, given)]
     a_rank, b_rank, g = (rank - rank.mean() for rank in ranks)
     if not (g @ g and a_rank @ a_rank and b_rank @ b_rank):

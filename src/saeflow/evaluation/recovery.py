@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import rankdata
 from torch import Tensor
 
 DEFINITIONS = {
@@ -60,6 +58,8 @@ def cosines(features: Tensor, directions: Tensor) -> np.ndarray:
 
 def match(similarity: np.ndarray) -> Matching:
     """One-to-one matching with the largest sum of `similarity` (features, latents)."""
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(similarity, maximize=True)
     latent = np.full(len(similarity), -1, dtype=np.int64)
     cosine = np.zeros(len(similarity))
@@ -78,6 +78,8 @@ def spearman(pairs: Counter[tuple[int, int]]) -> float | None:
 
 
 def _weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    from scipy.stats import rankdata
+
     distinct = rankdata(values, method="dense") - 1
     mass = np.bincount(distinct, weights=weights)
     return (np.cumsum(mass) - (mass - 1) / 2)[distinct]

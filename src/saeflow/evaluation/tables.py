@@ -196,6 +196,9 @@ def collect(
     for name, columns in EXTRA.items():
         rows = _all_runs(folder / f"{name}.csv" for folder in folders)
         write_csv(folder / f"{name}.csv", (*IDS, *columns), rows)
+    accuracies = read_csv(folder / "classification.csv")
+    _write_text(folder / "classification.md", classification_markdown(accuracies))
+    _write_text(folder / "classification.tex", classification_latex(accuracies))
     _copy_cards(folders, folder / CARDS)
     by_run: dict[str, dict[str, float]] = {}
     for row in metrics:
@@ -391,6 +394,65 @@ def as_markdown(lines: list[Row]) -> str:
     return "\n".join(parts)
 
 
+def _classification_sections(rows: list[Row]) -> list[tuple[str, list[list[str]]]]:
+    """Title and table (head first) of each source, labelled set and protocol: configuration x n."""
+    counts = ("1", "5", "10", "50")
+    groups: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
+    for row in rows:
+        if not _is_baseline(row):
+            key = (row["source"], row["hook_point"], row["set"])
+            groups.setdefault(key, {}).setdefault(f"{row['entry']} {setting_of(row)}", []).append(
+                row
+            )
+    sections = []
+    for (source, hook_point, name), settings in groups.items():
+        first = next(iter(settings.values()))[0]
+        for protocol in ("leak_free", "paper"):
+            title = (
+                f"{source}, {hook_point}, {name}, {protocol.replace('_', '-')} protocol: {first['images']} images "
+                f"of {first['classes']} classes, {float(first['clean_accuracy']):.3f} without an SAE"
+            )
+            head = [
+                "entry",
+                "setting",
+                *(f"on {n}" for n in counts),
+                "all",
+                *(f"off {n}" for n in counts),
+            ]
+            table = [head]
+            for held in settings.values():
+                found: dict[tuple[str, str], list[float]] = {}
+                for row in held:
+                    if row["labels"] == "true" and row["protocol"] in (protocol, "all"):
+                        cell = (row["concepts"], row["n"])
+                        found.setdefault(cell, []).append(float(row["accuracy"]))
+                cells = [("on", n) for n in (*counts, "all")] + [("off", n) for n in counts]
+                values = [f"{statistics.fmean(found[cell]):.3f}" for cell in cells]
+                table.append([held[0]["entry"], setting_of(held[0]), *values])
+            sections.append((title, table))
+    return sections
+
+
+def classification_markdown(rows: list[Row]) -> str:
+    """Accuracy through the top n concepts as one Markdown table a set and protocol."""
+    parts = []
+    for title, (head, *lines) in _classification_sections(rows):
+        table = [head, ["---"] * 2 + ["---:"] * (len(head) - 2), *lines]
+        parts.append(
+            f"## {title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in table) + "\n"
+        )
+    return "\n".join(parts)
+
+
+def classification_latex(rows: list[Row]) -> str:
+    """The same as booktabs tables; needs \\usepackage{booktabs}."""
+    parts = []
+    for title, (head, *lines) in _classification_sections(rows):
+        body = [" & ".join(map(escape_latex, row)) + r" \\" for row in lines]
+        parts.append(_latex_table(escape_latex(title) + ".", head, 2, body))
+    return "\n".join(parts)
+
+
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
     "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -416,22 +478,26 @@ def as_latex(lines: list[Row]) -> str:
         body = [" & ".join(row) + r" \\" for row in rows]
         if 0 < split < len(body):
             body.insert(split, r"\midrule")
-        parts.append(
-            "\n".join(
-                [
-                    r"\begin{table}",
-                    r"\centering",
-                    rf"\caption{{{escape_latex(title)}. {escape_latex(_notes(held))}}}",
-                    rf"\begin{{tabular}}{{{'l' * len(_HEAD)}{'r' * len(names)}}}",
-                    r"\toprule",
-                    " & ".join(map(escape_latex, head)) + r" \\",
-                    r"\midrule",
-                    *body,
-                    r"\bottomrule",
-                    r"\end{tabular}",
-                    r"\end{table}",
-                    "",
-                ]
-            )
-        )
+        caption = f"{escape_latex(title)}. {escape_latex(_notes(held))}"
+        parts.append(_latex_table(caption, head, len(_HEAD), body))
     return "\n".join(parts)
+
+
+def _latex_table(caption: str, head: list[str], left: int, body: list[str]) -> str:
+    """A table whose first `left` columns are words."""
+    return "\n".join(
+        [
+            r"\begin{table}",
+            r"\centering",
+            rf"\caption{{{caption}}}",
+            rf"\begin{{tabular}}{{{'l' * left}{'r' * (len(head) - left)}}}",
+            r"\toprule",
+            " & ".join(map(escape_latex, head)) + r" \\",
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\end{table}",
+            "",
+        ]
+    )

@@ -337,7 +337,7 @@ def normalised(pixels: np.ndarray, preprocessing: Preprocessing) -> "Tensor":
     """Pixels (n, height, width, 3) uint8 as the model takes them: (n, 3, height, width) float32."""
     import torch
 
-    x = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float().div_(255)
+    x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float().div_(255)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
     return x.sub_(mean).div_(std)
 
