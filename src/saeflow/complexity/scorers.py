@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 
 SCORES = "scores.csv"
 
-Rows = "tuple[np.ndarray, np.ndarray, np.ndarray]"
-"""context (n,), position (n,) and score (n,) of the rows that have a score."""
-
 
 def check_scoring(name: str, scoring: Mapping[str, Any], source: Mapping[str, Any]) -> None:
     """Refuse a scorer that does not fit a source.

@@ -1,11 +1,13 @@
 """Entmax SAE: the sparsemax SAE with a sharpness between softmax and sparsemax, fixed or learned."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from saeflow.errors import UserError
 from saeflow.operators import entmax
-from saeflow.saes.base import Forward, Options
+from saeflow.saes.base import Forward
 from saeflow.saes.sparsemax import Sparsemax
 
 
@@ -22,40 +24,16 @@ class Entmax(Sparsemax):
     """
 
     def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        *,
-        alpha: float,
-        is_alpha_learned: bool,
-        architecture: str,
-        activation: str,
-        query: str,
-        score_scale: float | str,
-        max_rate: float | None,
-        loss: str,
-        l1: float,
-        l1_schedule: Options,
+        self, d_in: int, d_sae: int, *, alpha: float, is_alpha_learned: bool, **options: Any
     ) -> None:
-        super().__init__(
-            d_in,
-            d_sae,
-            architecture=architecture,
-            activation=activation,
-            query=query,
-            score_scale=score_scale,
-            max_rate=max_rate,
-            loss=loss,
-            l1=l1,
-            l1_schedule=l1_schedule,
-        )
+        super().__init__(d_in, d_sae, **options)
         most = 1.999 if is_alpha_learned else 2
         is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
         if not is_number or not 1.001 <= alpha <= most:
             raise UserError(
                 f"alpha: expected a number above 1 (at least 1.001) and up to {most}, found {alpha!r}."
             )
-        if activation == "relu":
+        if self.activation == "relu":
             raise UserError("activation: expected weights or scores, found 'relu' (see sparsemax).")
         self.fixed_alpha = float(alpha)
         raw = torch.tensor(alpha - 1.0).logit() if is_alpha_learned else None

@@ -25,25 +25,8 @@ class Matryoshka(BatchTopK):
 
     boundaries: Tensor
 
-    def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        *,
-        k: int,
-        k_schedule: Options,
-        auxk_weight: float,
-        threshold_start_step: int,
-        groups: Options,
-    ) -> None:
-        super().__init__(
-            d_in,
-            d_sae,
-            k=k,
-            k_schedule=k_schedule,
-            auxk_weight=auxk_weight,
-            threshold_start_step=threshold_start_step,
-        )
+    def __init__(self, d_in: int, d_sae: int, *, groups: Options, **options: Any) -> None:
+        super().__init__(d_in, d_sae, **options)
         boundaries = group_boundaries(groups, d_sae)
         self.register_buffer("boundaries", torch.tensor(boundaries), persistent=False)
 

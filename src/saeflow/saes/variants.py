@@ -41,10 +41,20 @@ def build(variant: str, d_in: int, d_sae: int, options: Mapping[str, Any]) -> SA
     """
     if variant not in VARIANTS:
         raise UserError(f"variant: expected one of {', '.join(VARIANTS)}, found {variant!r}.")
-    known = list(inspect.signature(VARIANTS[variant]).parameters)[2:]  # after d_in and d_sae
+    known = _options(VARIANTS[variant])
     if not isinstance(options, Mapping) or set(options) != set(known):
         found = ", ".join(options) if isinstance(options, Mapping) else repr(options)
         raise UserError(
             f"{variant}: expected the options {', '.join(known)}, found {found or 'none'}."
         )
     return VARIANTS[variant](d_in, d_sae, **options)
+
+
+def _options(variant: type[SAE]) -> list[str]:
+    """The options of a variant: its constructor's own, after those of the variants it builds on."""
+    found: dict[str, None] = {}
+    for layer in reversed(variant.__mro__):
+        if issubclass(layer, SAE) and "__init__" in vars(layer):
+            parameters = inspect.signature(vars(layer)["__init__"]).parameters.values()
+            found |= {own.name: None for own in parameters if own.kind is own.KEYWORD_ONLY}
+    return list(found)
