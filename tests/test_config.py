@@ -68,6 +68,37 @@ def test_shipped_parameters_are_valid(path: Path) -> None:
             "no such store: smollm2/blocks.3.resid_pre",
         ),
         ("saes/topk/seed", [1, 1], "two runs have one name"),
+        (
+            "sources/scenes/images",
+            {"folder": "nowhere"},
+            "sources.scenes.images.folder: no such file",
+        ),
+        (
+            "sources/scenes/tokens",
+            "none",
+            "sources.scenes.tokens: expected one of all, cls, patches",
+        ),
+        (
+            "sources/scenes/images/scenes",
+            {"seed": 1, "smallest": 4, "largest": 3},
+            "sources.scenes.images.scenes.smallest: expected at most largest (3), found 4",
+        ),
+        (
+            "sources/scenes/model/trained/batch_size",
+            6001,
+            "expected at most half of the examples and all of the pairs (6000, 21600), found 6001",
+        ),
+        ("sources/scenes/hook_points", ["blocks.2.resid_post"], "sources.scenes.hook_points"),
+        (
+            "evaluation/dimension/sources",
+            ["scene"],
+            "evaluation.dimension.sources: no such source: scene",
+        ),
+        (
+            "evaluation/labelled_sets/single-objects/test",
+            {"folder": "nowhere"},
+            "labelled_sets.single-objects.test.folder: no such folder: nowhere",
+        ),
         ("sources/smollm2/model", {"folder": "nowhere"}, "no such file or folder: nowhere"),
         (
             "sources/smollm2/model",

@@ -284,14 +284,34 @@ def _check_source(name: str, source: Mapping[str, Any]) -> None:
         model = source["model"]
         paths = [(f"{where}.model.{key}", model[key]) for key in ("folder", "gguf") if key in model]
         paths += [(f"{where}.text.files", p) for p in source.get("text", {}).get("files", [])]
+        trained = model.get("trained")
+        if trained and not trained["batch_size"] <= min(trained["examples"] // 2, trained["pairs"]):
+            raise UserError(
+                f"{where}.model.trained.batch_size: expected at most half of the examples and all of the pairs "
+                f"({trained['examples'] // 2}, {trained['pairs']}), found {trained['batch_size']}."
+            )
         if "folder" in source.get("images", {}):
             paths.append((f"{where}.images.folder", source["images"]["folder"]))
         for key, path in paths:
             if not Path(path).exists():
                 raise UserError(f"{key}: no such file or folder: {path}. Mend the path.")
+    for name, scenes in _scenes(source):
+        if scenes["smallest"] > scenes["largest"]:
+            raise UserError(
+                f"{where}.{name}.scenes.smallest: expected at most largest ({scenes['largest']}), found "
+                f"{scenes['smallest']}."
+            )
     hook_points = source["hook_points"]
     if len(set(hook_points)) < len(hook_points):
         raise UserError(f"{where}.hook_points: one is given twice: {_list(hook_points)}.")
+
+
+def _scenes(source: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Where a source asks for generated scenes, and for which."""
+    for name, holder in (("images", source.get("images")), ("model", source.get("model"))):
+        inside = holder.get("trained", holder) if holder else {}
+        if "scenes" in inside:
+            yield name, inside["scenes"]
 
 
 _COUNTS = {"k", "k_schedule", "k_min", "k_max", "target_l0", "target_schedule"}
