@@ -10,12 +10,14 @@ from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from saeflow.errors import UserError
+from saeflow.sources import external_digest
 from saeflow.sources.images import (
     NO_LABEL,
     Item,
     Preprocessing,
     Unreadable,
     as_rgb,
+    images_digests,
     prepare_image,
     read_images,
     ready_images,
@@ -227,3 +229,12 @@ def test_unreadable_images_are_named_up_to_a_share(caplog: pytest.LogCaptureFixt
         UserError, match=r"3 of 4 cannot be read, more than unreadable_share \(0.1\)"
     ):
         count.add(Item("bad three", 0, b""), "cut off")
+
+
+def test_a_folder_has_one_digest_that_follows_its_files(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "set", {"dog": 2, "cat": 1})
+    before = images_digests({"folder": str(folder)})
+    assert list(before) == [str(folder)]
+    assert external_digest(str(folder)) == before[str(folder)]
+    picture(9, 9).save(folder / "cat" / "0 $(x);.png")
+    assert external_digest(str(folder)) != before[str(folder)]

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from saeflow.errors import UserError
-from saeflow.files import file_digest
+from saeflow.files import file_digest, folder_digests, json_digest
 from saeflow.sources.base import Block, Source
 
 __all__ = [
@@ -60,7 +60,7 @@ def external_digest(name: str) -> str | None:
     """The present digest of something from outside; None where its name pins it already.
 
     Raises:
-        UserError: the file is missing.
+        UserError: the file or folder is missing.
     """
     if name.startswith(PINNED):
         return None
@@ -69,6 +69,8 @@ def external_digest(name: str) -> str | None:
 
         return digest()
     path = Path(name)
+    if path.is_dir():
+        return json_digest(folder_digests(path))
     if not path.is_file():
         raise UserError(f"{path}: the file is missing, results were made from it. Restore it.")
     return file_digest(path)

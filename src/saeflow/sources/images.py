@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from saeflow.errors import UserError
-from saeflow.files import file_digest
+from saeflow.files import folder_digests, json_digest
 from saeflow.sources import scenes
 
 logger = logging.getLogger(__name__)
@@ -106,9 +106,8 @@ def images_digests(images: Mapping[str, Any]) -> dict[str, str]:
     if "scenes" in images:
         return {}
     local = Path(images["folder"] if "folder" in images else images["dataset"])
-    if local.is_dir():
-        files = sorted(path for path in local.rglob("*") if path.is_file())
-        return {str(path): file_digest(path) for path in files}
+    if local.is_dir():  # one digest, however many files
+        return {str(local): json_digest(folder_digests(local))}
     return {f"dataset:{images['dataset']}": images["revision"]}
 
 
