@@ -88,6 +88,16 @@ def test_shipped_parameters_are_valid(path: Path) -> None:
             6001,
             "expected at most half of the examples and all of the pairs (6000, 21600), found 6001",
         ),
+        (
+            "saes/adaptive-k",
+            PARAMS["saes"]["adaptive-k"]
+            | {
+                "store": "scenes/vision.blocks.2.resid_post",
+                "d_sae": 512,
+                "options": PARAMS["saes"]["adaptive-k"]["options"] | {"form": "per_context"},
+            },
+            "saes.adaptive-k.options.form: per_context trains on one row a context, of images the CLS",
+        ),
         ("sources/scenes/hook_points", ["blocks.2.resid_post"], "sources.scenes.hook_points"),
         (
             "evaluation/dimension/sources",

@@ -338,6 +338,11 @@ def _check_run(run: SAEConfig, params: Mapping[str, Any]) -> None:
             f"{where}.options.k_min: expected at most k_max ({options['k_max']}), found "
             f"{options['k_min']}."
         )
+    if options.get("form") == "per_context" and source.get("tokens", "cls") != "cls":
+        raise UserError(
+            f"{where}.options.form: per_context trains on one row a context, of images the CLS token alone; "
+            f"{run.source} has tokens: {source['tokens']}. Take per_token or soft, or a source of tokens: cls."
+        )
     name = options.get("complexity")
     if name is not None and name not in params["complexity"]:
         raise UserError(

@@ -15,6 +15,7 @@ from saeflow.errors import UserError
 from saeflow.files import file_digest
 from saeflow.sources import open_source, prepare_inputs
 
+VISION = {"kind": "vision", "images": {"folder": "somewhere"}, "tokens": "all"}
 ALL: dict[str, Any] = {"contexts": None, "range": None}
 SYNTHETIC = {
     "kind": "synthetic", "hook_points": ["features"], "d_in": 12, "n_features": 12,
@@ -159,6 +160,13 @@ def test_scorers_that_do_not_fit_the_source_are_refused(text: Any, tmp_path: Pat
     for scoring, source, message in (
         ({"kind": "true_count", **ALL}, params, "needs a source of kind synthetic"),
         ({"kind": "compression", **ALL}, SYNTHETIC, "needs a source of kind text"),
+        ({"kind": "surprisal", **ALL}, VISION, "needs a source of kind text"),
+        ({"kind": "true_count", **ALL}, VISION, "needs images whose objects are known"),
+        (
+            {"kind": "true_count", **ALL},
+            VISION | {"tokens": "patches"},
+            "the probe reads an image's CLS token",
+        ),
         (table_scoring(tmp_path / "none.csv"), params, "no such file"),
         ({"kind": "compression", "contexts": None, "range": [3, 3]}, params, "low < high"),
     ):

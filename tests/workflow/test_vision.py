@@ -69,6 +69,23 @@ def test_tables_hold_images_sets_and_dimensions(done: Project) -> None:
     assert "ce_spliced" not in metrics
 
 
+def test_the_probe_reads_the_cls_token(done: Project) -> None:
+    folder = done.folder / "results/complexity/scenes/objects"
+    scores = rows(folder / "scores/scores.csv")
+    assert {line["position"] for line in scores} == {"0"}
+    objects = np.load(done.folder / "results/sources/scenes/inputs/train_objects.npy")
+    train = [line for line in scores if line["split"] == "train"]
+    assert [float(line["score"]) for line in train] == objects.tolist()
+    examples = load_file(folder / "probes/vision.blocks.0.resid_post/probe.safetensors")["examples"]
+    import saeflow
+
+    store = saeflow.open_store(
+        done.folder / "results/stores/scenes/train/vision.blocks.0.resid_post.zarr"
+    )
+    cls = store.read(0, store.rows).numpy()[store.column("position") == 0]
+    assert np.array_equal(examples, cls)
+
+
 def test_cards_show_where_concepts_fire(done: Project) -> None:
     """The masks are the SAE's own latents at the images' places in the store."""
     import torch

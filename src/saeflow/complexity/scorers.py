@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCORES = "scores.csv"
+_SOURCES = {"table": ("text", "vision"), "true_count": ("synthetic", "vision")}
+"""Kinds of sources that a kind of scorer is for, where that is not text alone."""
 
 
 def check_scoring(name: str, scoring: Mapping[str, Any], source: Mapping[str, Any]) -> None:
@@ -28,11 +30,24 @@ def check_scoring(name: str, scoring: Mapping[str, Any], source: Mapping[str, An
         UserError: it does not, or its table or formula is missing.
     """
     where = f"complexity.{name}"
-    wanted = "synthetic" if scoring["kind"] == "true_count" else "text"
-    if source["kind"] != wanted:
+    wanted = _SOURCES.get(scoring["kind"], ("text",))
+    if source["kind"] not in wanted:
         raise UserError(
-            f"{where}.kind: {scoring['kind']} needs a source of kind {wanted}, found {source['kind']}. "
-            "Choose another scorer for that store."
+            f"{where}.kind: {scoring['kind']} needs a source of kind {' or '.join(wanted)}, found "
+            f"{source['kind']}. Choose another scorer for that store."
+        )
+    if source["kind"] == "vision" and source["tokens"] == "patches":
+        raise UserError(
+            f"{where}: the probe reads an image's CLS token, found tokens: patches in its source. Set tokens to "
+            "all or cls."
+        )
+    if (
+        source["kind"] == "vision"
+        and scoring["kind"] == "true_count"
+        and "scenes" not in source["images"]
+    ):
+        raise UserError(
+            f"{where}.kind: true_count needs images whose objects are known (scenes). Choose the scorer table."
         )
     if scoring["kind"] == "table" and not Path(scoring["file"]).is_file():
         raise UserError(f"{where}.file: no such file: {scoring['file']}. Mend the path.")
@@ -57,7 +72,7 @@ def score_contexts(
         folder: the source's folder, with model/ and inputs/.
         device: where a model runs.
         out: written: scores.csv with split, context, position and score; `position` names the row of
-            the context that the probe reads, the last one of a text.
+            the context that the probe reads, the last one of a text, the first one (CLS) of an image.
 
     Raises:
         UserError: the table misses contexts, or a score is not finite.
@@ -84,11 +99,13 @@ def _chosen(scoring: Mapping[str, Any], available: int) -> np.ndarray:
     return np.arange(count) * available // count
 
 
-def _last(source: Mapping[str, Any], contexts: np.ndarray) -> np.ndarray:
-    return np.full(len(contexts), source["context_length"] - 1)
+def _read_at(source: Mapping[str, Any], contexts: np.ndarray) -> np.ndarray:
+    """Which position of each context the probe reads."""
+    return np.full(len(contexts), source.get("context_length", 1) - 1)
 
 
-def _tokens(folder: Path, split: str) -> np.ndarray:
+def _inputs(folder: Path, split: str) -> np.ndarray:
+    """(contexts, ...) token ids or pixels."""
     return np.load(folder / "inputs" / f"{split}.npy", mmap_mode="r")
 
 
@@ -101,13 +118,13 @@ def _of_text(measure: Callable[[str, Mapping[str, Any]], float]) -> Callable[...
         from saeflow.sources.models import load_tokenizer
 
         tokenizer: Any = load_tokenizer(folder / "model")
-        tokens = _tokens(folder, split)
+        tokens = _inputs(folder, split)
         contexts = _chosen(scoring, len(tokens))
         texts = tokenizer.batch_decode(
             [tokens[context].tolist() for context in contexts], skip_special_tokens=True
         )
         scores = np.array([measure(text, scoring) for text in texts], dtype=np.float64)
-        return contexts, _last(source, contexts), scores
+        return contexts, _read_at(source, contexts), scores
 
     return scorer
 
@@ -136,7 +153,7 @@ def _surprisal(
     from saeflow.sources.models import load_model
 
     model = load_model(folder / "model", device)
-    tokens = _tokens(folder, split)
+    tokens = _inputs(folder, split)
     contexts = _chosen(scoring, len(tokens))
     batch, scores = int(source["forward_batch"]), []
     with torch.inference_mode():
@@ -148,7 +165,7 @@ def _surprisal(
                 logits.transpose(1, 2), ids[:, 1:], reduction="none"
             )
             scores.append(loss.double().mean(1).cpu().numpy())
-    return contexts, _last(source, contexts), np.concatenate(scores)
+    return contexts, _read_at(source, contexts), np.concatenate(scores)
 
 
 def _table(
@@ -157,7 +174,7 @@ def _table(
     """A column of a table with columns split and context; each context once."""
     table = read_table(Path(scoring["file"]), scoring["column"])
     table = table[table["split"] == split].dropna(subset=["context"])
-    available = len(_tokens(folder, split))
+    available = len(_inputs(folder, split))
     where = f"{scoring['file']}: {split} split"
     contexts = table["context"].to_numpy()
     if len(contexts) and (contexts.min() < 0 or contexts.max() >= available):
@@ -179,7 +196,7 @@ def _table(
     if len(contexts) == 0:
         raise UserError(f"{where}: expected scores, found none. Add them.")
     contexts = contexts.astype(np.int64)
-    return contexts, _last(source, contexts), table[scoring["column"]].to_numpy(np.float64)
+    return contexts, _read_at(source, contexts), table[scoring["column"]].to_numpy(np.float64)
 
 
 def read_table(path: Path, column: str) -> "pd.DataFrame":
@@ -208,7 +225,11 @@ def read_table(path: Path, column: str) -> "pd.DataFrame":
 def _true_count(
     scoring: Mapping[str, Any], source: Mapping[str, Any], folder: Path, split: str, device: str
 ) -> Any:
-    """The number of true features that are on, for every row of synthetic contexts."""
+    """The number of true features that are on, for every row of synthetic contexts; of scenes, of objects."""
+    if source["kind"] == "vision":
+        objects = np.load(folder / "inputs" / f"{split}_objects.npy")
+        chosen = _chosen(scoring, len(objects))
+        return chosen, _read_at(source, chosen), objects[chosen].astype(np.float64)
     from saeflow.sources import open_source
 
     opened = open_source(source, folder, device)
