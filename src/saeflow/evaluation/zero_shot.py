@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -234,6 +235,14 @@ class LabelledSets:
         for path in sorted(self.folder.glob(f"{name}-{split}-*.safetensors")):
             yield load_file(path, device=self.device)
 
+    def labels(self, name: str, split: str) -> Tensor:
+        """(images,) class of every image of a set, without reading its activations."""
+        found = []
+        for path in sorted(self.folder.glob(f"{name}-{split}-*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                found.append(file.get_tensor("labels"))
+        return torch.cat(found)
+
     def prompts(self) -> tuple[list[str], Tensor]:
         """Texts that concepts are compared with, and their unit embeddings.
 
@@ -374,14 +383,10 @@ class LabelledSets:
     def _rank(self, sae: Any, name: str, n_classes: int, spool: Path) -> "_Ranks":
         """Encode every image once: count what fires for each class, keep the test images' latents."""
         counts: dict[str, Tensor] = {}
-        labels: dict[str, list[Tensor]] = {"train": [], "test": []}
         generator = torch.Generator().manual_seed(0)
         for split in ("train", "test"):
-            sizes = [len(parts["labels"]) for parts in self.batches(name, split)]
-            permutation = torch.randperm(sum(sizes), generator=generator)
-            every = torch.cat([parts["labels"].cpu() for parts in self.batches(name, split)])
-            permuted = every[permutation]
-            labels[split] = [every, permuted]
+            every = self.labels(name, split)
+            permuted = every[torch.randperm(len(every), generator=generator)]
             start = 0
             for number, parts in enumerate(self.batches(name, split)):
                 rows = self.rows_of(parts)
@@ -409,7 +414,7 @@ class LabelledSets:
                     )
         d_sae = dense.shape[1]
         shaped = {key: count.view(n_classes, d_sae) for key, count in counts.items()}
-        return _Ranks(shaped, labels["test"][1], d_sae)
+        return _Ranks(shaped, permuted, d_sae)  # of the test images, which come last
 
     def _spooled(
         self, name: str, spool: Path, d_sae: int

@@ -137,9 +137,10 @@ def prepare_inputs(
         share = int.from_bytes(hashlib.sha256(item.identity).digest()[:8], "big") / 2**64
         return "evaluation" if share < params["evaluation_share"] else "train"
 
-    write_images(
+    _, unreadable = write_images(
         images, split_of, wanted, preprocessing, params["unreadable_share"], workers, folder
     )
+    write_json(folder / FACTS, {"classes": images[0], "unreadable": unreadable})
 
 
 def prepare_labelled(
@@ -181,7 +182,7 @@ def prepare_labelled(
             )
     totals = {}
     for split, images in found.items():
-        counts = write_images(
+        counts, _ = write_images(
             images, partial(_always, split), {split: None}, preprocessing, labelled["unreadable_share"],
             workers, folder, labelled["per_class"][split],
         )  # fmt: skip
@@ -214,7 +215,7 @@ def write_images(
     workers: int,
     folder: Path,
     per_class: int | None = None,
-) -> list[int]:
+) -> tuple[list[int], list[str]]:
     """Write the first readable images of each split, in order.
 
     Args:
@@ -222,7 +223,7 @@ def write_images(
         per_class: at most so many of each class; images without one are left out.
 
     Returns:
-        Images of each class.
+        Images of each class, and the ids of those that cannot be read.
 
     Raises:
         UserError: too few images, or too many that cannot be read.
@@ -256,9 +257,7 @@ def write_images(
     for writer in writers.values():
         writer.close()
     logger.info("%s; %d unreadable", ", ".join(map(str, writers.values())), len(unreadable.ids))
-    if set(wanted) == {"train", "evaluation"}:
-        write_json(folder / FACTS, {"classes": classes, "unreadable": unreadable.ids})
-    return counts
+    return counts, unreadable.ids
 
 
 class PixelWriter:
