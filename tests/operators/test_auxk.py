@@ -113,7 +113,7 @@ def test_sparse_path_gives_the_encoder_the_dense_gradient(
     with torch.no_grad():
         pre_acts = (x - b_dec) @ W_enc + b_enc
     chosen = select_auxk(pre_acts, dead, D // 2)
-    latents = gather_pre_acts(x, W_enc, b_enc, b_dec, pre_acts, chosen)
+    latents = gather_pre_acts(x, W_enc, b_enc, b_dec, chosen)
     sparse = auxk_loss_sparse(residual, latents, W_dec, dead)
     torch.testing.assert_close(sparse, dense)
     for ours, reference in zip(

@@ -71,7 +71,7 @@ def test_encoder_gradients_match_the_dense_ones(choose: Choose, by_columns: bool
     x, W_enc, b_enc, b_dec = parameters
     dense = (x - b_dec) @ W_enc + b_enc
     pre_acts = dense.detach()
-    latents = gather_pre_acts(x, W_enc, b_enc, b_dec, pre_acts, choose(pre_acts))
+    latents = gather_pre_acts(x, W_enc, b_enc, b_dec, choose(pre_acts))
     chosen = dense.reshape(-1)[latents.rows * M + latents.columns]
     torch.testing.assert_close(latents.values, chosen)
     grad = normal(*chosen.shape, seed=1)
@@ -91,7 +91,7 @@ def test_a_whole_topk_step_matches_dense_autograd() -> None:
     dense = keep_topk(((x - b_dec) @ W_enc + b_enc).relu(), 6) @ W_dec + b_dec
     with torch.no_grad():
         pre_acts = torch.addmm(b_enc, x - b_dec, W_enc)
-    latents = gather_pre_acts(x, W_enc, b_enc, b_dec, pre_acts, topk_sparse(pre_acts, 6))
+    latents = gather_pre_acts(x, W_enc, b_enc, b_dec, topk_sparse(pre_acts, 6))
     sparse = decode_sparse(latents.with_values(latents.values.relu()), W_dec, b_dec)
     torch.testing.assert_close(sparse, dense)
     for ours, reference in zip(
@@ -152,8 +152,8 @@ def test_transposed_structure_is_shared_between_values() -> None:
     latents = topk_sparse(normal(B, M), 4)
     structure = latents.by_column
     assert latents.with_values(latents.values.relu()).by_column is structure
-    assert torch.equal(structure.columns, latents.columns[structure.order])
-    assert (structure.columns.diff() >= 0).all()
+    assert torch.equal(structure.rows, latents.rows[structure.order])
+    assert (latents.columns[structure.order].diff() >= 0).all()
 
 
 def test_same_input_gives_the_same_bits() -> None:
@@ -164,7 +164,7 @@ def test_same_input_gives_the_same_bits() -> None:
         W_enc, W = W_dec.t().clone().requires_grad_(), W_dec.clone().requires_grad_()
         b_enc, b_dec = torch.zeros(200, requires_grad=True), torch.zeros(48, requires_grad=True)
         a = (x[:, :48] @ W_dec.t()).detach()
-        latents = gather_pre_acts(x[:, :48], W_enc, b_enc, b_dec, a, topk_sparse(a, 9))
+        latents = gather_pre_acts(x[:, :48], W_enc, b_enc, b_dec, topk_sparse(a, 9))
         decode_sparse(latents, W, b_dec).square().sum().backward()
         return [W_enc.grad, W.grad, b_enc.grad, b_dec.grad]
 
@@ -195,7 +195,7 @@ def test_bfloat16_activations_keep_float32_gradients() -> None:
     b_enc, b_dec = torch.zeros(M), torch.zeros(D, dtype=torch.bfloat16)
     pre_acts = x @ W_enc.detach().bfloat16()
     chosen = topk_sparse(pre_acts, 4)
-    latents = gather_pre_acts(x, W_enc, b_enc, b_dec, pre_acts, chosen)
+    latents = gather_pre_acts(x, W_enc, b_enc, b_dec, chosen)
     assert torch.equal(latents.values, chosen.values.float())
     got = torch.autograd.grad(decode_sparse(latents, W_dec).sum(), W_enc)[0]
     signal = chosen.with_values(W_dec.sum(1)[chosen.columns]).dense()
@@ -220,9 +220,9 @@ def test_mismatched_shapes_and_dtypes_are_refused() -> None:
         latents.with_values(torch.zeros(5))
     x, W_enc, b_enc, b_dec = normal(3, 4), normal(4, 8), normal(8), normal(4)
     with pytest.raises(ValueError, match=r"selection is \(3, 8\), but x is \(2, 4\)"):
-        gather_pre_acts(x[:2], W_enc, b_enc, b_dec, normal(3, 8), latents)
+        gather_pre_acts(x[:2], W_enc, b_enc, b_dec, latents)
     with pytest.raises(ValueError, match="without gradient"):
-        gather_pre_acts(x, W_enc, b_enc, b_dec, normal(3, 8).requires_grad_(), latents)
+        gather_pre_acts(x, W_enc, b_enc, b_dec, latents.with_values(torch.ones(6).requires_grad_()))
     with pytest.raises(ValueError, match=r"values must be \(B, n\), got \(2, 3, 4\)"):
         topk_sparse(normal(2, 3, 4), 2)
     with pytest.raises(ValueError, match="bool mask of that shape"):

@@ -1,30 +1,36 @@
 """Operators: pure, differentiable functions on the last dimension, and sparse latents."""
 
-from saeflow.operators.auxk import auxk_loss, auxk_loss_sparse, select_auxk
+from saeflow.operators.auxk import auxk_loss, auxk_loss_dead, auxk_loss_sparse, select_auxk
 from saeflow.operators.batch_topk import batch_topk, batch_topk_sparse
-from saeflow.operators.entmax import entmax
+from saeflow.operators.entmax import entmax, entmax_sparse
 from saeflow.operators.geometric_median import geometric_median
 from saeflow.operators.jumprelu import jumprelu, step
+from saeflow.operators.pre_acts import pre_acts
 from saeflow.operators.soft_topk import soft_topk
-from saeflow.operators.sparse import SparseLatents, decode_sparse, gather_pre_acts
-from saeflow.operators.sparsemax import sparsemax
+from saeflow.operators.sparse import SparseLatents, decode_sparse, gather_columns, gather_pre_acts
+from saeflow.operators.sparsemax import sparsemax, sparsemax_sparse
 from saeflow.operators.topk import keep_topk, topk_indices, topk_sparse
 
 __all__ = [
     "SparseLatents",
     "auxk_loss",
+    "auxk_loss_dead",
     "auxk_loss_sparse",
     "batch_topk",
     "batch_topk_sparse",
     "decode_sparse",
     "entmax",
+    "entmax_sparse",
+    "gather_columns",
     "gather_pre_acts",
     "geometric_median",
     "jumprelu",
     "keep_topk",
+    "pre_acts",
     "select_auxk",
     "soft_topk",
     "sparsemax",
+    "sparsemax_sparse",
     "step",
     "topk_indices",
     "topk_sparse",

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from saeflow.operators.sparse import SparseLatents, decode_sparse
-from saeflow.operators.topk import topk_sparse
+from saeflow.operators.topk import keep_topk, topk_sparse
 
 
 def auxk_loss(
@@ -31,10 +31,19 @@ def auxk_loss(
 
     Source: Gao et al. 2024 (arXiv:2406.04093), appendix A.2.
     """
+    _check_dead(pre_acts, dead)
+    columns = dead.nonzero()[:, 0]
+    return auxk_loss_dead(residual, pre_acts[:, columns], W_dec[columns], k_aux)
+
+
+def auxk_loss_dead(
+    residual: Tensor, pre_acts: Tensor, W_dec: Tensor, k_aux: int | None = None
+) -> Tensor:
+    """`auxk_loss` of the dead latents alone: pre_acts (B, dead), W_dec (dead, d_in); dense products."""
     k_aux = residual.shape[-1] // 2 if k_aux is None else k_aux
-    chosen = select_auxk(pre_acts.detach(), dead, k_aux)
-    values = pre_acts.reshape(-1)[chosen.rows * chosen.d_sae + chosen.columns]
-    return auxk_loss_sparse(residual, chosen.with_values(values), W_dec, dead)
+    if len(W_dec) == 0:
+        return pre_acts.sum() + W_dec.sum()  # sums of nothing, with gradient
+    return _share(residual, keep_topk(pre_acts.relu(), k_aux) @ W_dec, some_dead=True)
 
 
 def select_auxk(pre_acts: Tensor, dead: Tensor, k_aux: int) -> SparseLatents:
@@ -49,10 +58,7 @@ def select_auxk(pre_acts: Tensor, dead: Tensor, k_aux: int) -> SparseLatents:
         At most min(k_aux, number dead) entries per row of (B, d_sae), all positive: the others
         add nothing to the reconstruction or to a gradient.
     """
-    if dead.dtype != torch.bool or dead.shape != pre_acts.shape[1:]:
-        raise ValueError(
-            f"dead must be bool {tuple(pre_acts.shape[1:])}, got {dead.dtype} {tuple(dead.shape)}"
-        )
+    _check_dead(pre_acts, dead)
     columns = dead.nonzero()[:, 0]
     if len(columns) == 0:
         nothing = pre_acts.new_empty(0)
@@ -67,10 +73,22 @@ def auxk_loss_sparse(
     residual: Tensor, latents: SparseLatents, W_dec: Tensor, dead: Tensor
 ) -> Tensor:
     """`auxk_loss` of dead latents already chosen, differentiable in their values and `W_dec`."""
+    e_hat = decode_sparse(latents.with_values(latents.values.relu()), W_dec)
+    return _share(residual, e_hat, bool(dead.any()))
+
+
+def _share(residual: Tensor, e_hat: Tensor, some_dead: bool) -> Tensor:
+    """() squared error of e_hat (B, d_in) over the spread of the residual, 0 where undefined."""
     residual = residual.detach()
     spread = (residual - residual.mean(0)).square().sum()
-    is_defined = dead.any() & (spread > 0) & spread.isfinite()
+    is_defined = (spread > 0) & spread.isfinite() & some_dead
     residual = residual.where(is_defined, 0)
-    e_hat = decode_sparse(latents.with_values(latents.values.relu()), W_dec)
     ratio = (residual - e_hat).square().sum() / spread.where(is_defined, 1)
     return ratio.where(is_defined, 0)
+
+
+def _check_dead(pre_acts: Tensor, dead: Tensor) -> None:
+    if dead.dtype != torch.bool or dead.shape != pre_acts.shape[1:]:
+        raise ValueError(
+            f"dead must be bool {tuple(pre_acts.shape[1:])}, got {dead.dtype} {tuple(dead.shape)}"
+        )

@@ -4,19 +4,25 @@ import math
 from collections.abc import Callable
 from numbers import Real
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from saeflow.operators import native
 from saeflow.operators.rows import (
     as_rows,
     blocks,
     group_maxima,
     group_size,
     positions,
+    refuse_row,
     refuse_rows,
 )
 from saeflow.operators.sparse import SparseLatents
 from saeflow.operators.topk import keep_positions
+
+SAMPLE, ROOM = 64, 256  # rows that the first floor is guessed from; spare entries a row
+FACTORS = (1.5, 4.0)  # of the wanted entries that are to lie above the guess
 
 
 def batch_topk(values: Tensor, k: float) -> Tensor:
@@ -40,7 +46,7 @@ def batch_topk(values: Tensor, k: float) -> Tensor:
 
     Source: Bussmann et al. 2024 (arXiv:2412.06410), section 3.
     """
-    return keep_positions(values, batch_topk_positions(values, k))
+    return keep_positions(values, _choose(values, k).flat)
 
 
 def batch_topk_sparse(values: Tensor, k: float) -> SparseLatents:
@@ -50,19 +56,26 @@ def batch_topk_sparse(values: Tensor, k: float) -> SparseLatents:
     """
     if values.ndim != 2:
         raise ValueError(f"values must be (B, n), got {tuple(values.shape)}")
-    flat = batch_topk_positions(values, k)
-    return SparseLatents.from_positions(flat, values.reshape(-1)[flat], *values.shape)
+    return _choose(values, k).taken_from(values)
 
 
-def batch_topk_positions(values: Tensor, k: float) -> Tensor:
-    """Ascending flat positions of the kept entries."""
+def _choose(values: Tensor, k: float) -> SparseLatents:
+    """The kept entries of (..., n) as rows, without gradient."""
     rows = as_rows(values, "values")
     if isinstance(k, bool) or not isinstance(k, Real):
         raise TypeError(f"k must be a number, the mean per row, got {type(k).__name__}")
     if not (math.isfinite(k) and k >= 0):
         raise ValueError(f"k must be finite and >= 0, got {k}")
     total = min(round(len(rows) * k), rows.numel())
-    size = group_size(rows.shape[1], math.ceil(k))
+    if native.serves(rows) and (chosen := _choose_natively(rows, total)) is not None:
+        return chosen
+    flat = _positions(rows, total, math.ceil(k))
+    return SparseLatents.from_positions(flat, rows.view(-1)[flat], *rows.shape)
+
+
+def _positions(rows: Tensor, total: int, k: int) -> Tensor:
+    """Ascending flat positions of the largest entries of all rows, about k a row."""
+    size = group_size(rows.shape[1], k)
     maxima = [rows.new_empty(0)]
     for at in blocks(rows):
         of_block = group_maxima(rows[at], size)
@@ -80,6 +93,39 @@ def batch_topk_positions(values: Tensor, k: float) -> Tensor:
     above = entries > threshold
     ties = entries == threshold
     return flat[above | (ties & (ties.cumsum(0) <= total - above.sum()))]
+
+
+def _choose_natively(rows: Tensor, total: int) -> SparseLatents | None:
+    """The entries, from one reading of the rows; None where no floor fits in a few attempts.
+
+    The floor is guessed from a sample of rows, so that somewhat more entries than wanted are at or
+    above it, and the choice among them is exact.
+    """
+    n, mean = rows.shape[1], max(1, math.ceil(total / max(1, len(rows))))
+    groups = native.call("selection.group_count", n, mean)
+    if total == 0 or groups == n or len(rows) < SAMPLE:
+        return None
+    maxima = torch.empty(SAMPLE, groups)
+    native.call("selection.sample_maxima", rows, groups, len(rows) // SAMPLE, maxima)
+    counts, begins = torch.empty(2, len(rows), dtype=torch.int64)
+    offsets = torch.zeros(len(rows) + 1, dtype=torch.int64)
+    chosen = offsets, torch.empty(total, dtype=torch.int64), torch.empty(total)
+    for factor in FACTORS:
+        wanted = math.ceil(factor * total / len(rows) * SAMPLE)
+        if wanted > maxima.numel():
+            return None
+        floor = np.float32(_kth_largest(maxima.view(-1), wanted))
+        room = math.ceil(4 * factor * mean) + ROOM
+        entries = torch.empty(len(rows) * room), torch.empty(len(rows) * room, dtype=torch.int32)
+        found = native.spread(
+            "selection.rows_from", len(rows), rows, groups, floor, room, counts, begins, *entries
+        )
+        refuse_row(max(found), "values hold NaN")
+        if min(found) == -1 and native.call(
+            "selection.batch_largest", total, counts, begins, *entries, *chosen
+        ):
+            return SparseLatents(*chosen, n)
+    return None
 
 
 def _where(rows: Tensor, test: Callable[[Tensor], Tensor], most: int) -> Tensor:

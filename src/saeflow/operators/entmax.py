@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saeflow.operators.rows import as_rows, blocks, refuse_rows
-from saeflow.operators.sparsemax import simplex_candidates
+from saeflow.operators import native
+from saeflow.operators.rows import SomeEntries, as_rows, blocks, refuse_rows
+from saeflow.operators.sparse import SparseLatents
+from saeflow.operators.sparsemax import native_simplex, simplex_candidates, simplex_support
 
 ITERATIONS = 1100  # bisection alone takes a float64 bracket this far; Newton needs about ten
 
@@ -39,6 +41,15 @@ def entmax(scores: Tensor, alpha: float | Tensor) -> Tensor:
         raise TypeError(f"alpha must be floating point, got {alpha.dtype}")
     alpha = torch.as_tensor(alpha, dtype=torch.float64, device=scores.device)
     return _Entmax.apply(scores, alpha.expand(scores.shape[:-1]))
+
+
+def entmax_sparse(scores: Tensor, alpha: float | Tensor) -> SparseLatents:
+    """The scores (B, n) to which `entmax` gives a probability; not differentiable.
+
+    Args, Raises: as `entmax`, with one leading dimension.
+    """
+    alpha = torch.as_tensor(alpha, dtype=torch.float64).detach().expand(len(scores))
+    return simplex_support(scores, alpha - 1, lambda rows: entmax(rows, alpha))
 
 
 def _solve(entries: Tensor, scale: Tensor, low: Tensor) -> Tensor:
@@ -77,14 +88,15 @@ class _Entmax(torch.autograd.Function):
         rows = as_rows(scores, "scores")
         alpha = alpha.reshape(-1)
         refuse_rows(~((alpha > 1) & alpha.isfinite()), 0, "alpha must be finite and > 1", alpha)
-        p = torch.zeros_like(rows)
-        ctx.candidates = []
-        for at in blocks(rows):
-            scale = alpha[at] - 1
-            candidates, entries, tau = simplex_candidates(rows[at], scale, _solve, at.start)
-            excess = (entries - tau[:, None]).clamp_(min=0)
-            candidates.scatter(_power(excess, 1 / scale[:, None]), p[at])
-            ctx.candidates.append((at, candidates))
+        if native.serves(rows):
+            p = native_simplex(rows, alpha - 1)
+        else:
+            p = torch.zeros_like(rows)
+            for at in blocks(rows):
+                scale = alpha[at] - 1
+                candidates, entries, tau = simplex_candidates(rows[at], scale, _solve, at.start)
+                excess = (entries - tau[:, None]).clamp_(min=0)
+                candidates.scatter(_power(excess, 1 / scale[:, None]), p[at])
         ctx.save_for_backward(p, alpha)
         return p.view(scores.shape).to(scores.dtype)
 
@@ -94,13 +106,14 @@ class _Entmax(torch.autograd.Function):
         p_rows, alpha = ctx.saved_tensors
         rows = grad.reshape(p_rows.shape)
         grad_scores, grad_alpha = torch.zeros_like(p_rows), torch.zeros_like(alpha)
-        for at, candidates in ctx.candidates:
-            p = candidates.gather(p_rows[at], 0).double()
-            g = candidates.gather(rows[at].to(p_rows.dtype), 0).double()
+        for at in blocks(p_rows):
+            support = SomeEntries.above(p_rows[at], p_rows.new_zeros(at.stop - at.start))
+            p = support.gather(p_rows[at], 0).double()
+            g = support.gather(rows[at].to(p_rows.dtype), 0).double()
             scale = alpha[at, None] - 1
             q = torch.where(p > 0, p ** (1 - scale), 0)
             r = q / q.sum(1, keepdim=True)
-            candidates.scatter(q * (g - (r * g).sum(1, keepdim=True)), grad_scores[at])
+            support.scatter(q * (g - (r * g).sum(1, keepdim=True)), grad_scores[at])
             if ctx.needs_input_grad[1]:
                 h = -torch.special.xlogy(p, p)
                 by_alpha = (p - r) / scale**2 + (h - r * h.sum(1, keepdim=True)) / scale

@@ -43,6 +43,12 @@ def refuse_rows(bad: Tensor, start: int, problem: str, found: Tensor | None = No
         raise ValueError(f"row {start + first}: {problem}{got}")
 
 
+def refuse_row(bad: int, problem: str) -> None:
+    """Raise if a kernel found a bad row: its index, not -1."""
+    if bad >= 0:
+        raise ValueError(f"row {bad}: {problem}")
+
+
 def group_size(n: int, k: int) -> int:
     """Entries per group (1: no use) such that 4 k group maxima or more bound the k-th largest."""
     return min(GROUP, max(n // (4 * max(k, 1)), 1))

@@ -3,10 +3,12 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saeflow.operators import native
 from saeflow.operators.rows import (
     AllEntries,
     Entries,
@@ -18,12 +20,17 @@ from saeflow.operators.rows import (
     kth_largest,
     kth_largest_by_bisection,
     next_below,
+    refuse_row,
     refuse_rows,
 )
 
-FAR = 80.0  # temperatures from the threshold at which the mask counts as 0 or 1: exp(-80) = 2e-35
+FAR, FAR_DOUBLE = 30.0, 80.0
+"""Temperatures from the threshold at which the mask counts as 0 or 1: it is 5e-14 there, in float64
+9e-36, far below what a sum over the row can resolve."""
 
 ABSENT = "k exceeds the number of finite values"
+NOT_FINITE = "values hold NaN or inf"
+PROBLEMS = ("", NOT_FINITE, ABSENT)  # by the kernel's numbers
 
 
 def soft_topk(values: Tensor, k: float | Tensor, temperature: float) -> Tensor:
@@ -31,7 +38,7 @@ def soft_topk(values: Tensor, k: float | Tensor, temperature: float) -> Tensor:
 
     F is the Laplace distribution function: F(t) = exp(t) / 2 for t <= 0, 1 - exp(-t) / 2 above.
     No row is sorted: b is at least the 2 ceil(k)-th largest entry, so the group maxima give a
-    proven floor; entries far below it have p < 2e-35, returned as exactly 0, and b is solved in
+    proven floor; entries far below it have p < 5e-14 (9e-36 in float64), returned as exactly 0, and b is solved in
     float64 on the others.
 
     Args:
@@ -67,14 +74,14 @@ def _threshold(
     rank = k.ceil().long().clamp(min=1)
     size = group_size(block.shape[1], 2 * int(rank.max()))
     maxima = group_maxima(block, size) if size > 1 else block
-    refuse_rows(~(maxima < torch.inf).all(1), start, "values hold NaN or inf")
+    refuse_rows(~(maxima < torch.inf).all(1), start, NOT_FINITE)
     log_rest = torch.full_like(k, -torch.inf)
     if size == 1:
         guess = kth_largest_by_bisection(block, rank)
         refuse_rows(guess == -torch.inf, start, ABSENT)
         return AllEntries(), guess, _offset(block, k, guess, log_rest, temperature)
     floor = kth_largest(maxima, 2 * rank)
-    far = floor - FAR * temperature
+    far = floor - _far(block) * temperature
     is_sparse = bool((maxima > far[:, None]).sum() <= maxima.numel() // 4)
     bound = far if is_sparse else floor
     solved = SomeEntries.above(block, next_below(bound))
@@ -85,7 +92,7 @@ def _threshold(
         return solved, guess, _offset(entries, k, guess, log_rest, temperature)
     # Too many entries to solve for each: those below the floor act as one exponential in b.
     below = (block - floor[:, None]).div_(temperature)
-    mass = torch.where(below < 0, below, -FAR).clamp_(min=-FAR).exp_().sum(1)
+    mass = torch.where(below < 0, below, -_far(block)).clamp_(min=-_far(block)).exp_().sum(1)
     log_rest = mass.double().log() + (floor.double() - guess) / temperature
     return AllEntries(), guess, _offset(entries, k, guess, log_rest, temperature)
 
@@ -127,7 +134,11 @@ def _solve(x: Tensor, k: Tensor, log_rest: Tensor) -> Tensor:
         done = done | (step.abs() <= 1e-14 * (1 + t.abs())) | ((x > t[:, None]).sum(1) == above)
     # k = 0 or every finite entry: b is infinite, and any b this far gives the same mask
     lowest, highest = x.where(x.isfinite(), torch.inf).amin(1), x.amax(1)
-    return t.clamp(lowest - 10 * FAR, highest + 10 * FAR)
+    return t.clamp(lowest - 10 * FAR_DOUBLE, highest + 10 * FAR_DOUBLE)
+
+
+def _far(entries: Tensor) -> float:
+    return FAR_DOUBLE if entries.dtype == torch.float64 else FAR
 
 
 def _distance(entries: Tensor, guess: Tensor, offset: Tensor, temperature: float) -> Tensor:
@@ -136,9 +147,10 @@ def _distance(entries: Tensor, guess: Tensor, offset: Tensor, temperature: float
 
 
 def _tail(minus_distance: Tensor) -> Tensor:
-    """F(-|t|), exactly 0 from FAR on."""
-    half = minus_distance.clamp(min=-FAR).exp_().div_(2)
-    return torch.threshold_(half, math.exp(-FAR) * 0.50001, 0.0)
+    """F(-|t|), exactly 0 from far away on."""
+    far = _far(minus_distance)
+    half = minus_distance.clamp(min=-far).exp_().div_(2)
+    return torch.threshold_(half, math.exp(-far) * 0.50001, 0.0)
 
 
 class _SoftTopK(torch.autograd.Function):
@@ -147,9 +159,16 @@ class _SoftTopK(torch.autograd.Function):
         rows = as_rows(values, "values")
         k = k.detach().reshape(-1).double()
         refuse_rows(~((k >= 0) & (k <= rows.shape[1])), 0, f"k must be in 0..{rows.shape[1]}", k)
-        mask = torch.zeros_like(rows)
         guess, offset = rows.new_zeros(2, len(rows))
         ctx.near, ctx.temperature = [], temperature
+        if native.serves(rows):
+            mask = torch.empty_like(rows)
+            arrays = (rows, k, np.float32(temperature), mask, guess, offset)
+            for row, problem in native.spread("soft.mask_rows", len(rows), *arrays):
+                refuse_row(row, PROBLEMS[problem])
+            ctx.save_for_backward(values, guess, offset)
+            return mask.view(values.shape).to(values.dtype)
+        mask = torch.zeros_like(rows)
         for at in blocks(rows):
             near, guess[at], offset[at] = _threshold(rows[at], k[at], temperature, at.start)
             entries = near.gather(rows[at], -torch.inf)
@@ -167,6 +186,9 @@ class _SoftTopK(torch.autograd.Function):
         rows = as_rows(values, "values")
         grad_rows = grad.reshape(rows.shape).to(rows.dtype)
         grad_values, grad_k = torch.zeros_like(rows), torch.zeros_like(guess)
+        if native.serves(rows):
+            arrays = (rows, grad_rows.contiguous(), guess, offset, np.float32(ctx.temperature))
+            native.spread("soft.gradient_rows", len(rows), *arrays, grad_values, grad_k)
         for at, near in ctx.near:
             g = near.gather(grad_rows[at], 0)
             entries = near.gather(rows[at], -torch.inf)

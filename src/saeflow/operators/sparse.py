@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
+from saeflow.operators import native
 from saeflow.operators.rows import pad, positions
 
 
@@ -24,7 +25,6 @@ class ByColumn(NamedTuple):
 
     order: Tensor  # (count,) position of each entry in the order by row
     rows: Tensor  # (count,)
-    columns: Tensor  # (count,)
     offsets: Tensor  # (d_sae + 1,)
 
 
@@ -54,6 +54,13 @@ class SparseLatents:
         return SparseLatents(_offsets(rows, n_rows), flat - rows * d_sae, values, d_sae)
 
     @staticmethod
+    def room(counts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Offsets of rows of counts (B,) entries, and memory for their columns and float32 values."""
+        offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        count = int(offsets[-1])
+        return offsets, torch.empty(count, dtype=torch.int64), torch.empty(count)
+
+    @staticmethod
     def from_mask(values: Tensor, mask: Tensor) -> "SparseLatents":
         """Entries of values (B, d_sae) where the mask (B, d_sae) is true, differentiable."""
         if values.ndim != 2 or mask.shape != values.shape or mask.dtype != torch.bool:
@@ -63,6 +70,21 @@ class SparseLatents:
             )
         flat = positions(mask)
         return SparseLatents.from_positions(flat, values.reshape(-1)[flat], *values.shape)
+
+    @staticmethod
+    def from_above(values: Tensor, threshold: Tensor | float) -> "SparseLatents":
+        """Entries of values (B, d_sae) above a threshold, one or (d_sae,), differentiable."""
+        limits = torch.as_tensor(threshold, dtype=values.dtype, device=values.device).detach()
+        rows = values.detach()
+        if not (native.serves(rows) and rows.is_contiguous()):
+            return SparseLatents.from_mask(values, rows > limits)
+        limits = limits.expand(values.shape[1]).contiguous()
+        counts = torch.empty(len(rows), dtype=torch.int64)
+        native.spread("selection.count_above", len(rows), rows, limits, counts)
+        chosen = SparseLatents(*SparseLatents.room(counts), values.shape[1])
+        arrays = (rows, limits, chosen.offsets, chosen.columns, chosen.values)
+        native.spread("selection.columns_above", len(rows), *arrays)
+        return chosen.taken_from(values)
 
     @staticmethod
     def from_dense(latents: Tensor) -> "SparseLatents":
@@ -78,20 +100,37 @@ class SparseLatents:
         return torch.repeat_interleave(self.offsets.diff(), output_size=len(self.columns))
 
     @cached_property
+    def flat(self) -> Tensor:
+        """(count,) int64: the place of each entry in the flattened matrix."""
+        return self.rows * self.d_sae + self.columns
+
+    @cached_property
     def by_column(self) -> ByColumn:
         """The transpose's structure, worked out once and shared by every `with_values`."""
+        if native.serves(self.values):
+            order, rows = torch.empty(2, len(self.columns), dtype=torch.int64)
+            offsets = torch.empty(self.d_sae + 1, dtype=torch.int64)
+            arrays = (self.offsets, self.columns, self.d_sae, order, rows, offsets)
+            native.call("sparse.transpose", *arrays)
+            return ByColumn(order, rows, offsets)
         columns, order = self.columns.sort(stable=True)
-        return ByColumn(order, self.rows[order], columns, _offsets(columns, self.d_sae))
+        return ByColumn(order, self.rows[order], _offsets(columns, self.d_sae))
 
     def with_values(self, values: Tensor) -> "SparseLatents":
         """The same entries with other values (count,)."""
         if values.shape != self.columns.shape:
             raise ValueError(f"expected {len(self.columns)} values, got {tuple(values.shape)}")
         other = replace(self, values=values)
-        for name in ("rows", "by_column"):
+        for name in ("rows", "flat", "by_column"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         return other
+
+    def taken_from(self, matrix: Tensor) -> "SparseLatents":
+        """The same entries of the matrix (B, d_sae) they were chosen from, with its gradient."""
+        if matrix.requires_grad and torch.is_grad_enabled():
+            return self.with_values(matrix.reshape(-1)[self.flat])
+        return self.with_values(self.values.to(matrix.dtype))
 
     def map_rows(self, operator: Callable[[Tensor], Tensor]) -> "SparseLatents":
         """Apply a row operator that gives absent entries (-inf) the value 0, such as sparsemax.
@@ -112,9 +151,7 @@ class SparseLatents:
     def dense(self) -> Tensor:
         """(B, d_sae) with zeros elsewhere, differentiable in the values."""
         out = self.values.new_zeros(len(self) * self.d_sae)
-        return out.scatter(0, self.rows * self.d_sae + self.columns, self.values).view(
-            len(self), self.d_sae
-        )
+        return out.scatter(0, self.flat, self.values).view(len(self), self.d_sae)
 
     def l0(self) -> Tensor:
         """(B,) int64: number of non-zero values in each row."""
@@ -147,17 +184,12 @@ def decode_sparse(latents: SparseLatents, W_dec: Tensor, b_dec: Tensor | None = 
 
 
 def gather_pre_acts(
-    x: Tensor,
-    W_enc: Tensor,
-    b_enc: Tensor,
-    b_dec: Tensor,
-    pre_acts: Tensor,
-    selection: SparseLatents,
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, selection: SparseLatents
 ) -> SparseLatents:
-    """Chosen entries of a = (x - b_dec) W_enc + b_enc, with the encoder's gradient.
+    """Give entries chosen from a = (x - b_dec) W_enc + b_enc the encoder's gradient.
 
-    `pre_acts` is that product, computed once without gradient and used to choose the entries. The
-    backward pass never builds a (B, d_sae) tensor.
+    The product is computed once, without gradient, to choose the entries. The backward pass never
+    builds a (B, d_sae) tensor.
 
     Args:
         x: (B, d_in).
@@ -165,26 +197,34 @@ def gather_pre_acts(
             (`torch.empty(d_sae, d_in).t()`), or each step pays for a transposed copy.
         b_enc: (d_sae).
         b_dec: (d_in).
-        pre_acts: (B, d_sae) without gradient; may be of lower precision than `W_enc`.
-        selection: which entries; its values are not used.
+        selection: the entries, without gradient; may be of lower precision than `W_enc`.
 
     Returns:
-        The selection with values `pre_acts[row, column]`, dtype of `W_enc`. Differentiable in x, W_enc, b_enc and
-        b_dec, with G the sparse gradient: dW_enc = (x - b_dec)^T G, db_enc = sum_B G,
+        The selection in the dtype of `W_enc`. Differentiable in x, W_enc, b_enc and b_dec, with G the sparse gradient: dW_enc = (x - b_dec)^T G, db_enc = sum_B G,
         dx = G W_enc^T, and db_dec = -W_enc db_enc, which needs no product over the batch.
 
     Raises:
-        ValueError: shapes do not fit together, or `pre_acts` requires a gradient.
+        ValueError: shapes do not fit together, or the selection requires a gradient.
     """
     shape = (len(selection), selection.d_sae)
-    if pre_acts.requires_grad:
-        raise ValueError("pre_acts must be computed without gradient (torch.no_grad)")
-    if pre_acts.shape != shape or W_enc.shape != (x.shape[-1], shape[1]) or len(x) != shape[0]:
+    if selection.values.requires_grad:
+        raise ValueError("the selection must be made without gradient (torch.no_grad)")
+    if W_enc.shape != (x.shape[-1], shape[1]) or len(x) != shape[0]:
         raise ValueError(
-            f"selection is {shape}, but x is {tuple(x.shape)}, W_enc {tuple(W_enc.shape)} "
-            f"and pre_acts {tuple(pre_acts.shape)}"
+            f"selection is {shape}, but x is {tuple(x.shape)} and W_enc {tuple(W_enc.shape)}"
         )
-    return selection.with_values(_GatherPreActs.apply(x, W_enc, b_enc, b_dec, pre_acts, selection))
+    return selection.with_values(_GatherPreActs.apply(x, W_enc, b_enc, b_dec, selection))
+
+
+def gather_columns(
+    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, pre_acts: Tensor, columns: Tensor
+) -> Tensor:
+    """Some columns (n,) of a = (x - b_dec) W_enc + b_enc, with the encoder's gradient.
+
+    Returns:
+        (B, n), dtype of `W_enc`, differentiable in W_enc, b_enc and b_dec, not in x.
+    """
+    return _GatherColumns.apply(x, W_enc, b_enc, b_dec, pre_acts, columns)
 
 
 def _offsets(sorted_ids: Tensor, count: int) -> Tensor:
@@ -201,15 +241,20 @@ def _sum_rows(matrix: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor) -> 
     )
 
 
-def _row_products(left: Tensor, right: Tensor, by_column: ByColumn) -> Tensor:
+def _row_products(left: Tensor, right: Tensor, entries: SparseLatents) -> Tensor:
     """(count,) in order by row: left[row] . right[column] for each entry.
 
     Walking by column reads each row of `right`, the larger matrix, once: two to three times
     faster than by row.
     """
+    by_column = entries.by_column
+    if native.serves(left, right):
+        products = torch.empty(len(entries.columns))
+        native.spread("sparse.products", len(right), left, right, *by_column, products)
+        return products
     # The gradient kernel of embedding_bag; reaching it by autograd would repeat the forward pass.
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        right, left, by_column.rows, by_column.offsets[:-1], by_column.columns, 0
+        right, left, by_column.rows, by_column.offsets[:-1], entries.columns[by_column.order], 0
     )
     return torch.empty_like(products).scatter_(0, by_column.order, products)
 
@@ -225,14 +270,20 @@ class _Decode(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         values, W_dec = ctx.saved_tensors
-        by_column = ctx.latents.by_column
-        grad = grad.contiguous()
-        grad_values = grad_W = None
-        if ctx.needs_input_grad[0]:
-            grad_values = _row_products(grad, W_dec.contiguous(), by_column)
-        if ctx.needs_input_grad[1]:
-            grad_W = _sum_rows(grad, by_column.rows, by_column.offsets, values[by_column.order])
-        return grad_values, grad_W, None
+        latents, by_column = ctx.latents, ctx.latents.by_column
+        grad, W_dec = grad.contiguous(), W_dec.contiguous()
+        of_values, of_W, _ = ctx.needs_input_grad
+        if of_values and of_W and native.serves(grad, W_dec, values):
+            grad_values, grad_W = torch.empty_like(values), torch.empty_like(W_dec)
+            arrays = (grad, W_dec, values, *by_column, grad_values, grad_W)
+            native.spread("sparse.decoder_gradient", len(W_dec), *arrays)
+            return grad_values, grad_W, None
+        by_latent = values[by_column.order]
+        return (
+            _row_products(grad, W_dec, latents) if of_values else None,
+            _sum_rows(grad, by_column.rows, by_column.offsets, by_latent) if of_W else None,
+            None,
+        )
 
 
 class _GatherPreActs(torch.autograd.Function):
@@ -243,28 +294,62 @@ class _GatherPreActs(torch.autograd.Function):
         W_enc: Tensor,
         b_enc: Tensor,
         b_dec: Tensor,
-        pre_acts: Tensor,
         selection: SparseLatents,
     ) -> Tensor:
         ctx.save_for_backward(x, W_enc, b_dec)
         ctx.selection = selection
         if any(ctx.needs_input_grad):
             selection.by_column  # noqa: B018  # worked out here, so that the decoder shares it
-        flat = selection.rows * selection.d_sae + selection.columns
-        return pre_acts.reshape(-1)[flat].to(W_enc.dtype)
+        return selection.values.to(W_enc.dtype, copy=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, b_dec = ctx.saved_tensors
-        selection, by_column = ctx.selection, ctx.selection.by_column
-        grad_x = grad_W = None
-        by_latent = grad[by_column.order]
-        grad_b_enc = torch.segment_reduce(by_latent, "sum", offsets=by_column.offsets)
+        selection = ctx.selection
+        grad_x = None
         if ctx.needs_input_grad[0]:
             directions = W_enc.t().contiguous()
             grad_x = _sum_rows(directions, selection.columns, selection.offsets, grad)
-        if ctx.needs_input_grad[1]:
-            centred = (x - b_dec).to(W_enc.dtype)
-            grad_W = _sum_rows(centred, by_column.rows, by_column.offsets, by_latent).t()
-        return grad_x, grad_W, grad_b_enc, -(W_enc @ grad_b_enc), None, None
+        centred = (x - b_dec).to(W_enc.dtype)
+        grad_W, grad_b_enc = _sum_by_column(centred, grad.contiguous(), selection)
+        return grad_x, grad_W.t(), grad_b_enc, -(W_enc @ grad_b_enc), None
+
+
+def _sum_by_column(
+    matrix: Tensor, weights: Tensor, entries: SparseLatents
+) -> tuple[Tensor, Tensor]:
+    """(d_sae, n) and (d_sae,): each column's sums of weight * matrix[row], and of weights."""
+    by_column = entries.by_column
+    if native.serves(matrix, weights):
+        sums, totals = torch.empty(entries.d_sae, matrix.shape[1]), torch.empty(entries.d_sae)
+        arrays = (matrix.contiguous(), weights, *by_column, sums, totals)
+        native.spread("sparse.encoder_gradient", entries.d_sae, *arrays)
+        return sums, totals
+    by_latent = weights[by_column.order]
+    totals = torch.segment_reduce(by_latent, "sum", offsets=by_column.offsets)
+    return _sum_rows(matrix, by_column.rows, by_column.offsets, by_latent), totals
+
+
+class _GatherColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        b_dec: Tensor,
+        pre_acts: Tensor,
+        columns: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, W_enc, b_dec, columns)
+        return pre_acts.index_select(1, columns).to(W_enc.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc, b_dec, columns = ctx.saved_tensors
+        grad_W, grad_b_enc = torch.zeros_like(W_enc.t()), W_enc.new_zeros(W_enc.shape[1])
+        grad_W[columns] = grad.t() @ (x - b_dec).to(grad.dtype)
+        grad_b_enc[columns] = grad.sum(0)
+        return None, grad_W.t(), grad_b_enc, -(W_enc @ grad_b_enc), None, None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saeflow.operators import native
 from saeflow.operators.rows import (
     GROUP,
     AllEntries,
@@ -16,8 +17,13 @@ from saeflow.operators.rows import (
     blocks,
     group_maxima,
     next_below,
+    refuse_row,
     refuse_rows,
 )
+from saeflow.operators.sparse import SparseLatents
+
+SLOTS = 1024  # of a row's support, for which the kernel has room
+PROBLEMS = ("", "hold NaN", "hold inf", "are all -inf")  # by the kernel's numbers
 
 
 def sparsemax(scores: Tensor) -> Tensor:
@@ -81,6 +87,44 @@ def simplex_candidates(
     return candidates, entries, solve(entries, scale, tau)
 
 
+def sparsemax_sparse(scores: Tensor) -> SparseLatents:
+    """The scores (B, n) to which `sparsemax` gives a probability; not differentiable.
+
+    Args, Raises: as `sparsemax`, with one leading dimension.
+    """
+    return simplex_support(scores, torch.ones(len(scores), dtype=torch.float64), sparsemax)
+
+
+def simplex_support(
+    scores: Tensor, scale: Tensor, operator: Callable[[Tensor], Tensor]
+) -> SparseLatents:
+    """The scores (B, n) to which an operator, entmax of 1 + scale (B,), gives a probability."""
+    rows = as_rows(scores, "scores")
+    if native.serves(rows):
+        counts = torch.empty(len(rows), dtype=torch.int64)
+        slots = torch.empty(len(rows), min(SLOTS, rows.shape[1]), dtype=torch.int32)
+        if _solve_natively("simplex.support_rows", rows, scale, counts, slots):
+            chosen = SparseLatents.room(counts)
+            native.call("simplex.pack", rows, slots, *chosen)
+            return SparseLatents(*chosen, rows.shape[1])
+    return SparseLatents.from_mask(scores, operator(scores) > 0)
+
+
+def native_simplex(rows: Tensor, scale: Tensor) -> Tensor:
+    """entmax of 1 + scale (rows,) by the compiled kernels, which take scores (rows, n)."""
+    p = torch.empty_like(rows)
+    _solve_natively("simplex.dense_rows", rows, scale, p)
+    return p
+
+
+def _solve_natively(kernel: str, rows: Tensor, *arguments: Tensor) -> bool:
+    """Whether the kernel had room for every row; refuses rows without a solution."""
+    found = native.spread(kernel, len(rows), rows, *arguments)
+    for row, problem in found:
+        refuse_row(row, "scores " + PROBLEMS[problem])
+    return all(row == -1 for row, _ in found)
+
+
 def _solve(entries: Tensor, _: Tensor, tau: Tensor) -> Tensor:
     """Newton from below on the convex, piecewise linear sum: exact once the support settles.
 
@@ -100,13 +144,14 @@ class _Sparsemax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor) -> Tensor:
         rows = as_rows(scores, "scores")
-        p = torch.zeros_like(rows)
-        ctx.candidates = []
-        for at in blocks(rows):
-            ones = rows.new_ones(at.stop - at.start, dtype=torch.float64)
-            candidates, entries, tau = simplex_candidates(rows[at], ones, _solve, at.start)
-            candidates.scatter((entries - tau[:, None]).clamp_(min=0), p[at])
-            ctx.candidates.append((at, candidates))
+        if native.serves(rows):
+            p = native_simplex(rows, torch.ones(len(rows), dtype=torch.float64))
+        else:
+            p = torch.zeros_like(rows)
+            for at in blocks(rows):
+                ones = rows.new_ones(at.stop - at.start, dtype=torch.float64)
+                candidates, entries, tau = simplex_candidates(rows[at], ones, _solve, at.start)
+                candidates.scatter((entries - tau[:, None]).clamp_(min=0), p[at])
         ctx.save_for_backward(p)
         return p.view(scores.shape).to(scores.dtype)
 
@@ -116,9 +161,9 @@ class _Sparsemax(torch.autograd.Function):
         (p,) = ctx.saved_tensors
         rows = grad.reshape(p.shape)
         grad_scores = torch.zeros_like(p)
-        for at, candidates in ctx.candidates:
-            on = candidates.gather(p[at], 0) > 0
-            g = candidates.gather(rows[at].to(p.dtype), 0).where(on, 0)
-            mean = g.sum(1, keepdim=True) / on.sum(1, keepdim=True)
-            candidates.scatter((g - mean).where(on, 0), grad_scores[at])
+        for at in blocks(p):
+            support = SomeEntries.above(p[at], p.new_zeros(at.stop - at.start))
+            g = support.gather(rows[at].to(p.dtype), 0)
+            mean = g.sum(1) / support.counts
+            support.scatter(g - mean[:, None], grad_scores[at])
         return grad_scores.view(grad.shape).to(grad.dtype)

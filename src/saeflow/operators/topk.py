@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saeflow.operators import native
 from saeflow.operators.rows import (
     SomeEntries,
     as_rows,
@@ -17,6 +18,7 @@ from saeflow.operators.rows import (
     next_below,
     pad,
     positions,
+    refuse_row,
     refuse_rows,
 )
 from saeflow.operators.sparse import SparseLatents
@@ -44,7 +46,7 @@ def keep_topk(values: Tensor, k: int | Tensor) -> Tensor:
 
     Source: Gao et al. 2024 (arXiv:2406.04093), eq. 4.
     """
-    return keep_positions(values, topk_positions(values, k)[0])
+    return keep_positions(values, _choose(values, k).flat)
 
 
 def topk_indices(values: Tensor, k: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -63,8 +65,9 @@ def topk_indices(values: Tensor, k: int | Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         TypeError, ValueError: as `keep_topk`.
     """
-    flat, counts = topk_positions(values, k)
-    indices, real = pad(flat % values.shape[-1], counts, 0)
+    chosen = _choose(values, k)
+    counts = chosen.offsets.diff()
+    indices, real = pad(chosen.columns, counts, 0)
     width = int(counts.max()) if len(counts) else 0
     shape = (*values.shape[:-1], width)
     indices, real = indices[:, :width].reshape(shape), real[:, :width].reshape(shape)
@@ -78,19 +81,25 @@ def topk_sparse(values: Tensor, k: int | Tensor) -> SparseLatents:
     """
     if values.ndim != 2:
         raise ValueError(f"values must be (B, n), got {tuple(values.shape)}")
-    flat, _ = topk_positions(values, k)
-    return SparseLatents.from_positions(flat, values.reshape(-1)[flat], *values.shape)
+    return _choose(values, k).taken_from(values)
 
 
-def topk_positions(values: Tensor, k: int | Tensor) -> tuple[Tensor, Tensor]:
-    """Ascending flat positions of the kept entries, and their number per row (rows,)."""
+def _choose(values: Tensor, k: int | Tensor) -> SparseLatents:
+    """The kept entries of (..., n) as rows, without gradient."""
     rows = as_rows(values, "values")
     counts = _counts(k, values).clamp(max=rows.shape[1])
-    kept = [
+    if native.serves(rows):
+        offsets, columns, kept = SparseLatents.room(counts)
+        arrays = (rows, counts, offsets[1:], columns, kept)
+        for bad in native.spread("selection.topk_rows", len(rows), *arrays):
+            refuse_row(bad, "values hold NaN")
+        return SparseLatents(offsets, columns, kept, rows.shape[1])
+    found = [
         _positions_in_block(rows[at], counts[at], at.start) + at.start * rows.shape[1]
         for at in blocks(rows)
     ]
-    return torch.cat(kept) if kept else counts.new_empty(0), counts
+    flat = torch.cat(found) if found else counts.new_empty(0)
+    return SparseLatents.from_positions(flat, rows.view(-1)[flat], *rows.shape)
 
 
 def keep_positions(values: Tensor, flat: Tensor) -> Tensor:

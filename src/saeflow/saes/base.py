@@ -18,12 +18,18 @@ from saeflow.errors import UserError
 from saeflow.operators import (
     SparseLatents,
     auxk_loss,
+    auxk_loss_dead,
     auxk_loss_sparse,
     decode_sparse,
+    gather_columns,
     gather_pre_acts,
     geometric_median,
+    pre_acts,
     select_auxk,
 )
+
+AUXK_DENSE_BELOW = 4
+"""Dead latents per chosen one under which dense products over the dead are faster."""
 
 
 @dataclass
@@ -113,7 +119,7 @@ class SAE(nn.Module):
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """(B, d_in) to (B, d_sae): (x - b_dec) W_enc + b_enc, float32 also of bfloat16 products."""
-        return torch.addmm(self.b_enc, x - self.b_dec, self.W_enc).to(self.W_enc.dtype)
+        return pre_acts(x, self.W_enc, self.b_enc, self.b_dec).to(self.W_enc.dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations (..., d_in) to latents (..., d_sae), dense."""
@@ -187,13 +193,17 @@ class SAE(nn.Module):
         with torch.no_grad():
             pre_acts = self.pre_activations(x)
             chosen = self.select(pre_acts, condition)
-        selected = self.gather(x, pre_acts, chosen)
+        selected = self.gather(x, chosen)
         active = self.activate_selected(selected, condition)
         return Forward(x, condition, pre_acts, selected, active, self.decode_selected(active))
 
-    def gather(self, x: Tensor, pre_acts: Tensor, chosen: SparseLatents) -> SparseLatents:
-        """The chosen entries of `pre_activations(x)`, with gradient."""
-        return gather_pre_acts(x, self.W_enc, self.b_enc, self.b_dec, pre_acts, chosen)
+    def gather(self, x: Tensor, chosen: SparseLatents) -> SparseLatents:
+        """Entries chosen from `pre_activations(x)`, with gradient."""
+        return gather_pre_acts(x, self.W_enc, self.b_enc, self.b_dec, chosen)
+
+    def gather_columns(self, x: Tensor, pre_acts: Tensor, columns: Tensor) -> Tensor:
+        """Whole columns (n,) of `pre_activations(x)`, (B, n), with gradient."""
+        return gather_columns(x, self.W_enc, self.b_enc, self.b_dec, pre_acts, columns)
 
     def decode_selected(self, latents: SparseLatents) -> Tensor:
         """`decode`, of latents on the sparse path."""
@@ -201,10 +211,16 @@ class SAE(nn.Module):
 
     def auxk(self, fwd: Forward, dead: Tensor) -> Tensor:
         """How well dead latents (d_sae,) rebuild the residual (Gao et al. 2024)."""
-        residual = (fwd.x - fwd.x_hat).detach()
+        residual, k_aux = (fwd.x - fwd.x_hat).detach(), self.d_in // 2
+        columns = dead.nonzero()[:, 0]
+        if len(columns) == 0:
+            return residual.new_zeros(())
         if not fwd.is_sparse:
             return auxk_loss(residual, fwd.pre_acts, self.W_dec, dead)
-        values = self.gather(fwd.x, fwd.pre_acts, select_auxk(fwd.pre_acts, dead, self.d_in // 2))
+        if len(columns) <= AUXK_DENSE_BELOW * k_aux:
+            acts = self.gather_columns(fwd.x, fwd.pre_acts, columns)
+            return auxk_loss_dead(residual, acts, self.W_dec[columns])
+        values = self.gather(fwd.x, select_auxk(fwd.pre_acts, dead, k_aux))
         return auxk_loss_sparse(residual, values, self.W_dec, dead)
 
     def freeze_decoder(self) -> None:

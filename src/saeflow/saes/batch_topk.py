@@ -65,7 +65,7 @@ class BatchTopK(SAE):
     def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
         if self.training:
             return batch_topk_sparse(pre_acts, self.k)
-        return SparseLatents.from_mask(pre_acts, pre_acts > self.threshold)
+        return SparseLatents.from_above(pre_acts, self.threshold)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         return super().losses(fwd, dead) | {"auxk": self.auxk_weight * self.auxk(fwd, dead)}

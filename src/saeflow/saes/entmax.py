@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from saeflow.errors import UserError
-from saeflow.operators import entmax
+from saeflow.operators import SparseLatents, entmax, entmax_sparse
 from saeflow.saes.base import Forward
 from saeflow.saes.sparsemax import Sparsemax
 
@@ -46,6 +46,9 @@ class Entmax(Sparsemax):
 
     def probabilities(self, scores: Tensor) -> Tensor:
         return entmax(scores, self.alpha)
+
+    def support(self, scores: Tensor) -> SparseLatents:
+        return entmax_sparse(scores, self.alpha)
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         return super().facts(fwd) | {"alpha": float(torch.as_tensor(self.alpha).detach())}

@@ -5,11 +5,11 @@ from torch import Tensor, nn
 
 from saeflow.operators import SparseLatents, decode_sparse
 from saeflow.saes.base import Forward, Options, check_weight
-from saeflow.saes.penalised import Penalised
+from saeflow.saes.density import FollowsDensity
 from saeflow.saes.schedules import make_schedule
 
 
-class Gated(Penalised):
+class Gated(FollowsDensity):
     """z = 1[pi > 0] * relu(u exp(r_mag) + b_mag), where u = (x - b_dec) W_enc and pi = u + b_enc.
 
     The loss adds l1 * sum_i relu(pi_i), which only the gate feels, and the error of a reconstruction
@@ -37,7 +37,7 @@ class Gated(Penalised):
         return magnitude * (pre_acts > 0)
 
     def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
-        return SparseLatents.from_mask(pre_acts, pre_acts > 0)
+        return SparseLatents.from_above(pre_acts, 0)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         b_enc, r_mag, b_mag = (v[selected.columns] for v in (self.b_enc, self.r_mag, self.b_mag))

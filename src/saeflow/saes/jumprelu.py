@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from saeflow.errors import UserError
 from saeflow.operators import SparseLatents, jumprelu, step
 from saeflow.saes.base import Forward, Options, check_number, check_weight
-from saeflow.saes.penalised import Penalised
+from saeflow.saes.density import FollowsDensity
 from saeflow.saes.schedules import make_schedule
 
 
-class JumpReLU(Penalised):
+class JumpReLU(FollowsDensity):
     """z = a 1[a > theta], theta = exp(log_theta) per latent, with straight-through gradients.
 
     The loss adds l0_weight * L0 (the paper's), or l0_weight * (L0 / target - 1)^2 where a target is
@@ -74,7 +74,7 @@ class JumpReLU(Penalised):
     def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
         """Also those below their threshold that the kernel of its gradient reaches."""
         near = self.theta - (self.bandwidth / 2 if self.training else 0)
-        return SparseLatents.from_mask(pre_acts, pre_acts > near)
+        return SparseLatents.from_above(pre_acts, near)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         theta = self.theta[selected.columns]

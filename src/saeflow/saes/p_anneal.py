@@ -5,11 +5,11 @@ from torch import Tensor
 
 from saeflow.operators import SparseLatents
 from saeflow.saes.base import Forward, Options, check_count, check_number, check_weight
-from saeflow.saes.penalised import Penalised
+from saeflow.saes.density import FollowsDensity
 from saeflow.saes.schedules import make_schedule
 
 
-class PAnneal(Penalised):
+class PAnneal(FollowsDensity):
     """z = relu(a); the loss adds l1 * sum_i z_i^p, the mean over the batch.
 
     p falls from 1 to `p_end` in `p_updates` equal jumps, equally spaced from `anneal_start` to the end
@@ -72,7 +72,7 @@ class PAnneal(Penalised):
         return pre_acts.relu()
 
     def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
-        return SparseLatents.from_mask(pre_acts, pre_acts > 0)
+        return SparseLatents.from_above(pre_acts, 0)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         positive = fwd.values[fwd.values > 0]

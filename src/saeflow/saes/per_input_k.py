@@ -6,13 +6,10 @@ import torch
 from torch import Tensor
 
 from saeflow.operators import SparseLatents, keep_topk, soft_topk, topk_sparse
-from saeflow.saes.base import SAE
-
-SPARSE_BELOW = 0.05
-"""Temperature, in units of scaled activations, under which the soft mask has few entries above 0."""
+from saeflow.saes.density import FollowsDensity
 
 
-class PerInputK(SAE):
+class PerInputK(FollowsDensity):
     """z = v m, v = relu(a), with a mask m of k_hat latents, k_hat real and different for each input.
 
     While `temperature` is above 0 (in training only), m is the soft top-k of v, whose gradient reaches
@@ -36,7 +33,7 @@ class PerInputK(SAE):
 
     @property
     def is_sparse(self) -> bool:
-        return self.temperature < SPARSE_BELOW
+        return not self.is_soft or super().is_sparse
 
     def condition(self, x: Tensor) -> Tensor | None:
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 is 2 apart near 256
@@ -49,11 +46,15 @@ class PerInputK(SAE):
         pre_acts = super().pre_activations(x)
         return pre_acts.detach() if self.training and self.is_fixed else pre_acts
 
-    def gather(self, x: Tensor, pre_acts: Tensor, chosen: SparseLatents) -> SparseLatents:
-        selected = super().gather(x, pre_acts, chosen)
+    def gather(self, x: Tensor, chosen: SparseLatents) -> SparseLatents:
+        selected = super().gather(x, chosen)
         if self.training and self.is_fixed:
             return selected.with_values(selected.values.detach())
         return selected
+
+    def gather_columns(self, x: Tensor, pre_acts: Tensor, columns: Tensor) -> Tensor:
+        acts = super().gather_columns(x, pre_acts, columns)
+        return acts.detach() if self.training and self.is_fixed else acts
 
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         assert condition is not None

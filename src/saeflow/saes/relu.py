@@ -4,11 +4,11 @@ from torch import Tensor
 
 from saeflow.operators import SparseLatents
 from saeflow.saes.base import Forward, Options, check_weight
-from saeflow.saes.penalised import Penalised
+from saeflow.saes.density import FollowsDensity
 from saeflow.saes.schedules import make_schedule
 
 
-class ReLU(Penalised):
+class ReLU(FollowsDensity):
     """z = relu(a); the loss adds l1 * sum_i z_i, the mean over the batch; decoder rows are unit.
 
     Args:
@@ -28,7 +28,7 @@ class ReLU(Penalised):
         return pre_acts.relu()
 
     def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
-        return SparseLatents.from_mask(pre_acts, pre_acts > 0)
+        return SparseLatents.from_above(pre_acts, 0)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         return super().losses(fwd, dead) | {"l1": self.l1 * fwd.values.sum() / len(fwd.x)}

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from saeflow.operators import pre_acts
 from saeflow.saes.base import (
     Forward,
     Options,
@@ -93,7 +94,7 @@ class SoftTopK(PerInputK):
         self.is_fixed = is_hard and self.hard_phase == "decoder"
 
     def k_hat(self, x: Tensor) -> Tensor:
-        hidden = self.hidden(x - self.b_dec).relu()
+        hidden = pre_acts(x, self.hidden.weight.t(), self.hidden.bias, self.b_dec).relu()
         k_hat = self.k_max * self.output(hidden)[:, 0].sigmoid()
         return k_hat.clamp(1, self.d_sae)
 

@@ -11,7 +11,9 @@ from saeflow.operators import (
     decode_sparse,
     gather_pre_acts,
     geometric_median,
+    pre_acts,
     sparsemax,
+    sparsemax_sparse,
 )
 from saeflow.saes.base import (
     SAE,
@@ -136,12 +138,13 @@ class Sparsemax(SAE):
 
     def pre_activations(self, x: Tensor) -> Tensor:
         matrix, bias = self.encoder()
-        return torch.addmm(bias, self.encoder_input(x), matrix).to(self.W_dec.dtype)
+        nothing = self.W_dec.new_zeros(self.d_in)
+        return pre_acts(self.encoder_input(x), matrix, bias, nothing).to(self.W_dec.dtype)
 
-    def gather(self, x: Tensor, pre_acts: Tensor, chosen: SparseLatents) -> SparseLatents:
+    def gather(self, x: Tensor, chosen: SparseLatents) -> SparseLatents:
         matrix, bias = self.encoder()
         nothing = self.W_dec.new_zeros(self.d_in)
-        return gather_pre_acts(self.encoder_input(x), matrix, bias, nothing, pre_acts, chosen)
+        return gather_pre_acts(self.encoder_input(x), matrix, bias, nothing, chosen)
 
     def decode(self, latents: Tensor) -> Tensor:
         if self.is_shared:
@@ -162,6 +165,10 @@ class Sparsemax(SAE):
         """(B, n) scores to their projection on the simplex."""
         return sparsemax(scores)
 
+    def support(self, scores: Tensor) -> SparseLatents:
+        """Those of the scores that have a probability; without gradient."""
+        return sparsemax_sparse(scores)
+
     def allowed(self, pre_acts: Tensor) -> Tensor:
         """Scores, -inf where a latent fires too often to be used."""
         if self.max_rate is None:
@@ -181,8 +188,9 @@ class Sparsemax(SAE):
 
     def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
         scores = self.allowed(pre_acts)
-        kept = scores > 0 if self.activation == "relu" else self.probabilities(scores) > 0
-        return SparseLatents.from_mask(pre_acts, kept)
+        if self.activation == "relu":
+            return SparseLatents.from_above(scores, 0)
+        return self.support(scores)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         assert condition is not None

@@ -30,6 +30,8 @@ from saeflow.training.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from saeflow.training.memory import keep_freed_memory
+from saeflow.training.optimizer import Optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +83,7 @@ def train(
             or of another run.
         SystemExit: 128 + the signal's number, after SIGTERM or SIGINT and a last checkpoint.
     """
+    keep_freed_memory()
     run = Run(store, config, runtime, folder, probe)
     with run.stop_signals():
         run.train()
@@ -120,7 +123,7 @@ class Run:
         self.sae.to(self.device).train()
         if not config.training.train_decoder:
             self.sae.freeze_decoder()
-        self.optimizer = make_optimizer(self.sae, config.training)
+        self.optimizer = Optimizer(self.sae, config.training)
         if found:
             self.restore(found[-1])
 
@@ -168,7 +171,7 @@ class Run:
 
     def one_step(self, x: Tensor) -> tuple[Forward, dict[str, Tensor], float]:
         """Forward, losses, gradients, update."""
-        sae, config = self.sae, self.config.training
+        sae = self.sae
         sae.begin_step(self.step, self.total)
         lr = self.set_lr()
         try:
@@ -182,13 +185,11 @@ class Run:
         loss = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad()
         loss.backward()
-        sae.project_grad()
-        norm = torch.nn.utils.clip_grad_norm_(sae.parameters(), config.grad_clip)
+        norm = self.optimizer.measure()
         if not bool((loss + norm).isfinite()):  # before the weights see it
             terms = {**losses, "gradient norm": norm}
             self.refuse(x, ", ".join(f"{name} {float(t.detach()):g}" for name, t in terms.items()))
-        self.optimizer.step()
-        sae.project_weights()
+        self.optimizer.update(norm)
         sae.end_step(fwd)
         self.silent.add_(len(x)).masked_fill_(fwd.fired(), 0)
         return fwd, {name: term.detach() for name, term in {"loss": loss, **losses}.items()}, lr
@@ -300,12 +301,6 @@ class Run:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
-
-
-def make_optimizer(sae: SAE, config: TrainingConfig) -> torch.optim.Adam:
-    """Fused Adam over what is trained."""
-    parameters = [parameter for parameter in sae.parameters() if parameter.requires_grad]
-    return torch.optim.Adam(parameters, betas=sae.betas or config.betas, fused=True)
 
 
 def peak_lr(config: SAEConfig) -> float:

@@ -1,16 +1,16 @@
-"""What SAEs with a sparsity penalty share: the path of a step follows how many latents are active."""
+"""The path of a step follows how many latents were active in the last one."""
 
 import torch
 from torch import Tensor
 
 from saeflow.saes.base import SAE, Forward
 
-SPARSE_BELOW = 0.08
-"""Share of active latents under which the sparse path is faster (benchmarks/training.py)."""
+SPARSE_BELOW = 0.15
+"""Share of active latents under which the sparse path is faster (benchmarks/steps.py)."""
 
 
-class Penalised(SAE):
-    """At first half of the latents are active, later few: dense steps, then sparse ones.
+class FollowsDensity(SAE):
+    """Where many latents are active at first, and few later: dense steps, then sparse ones.
 
     Attributes:
         density: share of the latents that were active in the last batch; saved, so that a run that is

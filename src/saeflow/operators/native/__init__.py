@@ -1,0 +1,62 @@
+"""Compiled CPU kernels, for what plain torch needs several passes over memory.
+
+Each kernel has a plain torch form beside its caller, which is the fallback and the reference. Kernels
+are compiled by numba at their first use and kept on disk; they release the interpreter's lock and are
+spread over `torch.get_num_threads()` threads by rows, so results do not depend on that number.
+"""
+
+import importlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PIECES = 4  # per thread, so that a thread that is held up delays the others little
+is_on = os.environ.get("SAEFLOW_NATIVE", "1") != "0"
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether the compiled kernels take these tensors: float32 on a CPU, and numba at hand."""
+    return (
+        is_on
+        and all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)
+        and _module("selection") is not None
+    )
+
+
+@cache
+def _module(name: str) -> ModuleType | None:
+    """A module of kernels, imported at its first use; None without numba."""
+    try:
+        return importlib.import_module(f"{__name__}.{name}")
+    except ImportError:
+        return None
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="saeflow-kernel")
+
+
+def call(kernel: str, *arguments: Any) -> Any:
+    """module.kernel(*arguments), tensors as arrays on the same memory."""
+    module, name = kernel.split(".")
+    arrays = (a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments)
+    return getattr(_module(module), name)(*arrays)
+
+
+def spread(kernel: str, count: int, *arguments: Any) -> list[Any]:
+    """module.kernel(*arguments, start, stop) over 0..count in pieces; what each returned, in order."""
+    arrays = [a.detach().numpy() if isinstance(a, Tensor) else a for a in arguments]
+    threads = torch.get_num_threads()
+    if threads == 1 or count < 2 * threads:
+        return [call(kernel, *arrays, 0, count)]
+    pieces = min(count, PIECES * threads)
+    ends = [count * piece // pieces for piece in range(pieces + 1)]
+    work = _pool(os.getpid(), threads)
+    return list(work.map(lambda at: call(kernel, *arrays, *at), pairwise(ends)))

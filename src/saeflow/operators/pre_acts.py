@@ -1,0 +1,43 @@
+"""The encoder's product on the dense path, without the product that its input's bias would cost."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def pre_acts(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+    """a = (x - b_dec) W_enc + b_enc.
+
+    Args:
+        x: (B, d_in).
+        W_enc: (d_in, d_sae); its gradient is laid out by columns, as `W_enc.t()` contiguous is.
+        b_enc: (d_sae).
+        b_dec: (d_in).
+
+    Returns:
+        (B, d_sae), of lower precision under autocast. Differentiable; db_dec = -W_enc db_enc, where
+        autograd alone would multiply (B, d_sae) by W_enc^T and sum the rows.
+    """
+    return _PreActs.apply(x, W_enc, b_enc, b_dec)
+
+
+class _PreActs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+        centred = x - b_dec
+        a = torch.addmm(b_enc, centred, W_enc)
+        ctx.save_for_backward(centred.to(a.dtype), W_enc)
+        return a
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        centred, W_enc = ctx.saved_tensors
+        grad_b_enc = grad.sum(0, dtype=W_enc.dtype)
+        grad_x = (
+            (grad @ W_enc.to(grad.dtype).t()).to(W_enc.dtype) if ctx.needs_input_grad[0] else None
+        )
+        grad_W = (grad.t() @ centred).to(W_enc.dtype).t() if ctx.needs_input_grad[1] else None
+        return grad_x, grad_W, grad_b_enc, -(W_enc @ grad_b_enc)

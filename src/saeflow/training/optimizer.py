@@ -1,0 +1,89 @@
+"""Adam for SAEs: the decoder's gradient projected, the whole clipped, unit decoder rows after the step.
+
+On a CPU two passes over the weights do all of it, one that measures and one that updates. Elsewhere
+torch's own pieces do the same, and are the reference.
+"""
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from saeflow.config import TrainingConfig
+from saeflow.operators import native
+from saeflow.saes import SAE
+
+
+class Optimizer(torch.optim.Adam):
+    """Adam over what an SAE trains.
+
+    Args:
+        sae: on its device, with `requires_grad` settled.
+        config: its betas, where the variant has none of its own, and the largest gradient norm.
+    """
+
+    def __init__(self, sae: SAE, config: TrainingConfig) -> None:
+        trained = [parameter for parameter in sae.parameters() if parameter.requires_grad]
+        super().__init__(trained, betas=sae.betas or config.betas, fused=True)
+        self.sae, self.largest_norm = sae, config.grad_clip
+
+    def measure(self) -> Tensor:
+        """Remove the decoder gradient's part along its rows; the norm () of the whole gradient."""
+        gradients = self._gradients()
+        if not native.serves(*(gradient for _, gradient in gradients)):
+            self.sae.project_grad()
+            return get_total_norm([gradient for _, gradient in gradients])
+        total = torch.zeros((), dtype=torch.float64)
+        for parameter, found in gradients:
+            if found.stride() != parameter.stride():
+                parameter.grad = found = torch.empty_like(parameter).copy_(found)
+            gradient, weights = _rows(found), _rows(parameter)
+            squares = torch.empty(len(weights))
+            arrays = (gradient, weights, self._is_unit(parameter), squares)
+            native.spread("adam.measure_rows", len(weights), *arrays)
+            total += squares.sum(dtype=torch.float64)
+        return total.sqrt().float()
+
+    def update(self, norm: Tensor) -> None:
+        """Scale a gradient of this norm down to the largest, take a step, make decoder rows unit."""
+        gradients = self._gradients()
+        if not native.serves(*(parameter for parameter, _ in gradients)):
+            clip_grads_with_norm_([p for p, _ in gradients], self.largest_norm, norm)
+            self.step()
+            self.sae.project_weights()
+            return
+        (group,) = self.param_groups
+        (beta1, beta2), epsilon = group["betas"], group["eps"]
+        clip = min(1.0, self.largest_norm / (float(norm) + 1e-6))
+        for parameter, gradient in gradients:
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(())
+                state["exp_avg"] = torch.zeros_like(parameter)
+                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state["step"] += 1
+            t = float(state["step"])
+            rate, correction = group["lr"] / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t)
+            numbers = map(np.float32, (clip, rate, beta1, beta2, correction, epsilon))
+            tensors = (parameter, gradient, state["exp_avg"], state["exp_avg_sq"])
+            rows = [_rows(tensor) for tensor in tensors]
+            is_unit = self._is_unit(parameter)
+            native.spread("adam.update_rows", len(rows[0]), *rows, is_unit, *numbers)
+
+    def _gradients(self) -> list[tuple[Tensor, Tensor]]:
+        """The parameters that have a gradient, and theirs."""
+        (group,) = self.param_groups
+        return [(p, p.grad) for p in group["params"] if p.grad is not None]
+
+    def _is_unit(self, parameter: Tensor) -> bool:
+        return self.sae.has_unit_norm and parameter is self.sae.W_dec
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A parameter, or a tensor laid out as one, as contiguous rows."""
+    tensor = tensor.detach()
+    if tensor.ndim < 2:
+        return tensor.view(1, -1)
+    return tensor if tensor.is_contiguous() else tensor.t()
