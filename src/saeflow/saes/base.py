@@ -44,6 +44,9 @@ class Forward:
     )  # (B, d_sae) pre-activations with gradient, all or the selected
     latents: Tensor | SparseLatents  # (B, d_sae)
     x_hat: Tensor  # (B, d_in)
+    parts: Tensor | None = (
+        None  # (B, G, d_in) what each group of latents adds, where there are some
+    )
 
     @property
     def is_sparse(self) -> bool:
@@ -195,7 +198,9 @@ class SAE(nn.Module):
             chosen = self.select(pre_acts, condition)
         selected = self.gather(x, chosen)
         active = self.activate_selected(selected, condition)
-        return Forward(x, condition, pre_acts, selected, active, self.decode_selected(active))
+        parts = self.decode_groups(active)
+        x_hat = self.decode_selected(active) if parts is None else parts.sum(1) + self.b_dec
+        return Forward(x, condition, pre_acts, selected, active, x_hat, parts)
 
     def gather(self, x: Tensor, chosen: SparseLatents) -> SparseLatents:
         """Entries chosen from `pre_activations(x)`, with gradient."""
@@ -208,6 +213,10 @@ class SAE(nn.Module):
     def decode_selected(self, latents: SparseLatents) -> Tensor:
         """`decode`, of latents on the sparse path."""
         return decode_sparse(latents, self.W_dec, self.b_dec)
+
+    def decode_groups(self, latents: SparseLatents) -> Tensor | None:
+        """(B, G, d_in) what each group of latents adds to `decode`, where a variant has groups."""
+        return None
 
     def auxk(self, fwd: Forward, dead: Tensor) -> Tensor:
         """How well dead latents (d_sae,) rebuild the residual (Gao et al. 2024)."""

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from saeflow.errors import UserError
 from saeflow.operators import SparseLatents, decode_sparse
@@ -30,22 +31,38 @@ class Matryoshka(BatchTopK):
         boundaries = group_boundaries(groups, d_sae)
         self.register_buffer("boundaries", torch.tensor(boundaries), persistent=False)
 
+    def decode_groups(self, latents: SparseLatents) -> Tensor:
+        pieces = decode_sparse(latents.split_columns(self.boundaries), self.W_dec)
+        return pieces.view(len(latents), -1, self.d_in)
+
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         losses = super().losses(fwd, dead)
-        errors = [losses["reconstruction"]]
-        errors += [(fwd.x - part).square().sum(1).mean() for part in self.prefixes(fwd.latents)]
-        losses["reconstruction"] = torch.stack(errors).mean()
-        return losses
+        if isinstance(fwd.latents, Tensor):
+            ends = [*self.boundaries.tolist(), self.d_sae]
+            prefixes = (fwd.latents[:, :end] @ self.W_dec[:end] + self.b_dec for end in ends)
+            errors = torch.stack([(fwd.x - part).square().sum(1).mean() for part in prefixes])
+        else:
+            errors = _NestedErrors.apply(fwd.parts, fwd.x - self.b_dec)
+        return losses | {"reconstruction": errors.mean()}
 
-    def prefixes(self, latents: Tensor | SparseLatents) -> list[Tensor]:
-        """(B, d_in) reconstructions by every prefix of groups but the whole, shortest first."""
-        if isinstance(latents, SparseLatents):
-            pieces = decode_sparse(latents.split_columns(self.boundaries), self.W_dec)
-            pieces = pieces.view(len(latents), -1, self.d_in)[:, :-1]
-            return list((pieces.cumsum(1) + self.b_dec).unbind(1))
-        return [
-            latents[:, :end] @ self.W_dec[:end] + self.b_dec for end in self.boundaries.tolist()
-        ]
+
+class _NestedErrors(torch.autograd.Function):
+    """(G,) mean squared errors against x (B, d) of the sums of the first g of parts (B, G, d)."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, x: Tensor) -> Tensor:
+        errors = parts.cumsum(1).sub_(x[:, None])
+        ctx.save_for_backward(errors)
+        return torch.stack([error.square().sum(1).mean() for error in errors.unbind(1)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (errors,) = ctx.saved_tensors
+        grads = errors * (2 / len(errors) * grad)[:, None]
+        for group in range(len(grad) - 2, -1, -1):  # a part adds to its own prefix and all longer
+            grads[:, group] += grads[:, group + 1]
+        return grads, -grads[:, 0]
 
 
 def group_boundaries(groups: Options, d_sae: int) -> list[int]:
