@@ -12,7 +12,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from drawn import PARAMS, STORE, Drawn
 from tables import in_turns, peak_memory, ratio, write
-from torch import Tensor, nn
+from torch import nn
 
 from saeflow.config import ROOT, load_params
 from saeflow.sources import open_source
-from saeflow.sources.base import Block
 from saeflow.sources.hook_points import HookPoint
 from saeflow.stores import finalise, write_part
 
@@ -104,44 +103,16 @@ def speed(project: Path) -> pd.DataFrame:
     )
 
 
-class Drawn:
-    """Random activations, made as fast as a GPU would make them."""
-
-    hook_points = ("drawn",)
-    rows_per_context = 128
-    columns: Mapping[str, Any] = {}
-
-    def __init__(self, rows: int) -> None:
-        self.d_in = {"drawn": D_IN}
-        self._contexts = rows // self.rows_per_context
-
-    def n_contexts(self, split: str) -> int:
-        return self._contexts
-
-    def block(self, split: str, start: int, stop: int) -> Block:
-        generator = torch.Generator().manual_seed(start)
-        rows = (stop - start) * self.rows_per_context
-        x: Tensor = torch.randn(rows, D_IN, generator=generator)
-        position = np.tile(np.arange(128, dtype=np.int32), stop - start)
-        context = np.repeat(np.arange(start, stop, dtype=np.int64), 128)
-        return Block({"drawn": x}, {"context": context, "position": position})
-
-
 def extract(rows: int, folder: Path) -> tuple[float, float, float, float]:
     """Seconds and MiB at the peak of write_part and of finalise, in a fresh process."""
     torch.set_num_threads(1)
-    store = {
-        "dtype": "bfloat16", "chunk_rows": 512, "shard_rows": 65536, "codec": "none", "block_contexts": 64,
-        "seed": 0,
-    }  # fmt: skip
-    params = {"kind": "drawn", "hook_points": ["drawn"], "max_norm_multiple": 10}
     for name in ("part", "store"):
         (folder / name).mkdir()
     began = time.perf_counter()
-    write_mib = peak_memory(lambda: write_part(Drawn(rows), "train", 0, 1, store, folder / "part"))
+    write_mib = peak_memory(lambda: write_part(Drawn(rows, D_IN), "train", 0, 1, STORE, folder / "part"))
     written = time.perf_counter()
     merge_mib = peak_memory(
-        lambda: finalise([folder / "part"], "drawn", params, "train", store, {}, folder / "store")
+        lambda: finalise([folder / "part"], "drawn", PARAMS, "train", STORE, {}, folder / "store")
     )
     return written - began, time.perf_counter() - written, write_mib, merge_mib
 
