@@ -44,7 +44,10 @@ class Drawn:
             generator = torch.Generator().manual_seed(start)
             x = torch.randn(rows, self.d_in["drawn"], generator=generator)
         else:
-            x = self.x[torch.arange(start * self.rows_per_context, stop * self.rows_per_context) % len(self.x)]
+            x = self.x[
+                torch.arange(start * self.rows_per_context, stop * self.rows_per_context)
+                % len(self.x)
+            ]
         position = np.tile(np.arange(self.rows_per_context, dtype=np.int32), stop - start)
         context = np.repeat(np.arange(start, stop, dtype=np.int64), self.rows_per_context)
         return Block({"drawn": x}, {"context": context, "position": position})

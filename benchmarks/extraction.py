@@ -109,7 +109,9 @@ def extract(rows: int, folder: Path) -> tuple[float, float, float, float]:
     for name in ("part", "store"):
         (folder / name).mkdir()
     began = time.perf_counter()
-    write_mib = peak_memory(lambda: write_part(Drawn(rows, D_IN), "train", 0, 1, STORE, folder / "part"))
+    write_mib = peak_memory(
+        lambda: write_part(Drawn(rows, D_IN), "train", 0, 1, STORE, folder / "part")
+    )
     written = time.perf_counter()
     merge_mib = peak_memory(
         lambda: finalise([folder / "part"], "drawn", PARAMS, "train", STORE, {}, folder / "store")

@@ -99,9 +99,12 @@ class Contestant:
         )
 
     def ask(self, line: str) -> dict[str, float]:
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         self.process.stdin.write(line + "\n")
         answer = self.process.stdout.readline()
+        while answer and not answer.startswith("{"):  # what a library prints when it is imported
+            answer = self.process.stdout.readline()
         if not answer:
             raise SystemExit(f"{self.name}: ended at {line}; see {self.log}")
         return json.loads(answer)
@@ -214,7 +217,10 @@ def draw(steps: pd.DataFrame, growth: pd.DataFrame) -> None:
         shown = steps[(steps["d_sae"] == MIDDLE) & (steps["B"] == BATCH) & (steps["k"] == K)]
         names = list(dict.fromkeys(shown["case"]))[::-1]
         for library, of in shown.groupby("library", sort=False):
-            low, high = of["encoder products"] - of["smallest"], of["largest"] - of["encoder products"]
+            low, high = (
+                of["encoder products"] - of["smallest"],
+                of["largest"] - of["encoder products"],
+            )
             ax.errorbar(
                 of["encoder products"], [names.index(name) for name in of["case"]], xerr=[low, high],
                 fmt=MARKERS[library], color=COLORS[library], label=library, elinewidth=0.7,
@@ -226,11 +232,15 @@ def draw(steps: pd.DataFrame, growth: pd.DataFrame) -> None:
         ax.grid(axis="x")
         ax.legend(loc="upper right", ncols=2)
         ax.set_title(f"d_in {D_IN}, d_sae {MIDDLE}, B {BATCH}, k {K}, float32, {THREADS} threads")
-        for column, (axis, label) in enumerate({"d_sae": "d_sae", "B": "batch size B", "k": "k"}.items()):
+        for column, (axis, label) in enumerate(
+            {"d_sae": "d_sae", "B": "batch size B", "k": "k"}.items()
+        ):
             ax = figure.add_subplot(grid[1, column])
             others = {"d_sae": MIDDLE, "B": BATCH, "k": K}
             others.pop(axis)
-            fixed = growth[(growth[list(others)] == pd.Series(others)).all(axis=1)].sort_values(axis)
+            fixed = growth[(growth[list(others)] == pd.Series(others)).all(axis=1)].sort_values(
+                axis
+            )
             for library, of in fixed.groupby("library", sort=False):
                 style = {"color": COLORS[library], "marker": MARKERS[library]}
                 ax.plot(of[axis], of["encoder products"], **style)

@@ -35,7 +35,8 @@ from saeflow.saes import SAE
 from saeflow.saes.base import Forward
 from saeflow.saes.topk import TopK
 from saeflow.sources import open_source, prepare_inputs
-from saeflow.training.trainer import Run
+from saeflow.training.optimizer import Optimizer
+from saeflow.training.trainer import Run, advance
 
 D_IN, N_FEATURES, D_SAE, MEAN_L0, MOST = 96, 192, 192, 6, 11
 ROWS = {"train": 131_072, "evaluation": 16_384}
@@ -204,11 +205,11 @@ def train_sae(data: Data, variant: str, options: Mapping[str, Any], seed: int) -
             oracle.load_state_dict(run.sae.state_dict())
             oracle.unit = data.scale
             run.sae, run.store, run.rows_of = oracle.train(), data, data
-            run.optimizer = torch.optim.Adam(oracle.parameters(), fused=True)
+            run.optimizer = Optimizer(oracle, TRAINING)
         else:
             probe = fit(data, Path(folder)) if variant == "adaptive_k" else None
             run = Run(data, config, RUNTIME, Path(folder), probe)
-        run.train()
+        advance([run])
     with torch.no_grad():
         run.sae.fold_scale(data.scale)
     if isinstance(run.sae, Oracle):

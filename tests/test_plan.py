@@ -53,6 +53,8 @@ def kinds(jobs: set[str]) -> set[str]:
     [
         ("runtime/threads", {"extract": 4, "train": 4, "evaluate": 4}),
         ("runtime/extraction_jobs", 7),
+        ("runtime/saes_per_job", 5),
+        ("runtime/ranks", {"count": 2, "split": "latents"}),
         ("runtime/device", "cuda"),
         ("runtime/checkpoint_every_s", 1),
     ],

@@ -27,7 +27,9 @@ class Case:
     d_sae: int
     batch: int
     k: int
-    density: float  # active latents over d_sae, where the variant does not decide; 0: as initialised
+    density: (
+        float  # active latents over d_sae, where the variant does not decide; 0: as initialised
+    )
     dead: float  # share of the latents that count as dead
     steps: int  # of a training loop; 0: single steps are timed
     threads: int
@@ -61,7 +63,7 @@ def serve(build: Build) -> None:
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
-    requests = open(0, "rb", buffering=0)
+    requests = os.fdopen(0, "rb", buffering=0)
     while line := requests.readline():
         child = os.fork()
         if child == 0:
@@ -95,7 +97,11 @@ def run(build: Build, case: Case, requests: Any, answers: Any) -> None:
     product()
     while requests.readline().strip() == b"go":
         times = [seconds(product), seconds(work), seconds(product)]
-        print(json.dumps({"before": times[0], "work": times[1], "after": times[2]}), file=answers, flush=True)
+        print(
+            json.dumps({"before": times[0], "work": times[1], "after": times[2]}),
+            file=answers,
+            flush=True,
+        )
 
 
 def seconds(work: Work) -> float:

@@ -1,6 +1,5 @@
 """saeflow: the trainer's own step, and its whole run from a store on disk."""
 
-import dataclasses
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -12,13 +11,13 @@ from contestant import Case, Work, serve
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from drawn import Drawn, write_drawn  # noqa: E402
+from drawn import Drawn, write_drawn
 
-from saeflow.config import SAEConfig, TrainingConfig  # noqa: E402
-from saeflow.stores import open_store  # noqa: E402
-from saeflow.training.checkpoints import delete_checkpoints  # noqa: E402
-from saeflow.training.memory import keep_freed_memory  # noqa: E402
-from saeflow.training.trainer import Run  # noqa: E402
+from saeflow.config import SAEConfig, TrainingConfig
+from saeflow.stores import open_store
+from saeflow.training.checkpoints import delete_checkpoints
+from saeflow.training.memory import keep_freed_memory
+from saeflow.training.trainer import Run, advance
 
 RUNTIME = {"device": "cpu", "precision": "fp32", "checkpoint_every_s": 60}
 ROWS = 1 << 17
@@ -114,14 +113,16 @@ def build(case: Case, batches: Iterator[Tensor]) -> Work:
         store = open_store(write_drawn(Drawn(ROWS, case.d_in, batches), folder))
 
         def loop() -> None:
-            make_run(case, store, folder).train()
+            advance([make_run(case, store, folder)])
             delete_checkpoints(folder)
 
         return loop
     run = make_run(case, InMemory(case, batches), Path("/nonexistent"))
     if case.density:
         settle(case, run, next(batches))
-    if case.variant.startswith("soft_topk"):  # not the dense first step; later ones decide by themselves
+    if case.variant.startswith(
+        "soft_topk"
+    ):  # not the dense first step; later ones decide by themselves
         run.sae.density.fill_(0.0)
 
     def step() -> None:

@@ -27,7 +27,12 @@ def build(case: Case, batches: Iterator[Tensor]) -> Work:
     elif case.variant == "batch_topk":
         sae = BatchTopKTrainingSAE(BatchTopKTrainingSAEConfig(**size, k=case.k))
     elif case.variant == "matryoshka":
-        widths = [case.d_sae // 32, case.d_sae * 3 // 32, case.d_sae * 7 // 32, case.d_sae * 15 // 32]
+        widths = [
+            case.d_sae // 32,
+            case.d_sae * 3 // 32,
+            case.d_sae * 7 // 32,
+            case.d_sae * 15 // 32,
+        ]
         config = MatryoshkaBatchTopKTrainingSAEConfig(
             **size, k=case.k, matryoshka_widths=[*widths, case.d_sae]
         )

@@ -6,11 +6,13 @@ Exit codes: 0 done, 1 failed, 2 the user's input is at fault (one line on stderr
 import errno
 import json
 import logging
+import os
 import re
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -347,33 +349,86 @@ def probe(
 @app.command()
 def train(
     store: Annotated[Path, typer.Option(help="Folder of the training split's stores.")],
-    run: Annotated[str, typer.Option(help="One run of `saes`, as JSON.")],
+    run: Annotated[
+        list[str], typer.Option(help="One run of `saes`, as JSON; several: in one pass.")
+    ],
     runtime: RuntimeJson,
     threads: Threads,
-    out: Out,
-    probe: Annotated[
-        Path | None, typer.Option(help="Folder of the complexity probe, where the run uses one.")
+    out: Annotated[list[Path], typer.Option(help="Written: the result folder of each run.")],
+    probes: Annotated[
+        Path | None, typer.Option(help="Folder of the source's complexities, with their probes.")
     ] = None,
-    key: Key = "",
+    key: Annotated[
+        list[str] | None, typer.Option(help="The workflow's key of each run, for its record.")
+    ] = None,
+    group: Annotated[
+        str, typer.Option(help="GROUP.done where the run was trained in a group, under GROUP/.")
+    ] = "",
 ) -> None:
-    """Train one SAE on one store."""
+    """Train SAEs on one store, one or several in one pass over its batches."""
+    from saeflow.saes import Ranks
     from saeflow.stores import open_store
-    from saeflow.training import train as train_sae
+    from saeflow.training import train_group
 
-    config, machine = SAEConfig.from_dict(_json("--run", run)), _machine(runtime, threads)
-    with provenance.job(
-        out,
-        name="train",
-        inputs=[store] if probe is None else [store, probe],
-        params={"run": _json("--run", run), "precision": machine["precision"]},
-        key=key,
-        seed=config.seed,
-        device=machine["device"],
-        resumable=True,
-    ) as job:
-        job.details["content"] = train_sae(
-            open_store(store / f"{config.hook_point}.zarr"), config, machine, job.path, probe
+    configs = [SAEConfig.from_dict(_json("--run", text)) for text in run]
+    keys = key or [""] * len(run)
+    if not len(configs) == len(out) == len(keys):
+        raise UserError(
+            f"--run, --out, --key: expected one of each for every run, found {len(configs)}, {len(out)} "
+            f"and {len(keys)}."
         )
+    if len({(config.source, config.hook_point) for config in configs}) > 1:
+        raise UserError("--run: expected runs of one store, found several. Train them one by one.")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun
+    machine = _machine(runtime, max(1, threads // here))
+    ranks = Ranks.from_environment(machine["ranks"]["split"], machine["device"])
+    places = [Path(group).with_suffix("") / config.name for config in configs] if group else out
+    is_there = [
+        ranks.rank == 0 and provenance.take(place, folder, name)
+        for place, folder, name in zip(places, out, keys, strict=True)
+    ]
+    wanted = [
+        (config, folder, name, _probe_of(config, probes))
+        for config, folder, name, there in zip(configs, out, keys, is_there, strict=True)
+        if not ranks.agree(int(there), False)[0]
+    ]
+    if not wanted:
+        return
+    reader = open_store(store / f"{configs[0].hook_point}.zarr")
+    with ExitStack() as stack:
+        jobs: list[provenance.Job] = []
+        for config, folder, name, probe in wanted if ranks.rank == 0 else ():
+            making = provenance.job(
+                folder,
+                name="train",
+                inputs=[store] if probe is None else [store, probe],
+                params={"run": asdict(config), "precision": machine["precision"]},
+                key=name,
+                seed=config.seed,
+                device=machine["device"],
+                resumable=True,
+                checked=not jobs,  # one check serves all
+            )
+            jobs.append(stack.enter_context(making))
+        ranks.wait()  # for the folders
+        tasks = [
+            (config, provenance.partial_of(folder), probe) for config, folder, _, probe in wanted
+        ]
+        contents = train_group(reader, tasks, machine, ranks)
+        for job, content in zip(jobs, contents, strict=False):
+            job.details["content"] = content
+
+
+def _probe_of(config: SAEConfig, folder: Path | None) -> Path | None:
+    """The folder of the probe that a run uses, if any."""
+    name = config.options.get("complexity")
+    if name is None:
+        return None
+    if folder is None:
+        raise UserError(
+            f"--probes: {config.name} reads the complexity {name!r}; say where its probe is."
+        )
+    return folder / name / "probes" / config.hook_point
 
 
 @app.command()

@@ -6,6 +6,7 @@ times, so a checkout of an older commit leaves nothing to do, and a changed para
 the jobs that depend on it.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -13,7 +14,7 @@ from typing import Any
 
 from saeflow.config import SAEConfig, expand_runs, job_key
 
-_NUMERIC = ("torch", "numpy", "safetensors")
+_NUMERIC = ("torch", "numba", "numpy", "safetensors")
 _MODEL = (*_NUMERIC, "transformers", "tokenizers", "datasets", "pillow")
 _STORE = (*_MODEL, "zarr", "numcodecs")
 _TABLE = (*_MODEL, "pandas", "scipy")
@@ -45,6 +46,20 @@ class Plan:
         """(source, hook point, complexity) of every probe that an SAE uses."""
         found = ((run, self.complexity(run.name)) for run in self.runs.values())
         return sorted({(run.source, run.hook_point, name) for run, name in found if name})
+
+    @cached_property
+    def groups(self) -> list[list[str]]:
+        """Runs that one job trains: `runtime.saes_per_job` at most, of one store; same batches first."""
+
+        def stream(name: str) -> tuple[str, str, int, int]:
+            run = self.runs[name]
+            return run.source, run.hook_point, run.training.batch_size, run.seed
+
+        size, found = self.params["runtime"]["saes_per_job"], []
+        for _, names in itertools.groupby(sorted(self.runs, key=stream), lambda n: stream(n)[:2]):
+            of_store = list(names)
+            found += [of_store[i : i + size] for i in range(0, len(of_store), size)]
+        return found
 
     def complexity(self, run: str) -> str | None:
         """The scores that a run's options name, where its variant uses any."""

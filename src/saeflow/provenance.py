@@ -6,6 +6,7 @@ its files, the digests of the results it read, the parameters it saw, code, lock
 and times. A killed job leaves its partial folder; the same job started again finds it and goes on.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import os
@@ -101,6 +102,27 @@ def check(result: Path) -> str:
     return str(record["digest"])
 
 
+def take(place: Path, result: Path, key: str) -> bool:
+    """Move a result that was made elsewhere to its own place, if it is there, whole, and of this key."""
+    try:
+        if not key or read_record(place).get("key") != key:
+            return False
+        check(place)
+    except UserError:
+        return False
+    if place != result:
+        result.parent.mkdir(parents=True, exist_ok=True)
+        replace_folder(place, result)
+        with contextlib.suppress(OSError):
+            os.removedirs(place.parent)  # as far as they are empty
+    return True
+
+
+def partial_of(result: Path) -> Path:
+    """Where the job that makes a result folder writes until it is whole."""
+    return result.with_name(result.name + PARTIAL)
+
+
 @contextmanager
 def job(
     result: Path,
@@ -137,7 +159,7 @@ def job(
         "name": name, "params": params or {}, "inputs": digests, "external": dict(external or {}),
         "seed": seed, "code": code_digest(),
     }  # fmt: skip
-    partial = result.with_name(result.name + PARTIAL)
+    partial = partial_of(result)
     job_file = partial / _JOB_FILE
     resumed = resumable and job_file.exists() and job_file.read_text() == canonical_json(identity)
     if not resumed:

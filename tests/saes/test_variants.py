@@ -422,7 +422,7 @@ class TestEveryVariant:
         sae.end_step(sae.run(x))
         variant, options = CASES[case]
         config = {"variant": variant, "options": options, "d_in": D_IN, "d_sae": D_SAE}
-        save(sae, tmp_path, config)
+        save(sae.state_dict(), tmp_path, config)
         loaded = load(tmp_path)
         sae.eval()
         assert torch.equal(loaded.encode(x), sae.encode(x))
@@ -568,7 +568,7 @@ def test_weights_that_are_not_trained_stay_as_they_were(x: Tensor) -> None:
 @pytest.fixture
 def saved(x: Tensor, tmp_path: Path) -> Path:
     config = {"variant": "topk", "options": TOPK, "d_in": D_IN, "d_sae": D_SAE}
-    save(make("topk", x), tmp_path, config)
+    save(make("topk", x).state_dict(), tmp_path, config)
     return tmp_path
 
 
@@ -634,7 +634,7 @@ def test_weights_that_are_not_finite_are_refused(saved: Path, x: Tensor) -> None
     sae = load(saved)
     with torch.no_grad():
         sae.b_dec[3] = float("nan")
-    save(sae, saved, read_config(saved))
+    save(sae.state_dict(), saved, read_config(saved))
     with pytest.raises(UserError, match="b_dec is not finite"):
         load(saved)
 

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from saeflow.config import expand_runs, load_params
+from saeflow.plan import Plan
 
 from .conftest import ROOT, SYNTHETIC, Project, job_counts
 
@@ -62,6 +64,7 @@ def test_file_times_do_not_matter(done: Project) -> None:
             {"evaluate_sae": 4, "evaluate_baselines": 1, "collect_tables": 1, "draw_figure": 5, "write_report": 1},
         ),
         ("runtime/extraction_jobs", 3, {}),
+        ("runtime/saes_per_job", 3, {}),
         ("runtime/threads", {"extract": 2, "train": 2, "evaluate": 2}, {}),
         ("figures/allow_unequal_budgets", True, {"draw_figure": 5, "write_report": 1}),
     ],
@@ -75,6 +78,22 @@ def test_one_parameter_reruns_exactly_what_depends_on_it(
     finally:
         done.write(SYNTHETIC)
     assert done.todo() == {}
+
+
+def test_a_group_trains_what_is_missing_and_the_same(done: Project) -> None:
+    expected = done.contents()
+    missing = [run for run in Plan(SYNTHETIC).runs if "random-decoder" not in run]
+    for run in missing:
+        shutil.rmtree(done.folder / "results/saes" / run)
+    done.write(with_value("runtime/saes_per_job", 8))
+    try:
+        assert done.todo("train") == {"train_group": 1, "train_sae": 3}
+        done.snakemake("train")
+        assert done.contents() == expected
+        assert not (done.folder / "results/saes.groups").exists()
+    finally:
+        done.write(SYNTHETIC)
+    assert done.todo("train") == {}
 
 
 def test_a_code_change_reruns_the_steps_that_run_it(done: Project) -> None:

@@ -45,6 +45,7 @@ wildcard_constraints:
     split="train|evaluation",
     part="[0-9]+",
     parts="[0-9]+",
+    group="[0-9]+",
     figure="[a-z0-9_]+",
     run="[^/]+/[^/]+/[^/]+/[^/]+",
 
@@ -67,6 +68,7 @@ PROBES = [
     f"results/complexity/{source}/{name}/probes/{hook_point}/{RECORD}"
     for source, hook_point, name in plan.probes
 ]
+GROUPS = "results/saes.groups"
 FIGURES = [f"results/figures/{figure}/{RECORD}" for figure in config["figures"]["names"]]
 
 
@@ -114,6 +116,11 @@ def is_current(folder, key):
     return record.exists() and json.loads(record.read_text()).get("key") == key
 
 
+def is_forced():
+    """Whether jobs were asked for again although their results are there."""
+    return bool(workflow.dag_settings.forceall or workflow.dag_settings.forcerun)
+
+
 def parts(wildcards):
     """The parts of a split; none where its store is there, however many jobs made it."""
     source, split = wildcards.source, wildcards.split
@@ -123,7 +130,50 @@ def parts(wildcards):
         not plan.has_model(source)
         or is_current(f"results/sources/{source}/model", plan.key_model(source)),
     ]
-    if all(made) and not (workflow.dag_settings.forceall or workflow.dag_settings.forcerun):
+    if all(made) and not is_forced():
         return []
     count = config["runtime"]["extraction_jobs"]
     return [f"results/stores/{source}/{split}.parts/{part}-of-{count}" for part in range(count)]
+
+
+def launcher():
+    """What starts training: python, or torchrun for several processes."""
+    ranks = config["runtime"]["ranks"]["count"]
+    if ranks == 1:
+        return "python"
+    return f"torchrun --standalone --nproc-per-node={ranks}"
+
+
+def training(runs, folder):
+    """What training some runs of one store is told."""
+    source = plan.runs[runs[0]].source
+    each = (
+        f"--run={shlex.quote(json.dumps(plan.run(run)))} --key={plan.key_sae(run)} --out={folder}/{run}"
+        for run in runs
+    )
+    stores = f"--store=results/stores/{source}/train --probes=results/complexity/{source}"
+    return " ".join([stores, *each])
+
+
+def training_inputs(runs):
+    """The records of what some runs of one store read."""
+    store = f"results/stores/{plan.runs[runs[0]].source}/train/{RECORD}"
+    probes = {f"{folder}/{RECORD}" for run in runs for folder in probe_folder(run)}
+    return [store, *sorted(probes)]
+
+
+def missing(group):
+    """The runs of a group that are still to be trained."""
+    return [run for run in plan.groups[int(group)] if not is_trained(run)]
+
+
+def is_trained(run):
+    return is_current(f"results/saes/{run}", plan.key_sae(run)) and not is_forced()
+
+
+def trained_in_group(run):
+    """What says that a run was trained in a group, where it is to be."""
+    if config["runtime"]["saes_per_job"] == 1 or is_trained(run):
+        return []
+    group = next(i for i, runs in enumerate(plan.groups) if run in runs)
+    return f"{GROUPS}/{group}.done"

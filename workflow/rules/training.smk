@@ -1,14 +1,15 @@
-"""Training: one SAE a job.
+"""Training: one SAE a job, or runtime.saes_per_job of one store in one pass over its batches.
 
-Expects results/stores/SOURCE/train (and the probes of results/complexity that runs use); leaves results/saes/RUN with weights, config and steps.csv. A job
-that is killed goes on from its last checkpoint when it is started again.
+Expects results/stores/SOURCE/train (and the probes of results/complexity that runs use); leaves
+results/saes/RUN with weights, config and steps.csv. A job that is killed goes on from its last checkpoints
+when it is started again. How many SAEs a job trains changes no result and no key.
 """
 
 
 rule train_sae:
     input:
-        store=lambda w: f"results/stores/{plan.runs[w.run].source}/train/provenance.json",
-        probe=lambda w: [f"{folder}/provenance.json" for folder in probe_folder(w.run)],
+        lambda w: training_inputs([w.run]),
+        group=lambda w: trained_in_group(w.run),
     output:
         weights="results/saes/{run}/weights.safetensors",
         config="results/saes/{run}/config.json",
@@ -22,11 +23,25 @@ rule train_sae:
     resources:
         gpu=gpus(),
     params:
-        key=lambda w: plan.key_sae(w.run),
-        run=lambda w: json.dumps(plan.run(w.run)),
-        store=lambda w: f"results/stores/{plan.runs[w.run].source}/train",
-        probe=lambda w: [f"--probe={folder}" for folder in probe_folder(w.run)],
+        told=lambda w: training([w.run], "results/saes"),
     shell:
-        "python -m saeflow train --store {params.store} --run {params.run:q}"
-        " {params.probe} --threads {threads} --key {params.key}"
-        " --out results/saes/{wildcards.run} 2>&1 | tee {log}"
+        f"{launcher()} -m saeflow train {{params.told}} --group='{{input.group}}'"
+        " --threads {threads} 2>&1 | tee {log}"
+
+
+rule train_group:
+    input:
+        lambda w: training_inputs(missing(w.group)),
+    output:
+        temp(touch(f"{GROUPS}/{{group}}.done")),
+    log:
+        "logs/train_group/{group}.log",
+    conda:
+        "../../envs/train.yaml"
+    threads: threads("train")
+    resources:
+        gpu=gpus(),
+    params:
+        told=lambda w: training(missing(w.group), f"{GROUPS}/{w.group}"),
+    shell:
+        f"{launcher()} -m saeflow train {{params.told}}" " --threads {threads} 2>&1 | tee {log}"

@@ -1,6 +1,6 @@
 """Operators: pure, differentiable functions on the last dimension, and sparse latents."""
 
-from saeflow.operators.auxk import auxk_loss, auxk_loss_dead, auxk_loss_sparse, select_auxk
+from saeflow.operators.auxk import auxk_loss, residual_share, select_auxk
 from saeflow.operators.batch_topk import batch_topk, batch_topk_sparse
 from saeflow.operators.entmax import entmax, entmax_sparse
 from saeflow.operators.geometric_median import geometric_median
@@ -14,8 +14,6 @@ from saeflow.operators.topk import keep_topk, topk_indices, topk_sparse
 __all__ = [
     "SparseLatents",
     "auxk_loss",
-    "auxk_loss_dead",
-    "auxk_loss_sparse",
     "batch_topk",
     "batch_topk_sparse",
     "decode_sparse",
@@ -27,6 +25,7 @@ __all__ = [
     "jumprelu",
     "keep_topk",
     "pre_acts",
+    "residual_share",
     "select_auxk",
     "soft_topk",
     "sparsemax",

@@ -1,9 +1,11 @@
 """AuxK: dead latents learn to reconstruct what the live ones leave over."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-from saeflow.operators.sparse import SparseLatents, decode_sparse
+from saeflow.operators.sparse import SparseLatents
 from saeflow.operators.topk import keep_topk, topk_sparse
 
 
@@ -32,25 +34,19 @@ def auxk_loss(
     Source: Gao et al. 2024 (arXiv:2406.04093), appendix A.2.
     """
     _check_dead(pre_acts, dead)
-    columns = dead.nonzero()[:, 0]
-    return auxk_loss_dead(residual, pre_acts[:, columns], W_dec[columns], k_aux)
-
-
-def auxk_loss_dead(
-    residual: Tensor, pre_acts: Tensor, W_dec: Tensor, k_aux: int | None = None
-) -> Tensor:
-    """`auxk_loss` of the dead latents alone: pre_acts (B, dead), W_dec (dead, d_in); dense products."""
     k_aux = residual.shape[-1] // 2 if k_aux is None else k_aux
-    if len(W_dec) == 0:
-        return pre_acts.sum() + W_dec.sum()  # sums of nothing, with gradient
-    return _share(residual, keep_topk(pre_acts.relu(), k_aux) @ W_dec, some_dead=True)
+    columns = dead.nonzero()[:, 0]
+    acts, directions = pre_acts[:, columns], W_dec[columns]
+    if len(columns) == 0:
+        return acts.sum() + directions.sum()  # sums of nothing, with gradient
+    return residual_share(residual, keep_topk(acts.relu(), k_aux) @ directions)
 
 
 def select_auxk(pre_acts: Tensor, dead: Tensor, k_aux: int) -> SparseLatents:
     """The k_aux largest dead pre-activations of each row, of those that a relu leaves positive.
 
     For the sparse path: choose here without gradient, give the choice to `gather_pre_acts` and
-    its result to `auxk_loss_sparse`, so that no (B, d_sae) gradient is built.
+    what it decodes to to `residual_share`, so that no (B, d_sae) gradient is built.
 
     Args, Raises: as `auxk_loss`.
 
@@ -69,21 +65,23 @@ def select_auxk(pre_acts: Tensor, dead: Tensor, k_aux: int) -> SparseLatents:
     return SparseLatents.from_positions(flat, top.values[active], *pre_acts.shape)
 
 
-def auxk_loss_sparse(
-    residual: Tensor, latents: SparseLatents, W_dec: Tensor, dead: Tensor
+def residual_share(
+    residual: Tensor, e_hat: Tensor, total: Callable[[Tensor], Tensor] = lambda part: part
 ) -> Tensor:
-    """`auxk_loss` of dead latents already chosen, differentiable in their values and `W_dec`."""
-    e_hat = decode_sparse(latents.with_values(latents.values.relu()), W_dec)
-    return _share(residual, e_hat, bool(dead.any()))
+    """Squared error of e_hat (B, d_in) over the spread of the residual (B, d_in), 0 where undefined.
 
+    Args:
+        total: the sum over a whole batch from that over these rows, where they are not all of it.
 
-def _share(residual: Tensor, e_hat: Tensor, some_dead: bool) -> Tensor:
-    """() squared error of e_hat (B, d_in) over the spread of the residual, 0 where undefined."""
+    Returns:
+        (), differentiable in e_hat; the residual is taken as a constant.
+    """
     residual = residual.detach()
-    spread = (residual - residual.mean(0)).square().sum()
-    is_defined = (spread > 0) & spread.isfinite() & some_dead
+    mean = total(residual.sum(0)) / total(residual.new_tensor(len(residual)))
+    spread = total((residual - mean).square().sum())
+    is_defined = (spread > 0) & spread.isfinite()
     residual = residual.where(is_defined, 0)
-    ratio = (residual - e_hat).square().sum() / spread.where(is_defined, 1)
+    ratio = total((residual - e_hat).square().sum()) / spread.where(is_defined, 1)
     return ratio.where(is_defined, 0)
 
 

@@ -79,9 +79,9 @@ def positions(mask: Tensor) -> Tensor:
     return words[hits[:, 0]] * 8 + hits[:, 1]
 
 
-def pad(values: Tensor, counts: Tensor, fill: float) -> tuple[Tensor, Tensor]:
-    """Ragged rows -> rectangle: (rows, at least 1) filled up on the right, and which are real."""
-    width = max(int(counts.max()), 1) if len(counts) else 1
+def pad(values: Tensor, counts: Tensor, fill: float, width: int = 1) -> tuple[Tensor, Tensor]:
+    """Ragged rows -> rectangle: (rows, at least `width`) filled up on the right, and which are real."""
+    width = max(int(counts.max()), width) if len(counts) else width
     real = torch.arange(width, device=counts.device) < counts[:, None]
     padded = values.new_full(real.shape, fill).masked_scatter(real, values)
     return padded, real

@@ -126,6 +126,11 @@ class SparseLatents:
                 other.__dict__[name] = self.__dict__[name]
         return other
 
+    def keep(self, chosen: Tensor) -> "SparseLatents":
+        """The entries that a mask (count,) chooses."""
+        offsets = _offsets(self.rows[chosen], len(self))
+        return SparseLatents(offsets, self.columns[chosen], self.values[chosen], self.d_sae)
+
     def taken_from(self, matrix: Tensor) -> "SparseLatents":
         """The same entries of the matrix (B, d_sae) they were chosen from, with its gradient."""
         if matrix.requires_grad and torch.is_grad_enabled():

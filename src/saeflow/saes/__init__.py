@@ -2,12 +2,14 @@
 
 from saeflow.saes.base import SAE, Forward
 from saeflow.saes.files import load, read_config, save
+from saeflow.saes.ranks import Ranks
 from saeflow.saes.variants import VARIANTS, build
 
 __all__ = [
     "SAE",
     "VARIANTS",
     "Forward",
+    "Ranks",
     "build",
     "load",
     "read_config",

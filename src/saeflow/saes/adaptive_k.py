@@ -84,6 +84,7 @@ class AdaptiveK(PerInputK):
         self.probe_w = nn.Parameter(torch.zeros(d_in))
         self.probe_b = nn.Parameter(torch.zeros(()))
         self.is_joint, self.step = False, 0
+        self.divides_latents = self.form != "soft"
         self.register_buffer("deviation", torch.tensor(C_START))
         self.register_buffer("probe_losses", torch.full((3,), -1.0))
         for name, shape in (("first_w", (d_in,)), ("first_b", ()), ("ridge", ())):
@@ -128,14 +129,14 @@ class AdaptiveK(PerInputK):
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         losses = {
-            "reconstruction": (fwd.x - fwd.x_hat).square().mean(),
+            "reconstruction": self.ranks.batch_mean((fwd.x - fwd.x_hat).square().mean(1)),
             "l1": self.l1
-            * fwd.values.abs().sum()
-            / torch.linalg.vector_norm(fwd.x, dim=1).sum().clamp(min=1e-12),
+            * self.ranks.over_both(fwd.values.abs().sum())
+            / self.ranks.over_batch(torch.linalg.vector_norm(fwd.x, dim=1).sum()).clamp(min=1e-12),
             "auxk": self.auxk_weight * self.auxk(fwd, dead),
         }
         if self.is_joint and len(self.examples):
-            losses["probe"] = self.probe_weight * self.probe_loss()
+            losses["probe"] = self.probe_weight * self.ranks.shared(self.probe_loss())
         return losses
 
     def probe_loss(self) -> Tensor:
@@ -166,7 +167,7 @@ class AdaptiveK(PerInputK):
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         assert fwd.condition is not None
-        k_hat = fwd.condition.detach().float()
+        k_hat = self.ranks.all_rows(fwd.condition.detach().float())
         return {
             "k_hat": float(k_hat.mean()),
             "k_hat_std": float(k_hat.std()),

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from saeflow.errors import UserError
 from saeflow.operators import (
     SparseLatents,
-    auxk_loss,
-    auxk_loss_dead,
-    auxk_loss_sparse,
     decode_sparse,
     gather_columns,
     gather_pre_acts,
     geometric_median,
+    keep_topk,
     pre_acts,
+    residual_share,
     select_auxk,
 )
+from saeflow.saes.ranks import Ranks, check_divides
 
 AUXK_DENSE_BELOW = 4
 """Dead latents per chosen one under which dense products over the dead are faster."""
@@ -87,6 +87,11 @@ class SAE(nn.Module):
     trains_on: Literal["all", "last"] = "all"  # rows of the store: all, or each context's last
     betas: tuple[float, float] | None = None  # overrides Adam's, where a paper does
     has_unit_norm = True
+    of_latents: tuple[str, ...] = ("W_enc", "b_enc", "W_dec")
+    """Parameters and buffers with an entry for each latent, along the last dimension of `W_enc` and the
+    first of the others."""
+    divides_latents = True  # whether its latents may be divided among ranks
+    ranks = Ranks()  # this process alone
 
     def __init__(self, d_in: int, d_sae: int) -> None:
         super().__init__()
@@ -132,7 +137,11 @@ class SAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (..., d_sae) to reconstruction (..., d_in)."""
-        return latents @ self.W_dec + self.b_dec
+        return self.rebuild(latents @ self.W_dec)
+
+    def rebuild(self, part: Tensor) -> Tensor:
+        """(B, d_in) reconstruction from what this rank's latents add to it."""
+        return self.ranks.over_latents(part) + self.ranks.of_rows(self.b_dec)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct activations (..., d_in)."""
@@ -166,7 +175,8 @@ class SAE(nn.Module):
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         """Terms of the loss, each already weighted."""
-        return {"reconstruction": (fwd.x - fwd.x_hat).square().sum(1).mean()}
+        errors = (fwd.x - fwd.x_hat).square().sum(1)
+        return {"reconstruction": self.ranks.batch_mean(errors)}
 
     def begin_step(self, step: int, total: int) -> None:
         """Set what schedules decide, before the step."""
@@ -179,6 +189,42 @@ class SAE(nn.Module):
         return {}
 
     # Training.
+
+    def join(self, ranks: Ranks) -> None:
+        """Become one rank's part of the SAE, which was whole until now.
+
+        Raises:
+            UserError: the variant's latents cannot be divided, or not evenly.
+        """
+        self.ranks = ranks
+        if ranks.of_latents == 1:
+            return
+        if not self.divides_latents:
+            raise UserError(
+                f"runtime.ranks.split: latents of {type(self).__name__} cannot be divided among ranks: each "
+                "row's selection needs all of its scores. Set it to batch."
+            )
+        check_divides("d_sae", self.d_sae, ranks, "latents")
+        self.d_sae //= ranks.size
+        for name in self.of_latents:
+            whole = getattr(self, name)
+            part = self.part_of(name, whole.detach())
+            setattr(self, name, nn.Parameter(part) if isinstance(whole, nn.Parameter) else part)
+
+    def part_of(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's part of a parameter, or of what is laid out as one, in the layout of a parameter."""
+        if self.ranks.of_latents == 1 or name not in self.of_latents:
+            return whole
+        begin = self.ranks.rank * self.d_sae
+        if name == "W_enc":
+            return whole[:, begin : begin + self.d_sae].t().clone().t()
+        return whole[begin : begin + self.d_sae].clone()
+
+    def whole_of(self, name: str, part: Tensor) -> Tensor:
+        """The parameter, or what is laid out as one, that this rank has a part of."""
+        if self.ranks.of_latents == 1 or name not in self.of_latents:
+            return part
+        return torch.cat(self.ranks.gather(part), dim=1 if name == "W_enc" else 0)
 
     def run(self, x: Tensor, *, is_sparse: bool | None = None) -> Forward:
         """A pass that can be differentiated, on the variant's own path unless told otherwise.
@@ -212,7 +258,7 @@ class SAE(nn.Module):
 
     def decode_selected(self, latents: SparseLatents) -> Tensor:
         """`decode`, of latents on the sparse path."""
-        return decode_sparse(latents, self.W_dec, self.b_dec)
+        return self.rebuild(decode_sparse(latents, self.W_dec))
 
     def decode_groups(self, latents: SparseLatents) -> Tensor | None:
         """(B, G, d_in) what each group of latents adds to `decode`, where a variant has groups."""
@@ -222,15 +268,22 @@ class SAE(nn.Module):
         """How well dead latents (d_sae,) rebuild the residual (Gao et al. 2024)."""
         residual, k_aux = (fwd.x - fwd.x_hat).detach(), self.d_in // 2
         columns = dead.nonzero()[:, 0]
-        if len(columns) == 0:
+        if int(self.ranks.over_latents(residual.new_tensor(len(columns)))) == 0:
             return residual.new_zeros(())
-        if not fwd.is_sparse:
-            return auxk_loss(residual, fwd.pre_acts, self.W_dec, dead)
-        if len(columns) <= AUXK_DENSE_BELOW * k_aux:
-            acts = self.gather_columns(fwd.x, fwd.pre_acts, columns)
-            return auxk_loss_dead(residual, acts, self.W_dec[columns])
-        values = self.gather(fwd.x, select_auxk(fwd.pre_acts, dead, k_aux))
-        return auxk_loss_sparse(residual, values, self.W_dec, dead)
+        if self.ranks.of_latents == 1 and len(columns) <= AUXK_DENSE_BELOW * k_aux:
+            if fwd.is_sparse:
+                acts = self.gather_columns(fwd.x, fwd.pre_acts, columns)
+            else:
+                acts = fwd.pre_acts.index_select(1, columns)
+            e_hat = keep_topk(acts.relu(), k_aux) @ self.W_dec[columns]
+        else:
+            chosen = select_auxk(fwd.pre_acts.detach(), dead, k_aux)
+            chosen = self.ranks.largest_of_rows(chosen, k_aux)
+            chosen = (
+                self.gather(fwd.x, chosen) if fwd.is_sparse else chosen.taken_from(fwd.pre_acts)
+            )
+            e_hat = self.ranks.over_latents(decode_sparse(chosen, self.W_dec))
+        return residual_share(residual, e_hat, self.ranks.over_batch)
 
     def freeze_decoder(self) -> None:
         """Leave the decoder as it was initialised: the random-decoder baseline."""

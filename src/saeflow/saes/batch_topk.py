@@ -64,7 +64,8 @@ class BatchTopK(SAE):
 
     def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
         if self.training:
-            return batch_topk_sparse(pre_acts, self.k)
+            chosen = batch_topk_sparse(pre_acts, self.k * self.ranks.of_batch)
+            return self.ranks.largest_of_batch(chosen, round(self.ranks.rows(pre_acts) * self.k))
         return SparseLatents.from_above(pre_acts, self.threshold)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
@@ -72,13 +73,15 @@ class BatchTopK(SAE):
 
     @torch.no_grad()
     def end_step(self, fwd: Forward) -> None:
-        positive = fwd.values.detach()[fwd.values > 0]
-        if len(positive) == 0:
+        positive = fwd.values[fwd.values > 0]
+        least = positive.min() if len(positive) else positive.new_tensor(torch.inf)
+        least = self.ranks.smallest(least)
+        if least.isinf():
             return
         decay = self.threshold_decay
         weight = decay * self.threshold_weight + (1 - decay)
         step = (1 - decay) / weight
-        self.threshold.add_(step * (positive.min() - self.threshold))
+        self.threshold.add_(step * (least - self.threshold))
         self.threshold_weight.copy_(weight)
 
     def fold_scale(self, scale: float) -> None:

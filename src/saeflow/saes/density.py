@@ -29,4 +29,6 @@ class FollowsDensity(SAE):
 
     @torch.no_grad()
     def end_step(self, fwd: Forward) -> None:
-        self.density.copy_(fwd.l0().float().mean() / self.d_sae)
+        active = self.ranks.over_both(fwd.l0().sum())
+        latents = self.d_sae * self.ranks.of_latents
+        self.density.copy_(active.float() / self.ranks.rows(fwd.x) / latents)

@@ -19,15 +19,14 @@ WEIGHTS, CONFIG = "weights.safetensors", "config.json"
 _KEYS = ("variant", "options", "d_in", "d_sae")
 
 
-def save(sae: SAE, folder: Path, config: Mapping[str, Any]) -> None:
+def save(state: Mapping[str, torch.Tensor], folder: Path, config: Mapping[str, Any]) -> None:
     """Write an SAE into an existing folder.
 
     Args:
+        state: its `state_dict`.
         config: at least variant, options, d_in and d_sae; whatever else describes the SAE.
     """
-    tensors = {
-        name: tensor.detach().cpu().contiguous() for name, tensor in sae.state_dict().items()
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with atomic_file(folder / WEIGHTS) as staged:
         save_file(tensors, staged)
     write_json(folder / CONFIG, {"format": FORMAT, "format_version": FORMAT_VERSION, **config})

@@ -21,6 +21,7 @@ class Gated(FollowsDensity):
     """
 
     betas = (0.0, 0.999)
+    of_latents = (*FollowsDensity.of_latents, "r_mag", "b_mag")
 
     def __init__(self, d_in: int, d_sae: int, *, l1: float, l1_schedule: Options) -> None:
         super().__init__(d_in, d_sae)
@@ -47,13 +48,14 @@ class Gated(FollowsDensity):
         W_dec, b_dec = self.W_dec.detach(), self.b_dec.detach()
         if isinstance(fwd.selected, SparseLatents):
             gate = fwd.selected
-            penalty, x_gate = gate.values.sum(), decode_sparse(gate, W_dec, b_dec)
+            penalty, part = gate.values.sum(), decode_sparse(gate, W_dec)
         else:
             positive = fwd.selected.relu()
-            penalty, x_gate = positive.sum(), positive @ W_dec + b_dec
+            penalty, part = positive.sum(), positive @ W_dec
+        x_gate = self.ranks.over_latents(part) + b_dec
         return super().losses(fwd, dead) | {
-            "l1": self.l1 * penalty / len(fwd.x),
-            "gate": (fwd.x - x_gate).square().sum(1).mean(),
+            "l1": self.l1 * self.ranks.over_both(penalty) / self.ranks.rows(fwd.x),
+            "gate": self.ranks.batch_mean((fwd.x - x_gate).square().sum(1)),
         }
 
     @torch.no_grad()

@@ -28,6 +28,7 @@ class JumpReLU(FollowsDensity):
     """
 
     betas = (0.0, 0.999)
+    of_latents = (*FollowsDensity.of_latents, "log_theta")
 
     def __init__(
         self,
@@ -85,7 +86,9 @@ class JumpReLU(FollowsDensity):
             values, theta = fwd.selected.values, self.theta[fwd.selected.columns]
         else:
             values, theta = fwd.selected, self.theta
-        l0 = step(values, theta, self.bandwidth).sum() / len(fwd.x)
+        l0 = self.ranks.over_both(step(values, theta, self.bandwidth).sum()) / self.ranks.rows(
+            fwd.x
+        )
         term = l0 if self.target is None else (l0 / self.target - 1).square()
         return super().losses(fwd, dead) | {"l0_penalty": self.weight * term}
 
@@ -96,4 +99,5 @@ class JumpReLU(FollowsDensity):
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         target = {} if self.target is None else {"k": self.target}
-        return {**target, "l0_weight": self.weight, "theta": float(self.theta.detach().mean())}
+        theta = self.ranks.over_latents(self.theta.detach().mean()) / self.ranks.of_latents
+        return {**target, "l0_weight": self.weight, "theta": float(theta)}

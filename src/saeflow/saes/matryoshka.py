@@ -10,6 +10,7 @@ from saeflow.errors import UserError
 from saeflow.operators import SparseLatents, decode_sparse
 from saeflow.saes.base import Forward, Options
 from saeflow.saes.batch_topk import BatchTopK
+from saeflow.saes.ranks import Ranks
 
 
 class Matryoshka(BatchTopK):
@@ -33,33 +34,39 @@ class Matryoshka(BatchTopK):
 
     def decode_groups(self, latents: SparseLatents) -> Tensor:
         pieces = decode_sparse(latents.split_columns(self.boundaries), self.W_dec)
-        return pieces.view(len(latents), -1, self.d_in)
+        return self.ranks.over_latents(pieces.view(len(latents), -1, self.d_in))
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         losses = super().losses(fwd, dead)
         if isinstance(fwd.latents, Tensor):
             ends = [*self.boundaries.tolist(), self.d_sae]
             prefixes = (fwd.latents[:, :end] @ self.W_dec[:end] + self.b_dec for end in ends)
-            errors = torch.stack([(fwd.x - part).square().sum(1).mean() for part in prefixes])
+            errors = torch.stack([(fwd.x - part).square().sum() for part in prefixes])
         else:
-            errors = _NestedErrors.apply(fwd.parts, fwd.x - self.b_dec)
-        return losses | {"reconstruction": errors.mean()}
+            errors = _NestedErrors.apply(fwd.parts, fwd.x - self.ranks.of_rows(self.b_dec))
+        mean = self.ranks.over_batch(errors.mean()) / self.ranks.rows(fwd.x)
+        return losses | {"reconstruction": mean}
+
+    def join(self, ranks: Ranks) -> None:
+        super().join(ranks)
+        if ranks.of_latents > 1:  # counted from this rank's first latent
+            self.boundaries = (self.boundaries - ranks.rank * self.d_sae).clamp(0, self.d_sae)
 
 
 class _NestedErrors(torch.autograd.Function):
-    """(G,) mean squared errors against x (B, d) of the sums of the first g of parts (B, G, d)."""
+    """(G,) squared errors against x (B, d) of the sums of the first g of parts (B, G, d)."""
 
     @staticmethod
     def forward(ctx: Any, parts: Tensor, x: Tensor) -> Tensor:
         errors = parts.cumsum(1).sub_(x[:, None])
         ctx.save_for_backward(errors)
-        return torch.stack([error.square().sum(1).mean() for error in errors.unbind(1)])
+        return torch.stack([error.square().sum() for error in errors.unbind(1)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         (errors,) = ctx.saved_tensors
-        grads = errors * (2 / len(errors) * grad)[:, None]
+        grads = errors * (2 * grad)[:, None]
         for group in range(len(grad) - 2, -1, -1):  # a part adds to its own prefix and all longer
             grads[:, group] += grads[:, group + 1]
         return grads, -grads[:, 0]

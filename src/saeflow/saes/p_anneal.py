@@ -45,6 +45,7 @@ class PAnneal(FollowsDensity):
         self.p_updates = check_count("p_updates", p_updates)
         self.anneal_start = check_number("anneal_start", anneal_start, 0, 1)
         self.l1, self.jumps, self.n_steps = self.schedule.target, 0, 0
+        self.is_before_jump = True  # the penalty counts at a jump that comes within the window
         # The penalty of the last steps at their p and at the next one; what the weight grew by.
         self.register_buffer("recent", torch.zeros(2, self.WINDOW, dtype=torch.float64))
         self.register_buffer("factor", torch.ones((), dtype=torch.float64))
@@ -63,6 +64,7 @@ class PAnneal(FollowsDensity):
     def begin_step(self, step: int, total: int) -> None:
         self.l1, self.n_steps = self.schedule(step, total), step
         self.jumps = self.jumps_at(step, total)
+        self.is_before_jump = self.jumps_at(step + self.WINDOW, total) > self.jumps
         if step and self.jumps > self.jumps_at(step - 1, total):
             at_old, at_new = self.recent.sum(1)
             if at_old > 0 and at_new > 0:
@@ -75,8 +77,8 @@ class PAnneal(FollowsDensity):
         return SparseLatents.from_above(pre_acts, 0)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
-        positive = fwd.values[fwd.values > 0]
-        penalty = positive.pow(self.p_after(self.jumps)).sum() / len(fwd.x)
+        penalty = self.ranks.over_both(sum_of_powers(fwd.values, self.p_after(self.jumps)))
+        penalty = penalty / self.ranks.rows(fwd.x)
         return super().losses(fwd, dead) | {"penalty": self.weight * penalty}
 
     @property
@@ -87,9 +89,18 @@ class PAnneal(FollowsDensity):
     @torch.no_grad()
     def end_step(self, fwd: Forward) -> None:
         super().end_step(fwd)
-        positive = fwd.values[fwd.values > 0].double()
+        if not self.is_before_jump:
+            return
         for row, jumps in enumerate((self.jumps, self.jumps + 1)):
-            self.recent[row, self.n_steps % self.WINDOW] = positive.pow(self.p_after(jumps)).sum()
+            penalty = self.ranks.over_both(sum_of_powers(fwd.values.detach(), self.p_after(jumps)))
+            self.recent[row, self.n_steps % self.WINDOW] = penalty
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         return {"l1_weight": self.weight, "p": self.p_after(self.jumps)}
+
+
+def sum_of_powers(values: Tensor, p: float) -> Tensor:
+    """() sum of v^p over the positive values, with gradient 0 at the others."""
+    if p == 1:
+        return values.sum()
+    return torch.where(values > 0, values, 1).pow(p).mul(values > 0).sum()

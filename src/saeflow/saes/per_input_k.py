@@ -68,7 +68,8 @@ class PerInputK(FollowsDensity):
         if self.is_soft:
             mask = soft_topk(pre_acts.relu(), condition, self.temperature) > 0
             return SparseLatents.from_mask(pre_acts, mask)
-        return topk_sparse(pre_acts, condition.floor().long())
+        k = condition.floor().long()
+        return self.ranks.largest_of_rows(topk_sparse(pre_acts, k), k)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         v = selected.with_values(selected.values.relu())

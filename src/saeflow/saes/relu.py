@@ -31,7 +31,8 @@ class ReLU(FollowsDensity):
         return SparseLatents.from_above(pre_acts, 0)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
-        return super().losses(fwd, dead) | {"l1": self.l1 * fwd.values.sum() / len(fwd.x)}
+        penalty = self.ranks.over_both(fwd.values.sum()) / self.ranks.rows(fwd.x)
+        return super().losses(fwd, dead) | {"l1": self.l1 * penalty}
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         return {"l1_weight": self.l1}

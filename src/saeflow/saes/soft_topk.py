@@ -41,6 +41,8 @@ class SoftTopK(PerInputK):
         auxk_weight: weight of the AuxK loss.
     """
 
+    divides_latents = False
+
     def __init__(
         self,
         d_in: int,
@@ -102,7 +104,7 @@ class SoftTopK(PerInputK):
         losses = super().losses(fwd, dead) | {"auxk": self.auxk_weight * self.auxk(fwd, dead)}
         if self.is_soft:
             assert fwd.condition is not None
-            over = fwd.condition.mean() - self.k
+            over = self.ranks.batch_mean(fwd.condition) - self.k
             losses["budget"] = self.budget_weight * softplus(over, beta=BETA)
         return losses
 
@@ -113,9 +115,10 @@ class SoftTopK(PerInputK):
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         assert fwd.condition is not None
+        k_hat = self.ranks.all_rows(fwd.condition.detach())
         return {
             "k": self.k,
-            "k_hat": float(fwd.condition.detach().mean()),
-            "k_hat_std": float(fwd.condition.detach().std()),
+            "k_hat": float(k_hat.mean()),
+            "k_hat_std": float(k_hat.std()),
             "temperature": self.temperature,
         }

@@ -54,6 +54,7 @@ class Sparsemax(SAE):
 
     betas = (0.9, 0.99)
     has_unit_norm = False
+    divides_latents = False
     firing_rate: Tensor
 
     def __init__(
@@ -206,17 +207,18 @@ class Sparsemax(SAE):
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         error = (fwd.x - fwd.x_hat).square()
         if self.loss == "squared":
-            losses = {"reconstruction": error.sum(1).mean()}
+            losses = {"reconstruction": self.ranks.batch_mean(error.sum(1))}
         else:
             norm = torch.linalg.vector_norm(fwd.x, dim=1, keepdim=True).clamp(min=1e-12)
-            losses = {"reconstruction": 10 * (error / norm).mean()}
+            losses = {"reconstruction": 10 * self.ranks.batch_mean((error / norm).mean(1))}
         if self.l1:
             assert fwd.condition is not None
             norm = fwd.condition.detach().clamp(min=1e-12)
             of_rows = (
                 norm[fwd.latents.rows] if isinstance(fwd.latents, SparseLatents) else norm[:, None]
             )
-            losses["l1"] = self.l1 * (fwd.values.abs() / of_rows).sum() / len(fwd.x)
+            penalty = self.ranks.over_batch((fwd.values.abs() / of_rows).sum())
+            losses["l1"] = self.l1 * penalty / self.ranks.rows(fwd.x)
         return losses
 
     @torch.no_grad()
@@ -228,7 +230,8 @@ class Sparsemax(SAE):
             counts = torch.bincount(active, minlength=self.d_sae)
         else:
             counts = (fwd.latents != 0).sum(0)
-        rate = (counts / len(fwd.x)).to(self.firing_rate.dtype)
+        counts = self.ranks.over_batch(counts)
+        rate = (counts / self.ranks.rows(fwd.x)).to(self.firing_rate.dtype)
         self.firing_rate.lerp_(rate, 1 - RATE_DECAY)
 
     @torch.no_grad()

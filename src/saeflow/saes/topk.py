@@ -35,7 +35,7 @@ class TopK(SAE):
         return keep_topk(pre_acts.relu(), self.k)
 
     def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
-        return topk_sparse(pre_acts, self.k)
+        return self.ranks.largest_of_rows(topk_sparse(pre_acts, self.k), self.k)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         return super().losses(fwd, dead) | {"auxk": self.auxk_weight * self.auxk(fwd, dead)}

@@ -1,5 +1,5 @@
 """Training: one trainer for every variant, with checkpoints."""
 
-from saeflow.training.trainer import train
+from saeflow.training.trainer import train, train_group
 
-__all__ = ["train"]
+__all__ = ["train", "train_group"]

@@ -9,7 +9,7 @@ import math
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from saeflow.config import TrainingConfig
 from saeflow.operators import native
@@ -32,19 +32,37 @@ class Optimizer(torch.optim.Adam):
     def measure(self) -> Tensor:
         """Remove the decoder gradient's part along its rows; the norm () of the whole gradient."""
         gradients = self._gradients()
-        if not native.serves(*(gradient for _, gradient in gradients)):
+        is_native = native.serves(*(gradient for _, gradient in gradients))
+        if not is_native:
             self.sae.project_grad()
-            return get_total_norm([gradient for _, gradient in gradients])
-        total = torch.zeros((), dtype=torch.float64)
+        divided, held = (torch.zeros((), dtype=torch.float64) for _ in range(2))
         for parameter, found in gradients:
-            if found.stride() != parameter.stride():
-                parameter.grad = found = torch.empty_like(parameter).copy_(found)
-            gradient, weights = _rows(found), _rows(parameter)
-            squares = torch.empty(len(weights))
-            arrays = (gradient, weights, self._is_unit(parameter), squares)
-            native.spread("adam.measure_rows", len(weights), *arrays)
-            total += squares.sum(dtype=torch.float64)
-        return total.sqrt().float()
+            square = (
+                self._measure(parameter, found)
+                if is_native
+                else torch.linalg.vector_norm(found, dtype=torch.float64) ** 2
+            )
+            total = divided if self._is_divided(parameter) else held
+            total += square.to(total.device)
+        return (self.sae.ranks.over_latents(divided) + held).sqrt().float()
+
+    def _measure(self, parameter: Tensor, found: Tensor) -> Tensor:
+        """() the square of a parameter's gradient, in float64, once its part along unit rows is removed."""
+        if found.stride() != parameter.stride():
+            parameter.grad = found = torch.empty_like(parameter).copy_(found)
+        gradient, weights = _rows(found), _rows(parameter)
+        squares = torch.empty(len(weights))
+        arrays = (gradient, weights, self._is_unit(parameter), squares)
+        native.spread("adam.measure_rows", len(weights), *arrays)
+        return squares.sum(dtype=torch.float64)
+
+    def share(self) -> None:
+        """Sum over ranks the gradients of what more than one of them holds."""
+        ranks = self.sae.ranks
+        if ranks.size > 1:
+            ranks.sum_(
+                [g for p, g in self._gradients() if ranks.of_batch > 1 or not self._is_divided(p)]
+            )
 
     def update(self, norm: Tensor) -> None:
         """Scale a gradient of this norm down to the largest, take a step, make decoder rows unit."""
@@ -76,6 +94,11 @@ class Optimizer(torch.optim.Adam):
         """The parameters that have a gradient, and theirs."""
         (group,) = self.param_groups
         return [(p, p.grad) for p in group["params"] if p.grad is not None]
+
+    def _is_divided(self, parameter: Tensor) -> bool:
+        """Whether each rank has a part of the parameter of its own."""
+        names = self.sae.of_latents if self.sae.ranks.of_latents > 1 else ()
+        return any(parameter is getattr(self.sae, name) for name in names)
 
     def _is_unit(self, parameter: Tensor) -> bool:
         return self.sae.has_unit_norm and parameter is self.sae.W_dec

@@ -9,7 +9,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -23,7 +23,8 @@ from saeflow.config import SAEConfig, TrainingConfig
 from saeflow.errors import UserError
 from saeflow.files import atomic_file, file_digest, json_digest
 from saeflow.progress import progress
-from saeflow.saes import SAE, Forward, build, save
+from saeflow.saes import SAE, Forward, Ranks, build, save
+from saeflow.saes.ranks import check_divides
 from saeflow.training.checkpoints import (
     checkpoints,
     delete_checkpoints,
@@ -83,11 +84,94 @@ def train(
             or of another run.
         SystemExit: 128 + the signal's number, after SIGTERM or SIGINT and a last checkpoint.
     """
+    (digests,) = train_group(store, [(config, folder, probe)], runtime)
+    return digests
+
+
+def train_group(
+    store: Batches,
+    wanted: Sequence[tuple[SAEConfig, Path, Path | None]],
+    runtime: Mapping[str, Any],
+    ranks: Ranks | None = None,
+) -> list[dict[str, str]]:
+    """`train` for several SAEs of one store, in one pass over its batches; equal to separate training.
+
+    Runs with the same batch size, seed and kind of rows take the same batches, each of which is read
+    once. A run that ends before others leaves a checkpoint until all have ended.
+
+    Args:
+        store, runtime: as for `train`.
+        wanted: config, folder and probe of each run.
+        ranks: this process among others that call this alike; only the first of them writes.
+    """
     keep_freed_memory()
-    run = Run(store, config, runtime, folder, probe)
-    with run.stop_signals():
-        run.train()
-    return run.finish()
+    ranks = ranks or Ranks()
+    runs = [Run(store, config, runtime, folder, probe, ranks) for config, folder, probe in wanted]
+    with stop_signals() as stopped:
+        advance(runs, stopped)
+    return [run.finish() for run in runs]
+
+
+def advance(runs: Sequence["Run"], stopped: Sequence[int] = ()) -> None:
+    """Take all steps that are left, every batch once.
+
+    Args:
+        runs: of one store.
+        stopped: signals that came; the first ends this after the step, with checkpoints.
+    """
+    saved = time.monotonic()
+    every_s, ranks = runs[0].runtime["checkpoint_every_s"], runs[0].ranks
+    for sharing in streams(runs):
+        numbers = range(min(run.step for run in sharing), max(run.total for run in sharing))
+        names = sharing[0].config.name if len(sharing) == 1 else f"{len(sharing)} SAEs"
+        with closing(sharing[0].batches(numbers.start)) as batches:
+            for number in progress(numbers, f"training {names}", "step"):
+                began = time.monotonic()
+                x = next(batches)
+                taking = [run for run in sharing if run.step == number < run.total]
+                waited = (time.monotonic() - began) / max(1, len(taking))
+                for run in taking:
+                    run.take(x, waited)
+                is_due = time.monotonic() - saved > every_s
+                signal_number, is_due = ranks.agree(stopped[0] if stopped else 0, is_due)
+                if signal_number or is_due:
+                    for run in sharing:
+                        run.checkpoint()
+                    saved = time.monotonic()
+                if signal_number:
+                    raise SystemExit(128 + signal_number)
+        if len(runs) > 1:
+            for run in sharing:
+                run.checkpoint()
+
+
+def streams(runs: Sequence["Run"]) -> list[list["Run"]]:
+    """Runs by the stream of batches that they train on."""
+    found: dict[tuple[object, ...], list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.stream, []).append(run)
+    return list(found.values())
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM and SIGINT are put in; a second one ends the process at once."""
+    stopped: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield stopped  # only the main thread can be told of signals
+        return
+
+    def stop(number: int, frame: object) -> None:
+        if stopped:
+            raise SystemExit(128 + number)
+        stopped.append(number)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 class Run:
@@ -100,7 +184,10 @@ class Run:
         runtime: Mapping[str, Any],
         folder: Path,
         probe: Path | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.ranks = ranks or Ranks()
+        check_divides("batch_size", config.training.batch_size, self.ranks, "batch")
         self.store, self.config, self.runtime, self.folder = store, config, runtime, folder
         self.probe = probe
         self.device = torch.device(runtime["device"])
@@ -110,17 +197,17 @@ class Run:
         if probe is not None:
             self.sae.take_probe(probe, store.scale)
         self.rows_of: Shuffled = store if self.sae.trains_on == "all" else store.last_rows()
-        self.generator = torch.Generator().manual_seed(config.seed)
         self.step = 0
-        self.silent = torch.zeros(config.d_sae, dtype=torch.int64, device=self.device)
+        self.busy, self.busy_steps = 0.0, 0  # seconds and steps since the last line of the log
         self.rows: list[dict[str, float]] = []
-        self.stopped_by: int | None = None
-        torch.manual_seed(config.seed)
         found = checkpoints(folder)
         if not found:
             with closing(self.batches()) as batches:
-                self.sae.initialise(next(batches).cpu(), self.generator)
+                generator = torch.Generator().manual_seed(config.seed)
+                self.sae.initialise(next(batches).cpu(), generator)
+        self.sae.join(self.ranks)
         self.sae.to(self.device).train()
+        self.silent = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=self.device)
         if not config.training.train_decoder:
             self.sae.freeze_decoder()
         self.optimizer = Optimizer(self.sae, config.training)
@@ -149,25 +236,22 @@ class Run:
         for batch in self.rows_of.batches(size, seed, start):
             yield batch.to(self.device, torch.float32) / self.store.scale
 
-    def train(self) -> None:
-        """All steps that are left."""
+    @property
+    def stream(self) -> tuple[object, ...]:
+        """What decides the batches, besides the store."""
+        return self.sae.trains_on, self.config.training.batch_size, self.config.seed
+
+    def take(self, x: Tensor, waited: float) -> None:
+        """The next step, of its batch, for which it waited some seconds; now and then a line of the log."""
         config = self.config.training
-        saved = logged = time.monotonic()
-        logged_step = self.step
-        with closing(self.batches(self.step)) as batches:
-            for _ in progress(range(self.step, self.total), f"training {self.config.name}", "step"):
-                fwd, losses, lr = self.one_step(next(batches))
-                self.step += 1
-                if self.step % config.log_every_steps == 0 or self.step == self.total:
-                    now = time.monotonic()
-                    speed = (self.step - logged_step) * config.batch_size / (now - logged)
-                    self.log(fwd, losses, lr, speed)
-                    logged, logged_step = now, self.step
-                if self.stopped_by or time.monotonic() - saved > self.runtime["checkpoint_every_s"]:
-                    self.checkpoint()
-                    saved = time.monotonic()
-                if self.stopped_by:
-                    raise SystemExit(128 + self.stopped_by)
+        began = time.monotonic()
+        fwd, losses, lr = self.one_step(self.ranks.own_rows(x))
+        self.step += 1
+        self.busy += waited + time.monotonic() - began
+        self.busy_steps += 1
+        if self.step % config.log_every_steps == 0 or self.step == self.total:
+            self.log(fwd, losses, lr, self.busy_steps * config.batch_size / self.busy)
+            self.busy, self.busy_steps = 0.0, 0
 
     def one_step(self, x: Tensor) -> tuple[Forward, dict[str, Tensor], float]:
         """Forward, losses, gradients, update."""
@@ -185,13 +269,14 @@ class Run:
         loss = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad()
         loss.backward()
+        self.optimizer.share()
         norm = self.optimizer.measure()
         if not bool((loss + norm).isfinite()):  # before the weights see it
             terms = {**losses, "gradient norm": norm}
             self.refuse(x, ", ".join(f"{name} {float(t.detach()):g}" for name, t in terms.items()))
         self.optimizer.update(norm)
         sae.end_step(fwd)
-        self.silent.add_(len(x)).masked_fill_(fwd.fired(), 0)
+        self.silent.add_(self.ranks.rows(x)).masked_fill_(self.ranks.any_row(fwd.fired()), 0)
         return fwd, {name: term.detach() for name, term in {"loss": loss, **losses}.items()}, lr
 
     def set_lr(self) -> float:
@@ -220,8 +305,8 @@ class Run:
                 "tokens_seen": self.step * self.config.training.batch_size,
                 **{name: float(loss) for name, loss in losses.items()},
                 **self.sae.facts(fwd),
-                "l0": float(fwd.l0().double().mean()),
-                "dead": float(self.dead.double().mean()),
+                "l0": float(self.ranks.over_both(fwd.l0().sum()) / self.ranks.rows(fwd.x)),
+                "dead": float(self.ranks.over_latents(self.dead.sum()) / self.config.d_sae),
                 "lr": lr,
                 "tokens_per_s": round(speed, 1),
             }
@@ -229,20 +314,27 @@ class Run:
 
     def checkpoint(self) -> None:
         """Write all state, and the steps so far for whoever watches."""
-        tensors = {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
+        tensors = self.weights("sae.")
         for name, parameter in self.sae.named_parameters():
-            state = self.optimizer.state.get(parameter, {})
-            tensors |= {f"adam.{name}.{key}": tensor for key, tensor in state.items()}
+            for key, part in self.optimizer.state.get(parameter, {}).items():
+                whole = self.sae.whole_of(name, part) if part.ndim else part
+                tensors[f"adam.{name}.{key}"] = whole
+        silent = self.sae.whole_of("W_dec", self.silent)
+        if self.ranks.rank:
+            return
         rows = np.frombuffer(json.dumps(self.rows).encode(), np.uint8)
         tensors |= {
-            "silent": self.silent,
-            "generator": self.generator.get_state(),
-            "rng": torch.get_rng_state(),
+            "silent": silent,
             "rows": torch.from_numpy(rows.copy()),
         }
         write_checkpoint(self.folder, self.step, tensors, {"run": self.identity})
         if self.rows:
             write_steps(self.folder / STEPS, self.rows)
+
+    def weights(self, prefix: str = "") -> dict[str, Tensor]:
+        """The state of the whole SAE, which every rank has to ask for."""
+        state = self.sae.state_dict()
+        return {prefix + name: self.sae.whole_of(name, part) for name, part in state.items()}
 
     def restore(self, path: Path) -> None:
         """Take all state from a checkpoint of this run."""
@@ -253,26 +345,27 @@ class Run:
                 f"{self.folder} to train afresh."
             )
         self.step, self.rows = facts["step"], json.loads(tensors["rows"].numpy().tobytes())
-        weights = {name: tensors[f"sae.{name}"] for name in self.sae.state_dict()}
+        part_of = self.sae.part_of
+        weights = {name: part_of(name, tensors[f"sae.{name}"]) for name in self.sae.state_dict()}
         self.sae.load_state_dict(weights)
         for name, parameter in self.sae.named_parameters():
             prefix = f"adam.{name}."
             for key in [key for key in tensors if key.startswith(prefix)]:
-                saved = tensors[key]
+                saved = part_of(name, tensors[key]) if tensors[key].ndim else tensors[key]
                 if saved.shape == parameter.shape:  # in the parameter's own memory layout,
                     saved = torch.empty_like(parameter).copy_(saved)  # which fused Adam relies on
                 self.optimizer.state[parameter][key.removeprefix(prefix)] = saved
-        self.silent.copy_(tensors["silent"])
-        self.generator.set_state(tensors["generator"])
-        torch.set_rng_state(tensors["rng"])
+        self.silent.copy_(part_of("W_dec", tensors["silent"]))
         logger.info("going on from %s", path)
 
     def finish(self) -> dict[str, str]:
-        """Write the SAE in raw units, and its steps."""
+        """Write the SAE in raw units, and its steps; digests of both, of no file on ranks but the first."""
         with torch.no_grad():
             self.sae.fold_scale(self.store.scale)
-        config = dataclasses.asdict(self.config)
-        save(self.sae, self.folder, {**config, "d_in": self.store.d_in, "scale": self.store.scale})
+        weights, config = self.weights(), dataclasses.asdict(self.config)
+        if self.ranks.rank:
+            return {}
+        save(weights, self.folder, {**config, "d_in": self.store.d_in, "scale": self.store.scale})
         write_steps(self.folder / STEPS, self.rows)
         delete_checkpoints(self.folder)
         untimed = [{k: v for k, v in row.items() if k not in _TIMED} for row in self.rows]
@@ -280,27 +373,6 @@ class Run:
             "weights": file_digest(self.folder / "weights.safetensors"),
             "steps": json_digest(untimed),
         }
-
-    @contextmanager
-    def stop_signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the run after the step, with a checkpoint; a second one, at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only the main thread can be told of signals
-            return
-
-        def stop(number: int, frame: object) -> None:
-            if self.stopped_by:
-                raise SystemExit(128 + number)
-            self.stopped_by = number
-
-        previous = {
-            number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def peak_lr(config: SAEConfig) -> float:

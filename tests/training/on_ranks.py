@@ -1,0 +1,67 @@
+"""What every rank of `torchrun` does in test_ranks.py: on_ranks.py FOLDER."""
+
+import contextlib
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from conftest import CONSTANT, OPTIONS, RUNTIME, Samples, config
+
+from saeflow.errors import UserError
+from saeflow.saes import Ranks
+from saeflow.training import train_group
+
+STEPS, D_SAE, DEAD_AFTER = 40, 64, 500
+QUIET = {**RUNTIME, "checkpoint_every_s": 1e9}
+EVERY_STEP = {**RUNTIME, "checkpoint_every_s": 0}
+BREAKS_AT = 17
+
+
+def setting(variant):
+    found = config(variant, steps=STEPS, d_sae=D_SAE, dead_after_tokens=DEAD_AFTER)
+    if variant != "soft_topk":
+        return found
+    # Its masks at a low temperature, and hard ones, turn a rounding into another choice of latents.
+    warm = {**found.options, "alpha": 0.2, "alpha_schedule": CONSTANT, "hard_fraction": 0.0}
+    return dataclasses.replace(found, options=warm)
+
+
+def breaks(number):
+    if number == BREAKS_AT:
+        raise OSError("the disk is gone")
+
+
+def train_here(variant, folder, ranks, store, runtime):
+    folder.mkdir(parents=True, exist_ok=True)
+    return train_group(store, [(setting(variant), folder, None)], runtime, ranks)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    root = Path(sys.argv[1])
+    for split in ("batch", "latents"):
+        ranks = Ranks.from_environment(split, "cpu")
+        for variant in OPTIONS:
+            folder = root / split / variant
+            try:
+                train_here(variant, folder, ranks, Samples(), QUIET)
+            except UserError as error:
+                if ranks.rank == 0:
+                    (folder / "refused").write_text(str(error))
+        with contextlib.suppress(OSError):
+            train_here(
+                "batch_topk", root / split / "broken", ranks, Samples(on_batch=breaks), EVERY_STEP
+            )
+        train_here(
+            "batch_topk", root / split / "moved", ranks, Samples(), QUIET
+        )  # begun by one process
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
