@@ -1,50 +1,44 @@
-"""Training from the store against the same steps on a tensor in memory, and the cost of a step.
+"""Training from the store against the same steps on a tensor in memory; several SAEs in one pass.
 
     python benchmarks/training.py [PROJECT]
 
-Reads the demo's store (`make demo` first), under results/ of the project. Everything that is compared is
-timed in turns in one process. Written to benchmarks/results/training.md and .csv.
+Reads the demo's store of its language model, under results/ of the project. Everything that is compared takes
+turns. Written to benchmarks/results/training.md and .csv.
 """
 
 import dataclasses
 import itertools
+import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
-from tables import in_turns, write
+from tables import write
 from torch import Tensor
 
 from saeflow.config import ROOT, SAEConfig, expand_runs, load_params
-from saeflow.saes import SAE, build
 from saeflow.stores import open_store
 from saeflow.training.checkpoints import delete_checkpoints
-from saeflow.training.trainer import Run
+from saeflow.training.memory import keep_freed_memory
+from saeflow.training.trainer import Run, advance
 
-STORE = "results/stores/smollm2/train/blocks.19.resid_post.zarr"
-THREADS = (1, 2)
-REPEATS, STEPS, ROWS = 7, 60, 65536
-D_IN, D_SAE, BATCH, K = 768, 12288, 2048, 32
-STEP_REPEATS, DEAD_SHARE = 5, 0.1
-CONSTANT = {"kind": "constant"}
-VARIANTS: dict[str, tuple[str, dict[str, Any], bool]] = {
-    "topk": ("topk", {"k": K, "k_schedule": CONSTANT, "auxk_weight": 1 / 32}, True),
-    "topk, 10 % dead": ("topk", {"k": K, "k_schedule": CONSTANT, "auxk_weight": 1 / 32}, True),
-    "topk, dense path": ("topk", {"k": K, "k_schedule": CONSTANT, "auxk_weight": 1 / 32}, False),
-    "batch_topk": (
-        "batch_topk",
-        {"k": K, "k_schedule": CONSTANT, "auxk_weight": 1 / 32, "threshold_start_step": 0},
-        True,
-    ),
-    "relu": ("relu", {"l1": 1.0, "l1_schedule": CONSTANT}, False),
-    "relu, sparse path": ("relu", {"l1": 1.0, "l1_schedule": CONSTANT}, True),
-}
+STORES = "results/stores/smollm2/train"
+STORE = f"{STORES}/blocks.19.resid_post.zarr"
+THREADS = 2
+SHAPES = (
+    (1536, 1024, 100),
+    (12288, 2048, 12),
+)  # d_sae, batch size, steps: the demo's, and a usual one
+REPEATS, ROWS = 5, 65536
+GROUP = 8
+GROUP_REPEATS = 3
 
 
 class InMemory:
@@ -60,103 +54,132 @@ class InMemory:
             start = number * batch_size % (len(self.x) - batch_size)
             yield self.x[start : start + batch_size]
 
+    def last_rows(self) -> "InMemory":
+        return self
 
-def seconds(work: Callable[[], object]) -> float:
+
+def seconds(work: Callable[..., object], *arguments: object) -> float:
     began = time.perf_counter()
-    work()
+    work(*arguments)
     return time.perf_counter() - began
+
+
+def topk(d_sae: int, batch_size: int, steps: int) -> SAEConfig:
+    """The demo's first TopK, of another shape and budget."""
+    config: SAEConfig = next(
+        run for run in expand_runs(load_params(ROOT / "params.yaml")) if run.entry == "topk"
+    )
+    budget = dataclasses.replace(config.training, batch_size=batch_size, tokens=steps * batch_size)
+    return dataclasses.replace(config, d_sae=d_sae, training=budget)
+
+
+def runtime() -> dict[str, object]:
+    return load_params(ROOT / "params.yaml")["runtime"]
 
 
 def end_to_end(project: Path) -> Iterator[dict[str, object]]:
     """The trainer on the store, with its log, against its bare steps on a tensor in memory."""
-    params = load_params(ROOT / "params.yaml")
-    every_s = params["runtime"]["checkpoint_every_s"]
-    runtime = {"device": "cpu", "precision": "fp32", "checkpoint_every_s": every_s}
-    config: SAEConfig = next(run for run in expand_runs(params) if run.entry == "topk")
-    budget = dataclasses.replace(config.training, tokens=STEPS * config.training.batch_size)
-    config = dataclasses.replace(config, training=budget)
     store, memory = open_store(project / STORE), InMemory(project / STORE)
-    shares: list[float] = []
-
-    def from_store(folder: Path) -> float:
-        run = Run(store, config, runtime, folder)
-        took = seconds(run.train)
-        shares.append(seconds(run.checkpoint) / every_s)
-        delete_checkpoints(folder)
-        return took
-
-    def in_memory(folder: Path) -> float:
-        run = Run(memory, config, runtime, folder)
-
-        def bare() -> None:
-            for x in itertools.islice(run.batches(), STEPS):
-                run.one_step(x)
-                run.step += 1
-
-        return seconds(bare)
-
-    for threads in THREADS:
-        torch.set_num_threads(threads)
+    every_s = float(str(runtime()["checkpoint_every_s"]))
+    for d_sae, batch_size, steps in SHAPES:
+        config = topk(d_sae, batch_size, steps)
         ratios: list[float] = []
-        shares.clear()
+        shares: list[float] = []
+
+        def from_store(
+            folder: Path, config: SAEConfig = config, shares: list[float] = shares
+        ) -> float:
+            run = Run(store, config, runtime(), folder)
+            took = seconds(advance, [run])
+            shares.append(seconds(run.checkpoint) / every_s)
+            delete_checkpoints(folder)
+            return took
+
+        def in_memory(folder: Path, config: SAEConfig = config, steps: int = steps) -> float:
+            run = Run(memory, config, runtime(), folder)
+
+            def bare() -> None:
+                for x in itertools.islice(run.batches(), steps):
+                    run.one_step(x)
+                    run.step += 1
+
+            return seconds(bare)
+
         with tempfile.TemporaryDirectory(dir=project / "results") as name:
             folder = Path(name)
+            in_memory(folder)
             for _ in range(REPEATS):
                 before, first = from_store(folder), in_memory(folder)
                 second, after = in_memory(folder), from_store(folder)
                 ratios.append((first + second) / (before + after))
-        shape = f"d_in {store.d_in}, d_sae {config.d_sae}, B {budget.batch_size}"
-        what = {"threads": threads, "shape": shape}
-        yield {"what": "rate from the store / rate in memory", **what, **spread(ratios)}
-        yield {"what": f"time of one checkpoint / {every_s} s", **what, **spread(shares)}
+        shape = f"d_in {store.d_in}, d_sae {d_sae}, B {batch_size}"
+        yield {"what": "rate from the store / rate in memory", "shape": shape, **spread(ratios)}
+        yield {"what": f"time of one checkpoint / {every_s:g} s", "shape": shape, **spread(shares)}
 
 
-def make_step(name: str, x: Tensor) -> tuple[SAE, Callable[[], None]]:
-    """An SAE of about K active latents per row, and one training step of it."""
-    variant, options, is_sparse = VARIANTS[name]
-    sae = build(variant, x.shape[1], D_SAE, options)
-    sae.initialise(x, torch.Generator().manual_seed(0))
-    if variant == "relu":
-        with torch.no_grad():
-            pre_acts = sae.pre_activations(x)
-            sae.b_enc.sub_(pre_acts.flatten()[:1_000_000].quantile(1 - K / D_SAE))
-    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-6, fused=True)
-    dead = torch.zeros(D_SAE, dtype=torch.bool)
-    if "dead" in name:
-        dead[: int(DEAD_SHARE * D_SAE)] = True
-
-    def step() -> None:
-        sae.begin_step(0, 1)
-        fwd = sae.run(x, is_sparse=is_sparse)
-        loss = torch.stack(list(sae.losses(fwd, dead).values())).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        sae.project_grad()
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-        optimizer.step()
-        sae.project_weights()
-        sae.end_step(fwd)
-        fwd.fired()
-
-    return sae, step
+def group_configs(d_sae: int, batch_size: int, steps: int) -> list[SAEConfig]:
+    """Eight TopK SAEs of one seed: a sweep over k."""
+    config = topk(d_sae, batch_size, steps)
+    ks = [4, 8, 16, 24, 32, 64, 96, 128]
+    assert len(ks) == GROUP
+    return [
+        dataclasses.replace(config, name=f"group/k{k}", options={**config.options, "k": k})
+        for k in ks
+    ]
 
 
-def step_costs() -> Iterator[dict[str, object]]:
-    """Cost of one step in encoder products of its own shape, each between two of them."""
-    torch.set_num_threads(max(THREADS))
-    x = torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(0))
-    out = torch.empty(BATCH, D_SAE)
-    for name in VARIANTS:
-        sae, step = make_step(name, x)
-        weights = sae.W_enc.detach()
-        step()
+def command(project: Path, configs: Sequence[SAEConfig], folder: Path) -> None:
+    """`saeflow train`, of one run or of several in one pass."""
+    runs = [
+        f"--{name}={value}"
+        for config in configs
+        for name, value in (
+            ("run", json.dumps(dataclasses.asdict(config))),
+            ("out", folder / config.name),
+        )
+    ]
+    stores = ["--store", str(project / STORES), "--threads", str(THREADS)]
+    subprocess.run(
+        [sys.executable, "-m", "saeflow", "train", *stores, *runs],
+        env=os.environ | {"SAEFLOW_RUNTIME": json.dumps(runtime())}, check=True, capture_output=True,
+    )  # fmt: skip
 
-        def product(weights: Tensor = weights) -> Tensor:
-            return torch.mm(x, weights, out=out)
 
-        times = in_turns({"before": product, "step": step, "after": product}, STEP_REPEATS)
-        ratios = [2 * s / (a + b) for a, s, b in zip(*times.values(), strict=True)]
-        yield {"step": name, "d_sae": D_SAE, **spread(ratios)}
+def groups(project: Path) -> Iterator[dict[str, object]]:
+    """Time of eight SAEs in one pass over that of eight runs, as commands and within one process."""
+    store = open_store(project / STORE)
+    for d_sae, batch_size, steps in SHAPES:
+        configs = group_configs(d_sae, batch_size, steps)
+
+        def trained(chosen: Sequence[Sequence[SAEConfig]], name: str) -> float:
+            """Seconds of some passes in this process, checkpoints apart."""
+            spent = 0.0
+            for of_pass in chosen:
+                folders = [Path(name) / config.name for config in of_pass]
+                for folder in folders:
+                    folder.mkdir(parents=True, exist_ok=True)
+                runs = [
+                    Run(store, config, runtime(), folder)
+                    for config, folder in zip(of_pass, folders, strict=True)
+                ]
+                spent += seconds(advance, runs)
+                for folder in folders:
+                    delete_checkpoints(folder)
+            return spent
+
+        one_by_one = [[config] for config in configs]
+        commands: list[float] = []
+        steps_alone: list[float] = []
+        with tempfile.TemporaryDirectory(dir=project / "results") as name:
+            folder = Path(name)
+            for _ in range(GROUP_REPEATS):
+                separate = sum(seconds(command, project, run, folder) for run in one_by_one)
+                together = seconds(command, project, configs, folder)
+                commands.append(together / separate)
+                steps_alone.append(trained([configs], name) / trained(one_by_one, name))
+        shape = f"d_in {store.d_in}, d_sae {d_sae}, B {batch_size}, {steps} steps"
+        yield {"what": f"one command / {GROUP} commands", "shape": shape, **spread(commands)}
+        yield {"what": "their steps alone, in one process", "shape": shape, **spread(steps_alone)}
 
 
 def spread(ratios: list[float]) -> dict[str, object]:
@@ -171,16 +194,20 @@ def spread(ratios: list[float]) -> dict[str, object]:
 def main() -> None:
     project = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT
     if not (project / STORE).exists():
-        raise SystemExit(f"{project / STORE}: no such store. Run `make demo` first.")
-    rates = pd.DataFrame(end_to_end(project))
-    costs = pd.DataFrame(step_costs())
+        raise SystemExit(
+            f"{project / STORE}: no such store. Run `make bench`, or `make demo` first."
+        )
+    torch.set_num_threads(THREADS)
+    keep_freed_memory()
     write(
         "training",
-        {"From the store against in memory": rates, "Cost of a step in encoder products": costs},
-        f"From the store: the trainer with its loader and log, {STEPS} steps a turn; in memory: the same "
-        f"steps alone; a repeat is store, memory, memory, store. A step: d_in {D_IN}, B {BATCH}, about {K} active latents, {max(THREADS)} threads, "
-        "with losses, gradients, projection, clipping, Adam, unit rows and statistics; the product is "
-        f"({BATCH}, {D_IN}) times ({D_IN}, {D_SAE}).",
+        {
+            "From the store against in memory": pd.DataFrame(end_to_end(project)),
+            f"{GROUP} TopK SAEs in one pass against {GROUP} runs": pd.DataFrame(groups(project)),
+        },
+        "From the store: the trainer with its loader and log; in memory: the same steps alone; a repeat is "
+        "store, memory, memory, store. In one pass: k from 4 to 128, one seed, the batches of each step read once; "
+        "a command starts Python, opens and checks the store, trains and writes the results.",
     )
 
 

@@ -277,7 +277,11 @@ def test_the_rate_mask_is_learned_in_training_saved_and_used_everywhere(
     assert not bool(latents[:, masked].any())
     assert torch.equal(sae.firing_rate, rate)  # use changes nothing
     options = PRESETS["sparsemax-released"]["options"]
-    save(sae.state_dict(), tmp_path, {"variant": "sparsemax", "options": options, "d_in": D_IN, "d_sae": D_SAE})
+    save(
+        sae.state_dict(),
+        tmp_path,
+        {"variant": "sparsemax", "options": options, "d_in": D_IN, "d_sae": D_SAE},
+    )
     assert torch.equal(load(tmp_path).encode(x), latents)
     assert make("sparsemax-paper", x).max_rate is None
 

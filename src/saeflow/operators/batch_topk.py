@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow.operators import native
+from saeflow.operators import gpu, native
 from saeflow.operators.rows import (
     as_rows,
     blocks,
@@ -19,7 +19,7 @@ from saeflow.operators.rows import (
     refuse_rows,
 )
 from saeflow.operators.sparse import SparseLatents
-from saeflow.operators.topk import keep_positions
+from saeflow.operators.topk import keep_positions, topk_sparse
 
 SAMPLE, ROOM = 64, 256  # rows that the first floor is guessed from; spare entries a row
 FACTORS = (1.5, 4.0)  # of the wanted entries that are to lie above the guess
@@ -69,6 +69,8 @@ def _choose(values: Tensor, k: float) -> SparseLatents:
     total = min(round(len(rows) * k), rows.numel())
     if native.serves(rows) and (chosen := _choose_natively(rows, total)) is not None:
         return chosen
+    if gpu.serves_rows(rows) and total:
+        return _choose_on_gpu(rows, total)
     flat = _positions(rows, total, math.ceil(k))
     return SparseLatents.from_positions(flat, rows.view(-1)[flat], *rows.shape)
 
@@ -126,6 +128,22 @@ def _choose_natively(rows: Tensor, total: int) -> SparseLatents | None:
         ):
             return SparseLatents(*chosen, n)
     return None
+
+
+def _choose_on_gpu(rows: Tensor, total: int) -> SparseLatents:
+    """The choice among the largest of each row, of more of them until no row can have another."""
+    n, mean = rows.shape[1], math.ceil(total / len(rows))
+    width = min(n, 4 * mean + ROOM)
+    while True:
+        some = topk_sparse(rows, width)
+        threshold = _kth_largest(some.values, total)  # width > mean, so there are enough
+        least = some.values.view(len(rows), width).amin(1)
+        if width == n or bool((least < threshold).all()):
+            break
+        width = min(n, 4 * width)
+    above = some.values > threshold
+    ties = some.values == threshold
+    return some.keep(above | (ties & (ties.cumsum(0) <= total - above.sum())))
 
 
 def _where(rows: Tensor, test: Callable[[Tensor], Tensor], most: int) -> Tensor:

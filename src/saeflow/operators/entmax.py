@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saeflow.operators import native
+from saeflow.operators import gpu, native
 from saeflow.operators.rows import SomeEntries, as_rows, blocks, refuse_rows
 from saeflow.operators.sparse import SparseLatents
-from saeflow.operators.sparsemax import native_simplex, simplex_candidates, simplex_support
+from saeflow.operators.sparsemax import (
+    native_simplex,
+    simplex_candidates,
+    simplex_on_gpu,
+    simplex_support,
+)
 
 ITERATIONS = 1100  # bisection alone takes a float64 bracket this far; Newton needs about ten
 
@@ -90,6 +95,8 @@ class _Entmax(torch.autograd.Function):
         refuse_rows(~((alpha > 1) & alpha.isfinite()), 0, "alpha must be finite and > 1", alpha)
         if native.serves(rows):
             p = native_simplex(rows, alpha - 1)
+        elif gpu.serves_rows(rows):
+            p = simplex_on_gpu(rows, alpha - 1)
         else:
             p = torch.zeros_like(rows)
             for at in blocks(rows):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saeflow.operators import native
+from saeflow.operators import gpu, native
 from saeflow.operators.rows import (
     AllEntries,
     Entries,
@@ -166,6 +166,15 @@ class _SoftTopK(torch.autograd.Function):
             arrays = (rows, k, np.float32(temperature), mask, guess, offset)
             for row, problem in native.spread("soft.mask_rows", len(rows), *arrays):
                 refuse_row(row, PROBLEMS[problem])
+            ctx.save_for_backward(values, guess, offset)
+            return mask.view(values.shape).to(values.dtype)
+        if gpu.serves_rows(rows):
+            mask, problems = torch.empty_like(rows), torch.empty_like(k, dtype=torch.int32)
+            of_row = (k.contiguous(), temperature, _far(rows), mask, guess, offset, problems)
+            gpu.launch_rows("soft_topk_rows", rows, *of_row)
+            for number, problem in enumerate(PROBLEMS[1:], 1):
+                refuse_rows(problems == number, 0, problem)
+            ctx.near = [(slice(None), AllEntries())]
             ctx.save_for_backward(values, guess, offset)
             return mask.view(values.shape).to(values.dtype)
         mask = torch.zeros_like(rows)

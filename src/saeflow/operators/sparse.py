@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
-from saeflow.operators import native
+from saeflow.operators import gpu, native
 from saeflow.operators.rows import pad, positions
 
 
@@ -241,6 +241,8 @@ def _offsets(sorted_ids: Tensor, count: int) -> Tensor:
 
 def _sum_rows(matrix: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
     """out[b] = sum over entries e of bag b of weights[e] * matrix[ids[e]]."""
+    if gpu.serves(matrix, weights):
+        return gpu.sum_rows(matrix, ids, offsets, weights)
     return embedding_bag(
         ids, matrix, offsets, mode="sum", per_sample_weights=weights, include_last_offset=True
     )
@@ -257,6 +259,8 @@ def _row_products(left: Tensor, right: Tensor, entries: SparseLatents) -> Tensor
         products = torch.empty(len(entries.columns))
         native.spread("sparse.products", len(right), left, right, *by_column, products)
         return products
+    if gpu.serves(left, right):
+        return gpu.row_products(left, right, *by_column)
     # The gradient kernel of embedding_bag; reaching it by autograd would repeat the forward pass.
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         right, left, by_column.rows, by_column.offsets[:-1], entries.columns[by_column.order], 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saeflow.operators import native
+from saeflow.operators import gpu, native
 from saeflow.operators.rows import (
     GROUP,
     AllEntries,
@@ -117,6 +117,17 @@ def native_simplex(rows: Tensor, scale: Tensor) -> Tensor:
     return p
 
 
+def simplex_on_gpu(rows: Tensor, scale: Tensor) -> Tensor:
+    """entmax of 1 + scale (rows,) by the Triton kernel, which takes scores (rows, n)."""
+    p = torch.empty_like(rows)
+    problems = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
+    known = {"LINEAR": bool((scale == 1).all()), "SQUARES": bool((scale == 0.5).all())}
+    gpu.launch_rows("simplex_rows", rows, scale.contiguous(), p, problems, **known)
+    for number, problem in enumerate(PROBLEMS[1:], 1):
+        refuse_rows(problems == number, 0, "scores " + problem)
+    return p
+
+
 def _solve_natively(kernel: str, rows: Tensor, *arguments: Tensor) -> bool:
     """Whether the kernel had room for every row; refuses rows without a solution."""
     found = native.spread(kernel, len(rows), rows, *arguments)
@@ -146,6 +157,8 @@ class _Sparsemax(torch.autograd.Function):
         rows = as_rows(scores, "scores")
         if native.serves(rows):
             p = native_simplex(rows, torch.ones(len(rows), dtype=torch.float64))
+        elif gpu.serves_rows(rows):
+            p = simplex_on_gpu(rows, torch.ones(len(rows), dtype=torch.float64, device=rows.device))
         else:
             p = torch.zeros_like(rows)
             for at in blocks(rows):

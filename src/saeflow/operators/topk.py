@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from saeflow.operators import native
+from saeflow.operators import gpu, native
 from saeflow.operators.rows import (
     SomeEntries,
     as_rows,
@@ -94,12 +94,24 @@ def _choose(values: Tensor, k: int | Tensor) -> SparseLatents:
         for bad in native.spread("selection.topk_rows", len(rows), *arrays):
             refuse_row(bad, "values hold NaN")
         return SparseLatents(offsets, columns, kept, rows.shape[1])
+    if gpu.serves_rows(rows):
+        return _choose_on_gpu(rows, counts)
     found = [
         _positions_in_block(rows[at], counts[at], at.start) + at.start * rows.shape[1]
         for at in blocks(rows)
     ]
     flat = torch.cat(found) if found else counts.new_empty(0)
     return SparseLatents.from_positions(flat, rows.view(-1)[flat], *rows.shape)
+
+
+def _choose_on_gpu(rows: Tensor, counts: Tensor) -> SparseLatents:
+    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    columns = counts.new_empty(int(offsets[-1]))
+    kept = rows.new_empty(len(columns))
+    bad = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
+    gpu.launch_rows("topk_rows", rows, counts.contiguous(), offsets, columns, kept, bad)
+    refuse_rows(bad > 0, 0, "values hold NaN")
+    return SparseLatents(offsets, columns, kept, rows.shape[1])
 
 
 def keep_positions(values: Tensor, flat: Tensor) -> Tensor:

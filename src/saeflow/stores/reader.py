@@ -147,8 +147,10 @@ class Rows:
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
 
-    def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Tensor]:
-        """As `Store.batches`."""
+    def batches(
+        self, batch_size: int, seed: int, start_batch: int = 0, *, pin: bool = False
+    ) -> Iterator[Tensor]:
+        """As `Store.batches`; memory is not page-locked."""
         return batches_in_memory(self.rows, batch_size, seed, start_batch)
 
 

@@ -44,7 +44,9 @@ _LR_AUTO, _LR_AUTO_WIDTH = 2e-4, 2**14  # Gao et al. 2024, scaled as 1/sqrt(d_sa
 class Shuffled(Protocol):
     """Rows in endless shuffled batches."""
 
-    def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Tensor]:
+    def batches(
+        self, batch_size: int, seed: int, start_batch: int = 0, *, pin: bool = False
+    ) -> Iterator[Tensor]:
         """Endless shuffled batches (B, d_in), from any number on; dropped when done with."""
         ...
 
@@ -233,8 +235,11 @@ class Run:
     def batches(self, start: int = 0) -> Generator[Tensor, None, None]:
         """Batches (B, d_in) from a number on, in scaled units."""
         size, seed = self.config.training.batch_size, self.config.seed
-        for batch in self.rows_of.batches(size, seed, start):
-            yield batch.to(self.device, torch.float32) / self.store.scale
+        # From page-locked memory, a GPU copies a batch while it works on the one before.
+        locked = {"pin": True} if self.device.type == "cuda" else {}
+        for batch in self.rows_of.batches(size, seed, start, **locked):
+            moved = batch.to(self.device, non_blocking=True)
+            yield moved.to(torch.float32) / self.store.scale
 
     @property
     def stream(self) -> tuple[object, ...]:

@@ -1,0 +1,79 @@
+"""Triton kernels, for what plain torch needs several passes over the memory of a GPU.
+
+A row of scores is read once and stays in registers while its threshold is searched. Each kernel has a plain
+torch form beside its caller, which is the fallback and the reference. With TRITON_INTERPRET=1, set before
+this is imported, kernels run on a CPU, slowly: so they are tested where there is no GPU.
+"""
+
+import os
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WIDEST = 1 << 16
+"""Entries of a row that fit the registers of a block of threads."""
+_SUM_BLOCK = 256
+is_on = True
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the kernels take these tensors: float32 on a GPU (or interpreted), and triton at hand."""
+    return (
+        is_on
+        and all(t.dtype == torch.float32 and t.device.type == _device() for t in tensors)
+        and _kernels() is not None
+    )
+
+
+def serves_rows(rows: Tensor) -> bool:
+    """Whether the kernels that keep a row in registers take these rows (B, n)."""
+    return serves(rows) and 0 < rows.shape[1] <= WIDEST and len(rows) > 0
+
+
+def _device() -> str:
+    return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    try:
+        from saeflow.operators.gpu import kernels
+    except ImportError:
+        return None
+    return kernels
+
+
+def launch_rows(kernel: str, rows: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel that keeps a row in registers: one block of threads for each of rows (B, n)."""
+    block = 1 << max(4, (rows.shape[1] - 1).bit_length())
+    warps = min(32, max(4, block // 1024))
+    function = getattr(_kernels(), kernel)
+    rows = rows.detach()
+    function[(len(rows),)](
+        rows, *arguments, rows.shape[1], BLOCK=block, num_warps=warps, **constants
+    )
+
+
+def sum_rows(matrix: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
+    """out[b] = sum over entries e in offsets[b]..offsets[b + 1] of weights[e] * matrix[ids[e]]."""
+    width = matrix.shape[1]
+    out = matrix.new_empty(len(offsets) - 1, width)
+    grid = (len(out), -(-width // _SUM_BLOCK))
+    if len(out):
+        arguments = (matrix.contiguous(), ids, offsets, weights.contiguous(), out, width)
+        _kernels().sum_rows[grid](*arguments, BLOCK=_SUM_BLOCK)  # type: ignore[union-attr]
+    return out
+
+
+def row_products(
+    left: Tensor, right: Tensor, order: Tensor, rows: Tensor, offsets: Tensor
+) -> Tensor:
+    """(count,) left[row] . right[column] of entries given by column: at order[e] for each of them."""
+    products = left.new_empty(len(order))
+    block = 1 << (right.shape[1] - 1).bit_length()
+    arguments = (left.contiguous(), right.contiguous(), order, rows, offsets, products)
+    _kernels().row_products[(len(right),)](*arguments, right.shape[1], BLOCK=block)  # type: ignore[union-attr]
+    return products

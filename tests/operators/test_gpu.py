@@ -1,0 +1,85 @@
+"""Triton's kernels compile for GPUs, and where one is at hand give what plain torch gives on a CPU."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from saeflow.operators import (
+    batch_topk,
+    decode_sparse,
+    entmax,
+    gather_pre_acts,
+    keep_topk,
+    soft_topk,
+    sparsemax,
+    topk_sparse,
+)
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "keep_topk": lambda x: keep_topk(x, 32),
+    "keep_topk, k by row": lambda x: keep_topk(x, torch.arange(len(x), device=x.device) % 50),
+    "batch_topk": lambda x: batch_topk(x, 32),
+    "sparsemax": sparsemax,
+    "entmax 1.5": lambda x: entmax(x, 1.5),
+    "entmax 1.8": lambda x: entmax(x, 1.8),
+    "soft_topk": lambda x: soft_topk(x, 32.5, 0.1),
+}
+
+
+@pytest.fixture(autouse=True)
+def path() -> None:
+    """On this machine's own paths, once."""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_every_kernel_compiles_for_a_gpu(capability: int) -> None:
+    script = Path(__file__).parent / "compile_kernels.py"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(capability)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 7
+
+
+@needs_gpu
+@pytest.mark.parametrize("n", [40, 3072, 24576])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_gpu_gives_the_values_and_gradients_of_a_cpu(name: str, n: int) -> None:
+    x = torch.randn(256, n, generator=torch.Generator().manual_seed(0))
+    weights = torch.randn(256, n, generator=torch.Generator().manual_seed(1))
+    found: list[Any] = []
+    for device in ("cpu", "cuda"):
+        on = x.to(device).requires_grad_()
+        out = OPERATORS[name](on)
+        (grad,) = torch.autograd.grad((out * weights.to(device)).sum(), on)
+        found.append((out.detach().cpu(), grad.cpu()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+
+
+@needs_gpu
+def test_the_sparse_path_gives_a_gpu_the_gradients_of_a_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, W, b, W_dec = (
+        torch.randn(shape, generator=generator) for shape in ((64, 96), (768, 96), (768,), (768, 96))
+    )
+    found: list[Any] = []
+    for device in ("cpu", "cuda"):
+        leaves = [t.to(device).requires_grad_() for t in (x, W, b, W_dec)]
+        on, rows, bias, directions = leaves
+        with torch.no_grad():
+            chosen = topk_sparse(on @ rows.t() + bias, 16)
+        centre = torch.zeros(96, device=device)
+        latents = gather_pre_acts(on, rows.t(), bias, centre, chosen)
+        loss = (decode_sparse(latents, directions) - on.detach()).square().sum()
+        found.append([g.cpu() for g in torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-4)
