@@ -4,8 +4,9 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 CORES ?= all
+BENCHMARKS ?= steps operators training stores extraction
 
-.PHONY: setup demo test check bench
+.PHONY: setup demo test check bench truth
 
 setup: .venv/ready
 
@@ -32,5 +33,11 @@ check: setup
 test: check
 	OMP_NUM_THREADS=1 pytest -n 2 --dist loadgroup
 
+# Against other libraries, in environments of their own, and against the machine's limits; about half an hour.
 bench: setup
-	for script in benchmarks/*.py; do python $$script || exit 1; done
+	snakemake --cores $(CORES) results/stores/smollm2/train/provenance.json
+	for name in $(BENCHMARKS); do python benchmarks/$$name.py || exit 1; done
+
+# Every variant on data whose truth is known; hours.
+truth: setup
+	python benchmarks/truth.py

@@ -99,7 +99,7 @@ def train_group(
     """`train` for several SAEs of one store, in one pass over its batches; equal to separate training.
 
     Runs with the same batch size, seed and kind of rows take the same batches, each of which is read
-    once. A run that ends before others leaves a checkpoint until all have ended.
+    once.
 
     Args:
         store, runtime: as for `train`.
@@ -123,7 +123,9 @@ def advance(runs: Sequence["Run"], stopped: Sequence[int] = ()) -> None:
     """
     saved = time.monotonic()
     every_s, ranks = runs[0].runtime["checkpoint_every_s"], runs[0].ranks
-    for sharing in streams(runs):
+    left = streams(runs)
+    while left:
+        sharing = left.pop(0)
         numbers = range(min(run.step for run in sharing), max(run.total for run in sharing))
         names = sharing[0].config.name if len(sharing) == 1 else f"{len(sharing)} SAEs"
         with closing(sharing[0].batches(numbers.start)) as batches:
@@ -142,7 +144,7 @@ def advance(runs: Sequence["Run"], stopped: Sequence[int] = ()) -> None:
                     saved = time.monotonic()
                 if signal_number:
                     raise SystemExit(128 + signal_number)
-        if len(runs) > 1:
+        if left:
             for run in sharing:
                 run.checkpoint()
 
