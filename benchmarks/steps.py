@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "peers"))
 from contestant import Case  # noqa: E402
 
-from saeflow.figures.style import INK, TEXT_WIDTH, context, log_axis, new_figure, save  # noqa: E402
+from saeflow.figures.style import TEXT_WIDTH, context, log_axis, look, new_figure, save  # noqa: E402
 
 THREADS = 2
 D_IN, BATCH, K = 768, 2048, 32
@@ -225,31 +225,39 @@ def draw(steps: pd.DataFrame, growth: pd.DataFrame) -> None:
                 of["encoder products"], [names.index(name) for name in of["case"]], xerr=[low, high],
                 fmt=MARKERS[library], color=COLORS[library], label=library, elinewidth=0.7,
             )  # fmt: skip
-        ax.set_yticks(range(len(names)), names)
-        ax.set_xlabel("time of a training step, in encoder products of its shape")
-        ax.axvline(1, color=INK, linewidth=0.6, linestyle=":")
-        log_axis(ax, "x", 1, shown["largest"].max())
+        ax.set_yticks(range(len(names)), map(label_of, names))
+        ax.set_xlabel(
+            "time of a training step, in encoder products of its shape; lines span all turns"
+        )
+        log_axis(ax, "x", 1, 1.05 * shown["largest"].max())
         ax.grid(axis="x")
-        ax.legend(loc="upper right", ncols=2)
+        ax.legend(loc="lower right", ncols=2)
         ax.set_title(f"d_in {D_IN}, d_sae {MIDDLE}, B {BATCH}, k {K}, float32, {THREADS} threads")
-        for column, (axis, label) in enumerate(
-            {"d_sae": "d_sae", "B": "batch size B", "k": "k"}.items()
-        ):
+        labels = {"d_sae": "d_sae", "B": "batch size B", "k": "k"}
+        for column, (axis, label) in enumerate(labels.items()):
             ax = figure.add_subplot(grid[1, column])
             others = {"d_sae": MIDDLE, "B": BATCH, "k": K}
             others.pop(axis)
-            fixed = growth[(growth[list(others)] == pd.Series(others)).all(axis=1)].sort_values(
-                axis
-            )
-            for library, of in fixed.groupby("library", sort=False):
+            fixed = growth[(growth[list(others)] == pd.Series(others)).all(axis=1)]
+            for library, of in fixed.sort_values(axis).groupby("library", sort=False):
                 style = {"color": COLORS[library], "marker": MARKERS[library]}
                 ax.plot(of[axis], of["encoder products"], **style)
-            log_axis(ax, "x", fixed[axis].min(), fixed[axis].max())
+            ticks = sorted(set(fixed[axis]))
+            ax.set_xscale("log")
+            ax.set_xticks(ticks, map(str, ticks))
+            ax.minorticks_off()
+            ax.set_xlim(ticks[0] / 1.2, ticks[-1] * 1.2)
             ax.set_ylim(0)
             ax.set_xlabel(label)
-            ax.set_ylabel("TopK, in products" if column == 0 else "")
+            ax.set_ylabel("a TopK step, in products" if column == 0 else "")
             ax.grid()
         save(figure, RESULTS / "steps")
+
+
+def label_of(name: str) -> str:
+    """A case's name, its variant spelled as in the figures of results."""
+    variant, *rest = name.split(", ", 1)
+    return ", ".join([look(variant).label, *rest])
 
 
 def asked_for() -> Iterator[tuple[str, str, Case, Iterable[str]]]:
