@@ -33,7 +33,7 @@ D_IN, BATCH, K = 768, 2048, 32
 SMALL, MIDDLE, LARGE = 3072, 12288, 24576
 DEAD = 0.1
 LOOP_STEPS = 6
-ENOUGH_S = 30.0  # a case gets fewer turns, at least 3, where they take longer than this
+ENOUGH_S = 15.0  # a case gets fewer turns, at least 3, where they take longer than this
 REPEATS = 5
 
 OURS = "saeflow"

@@ -70,7 +70,8 @@ def test_a_gpu_gives_the_values_and_gradients_of_a_cpu(name: str, n: int) -> Non
 def test_the_sparse_path_gives_a_gpu_the_gradients_of_a_cpu() -> None:
     generator = torch.Generator().manual_seed(0)
     x, W, b, W_dec = (
-        torch.randn(shape, generator=generator) for shape in ((64, 96), (768, 96), (768,), (768, 96))
+        torch.randn(shape, generator=generator)
+        for shape in ((64, 96), (768, 96), (768,), (768, 96))
     )
     found: list[Any] = []
     for device in ("cpu", "cuda"):
