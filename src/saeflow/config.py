@@ -79,9 +79,12 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     for key_node, _ in node.value:
         if key_node.tag == "tag:yaml.org,2002:merge":
             continue
-        key = loader.construct_object(key_node, deep=True)
+        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
+        if not isinstance(key, str):
+            raise UserError(
+                f"line {line}: expected text as a name, found {key!r}. Put it in quotes."
+            )
         if key in own:
-            line = key_node.start_mark.line + 1
             raise UserError(f"line {line}: the name {key!r} is given twice. Rename or delete one.")
         own.add(key)
     loader.flatten_mapping(node)
@@ -103,7 +106,13 @@ def read_yaml(path: Path) -> Any:
         raise UserError(f"{path}: no such file. Give the path of a parameter file.") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # also a date or text that is none
         text = " ".join(str(error).split())
         raise UserError(f"{path}: expected YAML, found: {text}") from None
 
@@ -215,7 +224,7 @@ def _with_preset(name: str, entry: Any) -> Any:
     if not isinstance(options, Mapping) or "preset" not in options:
         return entry
     presets, chosen = _option_presets(), options["preset"]
-    if chosen not in presets:
+    if not isinstance(chosen, str) or chosen not in presets:
         raise UserError(
             f"saes.{name}.options.preset: expected one of {_list(presets)}, found {chosen!r}."
         )

@@ -1,0 +1,26 @@
+"""What must be settled before any test is imported."""
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():  # with a GPU, operators/test_gpu.py runs the kernels there
+    os.environ["TRITON_INTERPRET"] = "1"  # what Triton's own functions become is decided once
+    import triton.language  # noqa: F401
+
+    from saeflow.operators.gpu import kernels  # noqa: F401
+
+    del os.environ["TRITON_INTERPRET"]
+
+# The same examples at every run; FUZZ_EXAMPLES draws as many new ones.
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
+settings.register_profile(
+    "saeflow",
+    max_examples=EXAMPLES or 100,
+    derandomize=not EXAMPLES,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("saeflow")
