@@ -9,7 +9,6 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import RUNTIME, Samples, config
-
 from saeflow.training import train
 
 torch.set_num_threads(1)

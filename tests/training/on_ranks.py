@@ -11,7 +11,6 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parent))
 
 from conftest import CONSTANT, OPTIONS, RUNTIME, Samples, config
-
 from saeflow.errors import UserError
 from saeflow.saes import Ranks
 from saeflow.training import train_group
