@@ -4,7 +4,9 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 CORES ?= all
-BENCHMARKS ?= steps operators training stores extraction
+BENCHMARKS ?= steps operators training stores extraction rates
+QUIET := --disable-pip-version-check -q --progress-bar off
+PIP := $(BIN)/python -m pip install $(QUIET)
 
 .PHONY: setup demo test check bench truth
 
@@ -14,8 +16,14 @@ setup: .venv/ready
 .venv/ready: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: expected Python 3.11 or newer, found $$($(PYTHON) --version). Set PYTHON=python3.11 or later." >&2; exit 2; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -q --progress-bar off -r requirements.lock
-	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -e .
+	# torch first, in the build that pip is set to prefer (a CPU one, say), and with that build's own libraries.
+	sed -n '/^torch==/,/[^\\]$$/p' requirements.lock > .venv/torch.lock
+	$(BIN)/python -m pip download $(QUIET) --no-deps -d .venv/torch "$$(grep -o '^torch==[0-9.]*' .venv/torch.lock)"
+	$(PIP) --require-hashes --no-deps --no-index --find-links .venv/torch -r .venv/torch.lock
+	rm -r .venv/torch
+	$(PIP) --require-hashes --no-deps -r requirements.lock
+	$(PIP) "$$(grep -o '^torch==[0-9.]*' .venv/torch.lock)"
+	$(PIP) --no-deps -e .
 	@touch $@
 
 demo: setup
