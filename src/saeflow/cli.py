@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from saeflow import provenance
-from saeflow.config import SPLITS, SAEConfig, load_params
+from saeflow.config import ROOT, SPLITS, SAEConfig, load_params
 from saeflow.errors import UserError
 from saeflow.plan import Plan
 
@@ -131,6 +131,20 @@ def validate(
         f"{params}: {len(plan.sources)} sources, {len(plan.stores)} stores, {len(plan.runs)} SAEs, "
         f"{len(values['figures']['names'])} figures."
     )
+
+
+@app.command()
+def plan(
+    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
+    rates: Annotated[
+        Path, typer.Option(help="What the machine does in a second; `make bench` measures it.")
+    ] = ROOT / "benchmarks" / "results" / "rates.yaml",
+    results: Annotated[Path, typer.Option(help="Where fetched models lie.")] = Path("results"),
+) -> None:
+    """Print what a run will need: jobs, rows, disk, memory and hours."""
+    from saeflow.needs import Needs, Rates, as_text
+
+    typer.echo(as_text(Needs(Plan(load_params(params)), Rates.read(rates), results)))
 
 
 @app.command()

@@ -1,0 +1,83 @@
+"""What this machine does in a second, from the results of the other benchmarks: for `saeflow plan`.
+
+    python benchmarks/rates.py
+
+Last of `make bench`; writes benchmarks/results/rates.yaml.
+"""
+
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+
+import pandas as pd
+import yaml
+from tables import RESULTS
+
+from saeflow.config import ROOT, load_params
+from saeflow.needs import one_pass
+from saeflow.saes import VARIANTS
+
+SOURCE = "smollm2"
+
+
+def table(name: str, title: str) -> pd.DataFrame:
+    """One table of a benchmark's results."""
+    every = pd.read_csv(RESULTS / f"{name}.csv")
+    return every[every["table"] == title].dropna(axis=1, how="all")
+
+
+def forward_gflops() -> float:
+    """Of the language model, at the rate of its extraction."""
+    source = load_params(ROOT / "params.yaml")["sources"][SOURCE]
+    one = one_pass(source, SOURCE, ROOT / "results")
+    speed = table("extraction", "Speed").set_index("measure")["median"]
+    return float(speed["tokens/s of the extraction"]) * one.flops / source["context_length"] / 1e9
+
+
+def job_s() -> float:
+    """Seconds of a job that has nothing to do but to start."""
+    command = [sys.executable, "-c", "import torch, transformers, saeflow.stores, saeflow.saes"]
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        subprocess.run(command, check=True)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def steps() -> dict[str, dict[str, float]]:
+    """By variant and d_sae: encoder products that our step costs."""
+    every = table("steps", "Steps")
+    ours = every[every["library"] == "saeflow"]
+    return {
+        variant: {str(int(row.d_sae)): float(row["encoder products"]) for _, row in rows.iterrows()}
+        for variant, rows in ours.groupby("case")
+        if variant in VARIANTS
+    }
+
+
+def main() -> None:
+    limits = table("steps", "Limits of the machine")
+    reads = table("stores", "Shuffled batches against a sequential read").set_index("read")["GB/s"]
+    writes = pd.read_csv(RESULTS / "stores.csv")["write GB/s"].dropna()
+    rates = {
+        "machine": f"{os.cpu_count()} cores ({platform.machine()}), {datetime.date.today()}",
+        "product_gflops": round(float(limits["product GFLOP/s"].median())),
+        "forward_gflops": round(forward_gflops()),
+        "store_read_gb_s": round(float(reads[reads.index.str.contains("first epoch")].iloc[0]), 2),
+        "store_write_gb_s": round(float(writes.iloc[0]), 2),
+        "job_s": round(job_s(), 1),
+        "steps": steps(),
+    }
+    text = "# What `saeflow plan` counts with; by `python benchmarks/rates.py`.\n"
+    text += yaml.safe_dump(rates, sort_keys=False)
+    (RESULTS / "rates.yaml").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,341 @@
+"""What the jobs of a parameter file will need: rows, disk, memory and hours, from measured rates.
+
+Costs are counted in multiplications and bytes, and divided by what a machine was measured to do (`make bench`
+writes it). A forward pass is counted by running the model without memory (torch's fake tensors) up to its
+hook points.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from saeflow.config import SAEConfig, read_yaml
+from saeflow.errors import UserError
+from saeflow.plan import Plan
+
+NUMBERS = ("product_gflops", "forward_gflops", "store_read_gb_s", "store_write_gb_s", "job_s")
+_FLOAT = 4
+_WORDS_TRAINED = 4
+"""Weights, their gradients and Adam's two moments."""
+_PROCESS = 0.6e9
+"""Bytes of a Python process that has imported torch and transformers."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine does in a second."""
+
+    machine: str
+    product_gflops: float
+    """Of an encoder product."""
+    forward_gflops: float
+    """Of a model's forward pass."""
+    store_read_gb_s: float
+    store_write_gb_s: float
+    job_s: float
+    """Seconds a job takes to start."""
+    steps: Mapping[str, Mapping[int, float]]
+    """By variant and d_sae: encoder products that a training step costs."""
+
+    @classmethod
+    def read(cls, path: Path) -> "Rates":
+        """Read a file of rates.
+
+        Raises:
+            UserError: it is missing or lacks a rate.
+        """
+        values = read_yaml(path)
+        if not isinstance(values, dict) or not isinstance(values.get("steps"), dict):
+            raise UserError(f"{path}: expected rates as `make bench` writes them, found none.")
+        for name in NUMBERS:
+            if not isinstance(values.get(name), int | float) or not values[name] > 0:
+                raise UserError(
+                    f"{path}: {name}: expected a number above 0, found {values.get(name)!r}."
+                )
+        steps = {}
+        for variant, costs in values["steps"].items():
+            steps[variant] = {int(d_sae): float(cost) for d_sae, cost in costs.items()}
+        numbers = {name: float(values[name]) for name in NUMBERS}
+        return cls(machine=str(values.get("machine", path)), steps=steps, **numbers)
+
+    def step_products(self, variant: str, d_sae: int) -> float:
+        """Encoder products of a step, of the nearest dictionary size that was measured.
+
+        Of a variant that was not measured, those of the most expensive one.
+        """
+        known = [self.steps[variant]] if variant in self.steps else list(self.steps.values())
+        return max(
+            costs[min(costs, key=lambda size: abs(math.log(size / d_sae)))] for costs in known
+        )
+
+
+@dataclass
+class Need:
+    """What the jobs of one step need."""
+
+    step: str
+    what: str
+    jobs: int = 0
+    disk: float = 0
+    """Bytes of all results."""
+    memory: float = 0
+    """Bytes of the largest process."""
+    hours: float = 0
+    """Of all jobs, one after the other."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One context through a source's model."""
+
+    flops: float
+    """Up to the last hook point."""
+    flops_whole: float
+    weights: float
+    """Bytes in float32."""
+    widths: Mapping[str, int]
+    rows: int
+    """Rows that a context gives."""
+    input_bytes: float = 0
+
+
+@dataclass
+class Needs:
+    """The needs of a parameter file on one machine."""
+
+    plan: Plan
+    rates: Rates
+    results: Path
+    passes: dict[str, Pass] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for source in self.plan.sources:
+            self.passes[source] = one_pass(
+                self.plan.params["sources"][source], source, self.results
+            )
+
+    def steps(self) -> Iterator[Need]:
+        """What each step needs, in the order in which they run."""
+        for source in self.plan.sources:
+            yield from self._stores(source)
+        for source, complexity in sorted({(s, c) for s, _, c in self.plan.probes}):
+            yield self._scores(source, complexity)
+        for source, hook_point in self.plan.stores:
+            yield self._training(source, hook_point)
+            yield self._evaluation(source, hook_point)
+        figures = self.plan.params["figures"]["names"]
+        seconds = self.rates.job_s * (2 + len(figures))
+        what = f"tables, {_count(len(figures), 'figure')}, the report"
+        yield Need("draw", what, 2 + len(figures), 0, _PROCESS, seconds / 3600)
+
+    def _stores(self, source: str) -> Iterator[Need]:
+        """Fetching, preparing and extracting."""
+        params, one = self.plan.params["sources"][source], self.passes[source]
+        store, splits = self.plan.params["stores"][source], self.plan.rows(source)
+        n_labelled = len(self.plan.labelled(source))
+        contexts = sum(math.ceil(rows / one.rows) for rows in splits.values())
+        weights = one.weights if self.plan.has_model(source) else 0
+        yield Need(
+            "prepare", f"{source}: {contexts:,} contexts", 1 + n_labelled + (weights > 0),
+            weights + contexts * one.input_bytes, _PROCESS + 2 * weights,
+            (1 + (weights > 0)) * self.rates.job_s / 3600,
+        )  # fmt: skip
+        rows, width = sum(splits.values()), sum(one.widths.values())
+        disk = rows * width * _itemsize(store["dtype"])
+        seconds = contexts * one.flops / self.rates.forward_gflops / 1e9
+        seconds += 2 * disk / self.rates.store_write_gb_s / 1e9
+        jobs = 2 * self.plan.params["runtime"]["extraction_jobs"]
+        block = store["block_contexts"] * one.rows * width * _FLOAT
+        batch = params.get("forward_batch", 1) * one.rows * max(one.widths.values()) * _FLOAT * 20
+        yield Need(
+            "extract", f"{source}: {rows:,} rows x {width} {store['dtype']}", jobs + 2, disk,
+            _PROCESS + weights + 2 * block + batch,
+            (seconds + (jobs + 2) * self.rates.job_s) / 3600,
+        )  # fmt: skip
+
+    def _scores(self, source: str, complexity: str) -> Need:
+        """Scoring contexts and fitting probes to the scores."""
+        one, scoring = self.passes[source], self.plan.params["complexity"][complexity]
+        contexts = sum(math.ceil(rows / one.rows) for rows in self.plan.rows(source).values())
+        contexts = min(contexts, scoring["contexts"] or contexts)
+        probes = [p for p in self.plan.probes if p[0] == source and p[2] == complexity]
+        flops = contexts * one.flops_whole if scoring["kind"] == "surprisal" else 0
+        seconds = flops / self.rates.forward_gflops / 1e9 + (1 + len(probes)) * self.rates.job_s
+        what = f"{source}: {complexity} of {contexts:,} contexts"
+        return Need("score", what, 1 + len(probes), 0, _PROCESS, seconds / 3600)
+
+    def _of_store(self, source: str, hook_point: str) -> list[SAEConfig]:
+        runs = self.plan.runs.values()
+        return [run for run in runs if (run.source, run.hook_point) == (source, hook_point)]
+
+    def _training(self, source: str, hook_point: str) -> Need:
+        runs, width = self._of_store(source, hook_point), self.passes[source].widths[hook_point]
+        names = {run.name for run in runs}
+        jobs = sum(names.issuperset(group) for group in self.plan.groups)
+        row_bytes = width * _itemsize(self.plan.params["stores"][source]["dtype"])
+        ranks = self.plan.params["runtime"]["ranks"]
+        disk = memory = seconds = 0.0
+        for run in runs:
+            weights = 2 * width * run.d_sae * _FLOAT
+            batch = run.training.batch_size * (2 * run.d_sae + 8 * width) * _FLOAT
+            by_split = {"batch": (1, ranks["count"]), "latents": (ranks["count"], ranks["count"])}
+            weight_parts, batch_parts = by_split[ranks["split"]]
+            product = 2 * width * run.d_sae / self.rates.product_gflops / 1e9
+            cost = self.rates.step_products(run.variant, run.d_sae)
+            rows = run.training.steps * run.training.batch_size
+            seconds += rows * (cost * product + row_bytes / self.rates.store_read_gb_s / 1e9)
+            disk += weights
+            trained = _WORDS_TRAINED * weights / weight_parts + batch / batch_parts
+            memory = max(memory, _PROCESS + trained)
+        what = f"{_saes(runs)} on {source}/{hook_point}"
+        seconds += jobs * self.rates.job_s
+        return Need("train", what, jobs, disk, memory, seconds / 3600)
+
+    def _evaluation(self, source: str, hook_point: str) -> Need:
+        """Every SAE and the baselines; the model's clean side runs once for all of them."""
+        runs, one = self._of_store(source, hook_point), self.passes[source]
+        chosen, rows = self.plan.evaluation(source), self.plan.rows(source)["evaluation"]
+        has_model, is_vision = self.plan.has_model(source), self.plan.is_vision(source)
+        width = one.widths[hook_point]
+        contexts = chosen["ce_contexts"] if has_model and not is_vision else 0
+        seconds = contexts * one.flops_whole / self.rates.forward_gflops / 1e9
+        for run in runs:
+            seconds += 3 * rows * 2 * width * run.d_sae / self.rates.product_gflops / 1e9
+            spliced = one.flops_whole - one.flops
+            seconds += contexts * spliced / self.rates.forward_gflops / 1e9
+        jobs = len(runs) + 1 + has_model + self.plan.has_dimension(source)
+        largest = max(run.d_sae for run in runs)
+        memory = _PROCESS + (one.weights if has_model else 0) + 2 * width * largest * _FLOAT
+        what = f"{_saes(runs)} on {rows:,} rows"
+        what += f", {contexts:,} contexts through the model" if contexts else ""
+        seconds += jobs * self.rates.job_s
+        return Need("evaluate", what, jobs, 0, memory, seconds / 3600)
+
+
+def _saes(runs: list[SAEConfig]) -> str:
+    return _count(len(runs), "SAE")
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number:,} {of}{'s' if number != 1 else ''}"
+
+
+def _itemsize(dtype: str) -> int:
+    return {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
+
+
+def one_pass(source: Mapping[str, Any], name: str, results: Path) -> Pass:
+    """Count one context's way through a source's model.
+
+    Args:
+        source: its parameters.
+        name: its name, for its folder and messages.
+        results: the results folder, where its model may have been fetched.
+
+    Raises:
+        UserError: the model's config.json is not at hand.
+    """
+    if "model" not in source:
+        widths = dict.fromkeys(source["hook_points"], int(source["d_in"]))
+        return Pass(0, 0, 0, widths, 1)
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM, CLIPModel
+
+    from saeflow.sources.hook_points import capture
+
+    config = _config(source["model"], name, results)
+    is_clip = config.model_type == "clip"
+    with FakeTensorMode():  # shapes only, no memory
+        architecture: Any = CLIPModel._from_config if is_clip else AutoModelForCausalLM.from_config
+        model = architecture(
+            config, attn_implementation="eager"
+        ).eval()  # whose products are counted
+        if is_clip:
+            side = config.vision_config.image_size
+            inputs = torch.zeros(1, 3, side, side)
+        else:
+            inputs = torch.zeros(1, source["context_length"], dtype=torch.long)
+        with FlopCounterMode(display=False) as counter:
+            found = capture(model, source["hook_points"], inputs)
+        with torch.no_grad(), FlopCounterMode(display=False) as whole:
+            model.get_image_features(inputs) if is_clip else model(inputs, use_cache=False)
+    widths = {point: x.shape[-1] for point, x in found.items()}
+    positions = next(iter(found.values())).shape[1] if next(iter(found.values())).ndim > 2 else 1
+    rows = positions - bool(source.get("skip_first"))
+    if is_clip:
+        rows = {"all": positions, "cls": 1, "patches": positions - 1}[source["tokens"]]
+    weights = sum(p.numel() for p in model.parameters()) * _FLOAT
+    input_bytes = inputs.numel() * (1 if is_clip else np.dtype(np.int32).itemsize)
+    flops, flops_whole = (float(c.get_total_flops()) for c in (counter, whole))
+    return Pass(flops, flops_whole, weights, widths, rows, input_bytes)
+
+
+def _config(model: Mapping[str, Any], name: str, results: Path) -> Any:
+    """Configuration of a model: as fetched, from its folder, or the one file from the hub."""
+    from transformers import AutoConfig
+
+    if "trained" in model:
+        from saeflow.sources.clip_training import clip_config
+
+        return clip_config(model["trained"])
+    fetched = results / "sources" / name / "model"
+    if (fetched / "provenance.json").exists():
+        from saeflow.sources.models import model_folder
+
+        place = model_folder(fetched, weights=False)
+    elif "folder" in model:
+        place = Path(model["folder"])
+    elif "hub" in model:
+        from saeflow.sources import hub
+
+        place = hub.config_file(model["hub"], model["revision"]).parent
+    else:
+        raise UserError(
+            f"sources.{name}.model: its shape is known once it was fetched. Run `snakemake --cores 1 "
+            f"{fetched}/provenance.json` first."
+        )
+    return AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+
+
+def as_text(needs: Needs) -> str:
+    """A table of the steps and their sum, for a terminal."""
+    steps = list(needs.steps())
+    jobs, disk = sum(s.jobs for s in steps), sum(s.disk for s in steps)
+    memory, hours = max(s.memory for s in steps), sum(s.hours for s in steps)
+    total = Need("sum", "one job after the other", jobs, disk, memory, hours)
+    lines = [("step", "of what", "jobs", "disk", "memory of a process", "time of one device")]
+    for need in [*steps, total]:
+        row = (need.step, need.what, f"{need.jobs:,}")
+        lines.append((*row, _bytes(need.disk), _bytes(need.memory), _time(need.hours)))
+    widths = [max(len(line[column]) for line in lines) for column in range(6)]
+    is_text = (True, True, False, False, False, False)
+    table = [
+        "  ".join(
+            cell.ljust(width) if left else cell.rjust(width)
+            for cell, width, left in zip(line, widths, is_text, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+    return "\n".join([*table, "", f"At the rates of: {needs.rates.machine}."])
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if number < 1000 or unit == "TB":
+            return (
+                f"{number:,.{0 if unit == 'B' or number >= 10 else 1}f} {unit}" if number else "-"
+            )
+        number /= 1000
+    raise AssertionError
+
+
+def _time(hours: float) -> str:
+    if hours < 1 / 60:
+        return f"{hours * 3600:.0f} s"
+    return f"{hours * 60:.0f} min" if hours < 2 else f"{hours:,.0f} h"

@@ -1,0 +1,81 @@
+"""What `saeflow plan` counts is what there is."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from saeflow.config import load_params
+from saeflow.errors import UserError
+from saeflow.needs import Needs, Rates, as_text, one_pass
+from saeflow.plan import Plan
+
+from .workflow.conftest import SYNTHETIC, Project, job_counts
+
+ROOT = Path(__file__).parents[1]
+RATES = ROOT / "benchmarks/results/rates.yaml"
+SCALE = ROOT / "docs/scale"
+BLOCK = 14336 * 3 * 4096 + 2 * 4096 * 4096 + 2 * 1024 * 4096
+"""Weights of a block's products in docs/scale/model: MLP, queries and outputs, keys and values."""
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_a_pass_is_counted_as_by_hand() -> None:
+    params = load_params(SCALE / "params.yaml")["sources"]["web"]
+    one = one_pass(params, "web", Path("results"))
+    length, width = params["context_length"], 4096
+    attention = 2 * 2 * length * length * width  # scores and their mix, before the causal mask
+    block = 2 * length * BLOCK + attention
+    assert one.flops == 16 * block
+    assert one.flops_whole == 32 * block + 2 * length * width * 128256
+    assert one.rows == length - 1
+    assert one.widths == {"blocks.15.resid_post": width}
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [("all", 65), ("cls", 1), ("patches", 64)])
+def test_images_give_the_rows_that_are_kept(tokens: str, rows: int) -> None:
+    params: Any = copy.deepcopy(load_params(ROOT / "params.yaml")["sources"]["scenes"])
+    one = one_pass(params | {"tokens": tokens}, "scenes", Path("results"))
+    assert one.rows == rows
+    assert one.flops < one.flops_whole
+
+
+def test_a_step_that_was_not_measured_costs_what_the_dearest_does() -> None:
+    rates = Rates.read(RATES)
+    assert rates.step_products("entmax", 3072) == rates.step_products("relu", 3072)
+    assert rates.step_products("topk", 2000) == rates.steps["topk"][3072]
+
+
+@pytest.mark.parametrize("change", [{"product_gflops": None}, {"job_s": 0}, {"steps": 1}])
+def test_rates_that_are_none_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "rates.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(RATES.read_text()) | change))
+    with pytest.raises(UserError, match=r"rates\.yaml: .*expected"):
+        Rates.read(path)
+
+
+def test_a_model_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
+    params = load_params(ROOT / "presets/tiny.yaml")
+    with pytest.raises(UserError, match=r"Run `snakemake --cores 1 .*provenance\.json` first"):
+        Needs(Plan(params), Rates.read(RATES), tmp_path)
+
+
+def test_as_many_jobs_are_counted_as_snakemake_starts(
+    tmp_path: Path,
+) -> None:
+    project = Project(tmp_path, SYNTHETIC)
+    needs = Needs(Plan(load_params(tmp_path / "params.yaml")), Rates.read(RATES), tmp_path)
+    started = project.run("snakemake", "--cores", "2", "-n", "--quiet", "rules", "all")
+    assert sum(need.jobs for need in needs.steps()) == sum(job_counts(started).values())
+
+
+def test_the_document_shows_what_is_printed() -> None:
+    rates = Rates.read(SCALE / "h200.yaml")
+    plan = Plan(load_params(SCALE / "params.yaml"))
+    assert as_text(Needs(plan, rates, Path("results"))) in (ROOT / "docs/scale.md").read_text()
