@@ -47,31 +47,15 @@ def train_clip(options: Mapping[str, Any], folder: Path, workers: int) -> None:
     """
     import torch
     from torch.nn.functional import cross_entropy, normalize
-    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+    from transformers import CLIPImageProcessorPil, CLIPModel
 
     images, captions, is_single = _pairs(options, workers)
     tokenizer = make_tokenizer(captions)
     encoded = tokenizer(captions, padding=True, return_tensors="pt")["input_ids"]
-    width, layers = options["width"], options["layers"]
-    shape = {
-        "hidden_size": width,
-        "num_attention_heads": max(1, width // _HEAD_WIDTH),
-        "projection_dim": width,
-    }
     ids = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }
-    config = CLIPConfig(
-        text_config={
-            **shape, **ids, "vocab_size": len(tokenizer), "intermediate_size": 2 * width,
-            "num_hidden_layers": _TEXT_LAYERS, "max_position_embeddings": _LONGEST_CAPTION,
-        },
-        vision_config={
-            **shape, "intermediate_size": 4 * width, "num_hidden_layers": layers,
-            "image_size": scenes.SIDE, "patch_size": options["patch_size"],
-        },
-        projection_dim=width,
-    )  # fmt: skip
+    config = clip_config(options, **ids, vocab_size=len(tokenizer))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options["seed"])
         model: Any = CLIPModel._from_config(
@@ -116,6 +100,29 @@ def train_clip(options: Mapping[str, Any], folder: Path, workers: int) -> None:
         image_std=list(STD),
     ).save_pretrained(folder)
     write_json(folder / "steps.json", {"loss": losses})
+
+
+def clip_config(options: Mapping[str, Any], **text: Any) -> Any:
+    """The shape of a CLIP that is trained; `text`: what its tokenizer decides of its text tower."""
+    from transformers import CLIPConfig
+
+    width = options["width"]
+    shape = {
+        "hidden_size": width,
+        "num_attention_heads": max(1, width // _HEAD_WIDTH),
+        "projection_dim": width,
+    }
+    return CLIPConfig(
+        text_config={
+            **shape, **text, "intermediate_size": 2 * width,
+            "num_hidden_layers": _TEXT_LAYERS, "max_position_embeddings": _LONGEST_CAPTION,
+        },
+        vision_config={
+            **shape, "intermediate_size": 4 * width, "num_hidden_layers": options["layers"],
+            "image_size": scenes.SIDE, "patch_size": options["patch_size"],
+        },
+        projection_dim=width,
+    )  # fmt: skip
 
 
 def make_tokenizer(captions: list[str]) -> Any:

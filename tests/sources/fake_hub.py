@@ -1,0 +1,103 @@
+"""A hub on the loopback that serves one repository, as the real one does or with a fault."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+NAME, SHA = "someone/tiny", "0123456789abcdef0123456789abcdef01234567"
+HANGS_S = 6
+"""How long an answer that hangs is waited for: past the limits that the tests give the client."""
+LARGE = 4096
+"""Bytes from which a file is named by its SHA-256, as the hub does with large files."""
+
+
+def blob_digest(content: bytes) -> str:
+    """What the hub calls a file's ETag."""
+    if len(content) >= LARGE:
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
+
+
+@contextmanager
+def serving(folder: Path, fault: str, file: str) -> Iterator[str]:
+    """Serve a folder as NAME at SHA; its address.
+
+    Args:
+        folder: the repository's files.
+        fault: none, hang, drop, garbage (not what was asked for), rot (a changed byte) or error (500).
+        file: where the fault is: a file's name, or "" for the list of files.
+    """
+    over = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self.answer(with_body=True)
+
+        def answer(self, *, with_body: bool) -> None:
+            path = self.path.split("?")[0]
+            is_list = path.startswith("/api/")
+            name = "" if is_list else path.rsplit("/", 1)[-1]
+            if is_list:
+                body, headers = self.listing(path), {"Content-Type": "application/json"}
+            elif not (folder / name).is_file():
+                self.send_error(404)
+                return
+            else:
+                body = (folder / name).read_bytes()
+                headers = {"ETag": f'"{blob_digest(body)}"', "X-Repo-Commit": SHA}
+            if fault != "none" and name == file and (is_list or with_body or fault != "rot"):
+                if fault == "hang":
+                    over.wait(HANGS_S)
+                    return
+                if fault == "error":
+                    self.send_error(500)
+                    return
+                if fault == "garbage":
+                    body = b"<html>an inn's page to log in</html>"
+                if fault == "rot":
+                    body = bytes([body[0] ^ 1]) + body[1:]
+            self.send_response(200)
+            for key, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            if with_body:
+                is_dropped = fault == "drop" and name == file
+                self.wfile.write(body[: len(body) // 2] if is_dropped else body)
+
+        def listing(self, path: str) -> bytes:
+            files = {item.name: item.read_bytes() for item in sorted(folder.iterdir())}
+            if "/tree/" in path:
+                tree = []
+                for name, content in files.items():
+                    entry: dict[str, Any] = {"type": "file", "path": name, "size": len(content)}
+                    entry["oid"] = blob_digest(content)[:40]
+                    if len(content) >= LARGE:
+                        digest = blob_digest(content)
+                        entry["lfs"] = {"oid": digest, "size": len(content), "pointerSize": 130}
+                    tree.append(entry)
+                return json.dumps(tree).encode()
+            siblings = [{"rfilename": name} for name in files]
+            return json.dumps({"id": NAME, "sha": SHA, "siblings": siblings}).encode()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        over.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
