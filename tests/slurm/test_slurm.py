@@ -45,6 +45,14 @@ def checkpoints(project: Project) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The whole small workflow, run locally."""
+    project = Project(tmp_path_factory.mktemp("local"), small())
+    project.snakemake("all")
+    return project
+
+
+@pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A longer training, run locally: what the disturbed ones must give."""
     project = Project(tmp_path_factory.mktemp("trained"), small(LONG))
@@ -62,6 +70,21 @@ def extracted(trained: Project, tmp_path: Path) -> Project:
 
 def profile_of(project: Project, **train: Any) -> str:
     return str(edited_profile(project.folder / "slurm", {"train_sae": train} if train else None))
+
+
+def test_the_whole_workflow_through_the_profile(
+    cluster: Cluster, local: Project, tmp_path: Path
+) -> None:
+    project = Project(tmp_path, small())
+    before = len(submitted())
+    project.run("snakemake", "--profile", profile_of(project), "all")
+    jobs = submitted()[before:]
+    assert len(jobs) >= 10
+    assert set(jobs) == {"COMPLETED"}
+    assert project.contents() == local.contents()
+    assert (project.folder / "results" / "report.html").exists()
+    assert project.todo() == {}
+    assert "are as they were made" in project.run("saeflow", "verify")
 
 
 def test_a_cancelled_job_is_submitted_again_and_goes_on(
@@ -86,6 +109,29 @@ def test_a_job_over_its_memory_gets_more(
     assert states[0] in ("FAILED", "OUT_OF_MEMORY")
     assert states[-1] == "COMPLETED"
     assert saes(extracted) == saes(trained)
+
+
+def test_a_job_over_its_time_goes_on_from_its_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
+    """SLURM ends jobs a while after their minute is over; the SIGTERM makes a checkpoint."""
+    params = small(16_000_000)
+    params["runtime"]["checkpoint_every_s"] = 1e6  # none but the signal's
+    project = Project(tmp_path, params)
+    project.snakemake("extract")
+    before = len(submitted())
+    process = project.start(
+        "snakemake", "--profile", profile_of(project, runtime="1 if attempt < 2 else 20"), "train"
+    )
+    wait_for(lambda: checkpoints(project), process, 200)
+    first = int(checkpoints(project)[0].name.split("-")[1])
+    assert first > 0
+    assert process.wait(500) == 0
+    assert submitted()[before:] == ["TIMEOUT", "COMPLETED"]
+    logs = "\n".join(path.read_text() for path in project.folder.glob("logs/train_sae/**/*.log"))
+    assert "going on from" in logs
+    (tmp_path / "undisturbed").mkdir()
+    undisturbed = Project(tmp_path / "undisturbed", params)
+    undisturbed.snakemake("train")
+    assert saes(project) == saes(undisturbed)
 
 
 def test_interrupting_snakemake_cancels_its_jobs(
