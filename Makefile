@@ -8,7 +8,7 @@ BENCHMARKS ?= steps operators training stores extraction rates
 QUIET := --disable-pip-version-check -q --progress-bar off
 PIP := $(BIN)/python -m pip install $(QUIET)
 
-.PHONY: setup demo test check bench truth
+.PHONY: setup demo test check bench torture truth
 
 setup: .venv/ready
 
@@ -45,6 +45,10 @@ test: check
 bench: setup
 	snakemake --cores $(CORES) results/stores/smollm2/train/provenance.json
 	for name in $(BENCHMARKS); do python benchmarks/$$name.py || exit 1; done
+
+# Kills, rotten files, full disks, wrong clocks and broken hubs; about an hour.
+torture: setup
+	OMP_NUM_THREADS=1 python benchmarks/torture.py
 
 # Every variant on data whose truth is known; hours.
 truth: setup

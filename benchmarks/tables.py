@@ -45,8 +45,10 @@ def peak_memory(work: Callable[[], object]) -> float:
     return mib("VmHWM:") - before
 
 
-def write(name: str, tables: Mapping[str, pd.DataFrame], notes: str) -> None:
-    """Write results/NAME.md with every table, and results/NAME.csv with all their rows."""
+def write(
+    name: str, tables: Mapping[str, pd.DataFrame], notes: str, folder: Path = RESULTS
+) -> None:
+    """Write NAME.md with every table, and NAME.csv with all their rows."""
     versions = ", ".join(
         f"{package} {importlib.metadata.version(package)}"
         for package in ("torch", "numpy", "zarr", "numcodecs")
@@ -64,8 +66,8 @@ def write(name: str, tables: Mapping[str, pd.DataFrame], notes: str) -> None:
         lines += [
             "| " + " | ".join(map(str, values)) + " |" for values in table.astype(object).to_numpy()
         ]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.md").write_text("\n".join(lines) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
     long = [table.assign(table=title) for title, table in tables.items()]
-    pd.concat(long).to_csv(RESULTS / f"{name}.csv", index=False)
+    pd.concat(long).to_csv(folder / f"{name}.csv", index=False)
     print("\n".join(lines))

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,11 +13,12 @@ from saeflow.errors import UserError
 from saeflow.figures import draw
 from saeflow.figures.report import digits, duration, plain, write_report
 
+from ..browser import document, title
 from .conftest import ENTRIES, SYNTHETIC, TEXT, Maker, record, write_records
 
 STRICT = {"allow_unequal_budgets": False}
 NAMES = ("fvu_l0", "ce_l0", "recovery")
-EVIL = '<script>alert("x")</script>'
+EVIL = '<script>document.title = "run"</script>'
 
 
 class Page(HTMLParser):
@@ -140,8 +142,8 @@ def test_schedules_are_drawn(page: Page) -> None:
     assert first[0][1] < first[-1][1]  # k falls
 
 
-def test_names_and_values_are_escaped(results: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "results"
+def evil_report(results: Path, copy: Path) -> str:
+    """A report of tables, captions and records that hold EVIL in every place."""
     shutil.copytree(results, copy)
     for name in ("summary.csv", "metrics.csv", "training.csv"):
         path = copy / "tables" / name
@@ -152,11 +154,31 @@ def test_names_and_values_are_escaped(results: Path, tmp_path: Path) -> None:
     values |= {"job": "prepare", "versions": {EVIL: EVIL}, "started": EVIL}
     values["code"]["commit"] = EVIL
     (copy / "sources" / "smollm2" / "inputs" / "provenance.json").write_text(json.dumps(values))
-    text = write(copy)
+    return write(copy)
+
+
+def test_names_and_values_are_escaped(results: Path, tmp_path: Path) -> None:
+    text = evil_report(results, tmp_path / "results")
     assert "<script" not in text
     page = Page(text)
     assert not any(tag == "script" for tag, _ in page.tags)
-    assert page.text.count("alert(") >= 6
+    assert page.text.count("document.title") >= 6
+
+
+def test_a_browser_shows_what_names_hold_and_runs_none_of_it(results: Path, tmp_path: Path) -> None:
+    text = evil_report(results, tmp_path / "results")
+    unguarded = re.sub(r"<meta http-equiv[^>]*>", "", text)  # escaping alone has to do
+    assert unguarded != text
+    page = tmp_path / "page.html"
+    for body, expected in (
+        (text, "saeflow report"),
+        (unguarded, "saeflow report"),
+        (unguarded.replace("</main>", f"</main>{EVIL}"), "run"),  # this browser would run it
+    ):
+        page.write_text(body)
+        shown = document(page, tmp_path / "profile")
+        assert title(shown) == expected
+        assert Page(shown).text.count("document.title") >= 6
 
 
 def test_what_is_missing_is_named(results: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Whatever happens to jobs and to snakemake on a cluster, results are those of a local run."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ..workflow.conftest import Project
+from ..workflow.conftest import ROOT, Project
 from .cluster import Cluster, ask
 from .conftest import edited_profile, small
 
@@ -72,12 +73,21 @@ def profile_of(project: Project, **train: Any) -> str:
     return str(edited_profile(project.folder / "slurm", {"train_sae": train} if train else None))
 
 
-def test_the_whole_workflow_through_the_profile(
+def test_the_whole_workflow_as_the_guide_says(
     cluster: Cluster, local: Project, tmp_path: Path
 ) -> None:
+    guide = (ROOT / "docs" / "cluster.md").read_text()
+    looks = re.findall(r"`(s(?:info|queue) [^`]*)`", guide)
+    fetch, dry_run, run = re.findall(r"^.*?(snakemake -[^`#\n]* all)\b", guide, re.MULTILINE)[:3]
+    assert len(looks) >= 3
     project = Project(tmp_path, small())
+    edited_profile(project.folder / "workflow" / "profiles" / "slurm")
     before = len(submitted())
-    project.run("snakemake", "--profile", profile_of(project), "all")
+    for command in (*looks, fetch, dry_run):
+        project.run("bash", "-c", command)
+    assert len(submitted()) == before
+    assert list(project.folder.glob("results/sources/*/inputs/provenance.json"))
+    project.run("bash", "-c", run)
     jobs = submitted()[before:]
     assert len(jobs) >= 10
     assert set(jobs) == {"COMPLETED"}

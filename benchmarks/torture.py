@@ -1,0 +1,345 @@
+"""The fault campaign: kills at random moments, damaged files, disks, clocks and hubs that fail.
+
+    make torture                               # about an hour
+    python benchmarks/torture.py --kills 3 --seed 1 --no-tests --out FOLDER
+
+A fault is survived when the run that follows ends with the results of an undisturbed one, or when one clear
+line names the file at fault; anything else is printed, and gives exit code 1. Faults are drawn from the seed;
+where a signal finds a run depends on the machine as well. A read-only folder needs root, a clock that jumps
+the program `faketime`; where one is missing, its row says so.
+"""
+
+import argparse
+import contextlib
+import copy
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tables import RESULTS, write
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "workflow"))
+
+from conftest import ROOT, SYNTHETIC, Project
+from saeflow.files import file_digest
+
+LONGEST_WAIT_S = 14.0
+STAGES = {
+    "extraction": "results/stores/**/*.partial", "training": "results/saes/**/*.partial",
+    "evaluation": "results/evaluations/**/*.partial", "drawing": "results/figures/*.partial",
+}  # fmt: skip
+# Files by kind, and a result whose making reads them.
+FILES = {
+    "store chunk": ("stores/*/train/*.zarr/activations/c/**/*", "saes/*/*/topk/*"),
+    "store metadata": ("stores/*/train/*.zarr/zarr.json", "saes/*/*/topk/*"),
+    "array metadata": ("stores/*/train/*.zarr/activations/zarr.json", "saes/*/*/topk/*"),
+    "weights": ("saes/*/*/topk/*/weights.safetensors", "evaluations/*/*/topk/*"),
+    "SAE config": ("saes/*/*/topk/*/config.json", "evaluations/*/*/topk/*"),
+    "training steps": ("saes/*/*/topk/*/steps.csv", "tables"),
+    "true dictionary": ("sources/*/inputs/dictionary.safetensors", "stores/*/evaluation"),
+    "metrics": ("evaluations/*/*/topk/*/metrics.csv", "tables"),
+    "table": ("tables/metrics.csv", "figures/fvu_l0"),
+    "figure": ("figures/fvu_l0/fvu_l0.svg", None),
+    "provenance": ("saes/*/*/topk/*/provenance.json", "evaluations/*/*/topk/*"),
+}
+WAYS = ("flipped bit", "truncated", "missing")
+# Faults that have tests of their own.
+TESTS = {"hub": "tests/sources/test_hub.py", "full disk": "tests/workflow/test_full_disk.py"}
+
+
+@dataclass
+class Score:
+    """What was tried, and what did not survive."""
+
+    tried: dict[str, int] = field(default_factory=dict)
+    survived: dict[str, int] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, failure: str | None) -> None:
+        self.tried[kind] = self.tried.get(kind, 0) + 1
+        self.survived[kind] = self.survived.get(kind, 0) + (failure is None)
+        if failure is not None:
+            self.failures.append(f"{kind}: {failure}")
+            print(f"FAILED {kind}: {failure}", flush=True)
+
+    def skip(self, kind: str) -> None:
+        self.tried[kind] = self.survived[kind] = 0
+
+    def table(self) -> pd.DataFrame:
+        return pd.DataFrame(
+            {"fault": kind, "tried": tried, "survived": self.survived[kind]}
+            for kind, tried in sorted(self.tried.items())
+        )
+
+
+def parameters() -> dict[str, Any]:
+    """A small run of every step whose training takes some seconds."""
+    params = copy.deepcopy(SYNTHETIC)
+    params["training"]["tokens"] = 1_000_000
+    params["runtime"]["checkpoint_every_s"] = 0.2
+    return params
+
+
+def outcome(project: Project) -> dict[str, Any]:
+    """Content digests of stores and SAEs, and the bytes of tables and figures but for the speeds."""
+    found = project.contents()
+    for path in sorted((project.folder / "results").glob("[tf]*/**/*")):
+        name = os.path.relpath(path, project.folder)
+        if path.name == "training.csv":
+            found[name] = pd.read_csv(path).drop(columns="tokens_per_s").to_csv()
+        elif path.is_file() and path.name != "provenance.json":
+            found[name] = file_digest(path)
+    return found
+
+
+def stage(project: Project) -> str:
+    """What was under way when everything was ended."""
+    running = [name for name, pattern in STAGES.items() if any(project.folder.glob(pattern))]
+    return running[-1] if running else "between jobs"
+
+
+def end(process: "subprocess.Popen[bytes]", how: signal.Signals) -> None:
+    """Send a signal to a whole process group; what does not heed it in time is killed."""
+    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, how)
+        if how != signal.SIGKILL:
+            process.wait(60)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+class Campaign:
+    """All faults, from one seed, against the results of one undisturbed run."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        self.rng = random.Random(seed)
+        self.score = Score()
+        self.projects = 0
+        self.undisturbed = self.project()
+        self.undisturbed.snakemake("all")
+        self.expected = outcome(self.undisturbed)
+
+    def project(self) -> Project:
+        folder = self.folder / str(self.projects)
+        self.projects += 1
+        folder.mkdir()
+        return Project(folder, parameters())
+
+    def failure(self, project: Project) -> str | None:
+        """Results that are not the expected ones, if there are any."""
+        if (found := outcome(project)) == self.expected:
+            return None
+        names = self.expected.keys() | found.keys()
+        wrong = sorted(name for name in names if self.expected.get(name) != found.get(name))
+        return f"other results: {', '.join(wrong[:3])}"
+
+    def finish(self, project: Project) -> str | None:
+        """Run a disturbed project to its end; what is wrong with it then, if anything is."""
+        project.run("snakemake", "--unlock")
+        try:
+            project.snakemake("all")
+        except AssertionError as error:
+            return str(error)
+        return self.failure(project)
+
+    def signals(self, how: signal.Signals, count: int) -> None:
+        """Signals at random moments; each run goes on from where the last one was ended."""
+        done = 0
+        while done < count:
+            project, kinds = self.project(), []
+            while done < count:
+                project.run("snakemake", "--unlock")
+                process = project.start("snakemake", "--cores", "2", "all")
+                try:
+                    process.wait(self.rng.uniform(2.0, LONGEST_WAIT_S))
+                    break
+                except subprocess.TimeoutExpired:
+                    end(process, how)
+                done += 1
+                kinds.append(f"{how.name} during {stage(project)}")
+                print(f"{done} of {count}: {kinds[-1]}", flush=True)
+            failure = self.finish(project)
+            for kind in kinds:
+                self.score.add(kind, failure)
+            shutil.rmtree(project.folder)
+
+    def clock(self, count: int) -> None:
+        """Files that seem days older or newer than they are, and a clock that is days off, either way."""
+        if shutil.which("faketime") is None:
+            return self.score.skip("clock that jumps")
+        for number in range(count):
+            project = self.project()
+            process = project.start("snakemake", "--cores", "2", "all")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(self.rng.uniform(6.0, LONGEST_WAIT_S))
+            end(process, signal.SIGKILL)
+            for path in sorted((project.folder / "results").rglob("*")):
+                seconds = time.time() + self.rng.uniform(-10, 10) * 86400
+                os.utime(path, (seconds, seconds))
+            project.run("snakemake", "--unlock")
+            project.run(
+                *("env", "NO_FAKE_STAT=1", "FAKETIME_DONT_FAKE_MONOTONIC=1"),
+                *("faketime", "-f", "+9d" if number % 2 else "-9d"),
+                *("snakemake", "--cores", "2", "all"),
+                code=None,
+            )
+            self.score.add("clock that jumps", self.finish(project))
+            shutil.rmtree(project.folder)
+        return None
+
+    def damaged(self, path: Path, way: str) -> None:
+        """Damage a file in place."""
+        if way == "missing":
+            path.unlink()
+            return
+        data = bytearray(path.read_bytes())
+        place = self.rng.randrange(len(data))
+        if way == "truncated":
+            del data[place:]
+        else:
+            data[place] ^= 1 << self.rng.randrange(8)
+        path.write_bytes(bytes(data))
+
+    def rot(self, count: int) -> None:
+        """Every kind of file damaged: `verify` names it, and what reads it never takes it for right."""
+        project = self.undisturbed
+        results, whole = project.folder / "results", self.folder / "whole"
+        shutil.copytree(results, whole)
+        for place, (kind, (pattern, reader)) in enumerate(FILES.items()):
+            files = sorted(path for path in results.glob(pattern) if path.is_file())
+            for number in range(count):
+                path, way = self.rng.choice(files), WAYS[(place + number) % len(WAYS)]
+                self.damaged(path, way)
+                text = project.run("saeflow", "verify", code=None)
+                self.score.add(f"{kind}: {way}, verified", self.unclear(path, text))
+                if reader is not None:
+                    (folder,) = results.glob(reader)
+                    shutil.rmtree(folder)
+                    record = os.path.relpath(folder / "provenance.json", project.folder)
+                    text = project.snakemake(record, code=None)
+                    right = self.failure(project) is None
+                    failure = None if right else self.unclear(path, text)
+                    self.score.add(f"{kind}: {way}, read", failure)
+                shutil.rmtree(results)
+                shutil.copytree(whole, results)
+                print(f"{kind}: {way}", flush=True)
+        text = project.run("saeflow", "verify", code=None)
+        self.score.add(
+            "all files mended", None if "are as they were made" in text else text[-2000:]
+        )
+
+    @staticmethod
+    def unclear(path: Path, text: str) -> str | None:
+        """What a command printed, unless a line of it names a damaged file or its folder."""
+        lines = [line for line in text.splitlines() if "error: " in line]
+        named = any(path.name in line or path.parent.name in line for line in lines)
+        return None if named and "Traceback" not in text else f"{path}: {text[-2000:]}"
+
+    def checkpoints(self) -> None:
+        """A checkpoint that rotted: named, and once it is deleted the run ends as it should."""
+        for way in WAYS[:2]:
+            project = self.project()
+            process = project.start("snakemake", "--cores", "2", "all")
+            pattern = "results/saes/**/*.partial/checkpoint*"
+            while not list(project.folder.glob(pattern)) and process.poll() is None:
+                time.sleep(0.02)
+            end(process, signal.SIGKILL)
+            path = next(project.folder.glob(pattern))
+            self.damaged(path, way)
+            project.run("snakemake", "--unlock")
+            failure = self.unclear(path, project.snakemake("all", code=None))
+            path.unlink(missing_ok=True)
+            self.score.add(f"checkpoint: {way}", failure or self.finish(project))
+            shutil.rmtree(project.folder)
+
+    def two_at_once(self) -> None:
+        """The second snakemake stops at the lock, the first one ends as it should."""
+        project = self.project()
+        first = project.start("snakemake", "--cores", "2", "all")
+        while not list(project.folder.glob(".snakemake/locks/*")) and first.poll() is None:
+            time.sleep(0.05)
+        text = project.run("snakemake", "--cores", "1", "all", code=None)
+        first.wait()
+        failure = None if "lock" in text.lower() else text[-2000:]
+        self.score.add("two snakemake at once", failure or self.failure(project))
+        shutil.rmtree(project.folder)
+
+    def read_only(self) -> None:
+        """A results folder that cannot be written to: one line, and later the right results."""
+        if os.geteuid():
+            return self.score.skip("read-only results")
+        project = self.project()
+        results = project.folder / "results"
+        results.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(results)], check=True)
+        try:
+            project.snakemake("extract")
+            subprocess.run(["mount", "-o", "remount,ro", str(results)], check=True)
+            text = project.snakemake("all", code=None)
+            is_clear = "cannot be written to" in text or "Read-only file system" in text
+            subprocess.run(["mount", "-o", "remount,rw", str(results)], check=True)
+            failure = None if is_clear and "Traceback" not in text else text[-2000:]
+            self.score.add("read-only results", failure or self.finish(project))
+        finally:
+            subprocess.run(["umount", "-l", str(results)], check=True)
+        return None
+
+    def tests(self) -> None:
+        """The faults that tests of their own cover."""
+        report = self.folder / "tests.xml"
+        for kind, path in TESTS.items():
+            command = ["-m", "pytest", "-q", f"--junitxml={report}", path]
+            subprocess.run([sys.executable, *command], cwd=ROOT, check=False)
+            for case in ElementTree.parse(report).iter("testcase"):
+                if case.find("skipped") is None:
+                    broken = [case.find(name) for name in ("failure", "error")]
+                    failures = [str(node.get("message")) for node in broken if node is not None]
+                    name = str(case.get("name")).removeprefix("test_").replace("_", " ")
+                    self.score.add(f"{kind}: {name}", failures[0] if failures else None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Faults of every kind, and what survived them.")
+    parser.add_argument("--kills", type=int, default=110, help="SIGKILLs; the rest goes with them")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--no-tests", action="store_true", help="leave out what has tests")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")
+    chosen = parser.parse_args()
+    started, tenth = time.monotonic(), max(1, chosen.kills // 10)
+    with tempfile.TemporaryDirectory() as folder:
+        campaign = Campaign(Path(folder), chosen.seed)
+        campaign.rot(max(1, chosen.kills // 30))
+        campaign.checkpoints()
+        campaign.two_at_once()
+        campaign.read_only()
+        campaign.clock(max(1, tenth // 2))
+        campaign.signals(signal.SIGTERM, tenth)
+        campaign.signals(signal.SIGINT, tenth)
+        campaign.signals(signal.SIGKILL, chosen.kills)
+        if not chosen.no_tests:
+            campaign.tests()
+    minutes = (time.monotonic() - started) / 60
+    write(
+        "torture",
+        {"Faults": campaign.score.table()},
+        f"Seed {chosen.seed}, {minutes:.0f} minutes. Survived: the run after it ended with the results of an "
+        "undisturbed one, or one clear line named the damaged file.",
+        chosen.out,
+    )
+    sys.exit(bool(campaign.score.failures))
+
+
+if __name__ == "__main__":
+    main()
