@@ -146,6 +146,17 @@ def test_a_file_that_no_job_made_is_refused(chain: Path) -> None:
         list(provenance.trace(Path("results/figure/mine.txt"), external_digest))
 
 
+def test_a_result_without_its_record_is_named(chain: Path) -> None:
+    with provenance.job(Path("results/new"), name="draw"):
+        assert Path("results/new.partial").exists()  # still being made
+        found = provenance.results_under(Path("results"))
+        assert found == [Path("results") / name for name in ("figure", "inputs", "store")]
+    assert provenance.results_under(Path("results/store/a.zarr")) == []  # a part of one
+    Path("results/store/provenance.json").unlink()
+    with pytest.raises(UserError, match=r"results/store/a\.zarr/c0: expected provenance\.json"):
+        provenance.results_under(Path("results"))
+
+
 def test_the_record_says_who_made_it(chain: Path) -> None:
     record = provenance.read_record(Path("results/store"))
     assert record["params"] == {"rows": 3}

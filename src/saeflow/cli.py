@@ -672,16 +672,7 @@ def verify(
     for root in results or [Path("results")]:
         if not root.exists():
             raise UserError(f"{root}: no such file or folder. Give a result, or run the workflow.")
-        records = sorted(root.rglob(f"*{provenance.RECORD}")) if root.is_dir() else []
-        whole = [
-            path.parent
-            if path.name == provenance.RECORD
-            else path.with_name(path.name.removesuffix("." + provenance.RECORD))
-            for path in records
-            if provenance.PARTIAL
-            not in "".join(part for part in path.parts if part.endswith(provenance.PARTIAL))
-        ] or [provenance.result_of(root)]
-        for result in whole:
+        for result in provenance.results_under(root) or [provenance.result_of(root)]:
             provenance.check(result)
             for store in sorted(result.glob("*.zarr")):
                 verify_store(store)

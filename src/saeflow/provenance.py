@@ -39,6 +39,7 @@ VERSIONED = (
     "numcodecs", "safetensors", "matplotlib",
 )  # fmt: skip
 PARTIAL = ".partial"
+_UNFINISHED = (PARTIAL, ".parts", ".groups")
 _JOB_FILE = "job.json"
 
 
@@ -100,6 +101,33 @@ def check(result: Path) -> str:
                 f"{record_path(result)}). Delete {result} and rerun its step."
             )
     return str(record["digest"])
+
+
+def results_under(root: Path) -> list[Path]:
+    """Every whole result in a folder that is not a part of one; what jobs are still writing is left out.
+
+    Raises:
+        UserError: a file belongs to no result, since its record is missing.
+    """
+    found: list[Path] = []
+    if any((parent / RECORD).exists() for parent in root.resolve().parents):
+        return found
+    for folder, folders, files in os.walk(root):
+        place = Path(folder)
+        if RECORD in files:
+            found.append(place)
+            folders.clear()
+            continue
+        folders[:] = sorted(n for n in folders if n[0] != "." and not n.endswith(_UNFINISHED))
+        singles = {name.removesuffix(f".{RECORD}") for name in files if name.endswith(f".{RECORD}")}
+        found += [place / name for name in sorted(singles)]
+        known = {*singles, *(f"{name}.{RECORD}" for name in singles)}
+        if stray := [name for name in sorted(files) if name not in known and name[0] != "."]:
+            raise UserError(
+                f"{place / stray[0]}: expected {RECORD} beside it, which says what made it, found none. "
+                f"Delete {place} and rerun its step."
+            )
+    return found
 
 
 def take(place: Path, result: Path, key: str) -> bool:
