@@ -16,6 +16,7 @@ include: "workflow/rules/figures.smk"
 
 localrules:
     all,
+    inputs,
     extract,
     train,
     evaluate,
@@ -26,6 +27,11 @@ rule all:
     default_target: True
     input:
         "results/report.html",
+
+
+rule inputs:  # all that may need a network
+    input:
+        INPUTS,
 
 
 rule extract:

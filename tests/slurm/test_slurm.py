@@ -78,7 +78,8 @@ def test_the_whole_workflow_as_the_guide_says(
 ) -> None:
     guide = (ROOT / "docs" / "cluster.md").read_text()
     looks = re.findall(r"`(s(?:info|queue) [^`]*)`", guide)
-    fetch, dry_run, run = re.findall(r"^.*?(snakemake -[^`#\n]* all)\b", guide, re.MULTILINE)[:3]
+    commands = re.findall(r"snakemake -[^`#\n]* (?:all|inputs)\b", guide)
+    fetch, dry_run, run = commands
     assert len(looks) >= 3
     project = Project(tmp_path, small())
     edited_profile(project.folder / "workflow" / "profiles" / "slurm")

@@ -97,7 +97,7 @@ def job_counts(text: str) -> dict[str, int]:
     return counts
 
 
-TARGETS = ("all", "total", "extract", "train", "evaluate", "figures")
+TARGETS = ("all", "total", "inputs", "extract", "train", "evaluate", "figures")
 
 SYNTHETIC: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "synthetic.yaml").read_text())
 

@@ -62,6 +62,14 @@ wildcard_constraints:
 
 
 RECORD = "provenance.json"
+INPUTS = [
+    *(f"results/sources/{source}/inputs/{RECORD}" for source in plan.sources),
+    *(
+        f"results/evaluations/{source}/labelled/{name}/{RECORD}"
+        for source in plan.sources
+        for name in plan.labelled(source)
+    ),
+]
 STORES = [
     f"results/stores/{source}/{split}/{RECORD}"
     for source in plan.sources
