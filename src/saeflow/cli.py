@@ -659,6 +659,53 @@ def trace(
     typer.echo(f"{file}: every link holds.")
 
 
+Library = Annotated[str, typer.Option(help="saelens or dictionary_learning.")]
+
+
+@app.command()
+def export(
+    sae: Annotated[Path, typer.Argument(help="Folder of a trained SAE.")],
+    library: Library,
+    out: Out,
+) -> None:
+    """Write a trained SAE as another library's files; the SAE does the same there."""
+    from saeflow.exchange import export_sae
+
+    provenance.check(sae)
+    params = {"library": library}
+    with provenance.job(out, name="export", inputs=[sae], params=params) as job:
+        export_sae(sae, library, job.path)
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="What the other library saved.")],
+    library: Library,
+    store: Annotated[str, typer.Option(help="SOURCE/HOOK_POINT it is evaluated on.")],
+    out: Out,
+) -> None:
+    """Take over another library's SAE, so that `saeflow evaluate` and `saeflow.load` know it."""
+    from saeflow.exchange import import_sae
+
+    source, _, hook_point = store.partition("/")
+    if not (source and hook_point):
+        raise UserError(f"--store: expected SOURCE/HOOK_POINT, found {store!r}.")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder. Give what {library} saved.")
+    about = {
+        "name": f"{store}/{library}/{out.name}", "entry": out.name, "source": source, "hook_point": hook_point,
+        "seed": 0,
+    }  # fmt: skip
+    external = {
+        str(path): provenance.file_digest(path)
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+    }
+    params = {"library": library, "store": store}
+    with provenance.job(out, name="import", params=params, external=external) as job:
+        import_sae(folder, library, about, job.path)
+
+
 @app.command()
 def verify(
     results: Annotated[
