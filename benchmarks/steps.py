@@ -25,6 +25,7 @@ from tables import RESULTS, in_turns, write
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "peers"))
 from contestant import Case  # noqa: E402
+from environments import LIBRARIES, environment  # noqa: E402
 
 from saeflow.figures.style import TEXT_WIDTH, context, log_axis, look, new_figure, save  # noqa: E402
 
@@ -37,14 +38,7 @@ ENOUGH_S = 15.0  # a case gets fewer turns, at least 3, where they take longer t
 REPEATS = 5
 
 OURS = "saeflow"
-PEERS = {
-    "SAELens": "sae-lens==6.54.12",
-    "dictionary_learning": "dictionary-learning==0.1.0",
-    "sparsify": "eai-sparsify==1.3.3",
-}
-BROKEN = {"dictionary_learning": ["torchvision"]}
-"""Packages that a peer's dependencies bring along, of another torch, and that it does not use."""
-EVERYONE = (OURS, *PEERS)
+EVERYONE = (OURS, *LIBRARIES)
 TWO = ("SAELens", "dictionary_learning")
 OFFERS = {
     "topk": EVERYONE,
@@ -114,29 +108,10 @@ class Contestant:
         self.process.stdin.write("end\n")
 
 
-def environment(name: str) -> Path:
-    """The interpreter of a library's own environment, which is made where it is not there."""
-    if name == OURS:
-        return Path(sys.executable)
-    folder = HERE / "peers" / f".venv-{name}"
-    python, ready = folder / "bin" / "python", folder / "ready"
-    torch_version = torch.__version__.split("+")[0]
-    wanted = f"torch=={torch_version} {PEERS[name]}"
-    if ready.exists() and ready.read_text() == wanted:
-        return python
-    print(f"installing {PEERS[name]}", flush=True)
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-    subprocess.run([*pip, "install", "--progress-bar", "off", *wanted.split()], check=True)
-    for package in BROKEN.get(name, ()):
-        subprocess.run([*pip, "uninstall", "-y", package], check=True)
-    ready.write_text(wanted)
-    return python
-
-
 @contextmanager
 def contestants() -> Iterator[dict[str, Contestant]]:
-    found = {name: Contestant(name, environment(name)) for name in EVERYONE}
+    python = {OURS: Path(sys.executable)} | {name: environment(name) for name in LIBRARIES}
+    found = {name: Contestant(name, python[name]) for name in EVERYONE}
     try:
         yield found
     finally:
@@ -308,7 +283,7 @@ def main() -> None:
         f"to the process at most. Loops: {LOOP_STEPS} steps with everything around them; ours reads a store on "
         "disk and logs, SAELens runs `fit` and dictionary_learning `trainSAE` on the same rows in memory, "
         "sparsify the steps of its own, whose trainer takes activations from a model only. "
-        + ", ".join(PEERS.values())
+        + ", ".join(LIBRARIES.values())
         + ".",
     )
 

@@ -30,7 +30,9 @@ def export_sae(sae: Path, library: str, folder: Path) -> None:
         UserError: an unknown library, or a variant that it has no place for.
     """
     config = read_config(sae)
-    about = {key: config[key] for key in ("name", "source", "hook_point") if key in config}
+    about: dict[str, Any] = {
+        key: config[key] for key in ("name", "source", "hook_point") if key in config
+    }
     try:
         plain = plain_of(load(sae))
     except UserError as error:
