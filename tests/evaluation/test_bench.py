@@ -41,6 +41,7 @@ SYNTHETIC = {
 }  # fmt: skip
 EVALUATION = {
     "batch_size": 100, "skip_first": True, "max_norm_multiple": 10, "ce_contexts": 6, "dimension": None,
+    "bootstrap": {"resamples": 100, "seed": 0},
 }  # fmt: skip
 
 
@@ -241,6 +242,13 @@ def test_trained_saes_go_from_folder_to_tables(results: Path, tmp_path: Path, va
         whole = model(input_ids=torch.tensor(ids), labels=torch.tensor(ids)).loss
     assert text.ce_spliced == pytest.approx(float(whole), abs=2e-6)
     assert text.ce_degradation == pytest.approx(float(whole) - text.ce_clean, abs=2e-6)
+    intervals = pd.read_csv(tables / "intervals.csv")
+    of_text = intervals[intervals.run == text.name].set_index("metric")
+    for metric in ("fvu", "nmse", "cosine", "l0_mean", "ce_degradation", "kl"):
+        line = of_text.loc[metric]
+        assert line.value == pytest.approx(text[metric], rel=1e-9, abs=1e-12)
+        assert line.low <= line.value <= line.high
+        assert line.contexts == (6 if metric in ("ce_degradation", "kl") else 12)
     steps = pd.read_csv(tables / "training.csv")
     assert set(steps.run) == {f"synthetic/features/{variant}/d24-seed0", f"tiny/{HOOK_POINT}/{variant}/d24-seed0"}  # fmt: skip
     assert (steps.groupby("run").tokens_seen.max() == 12800).all()

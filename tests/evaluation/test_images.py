@@ -35,7 +35,7 @@ def seen_in_parts(
         z = latents[part]
         found.append(
             Seen(
-                part, x[part], x[part] * 0.9, z, (z != 0).sum(1), z.sum(1),
+                part, x[part], x[part] * 0.9, z, (z != 0).sum(1), z.sum(1), {},
                 lambda name, part=part: columns[name][part],
             )
         )  # fmt: skip

@@ -64,6 +64,10 @@ def tiny_model(kind: str) -> Any:
     return model.eval()
 
 
+def measured(loop: ModelInTheLoop, replace: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    return loop.metrics(loop.sums(replace))
+
+
 @contextmanager
 def replaced(model: Any, hook_point: str, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Replace an activation in whole forward passes, with a hook written for these two models."""
@@ -129,7 +133,7 @@ def test_matches_whole_forward_passes(
     tmp_path: Path, kind: str, hook_point: str, skip_first: bool
 ) -> None:
     folder, model, ids = make_source(tmp_path, kind)
-    got = make_loop(folder, hook_point, skip_first=skip_first).metrics(damaged)
+    got = measured(make_loop(folder, hook_point, skip_first=skip_first), damaged)
     only = all_but_first if skip_first else (lambda replace: replace)
     mean = MEAN.float()
     expected, scores = {}, {}
@@ -169,13 +173,13 @@ def test_identity_costs_nothing_and_the_mean_baseline_is_ce_mean(
 ) -> None:
     folder, _, _ = make_source(tmp_path, kind)
     loop = make_loop(folder, hook_point, skip_first=True)
-    identity = loop.metrics(Identity(WIDTH).forward)
+    identity = measured(loop, Identity(WIDTH).forward)
     assert identity["ce_degradation"] == pytest.approx(0, abs=1e-6)
     assert identity["kl"] == pytest.approx(0, abs=1e-6)
     assert identity["loss_recovered"] == pytest.approx(1, abs=1e-4)
-    mean = loop.metrics(Mean(MEAN).forward)
+    mean = measured(loop, Mean(MEAN).forward)
     assert mean["ce_spliced"] == pytest.approx(mean["ce_mean"], abs=1e-6)
-    assert loop.metrics(torch.zeros_like)["loss_recovered"] == pytest.approx(0, abs=1e-6)
+    assert measured(loop, torch.zeros_like)["loss_recovered"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.02, 0.5])
@@ -213,10 +217,10 @@ def test_losses_over_a_large_vocabulary_match_float64(shift: float) -> None:
 
 def test_batches_and_slices_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _, _ = make_source(tmp_path, "llama")
-    expected = make_loop(folder, CASES[0][1], skip_first=True).metrics(damaged)
+    expected = measured(make_loop(folder, CASES[0][1], skip_first=True), damaged)
     monkeypatch.setattr(splice_module, "_LOGITS_AT_ONCE", 4 * VOCABULARY)
     loop = make_loop(folder, CASES[0][1], skip_first=True, forward_batch=2, out="again")
-    assert loop.metrics(damaged) == pytest.approx(expected, abs=2e-6)
+    assert measured(loop, damaged) == pytest.approx(expected, abs=2e-6)
 
 
 def test_the_sae_sees_rows_without_first_positions(tmp_path: Path) -> None:
@@ -227,13 +231,13 @@ def test_the_sae_sees_rows_without_first_positions(tmp_path: Path) -> None:
         seen.append(x.shape)
         return x
 
-    make_loop(folder, CASES[5][1], skip_first=True, forward_batch=4).metrics(note)
+    measured(make_loop(folder, CASES[5][1], skip_first=True, forward_batch=4), note)
     assert seen == [(4 * (LENGTH - 1), WIDTH), (3 * (LENGTH - 1), WIDTH)]
 
 
 def test_contexts_are_spread_over_the_split(tmp_path: Path) -> None:
     folder, model, ids = make_source(tmp_path, "llama", contexts=3 * CONTEXTS)
-    got = make_loop(folder, CASES[0][1], skip_first=False).metrics(damaged)
+    got = measured(make_loop(folder, CASES[0][1], skip_first=False), damaged)
     with torch.no_grad():
         expected = float(model(input_ids=ids[::3], labels=ids[::3]).loss)
     assert got["ce_clean"] == pytest.approx(expected, abs=2e-6)
@@ -260,4 +264,4 @@ def test_a_reconstruction_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     folder, _, _ = make_source(tmp_path, "llama")
     loop = make_loop(folder, CASES[0][1], skip_first=True)
     with pytest.raises(UserError, match="not finite"):
-        loop.metrics(lambda x: x * float("nan"))
+        measured(loop, lambda x: x * float("nan"))

@@ -109,6 +109,12 @@ class Bench:
                 }
                 self.extra["dimension"].append({**ids, **known, **spearman})
         self.pictured.append(ids["run"])
+        if ids["variant"] != "topk":
+            for i, control in enumerate(("own", "shuffled_k", "mean_k", "batch_threshold")):
+                around = {"low": 0.2 + i / 100, "high": 0.3 + i / 100, "difference": i / 100}
+                around |= {"difference_low": (i - 1) / 100, "difference_high": (i + 1) / 100}
+                known = {"control": control, "metric": "fvu", "value": 0.25 + i / 100}
+                self.extra["controls"].append({**ids, **known, **around})
 
     def cards(self, folder: Path) -> None:
         """Pictures of concepts: two concepts, three images of each, four from simple to complex."""
@@ -160,6 +166,14 @@ class Bench:
                 "ce_spliced": 3.214 + 5.1 * fvu**1.4, "ce_mean": 8.9, "ce_zero": 9.7,
                 "ce_degradation": 5.1 * fvu**1.4, "loss_recovered": 1 - fvu**1.4, "kl": 5 * fvu**1.4,
             }  # fmt: skip
+        for name in ("fvu", "ce_degradation"):
+            if name in values:
+                around = {
+                    "value": values[name],
+                    "low": values[name] * 0.9,
+                    "high": values[name] * 1.1,
+                }
+                self.extra["intervals"].append({**ids, "metric": name, **around, "contexts": 90})
         for name, value in values.items():
             self.metrics.append({**ids, "metric": name, "value": f"{value:.12g}"})
 

@@ -29,8 +29,8 @@ def small(make_tables: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
 PICTURES = ("concepts", "simple_to_complex")
 OF_RUNS = [name for name in FIGURES if name != "complexity"]
 COMPARED = [name for name in OF_RUNS if name not in PICTURES]
-VARYING = ("simple_to_complex", "adaptivity")
-OF_SYNTHETIC = ("recovery", "top_concepts", "adaptivity")
+VARYING = ("simple_to_complex", "adaptivity", "controls")
+OF_SYNTHETIC = ("recovery", "top_concepts", "adaptivity", "controls")
 
 
 @pytest.fixture(scope="module")

@@ -127,8 +127,14 @@ def test_one_seed_of_one_setting_can_be_drawn(make_tables: Maker, tmp_path: Path
     loaded = load_tables(make_tables(tmp_path, panels=[TEXT], entries=entries, seeds=1))
     with style.context():
         drawing = FIGURES["fvu_l0"](loaded, STRICT)
-    assert "Each point is one seed." in drawing.caption
+    assert "Each point is one seed, error bars 95 % bootstrap intervals" in drawing.caption
     assert drawing.data["fvu_seed_sd"].isna().all()
+    bars = drawing.figure.axes[0].collections
+    heights = [
+        abs(float(bar.get_segments()[0][0][1] - bar.get_segments()[0][1][1])) for bar in bars
+    ]
+    topk = drawing.data[drawing.data["entry"] == "topk"].iloc[0]
+    assert pytest.approx(topk["high"] - topk["low"]) in heights  # 0.9 and 1.1 times the value
     assert drawing.figure.get_size_inches()[0] == style.COLUMN_WIDTH
 
 

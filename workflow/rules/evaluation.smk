@@ -135,7 +135,10 @@ rule collect_tables:
         complexity="results/tables/complexity.csv",
         probes="results/tables/probes.csv",
         histograms="results/tables/histograms.csv",
-        extra=expand("results/tables/{table}.csv", table=["classification", "images", "dimension"]),
+        extra=expand(
+            "results/tables/{table}.csv",
+            table=["classification", "images", "dimension", "intervals", "controls"],
+        ),
         json="results/tables/metrics.json",
         record="results/tables/provenance.json",
     log:

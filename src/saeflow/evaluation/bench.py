@@ -13,8 +13,10 @@ from torch import Tensor
 
 from saeflow.errors import UserError
 from saeflow.evaluation.baselines import baselines
+from saeflow.evaluation.controls import OwnK, control_lines
 from saeflow.evaluation.dimension import DIMENSIONS
 from saeflow.evaluation.images import KINDS, PerImage, PerKind, PerRow, write_cards
+from saeflow.evaluation.intervals import PerContext, interval_lines
 from saeflow.evaluation.measure import Measured, Observer, measure_rows
 from saeflow.evaluation.rows import RowSelection, RowStatistics, row_statistics
 from saeflow.evaluation.splice import ModelInTheLoop
@@ -79,6 +81,11 @@ class Bench:
     def held_out(self) -> Any:
         """The evaluation split's store."""
         return open_store(self._stores / "evaluation" / f"{self.hook_point}.zarr")
+
+    @cached_property
+    def contexts(self) -> int:
+        """Contexts (texts, images, samples) of the evaluation split."""
+        return int(self.held_out.column("context", 0, self.held_out.rows).max()) + 1
 
     @cached_property
     def source_params(self) -> Mapping[str, Any]:
@@ -180,6 +187,10 @@ class Bench:
             among = min(cards["among"], len(self.pixels)) if cards else 0
             per_image = PerImage(len(self.pixels), objects=objects, among=among)
             observers.append(per_image)
+        settings = self.evaluation.get("bootstrap")
+        per_context, own_k = PerContext(self.contexts), OwnK()
+        if settings is not None:
+            observers += [per_context, own_k]
         if self.dimensions and is_trained:
             per_row = PerRow(len(self.dimensions["norm"]))
             observers.append(per_row)
@@ -189,12 +200,22 @@ class Bench:
         )  # fmt: skip
         metrics = self.policy | measured.metrics
         tables: dict[str, list[dict[str, Any]]] = {}
+        in_the_loop: dict[str, np.ndarray] = {}
         if per_image is not None:
             tables["images"] = per_image.lines(self.evaluation["images_listed"])
         if per_row is not None:
             tables["dimension"] = per_row.lines(self.dimensions)
         if self.model_in_the_loop is not None:
-            metrics |= self.model_in_the_loop.metrics(sae.forward)
+            in_the_loop = self.model_in_the_loop.sums(sae.forward)
+            metrics |= self.model_in_the_loop.metrics(in_the_loop)
+        if settings is not None:
+            sums = [per_context.sums, in_the_loop] if in_the_loop else [per_context.sums]
+            tables["intervals"] = [line for one in sums for line in interval_lines(one, settings)]
+            if own_k.k is not None:
+                tables["controls"] = control_lines(
+                    sae, self.held_out, self.selection, self.statistics, self.batch_size, self.device,
+                    own_k, per_context.sums, self.contexts, settings,
+                )  # fmt: skip
         if self.labelled_sets is not None:
             accuracies, lines = self.labelled_sets.evaluate(sae, top_n=is_trained)
             metrics |= accuracies

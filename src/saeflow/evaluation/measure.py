@@ -1,7 +1,8 @@
 """Everything about an SAE that needs activations only, in one pass over a store."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +15,13 @@ from saeflow.evaluation.rows import RowSelection, RowStatistics, selected_rows
 from saeflow.evaluation.sparsity import Histogram, Sparsity
 
 
+def column_of(store: Any, rows: np.ndarray, name: str) -> np.ndarray:
+    """A column of a store for some rows in ascending order."""
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    values: np.ndarray = store.column(name, first, last)[rows - first]
+    return values
+
+
 @dataclass(frozen=True)
 class Seen:
     """Some evaluated rows and what the SAE made of them."""
@@ -24,6 +32,7 @@ class Seen:
     latents: Tensor  # (n, d_sae)
     l0: Tensor  # (n,)
     allowed: Tensor | None  # (n,) k, where the variant chooses it
+    terms: Mapping[str, Tensor]  # (n,) what each row adds to sums, see Reconstruction.add
     column: Callable[[str], np.ndarray]  # a column of the store for these rows
 
 
@@ -75,7 +84,7 @@ def measure_rows(
         for rows, x in selected_rows(store, selection, batch_size, device):
             latents = sae.encode(x)
             x_hat = sae.decode(latents)
-            rebuilt.add(x, x_hat)
+            terms = rebuilt.add(x, x_hat)
             sparsity = sparsity or Sparsity(latents.shape[1], latents.device)
             l0 = sparsity.add(latents)
             allowed = sae.allowed_k(x)
@@ -83,15 +92,11 @@ def measure_rows(
                 allowed_total += float(allowed.double().sum())
                 allowed_rows += len(x)
 
-            def column(name: str, rows: np.ndarray = rows) -> np.ndarray:
-                first, last = int(rows[0]), int(rows[-1]) + 1
-                values: np.ndarray = store.column(name, first, last)[rows - first]
-                return values
-
+            column = partial(column_of, store, rows)
             if recovery is not None:
                 recovery.add(latents, column("true_indices"), allowed)
             for observer in observers:
-                observer.add(Seen(rows, x, x_hat, latents, l0, allowed, column))
+                observer.add(Seen(rows, x, x_hat, latents, l0, allowed, terms, column))
     metrics = rebuilt.metrics()
     assert sparsity is not None  # rebuilt.metrics refuses an empty selection
     metrics |= sparsity.metrics()

@@ -57,8 +57,12 @@ class Reconstruction:
         self.counts = dict.fromkeys(("legacy", "token"), 0)
         self.error_sum = torch.zeros_like(self.mean)
 
-    def add(self, x: Tensor, x_hat: Tensor) -> None:
-        """Add activations and their reconstruction, both (n, d_in), any floating dtype."""
+    def add(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
+        """Add activations and their reconstruction, both (n, d_in), any floating dtype.
+
+        Returns:
+            What each row adds, (n,) float64: error |e|^2, power |x|^2, spread |x - m|^2, cosine.
+        """
         x, x_hat = x.double(), x_hat.double()
         error = x - x_hat
         squared_error = error.square().sum(1)
@@ -70,6 +74,7 @@ class Reconstruction:
             "error": squared_error, "power": power, "spread": spread, "cosine": cosine,
             "norm": power.sqrt(), "norm_hat": power_hat.sqrt(),
         }  # fmt: skip
+        terms = {name: added[name] for name in ("error", "power", "spread", "cosine")}
         for name, by in (("legacy", spread), ("token", power)):
             defined = by > 0
             added[name] = squared_error[defined] / by[defined]
@@ -80,6 +85,7 @@ class Reconstruction:
             self.sums[name] += values.sum()
         self.error_sum += error.sum(0)
         self.rows += len(x)
+        return terms
 
     def metrics(self) -> dict[str, float]:
         """Every metric of DEFINITIONS.

@@ -274,39 +274,54 @@ class ModelInTheLoop:
         self.model = load_model(model_folder, device)
         self.device = device
 
-    def metrics(self, replace: Replace) -> dict[str, float]:
-        """The metrics of DEFINITIONS for one replacement, such as an SAE's `forward`.
+    def sums(self, replace: Replace) -> dict[str, np.ndarray]:
+        """What each context adds up to with one replacement, such as an SAE's `forward`.
+
+        Returns:
+            (contexts,) float64: rise (spliced minus clean cross-entropy) and divergence in nats, over
+            tokens, the number of predicted ones.
 
         Raises:
             UserError: the model's output is not finite.
         """
-        summary = self.summary
-        total_loss = total_divergence = 0.0
-        tokens = 0
+        found: dict[str, list[np.ndarray]] = {"rise": [], "divergence": [], "tokens": []}
         with torch.inference_mode():
             for file in self.files:
                 parts = load_file(file, device=self.device)
                 hidden = spliced_hidden(
-                    self.model, summary["hook_point"], parts, replace, summary["keep_first"]
+                    self.model,
+                    self.summary["hook_point"],
+                    parts,
+                    replace,
+                    self.summary["keep_first"],
                 )
                 losses, divergences = self._compare(hidden, parts)
-                total_loss += float(losses.sum())
-                total_divergence += float(divergences.sum())
-                tokens += losses.numel()
-        if not np.isfinite(total_loss + total_divergence):
+                each = {"rise": losses - parts["ce"], "divergence": divergences}
+                contexts = len(parts["token_ids"])
+                for name, values in (each | {"tokens": torch.ones_like(losses)}).items():
+                    found[name].append(values.reshape(contexts, -1).sum(1).cpu().numpy())
+        whole = {name: np.concatenate(values) for name, values in found.items()}
+        if not np.isfinite(whole["rise"].sum() + whole["divergence"].sum()):
             raise UserError(
                 f"{self.files[0].parent}: the model's output is not finite with the reconstruction "
                 "spliced in. Check the SAE's weights; train it again."
             )
-        clean, zero, spliced = summary["ce_clean"], summary["ce_zero"], total_loss / tokens
+        return whole
+
+    def metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """The metrics of DEFINITIONS for one replacement, from its `sums`."""
+        summary = self.summary
+        rise, divergence, tokens = (float(sums[n].sum()) for n in ("rise", "divergence", "tokens"))
+        clean, zero = summary["ce_clean"], summary["ce_zero"]
+        spliced = clean + rise / tokens
         metrics = {
             "ce_clean": clean,
             "ce_spliced": spliced,
             "ce_mean": summary["ce_mean"],
             "ce_zero": zero,
-            "ce_degradation": spliced - clean,
-            "kl": total_divergence / tokens,
-            "ce_tokens": float(tokens),
+            "ce_degradation": rise / tokens,
+            "kl": divergence / tokens,
+            "ce_tokens": tokens,
             "ce_first_position_kept": float(summary["keep_first"]),
         }
         if zero != clean:

@@ -39,6 +39,10 @@ EXTRA: dict[str, tuple[str, ...]] = {
         "estimator", "neighbours", "rows", "dimension", "spearman_l0", "partial_l0", "spearman_k_hat",
         "partial_k_hat",
     ),
+    "intervals": ("metric", "value", "low", "high", "contexts"),
+    "controls": (
+        "control", "metric", "value", "low", "high", "difference", "difference_low", "difference_high",
+    ),
 }  # fmt: skip
 """Columns, beside the id columns, of tables that not every source has."""
 CARDS = "cards"

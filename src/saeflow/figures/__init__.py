@@ -10,6 +10,7 @@ from saeflow.figures.adaptivity import adaptivity
 from saeflow.figures.classification import top_concepts
 from saeflow.figures.complexity import complexity
 from saeflow.figures.concepts import concepts, simple_to_complex
+from saeflow.figures.controls import controls
 from saeflow.figures.curves import training
 from saeflow.figures.distributions import firing_rates, l0_histograms
 from saeflow.figures.drawing import Drawing
@@ -33,6 +34,7 @@ FIGURES: dict[str, Callable[[Tables, Mapping[str, Any]], Drawing]] = {
     "concepts": concepts,
     "simple_to_complex": simple_to_complex,
     "adaptivity": adaptivity,
+    "controls": controls,
 }
 
 

@@ -31,11 +31,13 @@ def seeds(rows: pd.DataFrame) -> str:
 def seed_sentence(rows: pd.DataFrame) -> str:
     """What points and error bars of a front are."""
     count = seeds(rows)
+    resampled = "95 % bootstrap intervals over contexts" if "low" in rows else ""
     if count == "1":
-        return "Each point is one seed."
+        return "Each point is one seed" + (f", error bars {resampled}." if resampled else ".")
     return (
-        f"Points are means over {count} seeds, error bars one sample standard deviation, "
-        "faint points the single seeds."
+        f"Points are means over {count} seeds, error bars one sample standard deviation"
+        + (f" (of one seed: {resampled})" if resampled and count.startswith("1") else "")
+        + ", faint points the single seeds."
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -101,7 +102,8 @@ def _rows(
     held = pd.concat([read.one_panel(wide, panel) for panel in panels])
     held = held[held[metric].notna() & held["l0_mean"].notna()]
     read.check_budgets(tables, held, options)
-    return held
+    known = tables.intervals[tables.intervals["metric"] == metric][["run", "low", "high"]]
+    return held.merge(known, on="run", how="left") if len(known) else held
 
 
 def _saes(rows: pd.DataFrame) -> pd.DataFrame:
@@ -173,6 +175,7 @@ def _data(rows: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     """One line per run: its values, and the mean and deviation over the seeds of its setting."""
     columns = ["l0_mean", *metrics]
     extra = ["true_l0_mean"] if "true_l0_mean" in rows and "mmcs" in metrics else []
+    extra += [column for column in ("low", "high") if column in rows]
     own = rows[[*IDS, "setting", *extra, *columns]]
     keys = ["source", "hook_point", "entry", "setting"]
     return own.merge(read.over_seeds(rows, columns), on=keys, how="left", validate="m:1")
@@ -232,9 +235,22 @@ def _line(
         )  # fmt: skip
     ax.errorbar(
         points["l0_mean_seed_mean"], points[f"{metric}_seed_mean"],
-        xerr=points["l0_mean_seed_sd"].fillna(0), yerr=points[f"{metric}_seed_sd"].fillna(0),
+        xerr=points["l0_mean_seed_sd"].fillna(0), yerr=_spread(rows, points, metric),
         elinewidth=0.8, capsize=1.6, capthick=0.8, zorder=2.5 if baseline else 3, **stroke,
     )  # fmt: skip
+
+
+def _spread(rows: pd.DataFrame, points: pd.DataFrame, metric: str) -> np.ndarray:
+    """(2, settings) below and above: the deviation over seeds, or one seed's interval, or nothing."""
+    sd = points[f"{metric}_seed_sd"]
+    if "low" not in rows:
+        return np.stack([sd.fillna(0)] * 2)
+    of_one = rows.set_index("setting").loc[points["setting"]]
+    of_one = of_one[~of_one.index.duplicated()]
+    below, above = of_one[metric] - of_one["low"], of_one["high"] - of_one[metric]
+    return np.stack(
+        [sd.fillna(side.reset_index(drop=True)).fillna(0) for side in (below, above)]
+    ).clip(min=0)
 
 
 def _scale(ax: Axes, rows: pd.DataFrame, metric: str) -> None:

@@ -37,6 +37,7 @@ TITLES = {
     "concepts": "Concepts on images",
     "simple_to_complex": "Images from the simplest to the most complex",
     "adaptivity": "What the number of latents follows",
+    "controls": "Is the chosen k worth anything?",
 }
 JOBS = {
     "fetch": "fetch the model", "prepare": "prepare inputs", "extract": "extract activations",

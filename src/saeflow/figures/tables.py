@@ -27,7 +27,7 @@ from saeflow.figures import style
 UNTRAINED = ("identity", "mean", "pca")
 TYPES: dict[str, type] = {
     **dict.fromkeys((*IDS, "metric", "histogram", "complexity", "split", "set", "protocol"), str),
-    **dict.fromkeys(("labels", "concepts", "n", "estimator"), str),
+    **dict.fromkeys(("labels", "concepts", "n", "estimator", "control"), str),
     **dict.fromkeys(("d_sae", "k", "k_target", "tokens", "seed"), float),
 }
 
@@ -50,6 +50,8 @@ class Tables:
     classification: pd.DataFrame
     images: pd.DataFrame
     dimension: pd.DataFrame
+    intervals: pd.DataFrame
+    controls: pd.DataFrame
     cards: Path
     """Folder with pictures of concepts, by run."""
 

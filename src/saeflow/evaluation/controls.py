@@ -1,0 +1,172 @@
+"""Controls for adaptivity: what an SAE loses when the k that it chose for each input is taken from it.
+
+On the same rows, with the same encoder and decoder, the k largest latents of each row are kept with
+
+- shuffled_k: the k of another row, drawn as one permutation of all rows;
+- mean_k: the mean k in every row, rounded up in as many random rows as it takes to have equally many;
+- batch_threshold: no k; all latents above one threshold for all rows, at which equally many are active.
+
+Latents are ranked by their activations before the selection, so those that the SAE left out can enter.
+Differences to the SAE's own k are paired by context. An adaptive k that is worth something has errors below
+all three.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saeflow.evaluation.intervals import PerContext, Sums, bounds, ratios, resample, total
+from saeflow.evaluation.measure import Seen, column_of
+from saeflow.evaluation.reconstruction import Reconstruction
+from saeflow.evaluation.rows import RowSelection, RowStatistics, selected_rows
+from saeflow.operators import keep_topk
+
+CONTROLS = ("shuffled_k", "mean_k", "batch_threshold")
+METRICS = ("fvu", "nmse", "l0_mean")
+_BITS = 16
+
+
+class OwnK:
+    """The k of every evaluated row, rounded down as the selection does, and how many latents were active."""
+
+    def __init__(self) -> None:
+        self.parts: list[np.ndarray] = []
+        self.active = 0
+
+    def add(self, seen: Seen) -> None:
+        self.active += int(seen.l0.sum())
+        if seen.allowed is not None:
+            self.parts.append(seen.allowed.floor().to(torch.int32).cpu().numpy())
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    @property
+    def k(self) -> np.ndarray | None:
+        """(rows,) int32; None for an SAE that chooses none."""
+        return np.concatenate(self.parts) if self.parts else None
+
+
+def activations(sae: Any, x: Tensor) -> Tensor:
+    """(B, d_sae) of which an SAE with a k for each input keeps the k largest."""
+    acts: Tensor = sae.pre_activations(x).relu()
+    return acts
+
+
+def threshold_for(batches: Callable[[], Iterator[Tensor]], active: int) -> float:
+    """The threshold above which exactly `active` of all values lie (fewer where values are tied).
+
+    The bits of a positive float32 are ordered as the number is: two passes that count them by their
+    upper and lower halves find the value without keeping any.
+
+    Args:
+        batches: walks over the values, (B, d_sae) float32 each, of which only those above 0 count.
+        active: how many are to be above.
+    """
+    upper = np.zeros(1 << _BITS, np.int64)
+    for values in batches():
+        upper += _counts(_bits(values) >> _BITS)
+    if active >= upper.sum():
+        return 0.0
+    above = np.cumsum(upper[::-1])[::-1]
+    half = int(np.flatnonzero(above > active)[-1])
+    lower = np.zeros(1 << _BITS, np.int64)
+    for values in batches():
+        whole = _bits(values)
+        lower += _counts(whole[whole >> _BITS == half] & ((1 << _BITS) - 1))
+    rest = active - (int(above[half + 1]) if half + 1 < len(above) else 0)
+    above = np.cumsum(lower[::-1])[::-1]
+    bits = (half << _BITS) | int(np.flatnonzero(above > rest)[-1])
+    return float(np.array([bits], np.int32).view(np.float32)[0])
+
+
+def _bits(values: Tensor) -> Tensor:
+    flat = values.flatten().float()
+    return flat[flat > 0].view(torch.int32)
+
+
+def _counts(indices: Tensor) -> np.ndarray:
+    counts: np.ndarray = torch.bincount(indices, minlength=1 << _BITS).cpu().numpy()
+    return counts
+
+
+def mean_k(k: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """As many as `k` (rows,) in all, but equally many in each row, or one more."""
+    least, more = divmod(int(k.sum()), len(k))
+    same = np.full(len(k), least, k.dtype)
+    same[random.choice(len(k), more, replace=False)] += 1
+    return same
+
+
+def control_lines(
+    sae: Any,
+    store: Any,
+    selection: RowSelection,
+    statistics: RowStatistics,
+    batch_size: int,
+    device: str,
+    own: OwnK,
+    own_sums: Sums,
+    contexts: int,
+    settings: Mapping[str, int],
+) -> list[dict[str, Any]]:
+    """Lines of the table `controls`; three further passes of the encoder over the rows.
+
+    Args:
+        sae: whose `allowed_k` is a number for each row.
+        store, selection, statistics, batch_size, device: as of `measure_rows`.
+        own: of the SAE as it is, from a pass over the same rows.
+        own_sums: of each context, from that pass.
+        contexts: of the split.
+        settings: resamples and seed.
+    """
+    assert own.k is not None
+
+    def batches() -> Iterator[Tensor]:
+        for _, x in selected_rows(store, selection, batch_size, device):
+            yield activations(sae, x)
+
+    random = np.random.default_rng(settings["seed"])
+    counts = {"shuffled_k": random.permutation(own.k), "mean_k": mean_k(own.k, random)}
+    found = {name: PerContext(contexts) for name in CONTROLS}
+    rebuilt = Reconstruction(statistics.mean)
+    with torch.inference_mode():
+        threshold = threshold_for(batches, own.active)
+        start = 0
+        for rows, x in selected_rows(store, selection, batch_size, device):
+            acts = activations(sae, x)
+            context = column_of(store, rows, "context")
+            for name in CONTROLS:
+                if name in counts:
+                    k = (
+                        torch.from_numpy(counts[name][start : start + len(x)])
+                        .long()
+                        .to(acts.device)
+                    )
+                    latents = keep_topk(acts, k)
+                else:
+                    latents = torch.where(acts > threshold, acts, 0.0)
+                terms = rebuilt.add(x, sae.decode(latents))
+                found[name].add_rows(context, terms, (latents != 0).sum(1))
+            start += len(x)
+    return _lines(own_sums, {name: one.sums for name, one in found.items()}, settings)
+
+
+def _lines(
+    own: Sums, controls: Mapping[str, Sums], settings: Mapping[str, int]
+) -> list[dict[str, Any]]:
+    lines = []
+    own_drawn, own_values = ratios(resample(own, settings)), ratios(total(own))
+    for name, sums in {"own": own, **controls}.items():
+        drawn, values = ratios(resample(sums, settings)), ratios(total(sums))
+        for metric in METRICS:
+            low, high = bounds(drawn[metric])
+            least, most = bounds(drawn[metric] - own_drawn[metric])
+            line = {"control": name, "metric": metric, "value": float(values[metric])}
+            difference = float(values[metric] - own_values[metric])
+            line |= {"low": low, "high": high, "difference": difference}
+            lines.append(line | {"difference_low": least, "difference_high": most})
+    return lines
