@@ -7,8 +7,9 @@ _PUBLIC = {
     "load": "saeflow.saes",
     "open_store": "saeflow.stores",
     "hook": "saeflow.sources.hook_points",
+    **dict.fromkeys(("ablate", "add", "clamp", "scale"), "saeflow.saes.edits"),
 }
-__all__ = ["hook", "load", "open_store"]
+__all__ = ["ablate", "add", "clamp", "hook", "load", "open_store", "scale"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from saeflow.errors import UserError
+from saeflow.saes.edits import ablate, add, clamp, scale
 from saeflow.sources.hook_points import (
     HookPoint,
     capture,
@@ -240,3 +242,74 @@ def test_an_unknown_layout_names_class_and_what_is_supported() -> None:
 def test_a_model_without_a_head_is_refused() -> None:
     with pytest.raises(UserError, match="LlamaModel: expected a causal language model"):
         check_model(tiny_model("llama").model, ["blocks.0.resid_post"])
+
+
+class Coder(nn.Module):
+    """Stands for an SAE: latents are the activations themselves on 12 directions, of 16."""
+
+    d_in = 16
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.W = nn.Parameter(torch.linalg.qr(torch.randn(16, 12, dtype=torch.float64))[0])
+
+    def encode(self, x: Tensor) -> Tensor:
+        return x @ self.W
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z @ self.W.T
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decode(self.encode(x))
+
+
+@pytest.mark.parametrize(
+    ("edit", "changes"),
+    [
+        (ablate(5), lambda z: -z),
+        (ablate([5]), lambda z: -z),
+        (clamp(5, 2.5), lambda z: 2.5 - z),
+        (scale(5, 3.0), lambda z: 2 * z),
+        (add(5, -1.5), lambda z: torch.full_like(z, -1.5)),
+    ],
+)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_an_edit_moves_the_activation_along_one_decoder_row(
+    name: str, edit: Callable[[Tensor], Tensor], changes: Callable[[Tensor], Tensor]
+) -> None:
+    """Against a hook on the library's own module that adds (change of z) x (decoder row)."""
+    model, sae = tiny_model(name), Coder()
+    row = sae.W[:, 5].detach().float()
+    blocks = model.model.layers if name == "llama" else model.transformer.h
+
+    def by_hand(module: nn.Module, args: Any, output: Any) -> Any:
+        x = output[0] if isinstance(output, tuple) else output
+        moved = x + changes(x @ row)[..., None] * row
+        return (moved, *output[1:]) if isinstance(output, tuple) else moved
+
+    with torch.no_grad():
+        handle = blocks[1].register_forward_hook(by_hand)
+        expected = model(TOKEN_IDS).logits
+        handle.remove()
+        with hook(model, "blocks.1.resid_post", sae, edit=edit, keep_error=True):
+            torch.testing.assert_close(model(TOKEN_IDS).logits, expected, rtol=1e-4, atol=1e-5)
+        with hook(model, "blocks.1.resid_post", sae, edit=edit):
+            without_error = model(TOKEN_IDS).logits
+        assert (without_error - expected).abs().max() > 1e-3  # 4 directions are lost there
+
+
+def test_the_error_kept_leaves_the_model_as_it_is() -> None:
+    model = tiny_model("gpt2")
+    with torch.no_grad(), hook(model, "blocks.1.resid_post", Coder(), keep_error=True):
+        spliced = model(TOKEN_IDS).logits
+    torch.testing.assert_close(spliced, model(TOKEN_IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_an_edit_of_a_latent_that_is_not_there_is_refused() -> None:
+    model = tiny_model("gpt2")
+    with (
+        pytest.raises(UserError, match=r"latents in 0\.\.11, found 12"),
+        hook(model, "blocks.1.resid_post", Coder(), edit=ablate([3, 12])),
+    ):
+        model(TOKEN_IDS)

@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import pydoc_data.topics
+import re
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any
 
 import pytest
 import yaml
+
+import saeflow
+from saeflow.config import ROOT
 
 from .conftest import Project
 
@@ -120,3 +124,63 @@ def test_interrupting_leaves_nothing_half_written(done: Project, tmp_path: Path)
     project.snakemake("extract")
     stores = {name: content for name, content in done.contents().items() if "/stores/" in name}
     assert project.contents() == stores
+
+
+def test_the_worked_example_runs(
+    done: Project, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every block of docs/python.md and of README, one after the other, on this run's model and SAE."""
+    import torch
+
+    from saeflow.sources.models import load_model
+
+    names = {
+        "smollm2": "gpt2", "blocks.19": "blocks.2",
+        "d1536-k32-seed0": "d96-seed0", "0.01) & (rate < 0.05)": "0) & (rate < 0.9)",
+    }  # fmt: skip
+
+    def run(text: str, known: dict[str, Any]) -> dict[str, Any]:
+        for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            for name, here in names.items():
+                block = block.replace(name, here)
+            exec(compile(block, "example", "exec"), known)
+        return known
+
+    monkeypatch.chdir(done.folder)
+    found = run((ROOT / "docs/python.md").read_text(), {})
+    printed = capsys.readouterr().out
+    for said in (
+        "most on ['",
+        "spliced",
+        "without: logits",
+        "held: logits",
+        "positions went through",
+    ):
+        assert said in printed
+    assert found["spliced"].loss != found["clean"].loss
+    assert sum(found["seen"]) == 6 + 11  # the prompt, then one at a time
+    model, sae, ids = found["model"], found["sae"], found["ids"]
+    torch.manual_seed(0)
+    fresh = load_model(done.folder / "results/sources/gpt2/model", "cpu")
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True)
+    )
+    gradient = found["kept"]["latents"].grad
+    step = 1e-2
+    latent = int((found["kept"]["latents"][-1] != 0).nonzero()[0])
+
+    def logit(value: float) -> float:
+        def nudge(z: torch.Tensor) -> torch.Tensor:
+            z = z.clone()
+            z[-1, latent] += value
+            return z
+
+        with (
+            torch.no_grad(),
+            saeflow.hook(model, found["hook_point"], sae, edit=nudge, keep_error=True),
+        ):
+            return float(model(ids).logits[0, -1, int(ids[0, -1])])
+
+    slope = (logit(step) - logit(-step)) / (2 * step)
+    assert float(gradient[-1, latent]) == pytest.approx(slope, rel=0.05, abs=1e-4)
+    run((ROOT / "README.md").read_text(), {"model": model, "token_ids": ids})

@@ -173,7 +173,14 @@ def splice(
 
 
 @contextmanager
-def hook(model: nn.Module, hook_point: str, sae: nn.Module) -> Iterator[None]:
+def hook(
+    model: nn.Module,
+    hook_point: str,
+    sae: nn.Module,
+    *,
+    edit: Callable[[Tensor], Tensor] | None = None,
+    keep_error: bool = False,
+) -> Iterator[None]:
     """While the context is open, the model runs on `sae`'s reconstructions at a hook point.
 
     Gradients flow through. The SAE sees every position, also those that its training left out.
@@ -182,7 +189,21 @@ def hook(model: nn.Module, hook_point: str, sae: nn.Module) -> Iterator[None]:
         model: a causal language model of a known layout or CLIP.
         hook_point: a name such as `blocks.8.resid_post`.
         sae: takes and returns raw activations (n, d_in), in its own dtype and on its own device.
+        edit: what is done to the latents (n, d_sae) before they are decoded, such as `saeflow.ablate(7)`,
+            `clamp`, `scale`, `add`, or any function of them; it may also only look at them.
+        keep_error: add what the SAE does not reconstruct, x - x_hat, so that the model is changed by the
+            edit alone; without an edit nothing is changed then.
     """
+
+    def rebuild(rows: Tensor) -> Tensor:
+        if edit is None and not keep_error:
+            found: Tensor = sae(rows)
+            return found
+        coder: Any = sae
+        latents = coder.encode(rows)
+        # A copy: with the error kept, its gradient is that of the decoded latents alone.
+        decoded: Tensor = coder.decode(latents if edit is None else edit(latents.clone()))
+        return decoded + (rows - coder.decode(latents)) if keep_error else decoded
 
     def replace(x: Tensor) -> Tensor:
         own = next(sae.parameters(), x)
@@ -193,8 +214,7 @@ def hook(model: nn.Module, hook_point: str, sae: nn.Module) -> Iterator[None]:
                 "Use an SAE that was trained on this model and hook point."
             )
         rows = x.reshape(-1, x.shape[-1]).to(device=own.device, dtype=own.dtype)
-        reconstructed: Tensor = sae(rows)
-        return reconstructed.reshape(x.shape).to(device=x.device, dtype=x.dtype)
+        return rebuild(rows).reshape(x.shape).to(device=x.device, dtype=x.dtype)
 
     with splice(model, hook_point, replace):
         yield
