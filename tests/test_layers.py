@@ -10,7 +10,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "saeflow"
 LAYERS = (
     "errors", "files", "progress", "config", "provenance", "plan", "operators", "sources", "stores", "complexity",
-    "saes", "exchange", "training", "evaluation", "figures", "needs", "cli", "__main__",
+    "saes", "training", "evaluation", "exchange", "figures", "needs", "cli", "__main__",
 )  # fmt: skip
 
 

@@ -665,16 +665,33 @@ Library = Annotated[str, typer.Option(help="saelens or dictionary_learning.")]
 @app.command()
 def export(
     sae: Annotated[Path, typer.Argument(help="Folder of a trained SAE.")],
-    library: Library,
+    library: Annotated[str, typer.Option(help="saelens, dictionary_learning, or hub.")],
     out: Out,
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="Held-out store (SOURCE/evaluation/HOOK_POINT.zarr), to calibrate a threshold on."
+        ),
+    ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="Folder of its metrics, for the hub's model card.")
+    ] = None,
 ) -> None:
-    """Write a trained SAE as another library's files; the SAE does the same there."""
+    """Write a trained SAE as another library's files, or as a folder for the Hugging Face hub."""
     from saeflow.exchange import export_sae
+    from saeflow.stores import open_store
 
-    provenance.check(sae)
+    held_out = None if store is None else open_store(store)
+    inputs = [sae, *filter(None, [store and store.parent, evaluation])]
     params = {"library": library}
-    with provenance.job(out, name="export", inputs=[sae], params=params) as job:
-        export_sae(sae, library, job.path)
+    with provenance.job(out, name="export", inputs=inputs, params=params) as job:
+        cost = export_sae(sae, library, job.path, held_out, evaluation)
+        job.details["calibrated"] = cost or None
+    if cost:
+        typer.echo(
+            f"one threshold, {cost['threshold']:.4g}, in the place of a k for each input: FVU {cost['fvu_own']:.4f} "
+            f"becomes {cost['fvu_exported']:.4f}, L0 {cost['l0_mean_own']:.2f} {cost['l0_mean_exported']:.2f}"
+        )
 
 
 @app.command("import")

@@ -9,14 +9,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
+import torch
 
+import saeflow
 from saeflow.config import expand_runs, load_params
 from saeflow.plan import Plan
 
 from .conftest import ROOT, SYNTHETIC, Project, job_counts
 
 pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("snakemake")]
+ADAPTIVE = "synthetic/features/adaptive-k/d128-seed0"
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +209,62 @@ def test_killed_runs_end_with_the_digests_of_an_undisturbed_one(
     expected = {name: digest for name, digest in done.contents().items() if name.startswith(made)}
     assert project.contents() == expected
     assert len(expected) == 6
+
+
+def test_an_adaptive_sae_is_exported_with_what_it_costs(done: Project) -> None:
+    """The threshold against a brute count on all rows, the error against one pass over them."""
+    sae = saeflow.load(done.folder / f"results/saes/{ADAPTIVE}")
+    held_out = done.folder / "results/stores/synthetic/evaluation/features.zarr"
+    store = saeflow.open_store(held_out)
+    said = done.run(
+        "saeflow", "export", f"results/saes/{ADAPTIVE}", "--library", "saelens", "--out", "exported",
+        "--store", "results/stores/synthetic/evaluation/features.zarr",
+    )  # fmt: skip
+    config = json.loads((done.folder / "exported/cfg.json").read_text())
+    cost = config["metadata"]["calibrated"]
+    x = store.read(0, store.rows).float()
+    with torch.no_grad():
+        acts = ((x - sae.b_dec) @ sae.W_enc + sae.b_enc).relu()
+        own, kept = sae.encode(x), torch.where(acts > cost["threshold"], acts, 0.0)
+        spread = (x - x.mean(0)).square().sum()
+        for name, latents in (("own", own), ("exported", kept)):
+            fvu = (x - latents @ sae.W_dec - sae.b_dec).square().sum() / spread
+            assert cost[f"fvu_{name}"] == pytest.approx(float(fvu), rel=1e-4)
+            l0 = float((latents != 0).sum(1).double().mean())
+            assert cost[f"l0_mean_{name}"] == pytest.approx(l0, rel=1e-3)
+    assert cost["l0_mean_exported"] == pytest.approx(cost["l0_mean_own"], rel=1e-3)
+    assert f"FVU {cost['fvu_own']:.4f} becomes {cost['fvu_exported']:.4f}" in said
+    refused = done.run("saeflow", "export", f"results/saes/{ADAPTIVE}", "--library", "saelens", "--out", "none", code=2)  # fmt: skip
+    assert "--store" in refused
+    assert not (done.folder / "none").exists()
+
+
+def test_the_hub_folder_loads_and_its_card_is_read_by_the_hubs_library(done: Project) -> None:
+    from huggingface_hub import ModelCard
+
+    done.run(
+        "saeflow", "export", f"results/saes/{ADAPTIVE}", "--library", "hub", "--out", "card",
+        "--evaluation", f"results/evaluations/{ADAPTIVE}",
+    )  # fmt: skip
+    card = ModelCard.load(done.folder / "card/README.md")
+    assert card.data.library_name == "saeflow"
+    assert "adaptive_k" in card.data.tags
+    record = json.loads((done.folder / f"results/saes/{ADAPTIVE}/provenance.json").read_text())
+    assert record["digest"] in card.content
+    metrics = pd.read_csv(done.folder / f"results/evaluations/{ADAPTIVE}/metrics.csv")
+    fvu = metrics.set_index("metric").value["fvu"]
+    assert f"| fvu | {fvu:.4g} |" in card.content
+    assert "kind: synthetic" in card.content
+    here, there = (saeflow.load(done.folder / f) for f in (f"results/saes/{ADAPTIVE}", "card"))
+    x = torch.randn(9, here.d_in)
+    with torch.no_grad():
+        assert torch.equal(here(x), there(x))
+    wrong = done.run(
+        "saeflow", "export", f"results/saes/{ADAPTIVE}", "--library", "hub", "--out", "none",
+        "--evaluation", f"results/evaluations/{ADAPTIVE.replace('adaptive-k', 'relu').replace('seed', 'l10.5-seed')}",
+        code=2,
+    )  # fmt: skip
+    assert "found none" in wrong
 
 
 def test_works_without_git_and_dvc(done: Project) -> None:

@@ -1,4 +1,4 @@
-"""SAEs to and from other libraries' files: SAELens and dictionary_learning."""
+"""SAEs to and from other libraries' files (SAELens, dictionary_learning), and to the Hugging Face hub."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,7 +6,8 @@ from types import ModuleType
 from typing import Any
 
 from saeflow.errors import UserError
-from saeflow.exchange import dictionary_learning, saelens
+from saeflow.exchange import dictionary_learning, hub, saelens
+from saeflow.exchange.calibration import calibrate
 from saeflow.exchange.plain import Plain, plain_of, sae_of
 from saeflow.saes.files import load, read_config, save
 
@@ -16,28 +17,46 @@ FORMATS: dict[str, ModuleType] = {
     "saelens": saelens,
     "dictionary_learning": dictionary_learning,
 }
+HUB = "hub"
 
 
-def export_sae(sae: Path, library: str, folder: Path) -> None:
-    """Write a trained SAE as another library's files.
+def export_sae(
+    sae: Path, library: str, folder: Path, store: Any = None, evaluation: Path | None = None
+) -> dict[str, Any]:
+    """Write a trained SAE as another library's files, or as a folder for the Hugging Face hub.
 
     Args:
         sae: its folder.
-        library: one of FORMATS.
+        library: one of FORMATS, or hub.
         folder: an existing one that gets the files.
+        store: held-out activations to calibrate a threshold on, for variants with a k for each input.
+        evaluation: folder of the SAE's metrics, for the hub's model card.
+
+    Returns:
+        What a calibrated threshold costs, see `calibrate`; nothing where the SAE is exported as it is.
 
     Raises:
         UserError: an unknown library, or a variant that it has no place for.
     """
+    if library == HUB:
+        hub.write(sae, evaluation, folder)
+        return {}
     config = read_config(sae)
     about: dict[str, Any] = {
         key: config[key] for key in ("name", "source", "hook_point") if key in config
     }
+    trained = load(sae)
+    cost: dict[str, Any] = {}
     try:
-        plain = plain_of(load(sae))
+        if store is None:
+            plain = plain_of(trained)
+        else:
+            plain, cost = calibrate(trained, store)
+            about["calibrated"] = cost
     except UserError as error:
         raise UserError(f"{sae}: {error}") from None
     _format(library).write(plain, folder, {"made_by": "saeflow", **about})
+    return cost
 
 
 def import_sae(folder: Path, library: str, about: Mapping[str, Any], out: Path) -> None:
@@ -62,5 +81,7 @@ def import_sae(folder: Path, library: str, about: Mapping[str, Any], out: Path) 
 
 def _format(library: str) -> ModuleType:
     if library not in FORMATS:
-        raise UserError(f"library: expected one of {', '.join(FORMATS)}, found {library!r}.")
+        raise UserError(
+            f"library: expected one of {', '.join(FORMATS)} (to export: or {HUB}), found {library!r}."
+        )
     return FORMATS[library]

@@ -82,6 +82,14 @@ class Plain:
         return self
 
 
+def affine(sae: SAE) -> dict[str, Any]:
+    """Encoder and decoder of an SAE, float32 on the CPU."""
+    return {
+        name: getattr(sae, name).detach().float().cpu().contiguous().clone()
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec")
+    }
+
+
 def plain_of(sae: SAE) -> Plain:
     """What a trained SAE does in use, exactly.
 
@@ -92,10 +100,7 @@ def plain_of(sae: SAE) -> Plain:
             fixed k.
     """
     with torch.no_grad():
-        parts = {
-            name: getattr(sae, name).detach().float().cpu().contiguous().clone()
-            for name in ("W_enc", "b_enc", "W_dec", "b_dec")
-        }
+        parts = affine(sae)
         match sae:
             case TopK():
                 return Plain("topk", **parts, k=int(sae.k))
@@ -112,7 +117,8 @@ def plain_of(sae: SAE) -> Plain:
                 return Plain("relu", **parts)
     raise UserError(
         f"{type(sae).__name__}: expected a variant that other libraries know (relu, p_anneal, topk, batch_topk, "
-        "matryoshka, jumprelu, gated), found one that chooses its latents by input. Load it with saeflow.load."
+        "matryoshka, jumprelu, gated), found one that chooses its latents by input. Take --library hub, which holds "
+        "any variant, or for soft_topk and adaptive_k give --store to calibrate a threshold on."
     )
 
 
