@@ -47,6 +47,7 @@ rule train:
 rule evaluate:
     input:
         "results/tables/provenance.json",
+        PAGES,
 
 
 rule figures:

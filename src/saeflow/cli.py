@@ -556,6 +556,42 @@ def evaluate(
 
 
 @app.command()
+def latents(
+    sae: Annotated[Path, typer.Option(help="Folder of a trained SAE.")],
+    results: Annotated[Path, typer.Option(help="The results folder, with stores and sources.")],
+    evaluation: EvaluationJson,
+    settings: Annotated[str, typer.Option(help="`evaluation.latents`, as JSON.")],
+    runtime: RuntimeJson,
+    threads: Threads,
+    out: Out,
+    key: Key = "",
+) -> None:
+    """Write a page with a card for every latent of an SAE."""
+    from saeflow.evaluation import Bench, collect_latents
+    from saeflow.figures.latents import write_page
+    from saeflow.saes import load, read_config
+
+    metrics, machine = _json("--evaluation", evaluation), _machine(runtime, threads)
+    chosen = _json("--settings", settings)
+    provenance.check(sae)
+    config = read_config(sae)
+    bench = Bench(results, config["source"], config["hook_point"], metrics, machine["device"])
+    with (
+        _interruptible(),
+        provenance.job(
+            out,
+            name="latents",
+            inputs=list(dict.fromkeys([sae, *bench.inputs, *bench.shown])),
+            params={**metrics, "latents": chosen},
+            key=key,
+            device=machine["device"],
+        ) as job,
+    ):
+        arrays, facts = collect_latents(load(sae), config, bench, chosen, job.path)
+        write_page(arrays, {**facts, "before": chosen["before"]}, job.path / "latents.html")
+
+
+@app.command()
 def baselines(
     store: Annotated[str, typer.Option(help="SOURCE/HOOK_POINT.")],
     ranks: Annotated[str, typer.Option(help="PCA ranks, as JSON.")],
@@ -629,14 +665,18 @@ def report(
     names: Annotated[list[str], typer.Argument(help="Figures, in order.")],
     results: Annotated[Path, typer.Option(help="The results folder.")],
     out: Annotated[Path, typer.Option(help="Written: the report, one HTML file.")],
+    page: Annotated[
+        list[str] | None, typer.Option(help="Runs with a page of latent cards, to link to.")
+    ] = None,
     key: Key = "",
 ) -> None:
     """Write the report: tables, figures and where everything came from."""
     from saeflow.figures.report import write_report
 
     folders = [results / "figures" / name for name in names]
-    write_report(results / "tables", folders, _records(results, folders), out)
-    inputs = [results / "tables", *folders]
+    pages = {run: results / "evaluations" / "latents" / run for run in page or []}
+    write_report(results / "tables", folders, _records(results, folders), out, pages)
+    inputs = [results / "tables", *folders, *pages.values()]
     provenance.record_file(out, name="report", inputs=inputs, params={"names": names}, key=key)
 
 

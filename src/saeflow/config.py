@@ -163,6 +163,10 @@ def validate(params: Any) -> None:
     if errors:
         raise UserError(_explain(errors[0]))
     for name in params["sources"]:
+        if name == "latents":
+            raise UserError(
+                "sources: the name latents is a folder of the evaluation's. Choose another."
+            )
         if name not in params["stores"]:
             raise UserError(f"stores: expected an entry for source {name!r}, found none. Add it.")
     for name, store in params["stores"].items():
@@ -201,8 +205,16 @@ def validate(params: Any) -> None:
                 )
     if taken := RESERVED & set(params["saes"]):
         raise UserError(f"saes: the name {_list(taken)} is a baseline's. Choose another.")
-    for run in expand_runs(params):
+    runs = expand_runs(params)
+    for run in runs:
         _check_run(run, params)
+    pages = params["evaluation"].get("latents") or {"runs": []}
+    for name in pages["runs"]:
+        if name not in {run.name for run in runs}:
+            raise UserError(
+                f"evaluation.latents.runs: expected the name of a run, SOURCE/HOOK_POINT/ENTRY/LABEL, as below "
+                f"results/saes, found {name!r}. Mend it."
+            )
 
 
 def with_presets(params: Any) -> Any:

@@ -108,7 +108,8 @@ class Plan:
 
     def evaluation(self, source: str) -> dict[str, Any]:
         """What of `evaluation` concerns a source: images only where it sees any."""
-        every = {k: v for k, v in self.params["evaluation"].items() if k != "pca_ranks"}
+        apart = ("pca_ranks", "latents")
+        every = {k: v for k, v in self.params["evaluation"].items() if k not in apart}
         if not self.is_vision(source):
             every = {k: v for k, v in every.items() if k not in _OF_IMAGES}
         return {**every, "dimension": self.dimension() if self.has_dimension(source) else None}
@@ -117,6 +118,16 @@ class Plan:
         """How local intrinsic dimension is estimated, where it is."""
         chosen = self.params["evaluation"]["dimension"]
         return chosen and {key: chosen[key] for key in ("rows", "neighbours")}
+
+    @property
+    def pages(self) -> list[str]:
+        """The runs that a page of latent cards is written of."""
+        return list((self.params["evaluation"].get("latents") or {"runs": []})["runs"])
+
+    def latents(self) -> dict[str, int]:
+        """What a page of latent cards shows."""
+        chosen = self.params["evaluation"]["latents"]
+        return {key: value for key, value in chosen.items() if key != "runs"}
 
     def labelled_set(self, name: str) -> dict[str, Any]:
         return dict(self.params["evaluation"]["labelled_sets"][name])
@@ -216,6 +227,14 @@ class Plan:
         slice_ = self.evaluation(config.source)
         return job_key("evaluation", slice_, code=code, libraries=_TABLE, after=after)
 
+    def key_latents(self, run: str) -> str:
+        code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation", "figures")
+        config = self.runs[run]
+        after = [self.key_sae(run), *self._after_stores(config.source, config.hook_point)]
+        slice_ = [self.latents(), self.evaluation(config.source)]
+        libraries = (*_TABLE, "jinja2")
+        return job_key("latents", slice_, code=code, libraries=libraries, after=after)
+
     def key_baselines(self, source: str, hook_point: str) -> str:
         code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation")
         slice_ = [self.evaluation(source), self.pca_ranks()]
@@ -237,4 +256,5 @@ class Plan:
     def key_report(self) -> str:
         code = (*_SHARED, "figures")
         after = [self.key_tables(), *map(self.key_figure, self.params["figures"]["names"])]
+        after += map(self.key_latents, self.pages)
         return job_key("report", self.params["figures"], code=code, libraries=_DRAW, after=after)

@@ -16,6 +16,7 @@ import yaml
 import saeflow
 from saeflow.config import ROOT
 
+from ..browser import document
 from .conftest import Project
 
 pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("text")]
@@ -124,6 +125,13 @@ def test_interrupting_leaves_nothing_half_written(done: Project, tmp_path: Path)
     project.snakemake("extract")
     stores = {name: content for name, content in done.contents().items() if "/stores/" in name}
     assert project.contents() == stores
+
+
+def test_the_report_links_to_a_page_of_latent_cards_that_traces(done: Project) -> None:
+    page = "evaluations/latents/gpt2/blocks.2.resid_post/topk/d96-seed0/latents.html"
+    assert f'href="{page}"' in (done.folder / "results/report.html").read_text()
+    assert "results/sources/gpt2/inputs" in done.run("saeflow", "trace", f"results/{page}")
+    assert "of 96 latents" in document(done.folder / "results" / page, done.folder / "profile")
 
 
 def test_the_worked_example_runs(

@@ -96,6 +96,8 @@ def test_cards_show_where_concepts_fire(done: Project) -> None:
     cards = json.loads((folder / "tables/cards" / RUN / "cards.json").read_text())
     arrays = load_file(folder / "tables/cards" / RUN / "cards.safetensors")
     store = saeflow.open_store(folder / "stores/scenes/evaluation/vision.blocks.0.resid_post.zarr")
+    page = (folder / "evaluations/latents" / RUN / "latents.html").read_text()
+    assert "64 latents on" in page
     sae = saeflow.load(folder / "saes" / RUN)
     with torch.no_grad():
         latents = sae.encode(store.read(0, store.rows).float()).numpy()

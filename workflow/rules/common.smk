@@ -83,6 +83,7 @@ EVALUATIONS = [
         for source, hook_point in plan.stores
     ),
 ]
+PAGES = [f"results/evaluations/latents/{run}/{RECORD}" for run in plan.pages]
 PROBES = [
     f"results/complexity/{source}/{name}/probes/{hook_point}/{RECORD}"
     for source, hook_point, name in plan.probes

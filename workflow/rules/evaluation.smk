@@ -98,6 +98,30 @@ rule evaluate_sae:
         " --out results/evaluations/{wildcards.run} 2>&1 | tee {log}"
 
 
+rule show_latents:
+    input:
+        sae="results/saes/{run}/provenance.json",
+        others=lambda w: evaluation_inputs(plan.runs[w.run].source, plan.runs[w.run].hook_point),
+    output:
+        page="results/evaluations/latents/{run}/latents.html",
+        record="results/evaluations/latents/{run}/provenance.json",
+    log:
+        "logs/show_latents/{run}.log",
+    conda:
+        "../../envs/model.yaml"
+    threads: threads("evaluate")
+    resources:
+        gpu=gpus(),
+    params:
+        key=lambda w: plan.key_latents(w.run),
+        evaluation=lambda w: json.dumps(plan.evaluation(plan.runs[w.run].source)),
+        settings=lambda w: json.dumps(plan.latents()),
+    shell:
+        "python -m saeflow latents --sae results/saes/{wildcards.run} --results results"
+        " --evaluation {params.evaluation:q} --settings {params.settings:q} --threads {threads}"
+        " --key {params.key} --out results/evaluations/latents/{wildcards.run} 2>&1 | tee {log}"
+
+
 rule evaluate_baselines:
     input:
         lambda w: evaluation_inputs(w.source, w.hook_point),

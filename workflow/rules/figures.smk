@@ -31,6 +31,7 @@ rule write_report:
     input:
         tables="results/tables/provenance.json",
         figures=FIGURES,
+        pages=PAGES,
     output:
         html="results/report.html",
         record="results/report.html.provenance.json",
@@ -41,6 +42,7 @@ rule write_report:
     params:
         key=plan.key_report(),
         names=config["figures"]["names"],
+        pages=[f"--page={run}" for run in plan.pages],
     shell:
-        "python -m saeflow report {params.names} --results results --key {params.key}"
+        "python -m saeflow report {params.names} {params.pages} --results results --key {params.key}"
         " --out {output.html} 2>&1 | tee {log}"

@@ -1,5 +1,6 @@
 """Measure SAEs and baselines of one store: the same rows, the same functions, one table."""
 
+import io
 import logging
 from collections.abc import Mapping
 from functools import cached_property, partial
@@ -17,6 +18,7 @@ from saeflow.evaluation.controls import OwnK, control_lines
 from saeflow.evaluation.dimension import DIMENSIONS
 from saeflow.evaluation.images import KINDS, PerImage, PerKind, PerRow, write_cards
 from saeflow.evaluation.intervals import PerContext, interval_lines
+from saeflow.evaluation.latents import BINS, LOWEST, logit_lens, write_latents
 from saeflow.evaluation.measure import Measured, Observer, measure_rows
 from saeflow.evaluation.rows import RowSelection, RowStatistics, row_statistics
 from saeflow.evaluation.splice import ModelInTheLoop
@@ -25,6 +27,8 @@ from saeflow.evaluation.zero_shot import LabelledSets
 from saeflow.stores import open_store
 
 logger = logging.getLogger(__name__)
+_LENS = 6  # tokens each way
+_PICTURE = 96
 
 
 class Bench:
@@ -66,6 +70,11 @@ class Bench:
         if self.evaluation["dimension"] is not None:
             found.append(self._dimension)
         return found
+
+    @property
+    def shown(self) -> list[Path]:
+        """The result folders that hold what contexts are: tokens or pixels."""
+        return [self._inputs]
 
     @cached_property
     def is_vision(self) -> bool:
@@ -222,6 +231,34 @@ class Bench:
             tables["classification"] = lines
         return Evaluation(metrics, measured.histograms, tables), measured, per_image
 
+    def words(self, sae: Any) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
+        """Of a text source: the logit lens where decoder rows reach the lm head, token ids, facts of a page."""
+        from saeflow.sources.hook_points import final_norm
+        from saeflow.sources.models import load_tokenizer
+
+        if self.model_in_the_loop is None:
+            raise UserError(
+                f"evaluation.latents.runs: expected SAEs of a model's activations, found {self.source}, which has "
+                "no model. Take another run."
+            )
+        model, tokenizer = self.model_in_the_loop.model, load_tokenizer(self._model)
+        lens = logit_lens(model, final_norm(model), sae.directions(), _LENS)
+        facts = {"unit": "tokens", "strings": lambda token: tokenizer.decode([token])}
+        return lens, np.load(self._inputs / "evaluation.npy", mmap_mode="r"), facts
+
+    def pictures(self, settings: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, int]]:
+        """Of a vision source: facts of a page, and settings with the patches that an image shows."""
+        from saeflow.sources.vision import load_preprocessing
+
+        down, across = load_preprocessing(self._model).grid
+        if self.source_params["tokens"] == "cls":
+            down, across, first = 1, 1, 0
+        else:
+            first = 1
+        window = {"patches": down * across, "first": first, **settings}
+        facts = {"unit": "tokens of images", "pictures": partial(_png, self.pixels)}
+        return facts | {"grid": [down, across]}, window
+
     def write_cards(self, sae: Any, measured: Measured, per_image: PerImage, folder: Path) -> None:
         """Pictures of the concepts of an SAE of images; see `write_cards`."""
         settings = self.evaluation["concept_cards"]
@@ -279,6 +316,45 @@ def evaluate_sae(sae: Any, config: Mapping[str, Any], bench: Bench, folder: Path
         bench.write_cards(sae, measured, per_image, folder)
 
 
+def collect_latents(
+    sae: Any,
+    config: Mapping[str, Any],
+    bench: Bench,
+    settings: Mapping[str, int],
+    folder: Path,
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What the page of latent cards shows of one trained SAE.
+
+    Args:
+        sae: as `saeflow.load` returns it.
+        config: its config.json.
+        bench: of the source and hook point it was trained on.
+        settings: evaluation.latents of the parameters.
+        folder: gets latents.safetensors.
+
+    Returns:
+        The arrays of `write_latents`, and what `write_page` is told about them.
+
+    Raises:
+        UserError: the SAE was trained on other activations, or on some that no model made.
+    """
+    bench.check_fits(config)
+    sae = sae.to(bench.device).eval()
+    facts: dict[str, Any] = {
+        "run": config["name"], "d_sae": config["d_sae"], "bins": BINS, "lowest": LOWEST,
+    }  # fmt: skip
+    lens, tokens = None, None
+    if bench.is_vision:
+        more, window = bench.pictures(settings)
+    else:
+        lens, tokens, more = bench.words(sae)
+        window = {key: value for key, value in settings.items() if key != "contexts"}
+    arrays = write_latents(
+        sae, bench.held_out, bench.selection, tokens, window, bench.batch_size, bench.device, folder, lens
+    )  # fmt: skip
+    return arrays, facts | more
+
+
 def evaluate_baselines(ranks: list[int], bench: Bench, folder: Path) -> None:
     """Measure identity, mean and PCA of a store and write their tables.
 
@@ -306,6 +382,17 @@ def evaluate_baselines(ranks: list[int], bench: Bench, folder: Path) -> None:
         }
         results.append((ids, found))
     write_evaluation(folder, results)
+
+
+def _png(pixels: np.ndarray, image: int) -> bytes:
+    """One of (images, height, width, 3) uint8, at most _PICTURE pixels across."""
+    from PIL import Image
+
+    held = io.BytesIO()
+    picture = Image.fromarray(pixels[image])
+    picture.thumbnail((_PICTURE, _PICTURE))
+    picture.save(held, "PNG")
+    return held.getvalue()
 
 
 def _brief(metrics: Mapping[str, float]) -> str:

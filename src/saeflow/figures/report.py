@@ -67,7 +67,13 @@ class Line:
     color: str
 
 
-def write_report(tables: Path, figures: list[Path], records: list[Path], out: Path) -> None:
+def write_report(
+    tables: Path,
+    figures: list[Path],
+    records: list[Path],
+    out: Path,
+    pages: Mapping[str, Path] | None = None,
+) -> None:
     """Write the report.
 
     Args:
@@ -75,17 +81,22 @@ def write_report(tables: Path, figures: list[Path], records: list[Path], out: Pa
         figures: folders of drawn figures, in the report's order.
         records: provenance records of the results that the figures were made from.
         out: written: one HTML file. Its links to the figures' files are relative to it.
+        pages: folders of the runs' pages of latent cards.
 
     Raises:
         UserError: a table, a figure or a record is missing or damaged.
     """
     found = sorted((_record(path, out.parent) for path in records), key=_record_order)
     summary = read_csv(tables / "summary.csv")
-    page = _template().render(
+    page = template("report.html.j2").render(
         sources=_sources(found),
         saes=_saes(found),
         sections=_sections(summary),
         figures=[_figure(folder, out.parent) for folder in figures],
+        pages=[
+            {"run": run, "href": _href(folder / "latents.html", out.parent)}
+            for run, folder in (pages or {}).items()
+        ],
         schedules=_schedules(read.load_tables(tables).training),
         records=found,
         jobs=_jobs(found),
@@ -98,7 +109,8 @@ def write_report(tables: Path, figures: list[Path], records: list[Path], out: Pa
         staged.write_text(page, encoding="utf-8")
 
 
-def _template() -> Any:
+def template(name: str) -> Any:
+    """A page's template; what is put in is escaped."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -106,7 +118,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html.j2")
+    return environment.get_template(name)
 
 
 # Numbers as a reader wants them.
@@ -347,10 +359,13 @@ def _figure(folder: Path, root: Path) -> dict[str, Any]:
         "caption": caption,
         "alt": caption.partition(". ")[0],
         "links": [
-            {"kind": kind.upper(), "href": quote(Path(os.path.relpath(path, root)).as_posix())}
-            for kind, path in files.items()
+            {"kind": kind.upper(), "href": _href(path, root)} for kind, path in files.items()
         ],
     }
+
+
+def _href(path: Path, root: Path) -> str:
+    return quote(Path(os.path.relpath(path, root)).as_posix())
 
 
 # Schedules.

@@ -106,6 +106,21 @@ def _attach(model: nn.Module, point: HookPoint, visit: Visit) -> Any:
     return block.get_submodule(path).register_forward_hook(visit_output)
 
 
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm between the last block and the lm head of a causal language model."""
+    body = decoder_of(model)
+    found = [part for name, part in body.named_children() if name in _FINAL_NORMS]
+    if len(found) != 1:
+        raise UserError(
+            f"{type(model).__name__}: expected its final norm under one of {', '.join(_FINAL_NORMS)}, found "
+            f"{len(found)}. Use a model of a known layout."
+        )
+    return found[0]
+
+
+_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
+
+
 def _run(model: nn.Module, tower: str, inputs: Tensor) -> Tensor:
     """Final hidden states of token ids (batch, position), or embeddings of pixels (batch, 3, h, w)."""
     body: Any = decoder_of(model, tower)
