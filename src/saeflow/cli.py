@@ -624,9 +624,55 @@ def baselines(
 
 
 @app.command()
+def stability(
+    sae: Annotated[list[Path], typer.Option(help="Folder of a trained SAE; one for each seed.")],
+    results: Annotated[Path, typer.Option(help="The results folder, with stores.")],
+    evaluation: Annotated[str, typer.Option(help="Row policy of `evaluation`, as JSON.")],
+    runtime: RuntimeJson,
+    threads: Threads,
+    out: Out,
+    key: Key = "",
+) -> None:
+    """Compare SAEs that differ in their seed only."""
+    from saeflow.evaluation import Bench
+    from saeflow.evaluation.stability import write_stability
+    from saeflow.saes import load, read_config
+
+    policy, machine = _json("--evaluation", evaluation), _machine(runtime, threads)
+    for folder in sae:
+        provenance.check(folder)
+    configs = [read_config(folder) for folder in sae]
+    if len({config["name"].removesuffix(f"-seed{config['seed']}") for config in configs}) != 1:
+        raise UserError(
+            "--sae: expected SAEs that differ in their seed only, found several settings."
+        )
+    if len(configs) < 2 or len({config["seed"] for config in configs}) < len(configs):
+        raise UserError("--sae: expected two or more SAEs of different seeds. Give each once.")
+    first = configs[0]
+    bench = Bench(results, first["source"], first["hook_point"], policy, machine["device"])
+    stores = [results / "stores" / first["source"] / split for split in SPLITS]
+    with (
+        _interruptible(),
+        provenance.job(
+            out,
+            name="stability",
+            inputs=[*sae, *stores],
+            params=policy,
+            key=key,
+            device=machine["device"],
+        ) as job,
+    ):
+        for config in configs:
+            bench.check_fits(config)
+        saes = {config["seed"]: load(path) for config, path in zip(configs, sae, strict=True)}
+        write_stability(saes, first, bench, job.path)
+
+
+@app.command()
 def collect(
     records: Annotated[
-        list[Path], typer.Argument(help="Records of trained SAEs, probes and evaluations.")
+        list[Path],
+        typer.Argument(help="Records of trained SAEs, probes, evaluations and compared seeds."),
     ],
     out: Out,
     key: Key = "",
@@ -635,13 +681,13 @@ def collect(
     from saeflow.evaluation.tables import collect as collect_tables
 
     folders = [path.parent for path in records]
-    by_job: dict[str, list[Path]] = {"train": [], "probe": []}
+    by_job: dict[str, list[Path]] = {"train": [], "probe": [], "stability": []}
     for path in folders:
         by_job.setdefault(provenance.read_record(path)["job"], []).append(path)
-    trained, probes = by_job.pop("train"), by_job.pop("probe")
-    evaluated = [path for path in folders if path not in {*trained, *probes}]
+    trained, probes, compared = (by_job.pop(name) for name in ("train", "probe", "stability"))
+    evaluated = [path for path in folders if path not in {*trained, *probes, *compared}]
     with provenance.job(out, name="collect", inputs=folders, key=key) as job:
-        collect_tables(evaluated, trained, probes, job.path)
+        collect_tables(evaluated, trained, probes, job.path, compared)
 
 
 @app.command()

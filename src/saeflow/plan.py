@@ -7,6 +7,7 @@ the jobs that depend on it.
 """
 
 import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -21,6 +22,7 @@ _TABLE = (*_MODEL, "pandas", "scipy")
 _PROBE = (*_STORE, "pandas", "scikit-learn", "scipy")
 _DRAW = ("jinja2", "matplotlib", "numpy", "pandas", "safetensors")
 _SHARED = ("config",)
+_ROW_POLICY = ("batch_size", "skip_first", "max_norm_multiple")
 _OF_IMAGES = ("labelled_sets", "concept_cards", "images_listed")
 
 
@@ -60,6 +62,14 @@ class Plan:
             of_store = list(names)
             found += [of_store[i : i + size] for i in range(0, len(of_store), size)]
         return found
+
+    @cached_property
+    def seeds(self) -> dict[str, list[str]]:
+        """By setting (a run's name without its seed): its runs, where there are several."""
+        found: dict[str, list[str]] = {}
+        for name in self.runs:
+            found.setdefault(re.sub(r"-seed\d+$", "", name), []).append(name)
+        return {setting: runs for setting, runs in found.items() if len(runs) > 1}
 
     def complexity(self, run: str) -> str | None:
         """The scores that a run's options name, where its variant uses any."""
@@ -113,6 +123,10 @@ class Plan:
         if not self.is_vision(source):
             every = {k: v for k, v in every.items() if k not in _OF_IMAGES}
         return {**every, "dimension": self.dimension() if self.has_dimension(source) else None}
+
+    def row_policy(self) -> dict[str, Any]:
+        """What of `evaluation` says which rows are measured."""
+        return {key: self.params["evaluation"][key] for key in _ROW_POLICY}
 
     def dimension(self) -> dict[str, Any] | None:
         """How local intrinsic dimension is estimated, where it is."""
@@ -241,11 +255,20 @@ class Plan:
         after = self._after_stores(source, hook_point)
         return job_key("baselines", slice_, code=code, libraries=_TABLE, after=after)
 
+    def key_stability(self, setting: str) -> str:
+        code = (*_SHARED, "operators", "stores", "saes", "evaluation")
+        runs = self.seeds[setting]
+        source = self.runs[runs[0]].source
+        after = [self.key_sae(run) for run in runs]
+        after += [self.key_store(source, split) for split in ("train", "evaluation")]
+        return job_key("stability", self.row_policy(), code=code, libraries=_TABLE, after=after)
+
     def key_tables(self) -> str:
         code = (*_SHARED, "evaluation/tables")
         after = [self.key_evaluation(run) for run in self.runs]
         after += [self.key_baselines(*store) for store in self.stores]
         after += [self.key_probe(*probe) for probe in self.probes]
+        after += [self.key_stability(setting) for setting in self.seeds]
         return job_key("tables", None, code=code, libraries=_TABLE, after=after)
 
     def key_figure(self, figure: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from saeflow.evaluation.tables import EXTRA, read_csv, summarise
+from saeflow.evaluation.tables import EXTRA, STABILITY_COLUMNS, read_csv, summarise
 
 IDS = [
     "run",
@@ -76,6 +76,7 @@ class Bench:
         self.random = random.Random(7)
         self.extra: dict[str, list[dict[str, Any]]] = {name: [] for name in EXTRA}
         self.pictured: list[str] = []
+        self.stability: list[dict[str, Any]] = []
 
     def see(self, ids: dict[str, Any], l0: float, quality: float) -> None:
         """What an SAE of images has beside the others' metrics."""
@@ -226,6 +227,12 @@ class Bench:
                     {**ids, "histogram": histogram, "left": left, "right": right, "count": count}
                 )
         self.steps(ids, l0, fvu, k, tokens, variant, name)
+        if seed:
+            known = {key: value for key, value in ids.items() if key not in ("run", "seed")}
+            known |= {"setting": f"d2304-{label}", "seed_a": 0, "seed_b": seed}
+            for metric, value in (("matched_cosine", 0.4), ("spearman_l0", 0.8)):
+                value -= fvu / 9
+                self.stability.append({**known, "metric": metric, "value": f"{value:.12g}"})
 
     def steps(
         self,
@@ -295,6 +302,7 @@ class Bench:
         write(folder / "probes.csv", PROBES, self.probes)
         for name, columns in EXTRA.items():
             write(folder / f"{name}.csv", [*IDS, *columns], self.extra[name])
+        write(folder / "stability.csv", STABILITY_COLUMNS, self.stability)
         self.cards(folder / "cards")
         lines = summarise(read_csv(folder / "metrics.csv"))
         write(folder / "summary.csv", list(lines[0]), lines)

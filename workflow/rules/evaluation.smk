@@ -147,11 +147,39 @@ rule evaluate_baselines:
         " --out results/evaluations/{wildcards.source}/{wildcards.hook_point}/baselines 2>&1 | tee {log}"
 
 
+rule compare_seeds:
+    input:
+        saes=lambda w: [f"results/saes/{run}/provenance.json" for run in plan.seeds[w.setting]],
+        stores=lambda w: [
+            f"results/stores/{plan.runs[plan.seeds[w.setting][0]].source}/{split}/provenance.json"
+            for split in ("train", "evaluation")
+        ],
+    output:
+        stability="results/stability/{setting}/stability.csv",
+        record="results/stability/{setting}/provenance.json",
+    log:
+        "logs/compare_seeds/{setting}.log",
+    conda:
+        "../../envs/model.yaml"
+    threads: threads("evaluate")
+    resources:
+        gpu=gpus(),
+    params:
+        key=lambda w: plan.key_stability(w.setting),
+        saes=lambda w: " ".join(f"--sae=results/saes/{run}" for run in plan.seeds[w.setting]),
+        evaluation=json.dumps(plan.row_policy()),
+    shell:
+        "python -m saeflow stability {params.saes} --results results"
+        " --evaluation {params.evaluation:q} --threads {threads} --key {params.key}"
+        " --out results/stability/{wildcards.setting} 2>&1 | tee {log}"
+
+
 rule collect_tables:
     input:
         evaluations=EVALUATIONS,
         saes=SAES,
         probes=PROBES,
+        stability=STABILITY,
     output:
         metrics="results/tables/metrics.csv",
         summary="results/tables/summary.csv",
@@ -161,7 +189,7 @@ rule collect_tables:
         histograms="results/tables/histograms.csv",
         extra=expand(
             "results/tables/{table}.csv",
-            table=["classification", "images", "dimension", "intervals", "controls"],
+            table=["classification", "images", "dimension", "intervals", "controls", "stability"],
         ),
         json="results/tables/metrics.json",
         record="results/tables/provenance.json",
@@ -172,5 +200,5 @@ rule collect_tables:
     params:
         key=plan.key_tables(),
     shell:
-        "python -m saeflow collect {input.saes} {input.evaluations} {input.probes} --key {params.key}"
+        "python -m saeflow collect {input.saes} {input.evaluations} {input.probes} {input.stability} --key {params.key}"
         " --out results/tables 2>&1 | tee {log}"

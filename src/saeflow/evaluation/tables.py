@@ -45,6 +45,11 @@ EXTRA: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 """Columns, beside the id columns, of tables that not every source has."""
+STABILITY = "stability.csv"
+STABILITY_COLUMNS = (
+    "source", "hook_point", "entry", "variant", "schedule", "d_sae", "k", "tokens", "setting", "seed_a",
+    "seed_b", "metric", "value",
+)  # fmt: skip
 CARDS = "cards"
 METRIC_COLUMNS = (*IDS, "metric", "value")
 HISTOGRAM_COLUMNS = (*IDS, "histogram", "left", "right", "count")
@@ -176,7 +181,11 @@ def read_csv(path: Path) -> list[Row]:
 
 
 def collect(
-    evaluations: Iterable[Path], saes: Iterable[Path], probes: Iterable[Path], folder: Path
+    evaluations: Iterable[Path],
+    saes: Iterable[Path],
+    probes: Iterable[Path],
+    folder: Path,
+    stabilities: Iterable[Path] = (),
 ) -> None:
     """Gather the tables of all runs.
 
@@ -187,7 +196,8 @@ def collect(
         folder: written: metrics.csv and histograms.csv (all runs), metrics.json (run -> metric ->
             value), summary.csv, summary.md and summary.tex (one line per setting, mean and sample
             standard deviation over seeds), training.csv (the logged steps of all runs),
-            complexity.csv and probes.csv (scores, predictions and quality of all probes).
+            complexity.csv and probes.csv (scores, predictions and quality of all probes), stability.csv.
+        stabilities: folders with the stability.csv of a setting.
 
     Raises:
         UserError: a file is missing, or two folders hold one run.
@@ -214,6 +224,12 @@ def collect(
     _write_text(folder / "summary.tex", as_latex(lines))
     _write_training(saes, folder / "training.csv")
     _write_probes(list(probes), folder)
+    of_settings = [row for stability in stabilities for row in read_csv(stability / STABILITY)]
+    order = ("source", "hook_point", "entry", "setting")
+    of_settings.sort(
+        key=lambda row: [natural(row[key]) for key in order]
+    )  # stable: pairs stay in order
+    write_csv(folder / STABILITY, STABILITY_COLUMNS, of_settings)
 
 
 def _copy_cards(evaluations: Iterable[Path], folder: Path) -> None:

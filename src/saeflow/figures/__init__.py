@@ -16,6 +16,7 @@ from saeflow.figures.distributions import firing_rates, l0_histograms
 from saeflow.figures.drawing import Drawing
 from saeflow.figures.fronts import ce_l0, fvu_l0, recovery
 from saeflow.figures.schedules import schedules
+from saeflow.figures.stability import stability
 from saeflow.figures.tables import Tables, load_tables
 from saeflow.files import atomic_file
 
@@ -35,6 +36,7 @@ FIGURES: dict[str, Callable[[Tables, Mapping[str, Any]], Drawing]] = {
     "simple_to_complex": simple_to_complex,
     "adaptivity": adaptivity,
     "controls": controls,
+    "stability": stability,
 }
 
 

@@ -37,13 +37,14 @@ TITLES = {
     "concepts": "Concepts on images",
     "simple_to_complex": "Images from the simplest to the most complex",
     "adaptivity": "What the number of latents follows",
-    "controls": "Is the chosen k worth anything?",
+    "controls": "What choosing k by input is worth",
+    "stability": "What another seed changes",
 }
 JOBS = {
     "fetch": "fetch the model", "prepare": "prepare inputs", "extract": "extract activations",
     "merge": "merge stores", "score": "score complexity", "probe": "fit complexity probes", "train": "train SAEs", "clean": "run the clean model",
     "label": "prepare labelled sets", "dimension": "estimate local dimension",
-    "evaluate": "evaluate SAEs", "baselines": "evaluate baselines", "collect": "collect tables",
+    "evaluate": "evaluate SAEs", "baselines": "evaluate baselines", "stability": "compare seeds", "collect": "collect tables",
     "draw": "draw figures", "report": "write the report",
 }  # fmt: skip
 _METRICS = (

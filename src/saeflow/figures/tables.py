@@ -19,6 +19,8 @@ from saeflow.evaluation.tables import (
     IDS,
     METRIC_COLUMNS,
     PROBE_COLUMNS,
+    STABILITY,
+    STABILITY_COLUMNS,
     natural,
     setting_of,
 )
@@ -27,7 +29,7 @@ from saeflow.figures import style
 UNTRAINED = ("identity", "mean", "pca")
 TYPES: dict[str, type] = {
     **dict.fromkeys((*IDS, "metric", "histogram", "complexity", "split", "set", "protocol"), str),
-    **dict.fromkeys(("labels", "concepts", "n", "estimator", "control"), str),
+    **dict.fromkeys(("labels", "concepts", "n", "estimator", "control", "setting"), str),
     **dict.fromkeys(("d_sae", "k", "k_target", "tokens", "seed"), float),
 }
 
@@ -52,6 +54,7 @@ class Tables:
     dimension: pd.DataFrame
     intervals: pd.DataFrame
     controls: pd.DataFrame
+    stability: pd.DataFrame
     cards: Path
     """Folder with pictures of concepts, by run."""
 
@@ -85,6 +88,7 @@ def load_tables(folder: Path) -> Tables:
         complexity=_read(folder / "complexity.csv", COMPLEXITY_COLUMNS),
         probes=_read(folder / "probes.csv", PROBE_COLUMNS),
         **{name: _runs(folder / f"{name}.csv", (*IDS, *EXTRA[name])) for name in EXTRA},
+        stability=_read(folder / STABILITY, STABILITY_COLUMNS),
         cards=folder / CARDS,
     )
 

@@ -1,0 +1,165 @@
+"""What training with another seed changes: the dictionary, and how many latents each row gets."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saeflow.evaluation.images import correlation
+from saeflow.evaluation.recovery import cosines, match
+from saeflow.evaluation.rows import RowSelection, selected_rows
+from saeflow.evaluation.tables import (
+    STABILITY,
+    STABILITY_COLUMNS,
+    identify,
+    number,
+    setting_of,
+    write_csv,
+)
+
+DEFINITIONS = {
+    "matched_cosine": (
+        "cosine similarity of decoder directions of two seeds, matched one to one for the largest sum "
+        "(Hungarian), averaged over the pairs; dead latents count, wherever they point. Up to 4096 latents."
+    ),
+    "matched_cosine_alive": (
+        "the same among latents that fire on an evaluated row, averaged over the fewer ones of the two seeds."
+    ),
+    "mutual_max_cosine": (
+        "above 4096 latents instead: mean cosine of those pairs that are each other's nearest. Not "
+        "comparable with matched_cosine: the latents without such a partner are left out."
+    ),
+    "mutual_share": "share of the latents in such pairs.",
+    "max_cosine_ab": "mean over latents of seed a of the largest cosine with one of seed b.",
+    "max_cosine_ba": "the other way round.",
+    "spearman_l0": "Spearman correlation between the seeds of a row's L0; absent where L0 is constant.",
+    "spearman_k_hat": "the same for the k that the SAE allows.",
+}
+MOST_MATCHED = 4096
+"""Latents that Hungarian matching takes: 128 MiB of cosines, and time that grows with the cube."""
+_AT_ONCE = 1024
+
+
+class PerSeed:
+    """What one SAE does with every evaluated row: 4 bytes a row for L0, 4 for k."""
+
+    def __init__(self, d_sae: int) -> None:
+        self.fired = np.zeros(d_sae, bool)
+        self._l0: list[np.ndarray] = []
+        self._k_hat: list[np.ndarray] = []
+
+    def add(self, latents: Tensor, allowed: Tensor | None) -> None:
+        """Add rows: latents (n, d_sae), and the k allowed (n,) where the variant chooses it."""
+        active = latents != 0
+        self.fired |= active.any(0).cpu().numpy()
+        self._l0.append(active.sum(1).to(torch.int32).cpu().numpy())
+        if allowed is not None:
+            self._k_hat.append(allowed.float().cpu().numpy())
+
+    @property
+    def l0(self) -> np.ndarray:
+        return np.concatenate(self._l0)
+
+    @property
+    def k_hat(self) -> np.ndarray | None:
+        return np.concatenate(self._k_hat) if self._k_hat else None
+
+
+def compare_dictionaries(
+    a: Tensor, b: Tensor, fired: Sequence[np.ndarray], most_matched: int = MOST_MATCHED
+) -> dict[str, float]:
+    """The metrics of DEFINITIONS that need directions.
+
+    Args:
+        a, b: (d_sae, d_in) directions of two seeds.
+        fired: (d_sae,) bool of each, whether a latent fires on an evaluated row.
+        most_matched: latents up to which they are matched one to one.
+    """
+    nearest_b, of_a, of_b = _nearest(a, b)
+    metrics = {"max_cosine_ab": float(of_a.mean()), "max_cosine_ba": float(of_b[0].mean())}
+    if len(a) > most_matched:
+        mutual = of_b[1][nearest_b] == np.arange(len(a))
+        metrics["mutual_share"] = float(mutual.mean())
+        metrics["mutual_max_cosine"] = float(of_a[mutual].mean())
+        return metrics
+    similarity = cosines(a, b)
+    metrics["matched_cosine"] = float(match(similarity).cosine.mean())
+    alive = similarity[np.ix_(*fired)]
+    if alive.size:
+        metrics["matched_cosine_alive"] = float(match(alive).cosine.sum() / min(alive.shape))
+    return metrics
+
+
+def _nearest(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, np.ndarray]]:
+    """Each a's nearest b and their cosine; the cosine and number of each b's nearest a. In blocks of a."""
+    places, highest = [], []
+    best, best_at = np.full(len(b), -np.inf), np.zeros(len(b), np.int64)
+    for start in range(0, len(a), _AT_ONCE):
+        block = cosines(a[start : start + _AT_ONCE], b)
+        places.append(block.argmax(1))
+        highest.append(block.max(1))
+        top = block.argmax(0)
+        value = block[top, np.arange(len(b))]
+        better = value > best
+        best[better], best_at[better] = value[better], start + top[better]
+    return np.concatenate(places), np.concatenate(highest), (best, best_at)
+
+
+def compare_seeds(
+    saes: Mapping[int, Any], store: Any, selection: RowSelection, batch_size: int, device: str
+) -> list[dict[str, Any]]:
+    """Every pair of seeds of one setting, in one pass over a store.
+
+    Args:
+        saes: by seed, on `device`, in evaluation mode.
+        store: the evaluation split.
+        selection: which rows count.
+        batch_size: rows per step; does not change a result beyond rounding.
+
+    Returns:
+        Lines of seed_a, seed_b, metric and value.
+    """
+    seen = {seed: PerSeed(sae.d_sae) for seed, sae in saes.items()}
+    with torch.inference_mode():
+        for _, x in selected_rows(store, selection, batch_size, device):
+            for seed, sae in saes.items():
+                seen[seed].add(sae.encode(x), sae.allowed_k(x))
+    lines = []
+    for first, second in itertools.combinations(sorted(saes), 2):
+        a, b = seen[first], seen[second]
+        directions = [saes[seed].directions().detach() for seed in (first, second)]
+        metrics: dict[str, float | None] = dict(
+            compare_dictionaries(directions[0], directions[1], (a.fired, b.fired))
+        )
+        metrics["spearman_l0"] = correlation(a.l0, b.l0)
+        if a.k_hat is not None and b.k_hat is not None:
+            metrics["spearman_k_hat"] = correlation(a.k_hat, b.k_hat)
+        lines += [
+            {"seed_a": first, "seed_b": second, "metric": name, "value": value}
+            for name, value in metrics.items()
+            if value is not None
+        ]
+    return lines
+
+
+def write_stability(
+    saes: Mapping[int, Any], config: Mapping[str, Any], bench: Any, folder: Path
+) -> None:
+    """Compare the seeds of one setting and write stability.csv.
+
+    Args:
+        saes: by seed, as `saeflow.load` returns them.
+        config: config.json of one of them.
+        bench: of the store they were trained on.
+    """
+    ids = identify(config)
+    known = {key: number(ids[key]) for key in STABILITY_COLUMNS if key in ids}
+    known["setting"] = setting_of({"run": ids["run"]})
+    moved = {seed: sae.to(bench.device).eval() for seed, sae in saes.items()}
+    found = compare_seeds(moved, bench.held_out, bench.selection, bench.batch_size, bench.device)
+    rows = [known | {key: number(value) for key, value in line.items()} for line in found]
+    write_csv(folder / STABILITY, STABILITY_COLUMNS, rows)

@@ -1,0 +1,91 @@
+"""What another seed changes: agreement of dictionaries, and of how many latents each input gets."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from saeflow.errors import UserError
+from saeflow.evaluation.tables import natural
+from saeflow.figures import captions, style
+from saeflow.figures import tables as read
+from saeflow.figures.drawing import Drawing
+
+_METRICS = {
+    "matched_cosine": ("matched cosine", "o"),
+    "matched_cosine_alive": ("matched cosine, living latents", "D"),
+    "mutual_max_cosine": ("mutual nearest cosine", "s"),
+    "spearman_l0": ("Spearman of L0", "^"),
+    "spearman_k_hat": ("Spearman of k-hat", "v"),
+}
+_ROW = 0.2  # inches
+
+
+def stability(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
+    """Matched cosines and rank correlations between the seeds of each setting.
+
+    Raises:
+        UserError: no setting has two seeds, or runs differ in budget.
+    """
+    rows = tables.stability[tables.stability["metric"].isin(_METRICS)]
+    if rows.empty:
+        raise UserError(
+            "figures.names: stability needs a setting with two seeds, the tables have none. Give an entry of "
+            "saes `seed: [0, 1]`, or take stability out of figures.names in params.yaml."
+        )
+    keys = ["source", "hook_point", "entry", "setting"]
+    shown = tables.wide.merge(rows[keys].drop_duplicates(), on=keys)
+    read.check_budgets(tables, shown, options)
+    panels = read.panels_of(rows)
+    held = [read.one_panel(rows, panel) for panel in panels]
+    lines = [len(part[keys].drop_duplicates()) for part in held]
+    figure = style.new_figure(style.TEXT_WIDTH, sum(_ROW * n + 0.55 for n in lines) + 0.5)
+    ratios = {"height_ratios": [n + 1.5 for n in lines]}
+    axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, gridspec_kw=ratios).ravel()
+    for ax, panel, part in zip(axes, panels, held, strict=True):
+        ax.set_title(read.panel_title(panel))
+        _panel(ax, part)
+    axes[-1].set_xlabel("agreement between seeds (1: equal)")
+    drawn = [name for name in _METRICS if (rows["metric"] == name).any()]
+    handles = [
+        Line2D(
+            [], [], ls="none", marker=_METRICS[name][1], color=style.INK, label=_METRICS[name][0]
+        )
+        for name in drawn
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    pairs = rows.groupby(keys)[["seed_a", "seed_b"]].apply(lambda p: len(p.drop_duplicates()))
+    caption = (
+        "What training with another seed changes. Cosine similarity of decoder directions of two seeds, "
+        "matched one to one (Hungarian), over all latents, dead ones too, and over those that fire on an "
+        "evaluated row; Spearman correlation between the seeds of the number of active latents per input "
+        "(L0) and of the k that the SAE allows, where they vary. A point for each pair of seeds "
+        f"({captions.compact(pairs.min())} to {captions.compact(pairs.max())} pairs a setting). "
+        f"{captions.budget_sentence(shown)} {captions.rows_sentence(shown)}"
+    )
+    return Drawing(figure, rows.reset_index(drop=True), caption)
+
+
+def _panel(ax: Axes, rows: pd.DataFrame) -> None:
+    labels: list[str] = []
+    settings = sorted(
+        rows.groupby(["entry", "setting"]),
+        key=lambda item: (
+            style.rank(item[1]["variant"].iloc[0], str(item[0][0])),
+            natural(str(item[0][0])),
+            natural(str(item[0][1])),
+        ),
+    )
+    for (entry, _), held in settings:
+        first = held.iloc[0]
+        look = style.look(first["variant"], str(entry))
+        for name, (_, marker) in _METRICS.items():
+            values = held.loc[held["metric"] == name, "value"]
+            ax.plot(values, [len(labels)] * len(values), ls="none", marker=marker, color=look.color)
+        labels.append(f"{entry}, {read.setting_label(first)}")
+    ax.set_yticks(range(len(labels)), labels)
+    ax.set_ylim(len(labels) - 0.4, -0.6)
+    ax.set_xlim(min(0.0, float(rows["value"].min()) - 0.05), 1.02)
+    ax.grid(True, axis="x")
