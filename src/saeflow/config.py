@@ -163,9 +163,9 @@ def validate(params: Any) -> None:
     if errors:
         raise UserError(_explain(errors[0]))
     for name in params["sources"]:
-        if name == "latents":
+        if name in ("latents", "stability"):
             raise UserError(
-                "sources: the name latents is a folder of the evaluation's. Choose another."
+                f"sources: the name {name} is a folder of the evaluation's. Choose another."
             )
         if name not in params["stores"]:
             raise UserError(f"stores: expected an entry for source {name!r}, found none. Add it.")

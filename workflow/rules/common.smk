@@ -89,7 +89,7 @@ PROBES = [
     f"results/complexity/{source}/{name}/probes/{hook_point}/{RECORD}"
     for source, hook_point, name in plan.probes
 ]
-STABILITY = [f"results/stability/{setting}/{RECORD}" for setting in plan.seeds]
+STABILITY = [f"results/evaluations/stability/{setting}/{RECORD}" for setting in plan.seeds]
 GROUPS = "results/saes.groups"
 FIGURES = [f"results/figures/{figure}/{RECORD}" for figure in config["figures"]["names"]]
 

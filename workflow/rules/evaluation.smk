@@ -155,8 +155,8 @@ rule compare_seeds:
             for split in ("train", "evaluation")
         ],
     output:
-        stability="results/stability/{setting}/stability.csv",
-        record="results/stability/{setting}/provenance.json",
+        stability="results/evaluations/stability/{setting}/stability.csv",
+        record="results/evaluations/stability/{setting}/provenance.json",
     log:
         "logs/compare_seeds/{setting}.log",
     conda:
@@ -171,7 +171,7 @@ rule compare_seeds:
     shell:
         "python -m saeflow stability {params.saes} --results results"
         " --evaluation {params.evaluation:q} --threads {threads} --key {params.key}"
-        " --out results/stability/{wildcards.setting} 2>&1 | tee {log}"
+        " --out results/evaluations/stability/{wildcards.setting} 2>&1 | tee {log}"
 
 
 rule collect_tables:
