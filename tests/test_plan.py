@@ -27,6 +27,10 @@ def keys(params: dict[str, Any]) -> dict[str, str]:
     for run in plan.runs:
         found[f"sae:{run}"] = plan.key_sae(run)
         found[f"evaluation:{run}"] = plan.key_evaluation(run)
+    for run in plan.pages:
+        found[f"latents:{run}"] = plan.key_latents(run)
+    for setting in plan.seeds:
+        found[f"stability:{setting}"] = plan.key_stability(setting)
     for figure in params["figures"]["names"]:
         found[f"figure:{figure}"] = plan.key_figure(figure)
     return found
@@ -65,8 +69,27 @@ def test_the_machine_changes_no_key(path: str, value: Any) -> None:
 
 def test_an_evaluation_parameter_leaves_training_alone() -> None:
     assert kinds(changed_by("evaluation/max_norm_multiple", 5)) == {
-        "evaluation", "baselines", "tables", "figure", "report",
+        "evaluation", "baselines", "stability", "latents", "tables", "figure", "report",
     }  # fmt: skip
+
+
+def test_intervals_and_controls_are_part_of_an_evaluation() -> None:
+    assert kinds(changed_by("evaluation/bootstrap/seed", 9)) == {
+        "evaluation", "baselines", "latents", "tables", "figure", "report",
+    }  # fmt: skip
+
+
+def test_a_page_of_latents_changes_nothing_but_itself_and_the_report() -> None:
+    assert kinds(changed_by("evaluation/latents/examples", 9)) == {"latents", "report"}
+
+
+def test_seeds_of_one_setting_are_compared_and_no_others() -> None:
+    seeds = Plan(PARAMS).seeds
+    assert seeds["smollm2/blocks.19.resid_post/topk/d1536-k8"] == [
+        f"smollm2/blocks.19.resid_post/topk/d1536-k8-seed{seed}" for seed in (0, 1)
+    ]
+    assert all(len(runs) > 1 for runs in seeds.values())
+    assert "stability" not in kinds(changed_by("saes/relu/lr", 5.0e-4))
 
 
 def test_a_pca_rank_leaves_the_saes_alone() -> None:
@@ -80,7 +103,15 @@ def test_one_entry_changes_its_own_runs_only() -> None:
     runs = {job for job in changed if job.startswith(("sae:", "evaluation:"))}
     assert runs
     assert all("/topk/" in job for job in runs)
-    assert kinds(changed) == {"sae", "evaluation", "tables", "figure", "report"}
+    assert kinds(changed) == {
+        "sae",
+        "evaluation",
+        "stability",
+        "latents",
+        "tables",
+        "figure",
+        "report",
+    }
 
 
 def test_a_text_changes_everything_of_its_source_but_the_model() -> None:

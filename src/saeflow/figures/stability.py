@@ -56,13 +56,11 @@ def stability(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
         for name in drawn
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    pairs = rows.groupby(keys)[["seed_a", "seed_b"]].apply(lambda p: len(p.drop_duplicates()))
     caption = (
         "What training with another seed changes. Cosine similarity of decoder directions of two seeds, "
         "matched one to one (Hungarian), over all latents, dead ones too, and over those that fire on an "
         "evaluated row; Spearman correlation between the seeds of the number of active latents per input "
-        "(L0) and of the k that the SAE allows, where they vary. A point for each pair of seeds "
-        f"({captions.compact(pairs.min())} to {captions.compact(pairs.max())} pairs a setting). "
+        "(L0) and of the k that the SAE allows, where they vary. A point for each pair of seeds. "
         f"{captions.budget_sentence(shown)} {captions.rows_sentence(shown)}"
     )
     return Drawing(figure, rows.reset_index(drop=True), caption)
