@@ -42,6 +42,8 @@ def test_a_row_worked_out_by_hand() -> None:
     assert got["nmse_token_openai"] == pytest.approx((1 / 4 + 1 / 16) / 2, abs=1e-15)
     # scalar mean 1.5: (.5^2 + 1.5^2 + 1.5^2 + 2.5^2) = 11
     assert got["r2_overcomplete"] == pytest.approx(1 - 2 / 11, abs=1e-15)
+    # mean squares 10 a row and 5 an entry: the denominator is 10 - 25
+    assert got["ev_saelens_6_18"] == pytest.approx(1 + 1 / 15, abs=1e-15)
     # standard deviations of the rows with n - 1: sqrt 2 and sqrt 8
     by_hand = (1 / (2**0.5 + 1e-5) ** 2 + 1 / (8**0.5 + 1e-5) ** 2) / 4
     assert got["nmse_layernorm_batchtopk"] == pytest.approx(by_hand, abs=1e-15)
@@ -95,7 +97,8 @@ def test_ratios_do_not_change_when_activations_are_scaled(
     pair: tuple[np.ndarray, np.ndarray], factor: float
 ) -> None:
     plain, scaled = measure(*pair), measure(pair[0] * factor, pair[1] * factor)
-    for name in set(DEFINITIONS) - {"mse", "nmse_layernorm_batchtopk"}:  # 1e-5 is not scaled
+    of_a_unit = {"mse", "nmse_layernorm_batchtopk", "ev_saelens_6_18"}  # 1e-5 is not scaled
+    for name in set(DEFINITIONS) - of_a_unit:
         assert scaled[name] == pytest.approx(plain[name], rel=1e-9), name
     assert scaled["mse"] == pytest.approx(plain["mse"] * factor**2, rel=1e-9)
 

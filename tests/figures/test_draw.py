@@ -83,7 +83,7 @@ def test_no_file_holds_a_date_or_machine(name: str, drawn: Path, small: Path) ->
     assert b"CreationDate" not in (drawn / name / f"{name}.pdf").read_bytes()
 
 
-@pytest.mark.parametrize("name", OF_RUNS)
+@pytest.mark.parametrize("name", [name for name in OF_RUNS if name != "ev_formulas"])
 def test_a_variant_has_its_colour_in_every_figure(name: str, drawn: Path) -> None:
     svg = (drawn / name / f"{name}.svg").read_text()
     used = {color.lower() for color in re.findall(r"#[0-9a-fA-F]{6}", svg)}

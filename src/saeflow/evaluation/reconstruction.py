@@ -26,6 +26,11 @@ DEFINITIONS = {
         "mean over rows of 1 - |e|^2 / |x - m|^2 (SAELens up to 2025, SAEBench paper). Here m is the "
         "mean of all evaluated rows, not of a batch; rows equal to m are left out."
     ),
+    "ev_saelens_6_18": (
+        "1 - E / (P - (P / d_in)^2) with E and P the means over rows of |e|^2 and |x|^2 (SAELens 6.18, SAEBench "
+        "0.6): a square of a square, so it changes with the unit of the activations and may exceed 1. Only to "
+        "show the difference; absent where the denominator is 0."
+    ),
     "nmse_token_openai": (
         "mean over rows of |e|^2 / |x|^2 (OpenAI sparse_autoencoder); zero rows are left out."
     ),
@@ -124,6 +129,9 @@ class Reconstruction:
             "nmse_token_openai": total["token"] / self.counts["token"],
             "r2_overcomplete": 1 - total["error"] / (total["spread"] + scalar_spread),
         }
+        error, power = total["error"] / self.rows, total["power"] / self.rows
+        if power != (power / width) ** 2:
+            metrics["ev_saelens_6_18"] = 1 - error / (power - (power / width) ** 2)
         if width > 1:
             metrics["nmse_layernorm_batchtopk"] = total["std"] / entries
         return metrics

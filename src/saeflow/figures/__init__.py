@@ -14,6 +14,7 @@ from saeflow.figures.controls import controls
 from saeflow.figures.curves import training
 from saeflow.figures.distributions import firing_rates, l0_histograms
 from saeflow.figures.drawing import Drawing
+from saeflow.figures.formulas import ev_formulas
 from saeflow.figures.fronts import ce_l0, fvu_l0, recovery
 from saeflow.figures.schedules import schedules
 from saeflow.figures.stability import stability
@@ -36,6 +37,7 @@ FIGURES: dict[str, Callable[[Tables, Mapping[str, Any]], Drawing]] = {
     "simple_to_complex": simple_to_complex,
     "adaptivity": adaptivity,
     "controls": controls,
+    "ev_formulas": ev_formulas,
     "stability": stability,
 }
 

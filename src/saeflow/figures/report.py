@@ -37,6 +37,7 @@ TITLES = {
     "concepts": "Concepts on images",
     "simple_to_complex": "Images from the simplest to the most complex",
     "adaptivity": "What the number of latents follows",
+    "ev_formulas": "One name, many formulas",
     "controls": "What choosing k by input is worth",
     "stability": "What another seed changes",
 }
