@@ -28,7 +28,6 @@ def write_page(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], out: 
     """
     packed, header = _packed(arrays, facts)
     render = template("latents.html.j2").render
-    kind = "prompts" if "pictures" in facts else "tokens"
     shown = {
         "run": facts["run"],
         "about": (
@@ -36,7 +35,7 @@ def write_page(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], out: 
             "where the latent is strongest, one example a context, with its activation as colour; how strong it "
             "is where it fires; and the latents whose decoder rows point most alike."
         ),
-        "search": "token or latent number" if kind == "tokens" else "latent number",
+        "search": "latent number" if "pictures" in facts else "token or latent number",
     }
     data = base64.b64encode(gzip.compress(_joined(packed, header), mtime=0)).decode()
     page = render(facts=shown, data=data, script_hash="SCRIPT")
