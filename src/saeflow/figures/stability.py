@@ -82,7 +82,7 @@ def _panel(ax: Axes, rows: pd.DataFrame) -> None:
         for name, (_, marker) in _METRICS.items():
             values = held.loc[held["metric"] == name, "value"]
             ax.plot(values, [len(labels)] * len(values), ls="none", marker=marker, color=look.color)
-        labels.append(f"{entry}, {read.setting_label(first)}")
+        labels.append(", ".join(filter(None, [str(entry), read.setting_label(first)])))
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.set_xlim(min(0.0, float(rows["value"].min()) - 0.05), 1.02)
