@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from filelock import FileLock
+
 HERE = Path(__file__).parent
 LIBRARIES = {
     "SAELens": "sae-lens==6.54.12",
@@ -25,13 +27,15 @@ def environment(name: str) -> Path:
     python, ready = folder / "bin" / "python", folder / "ready"
     torch = importlib.metadata.version("torch").split("+")[0]
     wanted = f"torch=={torch} {packages}"
-    if ready.exists() and ready.read_text() == wanted:
-        return python
-    sys.stderr.write(f"installing {packages}\n")
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "-q"]
-    subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-    subprocess.run([*pip, "install", "--progress-bar", "off", *wanted.split()], check=True)
-    for package in BROKEN.get(name, ()):
-        subprocess.run([*pip, "uninstall", "-y", package], check=True)
-    ready.write_text(wanted)
+    # Several processes may ask at once (pytest's workers do); the first installs, the others wait for it.
+    with FileLock(f"{folder}.lock"):
+        if ready.exists() and ready.read_text() == wanted:
+            return python
+        sys.stderr.write(f"installing {packages}\n")
+        pip = [python, "-m", "pip", "--disable-pip-version-check", "-q"]
+        subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
+        subprocess.run([*pip, "install", "--progress-bar", "off", *wanted.split()], check=True)
+        for package in BROKEN.get(name, ()):
+            subprocess.run([*pip, "uninstall", "-y", package], check=True)
+        ready.write_text(wanted)
     return python

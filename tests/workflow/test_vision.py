@@ -49,7 +49,7 @@ def test_a_new_labelled_set_trains_nothing_again(done: Project) -> None:
     todo = done.todo()
     done.write(PARAMS)
     assert set(todo) == {
-        "prepare_labelled", "evaluate_clean", "evaluate_sae", "evaluate_baselines", "collect_tables",
+        "prepare_labelled", "evaluate_clean", "evaluate_sae", "evaluate_baselines", "show_latents", "collect_tables",
         "draw_figure", "write_report",
     }  # fmt: skip
 
