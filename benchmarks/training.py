@@ -44,7 +44,7 @@ class InMemory:
 
     def __init__(self, path: Path) -> None:
         store = open_store(path)
-        self.d_in, self.scale = store.d_in, store.scale
+        self.d_in, self.scale, self.model = store.d_in, store.scale, store.model
         self.x = store.read(0, min(ROWS, store.rows)).float()
 
     def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Tensor]:

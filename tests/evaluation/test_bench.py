@@ -203,6 +203,13 @@ def test_an_sae_of_another_store_is_refused(results: Path) -> None:
     config |= {"source": "synthetic", "hook_point": "features", "d_in": 13}
     with pytest.raises(UserError, match=r"width 13, .* found 12"):
         bench.check_fits(config)
+    config |= {"d_in": 12, "scale": 2 * bench.train.scale}
+    with pytest.raises(UserError, match=r"features.zarr: expected activations of scale"):
+        bench.check_fits(config)
+    config |= {"scale": bench.train.scale, "model": "0123456789abcdef"}
+    with pytest.raises(UserError, match="the model 0123456789ab, which SAE run .* found none"):
+        bench.check_fits(config)
+    bench.check_fits(config | {"model": None})
 
 
 @pytest.mark.parametrize("variant", ["topk", "batch_topk", "relu"])

@@ -62,6 +62,7 @@ class Samples:
 
     def __init__(self, scale: float = 3.0, on_batch: Callable[[int], None] | None = None) -> None:
         self.scale = scale
+        self.model = None
         self.on_batch = on_batch
         features = torch.randn(FEATURES, D_IN, generator=torch.Generator().manual_seed(5))
         self.features = features / features.norm(dim=1, keepdim=True)

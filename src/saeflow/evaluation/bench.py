@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -276,8 +277,10 @@ class Bench:
     def check_fits(self, config: Mapping[str, Any]) -> None:
         """Refuse an SAE that was trained on something else.
 
+        An SAE from elsewhere knows no digest of its model and no scale; what it does know is compared.
+
         Raises:
-            UserError: source, hook point or width differ.
+            UserError: source, hook point, width, model or scale differ.
         """
         run = config["name"]
         trained_on = f"{config['source']}/{config['hook_point']}"
@@ -291,6 +294,19 @@ class Bench:
             raise UserError(
                 f"{self.held_out.path}: expected activations of width {config['d_in']}, which SAE "
                 f"{run} was trained on, found {self.held_out.d_in}. Train the SAE again on this store."
+            )
+        again = f"{run} was trained on, found {{}}. Train the SAE again on this store."
+        model, here_model = config.get("model"), self.held_out.model
+        if model is not None and model != here_model:
+            raise UserError(
+                f"{self.held_out.path}: expected activations of the model {model[:12]}, which SAE "
+                + again.format((here_model or "none")[:12])
+            )
+        scale = config.get("scale")
+        if scale is not None and not math.isclose(scale, self.train.scale, rel_tol=1e-6):
+            raise UserError(
+                f"{self.train.path}: expected activations of scale {scale:g}, which SAE "
+                + again.format(f"{self.train.scale:g}")
             )
 
 

@@ -73,7 +73,7 @@ def import_sae(folder: Path, library: str, about: Mapping[str, Any], out: Path) 
     """
     variant, options, sae = sae_of(_format(library).read(folder))
     config = {
-        "variant": variant, "options": options, "d_in": sae.d_in, "d_sae": sae.d_sae, "scale": 1.0,
+        "variant": variant, "options": options, "d_in": sae.d_in, "d_sae": sae.d_sae, "scale": None,
         "training": {"tokens": None}, "imported": library, **about,
     }  # fmt: skip
     save(sae.state_dict(), out, config)

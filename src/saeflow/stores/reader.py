@@ -36,6 +36,7 @@ class Store:
         mean: (d_in,) float64, the mean row.
         scale: sqrt(mean ||x||^2 / d_in); rows divided by it have mean squared norm d_in.
         median_norm: of all rows that were extracted, those dropped for their norm included.
+        model: digest of the model that made the rows, None where none did.
     """
 
     def __init__(self, path: Path, attrs: dict[str, Any], arrays: dict[str, ShardedReader]) -> None:
@@ -46,6 +47,7 @@ class Store:
         self.d_in: int = attrs["d_in"]
         self.mean = torch.tensor(attrs["mean"], dtype=torch.float64)
         self.scale: float = attrs["scale"]
+        self.model: str | None = attrs["made_from"].get("model")
         self.median_norm: float = attrs["median_norm"]
         self.kind = DTYPES[attrs["dtype"]]
         self.dtype = self.kind.torch

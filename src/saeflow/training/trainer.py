@@ -372,7 +372,8 @@ class Run:
         weights, config = self.weights(), dataclasses.asdict(self.config)
         if self.ranks.rank:
             return {}
-        save(weights, self.folder, {**config, "d_in": self.store.d_in, "scale": self.store.scale})
+        read = {"d_in": self.store.d_in, "scale": self.store.scale, "model": self.store.model}
+        save(weights, self.folder, config | read)
         write_steps(self.folder / STEPS, self.rows)
         delete_checkpoints(self.folder)
         untimed = [{k: v for k, v in row.items() if k not in _TIMED} for row in self.rows]
