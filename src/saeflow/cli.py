@@ -372,6 +372,10 @@ def train(
     probes: Annotated[
         Path | None, typer.Option(help="Folder of the source's complexities, with their probes.")
     ] = None,
+    saes: Annotated[
+        Path | None,
+        typer.Option(help="Folder of trained SAEs, for runs that take their k from one."),
+    ] = None,
     key: Annotated[
         list[str] | None, typer.Option(help="The workflow's key of each run, for its record.")
     ] = None,
@@ -401,21 +405,25 @@ def train(
         ranks.rank == 0 and provenance.take(place, folder, name)
         for place, folder, name in zip(places, out, keys, strict=True)
     ]
-    wanted = [
-        (config, folder, name, _probe_of(config, probes))
+    left = [
+        (config, folder, name)
         for config, folder, name, there in zip(configs, out, keys, is_there, strict=True)
         if not ranks.agree(int(there), False)[0]
     ]
-    if not wanted:
+    if not left:
         return
     reader = open_store(store / f"{configs[0].hook_point}.zarr")
+    wanted = [
+        (_with_k(config, _guide_of(config, saes), reader), folder, name, _probe_of(config, probes))
+        for config, folder, name in left
+    ]
     with ExitStack() as stack:
         jobs: list[provenance.Job] = []
         for config, folder, name, probe in wanted if ranks.rank == 0 else ():
             making = provenance.job(
                 folder,
                 name="train",
-                inputs=[store] if probe is None else [store, probe],
+                inputs=[store, *filter(None, [probe, _guide_of(config, saes)])],
                 params={"run": asdict(config), "precision": machine["precision"]},
                 key=name,
                 seed=config.seed,
@@ -431,6 +439,26 @@ def train(
         contents = train_group(reader, tasks, machine, ranks)
         for job, content in zip(jobs, contents, strict=False):
             job.details["content"] = content
+
+
+def _guide_of(config: SAEConfig, saes: Path | None) -> Path | None:
+    """The folder of the SAE that a run takes its k from, if any."""
+    if config.guide is None:
+        return None
+    if saes is None:
+        raise UserError(f"--saes: {config.name} takes its k from {config.guide}; say where it is.")
+    return saes / config.guide
+
+
+def _with_k(config: SAEConfig, guide: Path | None, store: Any) -> SAEConfig:
+    """The run with the k that its guide found, where it has one."""
+    if guide is None:
+        return config
+    from saeflow.saes import load
+    from saeflow.training import with_found_k
+
+    provenance.check(guide)
+    return with_found_k(config, load(guide), store)
 
 
 def _probe_of(config: SAEConfig, folder: Path | None) -> Path | None:

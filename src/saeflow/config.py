@@ -50,7 +50,10 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SAEConfig:
-    """One run of a sweep: one SAE, one seed."""
+    """One run of a sweep: one SAE, one seed.
+
+    `guide` is the run whose mean L0 becomes k, where options.k is `{mean_l0_of: ENTRY/LABEL}`.
+    """
 
     name: str
     entry: str
@@ -61,6 +64,7 @@ class SAEConfig:
     seed: int
     options: Mapping[str, Any]
     training: TrainingConfig
+    guide: str | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SAEConfig":
@@ -206,8 +210,14 @@ def validate(params: Any) -> None:
     if taken := RESERVED & set(params["saes"]):
         raise UserError(f"saes: the name {_list(taken)} is a baseline's. Choose another.")
     runs = expand_runs(params)
+    guides = {run.name: run.guide for run in runs}
     for run in runs:
         _check_run(run, params)
+        if run.guide is not None and guides.get(run.guide, "another's") is not None:
+            raise UserError(
+                f"saes.{run.entry}.options.k.mean_l0_of: expected ENTRY/LABEL of a run of {run.source}/"
+                f"{run.hook_point} that has its own k, found {run.guide.split('/', 2)[2]}. Mend it."
+            )
     pages = params["evaluation"].get("latents") or {"runs": []}
     for name in pages["runs"]:
         if name not in {run.name for run in runs}:
@@ -413,8 +423,14 @@ def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
                 seed=seed,
                 options=picked,
                 training=TrainingConfig(**training),
+                guide=_guide(store, picked.get("k")),
             )
     return list(runs.values())
+
+
+def _guide(store: str, k: Any) -> str | None:
+    """The run that k is taken from, of the same store."""
+    return f"{store}/{k['mean_l0_of']}" if isinstance(k, Mapping) else None
 
 
 def _as_list(value: Any) -> list[Any]:

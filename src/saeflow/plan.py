@@ -23,7 +23,7 @@ _PROBE = (*_STORE, "pandas", "scikit-learn", "scipy")
 _DRAW = ("jinja2", "matplotlib", "numpy", "pandas", "safetensors")
 _SHARED = ("config",)
 _ROW_POLICY = ("batch_size", "skip_first", "max_norm_multiple")
-_OF_IMAGES = ("labelled_sets", "concept_cards", "images_listed")
+_OF_IMAGES = ("labelled_sets", "concept_cards")
 
 
 class Plan:
@@ -53,12 +53,13 @@ class Plan:
     def groups(self) -> list[list[str]]:
         """Runs that one job trains: `runtime.saes_per_job` at most, of one store; same batches first."""
 
-        def stream(name: str) -> tuple[str, str, int, int]:
+        def stream(name: str) -> tuple[str, str, bool, int, int]:
             run = self.runs[name]
-            return run.source, run.hook_point, run.training.batch_size, run.seed
+            guided = run.guide is not None  # apart: its guide is trained before
+            return run.source, run.hook_point, guided, run.training.batch_size, run.seed
 
         size, found = self.params["runtime"]["saes_per_job"], []
-        for _, names in itertools.groupby(sorted(self.runs, key=stream), lambda n: stream(n)[:2]):
+        for _, names in itertools.groupby(sorted(self.runs, key=stream), lambda n: stream(n)[:3]):
             of_store = list(names)
             found += [of_store[i : i + size] for i in range(0, len(of_store), size)]
         return found
@@ -201,6 +202,8 @@ class Plan:
         after = [self.key_store(config.source, "train")]
         if complexity:
             after += [self.key_probe(config.source, config.hook_point, complexity)]
+        if config.guide:
+            after += [self.key_sae(config.guide)]
         slice_ = [self.run(run), self.params["runtime"]["precision"]]
         return job_key("sae", slice_, code=code, libraries=_NUMERIC, after=after)
 

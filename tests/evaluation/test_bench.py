@@ -41,7 +41,7 @@ SYNTHETIC = {
 }  # fmt: skip
 EVALUATION = {
     "batch_size": 100, "skip_first": True, "max_norm_multiple": 10, "ce_contexts": 6, "dimension": None,
-    "bootstrap": {"resamples": 100, "seed": 0},
+    "bootstrap": {"resamples": 100, "seed": 0}, "contexts_listed": 5,
 }  # fmt: skip
 
 
@@ -207,7 +207,7 @@ def test_an_sae_of_another_store_is_refused(results: Path) -> None:
     with pytest.raises(UserError, match=r"features.zarr: expected activations of scale"):
         bench.check_fits(config)
     config |= {"scale": bench.train.scale, "model": "0123456789abcdef"}
-    with pytest.raises(UserError, match="the model 0123456789ab, which SAE run .* found none"):
+    with pytest.raises(UserError, match=r"the model 0123456789ab, which SAE run .* found none"):
         bench.check_fits(config)
     bench.check_fits(config | {"model": None})
 

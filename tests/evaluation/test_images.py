@@ -9,14 +9,10 @@ import torch
 from sklearn.linear_model import LinearRegression
 
 from saeflow.errors import UserError
+from saeflow.evaluation.by_dimension import PerRow
+from saeflow.evaluation.correlation import correlation, partial_correlation
 from saeflow.evaluation.dimension import local_dimensions, write_dimensions
-from saeflow.evaluation.images import (
-    PerImage,
-    PerKind,
-    PerRow,
-    correlation,
-    partial_correlation,
-)
+from saeflow.evaluation.images import PerImage, PerKind
 from saeflow.evaluation.measure import Seen
 from saeflow.evaluation.reconstruction import Reconstruction
 from saeflow.evaluation.rows import RowStatistics
@@ -59,7 +55,7 @@ def rows() -> tuple[pd.DataFrame, torch.Tensor, torch.Tensor]:
 def test_an_images_l0_is_the_mean_over_its_tokens(rows: Any) -> None:
     frame, latents, x = rows
     columns = {name: frame[name].to_numpy() for name in frame}
-    per_image = PerImage(IMAGES, objects=True, among=10)
+    per_image = PerImage(IMAGES, columns, among=10)
     for seen in seen_in_parts(columns, latents, x):
         per_image.add(seen)
     frame["l0"], frame["k"] = (latents != 0).sum(1).numpy(), latents.sum(1).numpy()
@@ -127,6 +123,13 @@ def test_rows_follow_their_dimension() -> None:
     assert line["spearman_l0"] == pytest.approx(1)
     assert line["spearman_k_hat"] == pytest.approx(1)
     assert line["partial_l0"] == pytest.approx(1)
+    bins = pd.DataFrame(per_row.bins({"mle-20": dimension, "norm": norm}))
+    assert bins["rows"].tolist() == [5] * 9 + [4]
+    known = np.sort(dimension[np.isfinite(dimension)])
+    assert bins["dimension"].tolist() == pytest.approx(
+        [part.mean() for part in np.array_split(known, 10)]
+    )
+    assert bins["l0"].tolist() == pytest.approx(bins["dimension"].tolist())
 
 
 @pytest.mark.parametrize("true", [2, 5])

@@ -96,7 +96,7 @@ class Bench:
         for image in range(40):
             varies = 0 if ids["variant"] == "topk" else image % 7
             known = {"context": image, "label": image % 20, "objects": image % 7}
-            self.extra["images"].append({**ids, **known, "l0": l0 * (1 + varies / 10)})
+            self.extra["contexts"].append({**ids, **known, "l0": l0 * (1 + varies / 10)})
         for estimator in ("mle", "twonn"):
             for neighbours in (20, 50):
                 spearman = (

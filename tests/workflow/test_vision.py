@@ -60,7 +60,7 @@ def test_tables_hold_images_sets_and_dimensions(done: Project) -> None:
     assert {line["set"] for line in lines} == {"one"}
     assert {line["n"] for line in lines} == {"1", "5", "10", "50", "all"}
     assert {line["images"] for line in lines} == {"42"}
-    images = [line for line in rows(tables / "images.csv") if line["run"] == RUN]
+    images = [line for line in rows(tables / "contexts.csv") if line["run"] == RUN]
     assert len(images) == 10
     assert all(0 <= int(line["objects"]) <= 3 for line in images)
     assert {line["estimator"] for line in rows(tables / "dimension.csv")} == {"mle", "twonn"}

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 from saeflow.complexity.scorers import check_scoring
 from saeflow.config import check_params
 from saeflow.errors import UserError
+from saeflow.evaluation.tables import EXTRA as EXTRA_TABLES
 from saeflow.plan import Plan
 from saeflow.sources import check_source
 
@@ -57,7 +58,8 @@ wildcard_constraints:
     part="[0-9]+",
     parts="[0-9]+",
     group="[0-9]+",
-    figure="[a-z0-9_]+",
+    figure="(?!table_)[a-z0-9_]+",
+    table="table_[a-z0-9_]+",
     run="[^/]+/[^/]+/[^/]+/[^/]+",
     setting="[^/]+/[^/]+/[^/]+/[^/]+",
 
@@ -173,7 +175,10 @@ def training(runs, folder):
         f"--run={shlex.quote(json.dumps(plan.run(run)))} --key={plan.key_sae(run)} --out={folder}/{run}"
         for run in runs
     )
-    stores = f"--store=results/stores/{source}/train --probes=results/complexity/{source}"
+    stores = (
+        f"--store=results/stores/{source}/train --probes=results/complexity/{source}"
+        " --saes=results/saes"
+    )
     return " ".join([stores, *each])
 
 
@@ -181,7 +186,8 @@ def training_inputs(runs):
     """The records of what some runs of one store read."""
     store = f"results/stores/{plan.runs[runs[0]].source}/train/{RECORD}"
     probes = {f"{folder}/{RECORD}" for run in runs for folder in probe_folder(run)}
-    return [store, *sorted(probes)]
+    guides = {plan.runs[run].guide for run in runs} - {None}
+    return [store, *sorted(probes), *(f"results/saes/{guide}/{RECORD}" for guide in sorted(guides))]
 
 
 def missing(group):

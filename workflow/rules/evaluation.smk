@@ -189,7 +189,7 @@ rule collect_tables:
         histograms="results/tables/histograms.csv",
         extra=expand(
             "results/tables/{table}.csv",
-            table=["classification", "images", "dimension", "intervals", "controls", "stability"],
+            table=[*EXTRA_TABLES, "stability"],
         ),
         json="results/tables/metrics.json",
         record="results/tables/provenance.json",

@@ -1,6 +1,7 @@
 """Figures: each figure of params.yaml, and the report that holds them all.
 
-Expects results/tables; leaves results/figures/FIGURE (SVG, PDF, PNG, CSV, caption) and results/report.html.
+Expects results/tables; leaves results/figures/FIGURE (SVG, PDF, PNG, CSV, caption; of a table Markdown, LaTeX, CSV,
+caption) and results/report.html.
 """
 
 
@@ -25,6 +26,28 @@ rule draw_figure:
         "python -m saeflow draw {wildcards.figure} --tables results/tables"
         " --figures {params.figures:q} --key {params.key}"
         " --out results/figures/{wildcards.figure} 2>&1 | tee {log}"
+
+
+rule write_table:
+    input:
+        tables="results/tables/provenance.json",
+    output:
+        md="results/figures/{table}/{table}.md",
+        tex="results/figures/{table}/{table}.tex",
+        csv="results/figures/{table}/{table}.csv",
+        caption="results/figures/{table}/caption.md",
+        record="results/figures/{table}/provenance.json",
+    log:
+        "logs/write_table/{table}.log",
+    conda:
+        "../../envs/figures.yaml"
+    params:
+        key=lambda w: plan.key_figure(w.table),
+        figures=json.dumps(plan.figure()),
+    shell:
+        "python -m saeflow draw {wildcards.table} --tables results/tables"
+        " --figures {params.figures:q} --key {params.key}"
+        " --out results/figures/{wildcards.table} 2>&1 | tee {log}"
 
 
 rule write_report:

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from saeflow.errors import UserError
 from saeflow.evaluation.baselines import baselines
+from saeflow.evaluation.by_dimension import PerRow
+from saeflow.evaluation.contexts import ContextMeans
 from saeflow.evaluation.controls import OwnK, control_lines
 from saeflow.evaluation.dimension import DIMENSIONS
-from saeflow.evaluation.images import KINDS, PerImage, PerKind, PerRow, write_cards
+from saeflow.evaluation.images import KINDS, PerImage, PerKind, write_cards
 from saeflow.evaluation.intervals import PerContext, interval_lines
 from saeflow.evaluation.latents import BINS, LOWEST, logit_lens, write_latents
 from saeflow.evaluation.measure import Measured, Observer, measure_rows
@@ -189,14 +191,18 @@ class Bench:
             is_trained: it is an SAE: compare its decoder with the true dictionary, where there is one,
                 and classify images through a few of its latents.
         """
-        per_image = per_row = None
+        per_image: PerImage | None = None
+        means: ContextMeans | None = None
+        per_row: PerRow | None = None
         observers: list[Observer] = [PerKind(self.kinds)] if self.kinds else []
         if self.is_vision and is_trained:
-            objects = "objects" in self.held_out.columns
             cards = self.evaluation["concept_cards"]
             among = min(cards["among"], len(self.pixels)) if cards else 0
-            per_image = PerImage(len(self.pixels), objects=objects, among=among)
-            observers.append(per_image)
+            means = per_image = PerImage(len(self.pixels), self.held_out.columns, among)
+            observers.append(means)
+        elif is_trained:
+            means = ContextMeans(self.contexts, self.held_out.columns)
+            observers.append(means)
         settings = self.evaluation.get("bootstrap")
         per_context, own_k = PerContext(self.contexts), OwnK()
         if settings is not None:
@@ -211,10 +217,11 @@ class Bench:
         metrics = self.policy | measured.metrics
         tables: dict[str, list[dict[str, Any]]] = {}
         in_the_loop: dict[str, np.ndarray] = {}
-        if per_image is not None:
-            tables["images"] = per_image.lines(self.evaluation["images_listed"])
+        if means is not None:
+            tables["contexts"] = means.lines(self.evaluation["contexts_listed"])
         if per_row is not None:
             tables["dimension"] = per_row.lines(self.dimensions)
+            tables["dimension_bins"] = per_row.bins(self.dimensions)
         if self.model_in_the_loop is not None:
             in_the_loop = self.model_in_the_loop.sums(sae.forward)
             metrics |= self.model_in_the_loop.metrics(in_the_loop)

@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from saeflow.evaluation.contexts import ContextMeans
 from saeflow.evaluation.measure import Seen
 from saeflow.evaluation.reconstruction import Reconstruction
 from saeflow.evaluation.rows import RowSelection, RowStatistics, selected_rows
@@ -66,25 +67,23 @@ class PerKind:
         return found
 
 
-class PerImage:
-    """Mean L0 and k of every image, over its tokens.
+class PerImage(ContextMeans):
+    """Of every image also how often each latent fires on it.
 
     Args:
         n_images: images of the split.
-        objects: whether the store knows how many objects each has.
+        columns: of the store, see ContextMeans.
         among: of so many images, what every latent fires on is kept apart.
     """
 
-    def __init__(self, n_images: int, *, objects: bool, among: int = 0) -> None:
-        self.tokens, self.l0, self.k_hat = (np.zeros(n_images) for _ in range(3))
-        self.labels = np.full(n_images, -1)
-        self.objects = np.full(n_images, -1) if objects else None
-        self.has_k = False
+    def __init__(self, n_images: int, columns: Any, among: int = 0) -> None:
+        super().__init__(n_images, columns)
         self.energy: Any = 0.0  # (d_sae,) sum of squared activations of each latent
         self.among = among
         self.fires_on: Any = None  # (among, d_sae) tokens of each image that it fires on
 
     def add(self, seen: Seen) -> None:
+        super().add(seen)
         self.energy = self.energy + seen.latents.double().square().sum(0).cpu().numpy()
         near = np.flatnonzero(seen.column("context") < self.among)
         if len(near):
@@ -92,108 +91,6 @@ class PerImage:
                 self.fires_on = np.zeros((self.among, seen.latents.shape[1]), np.int32)
             fires = (seen.latents[torch.as_tensor(near, device=seen.x.device)] != 0).cpu().numpy()
             np.add.at(self.fires_on, seen.column("context")[near], fires)
-        image = seen.column("context")
-        np.add.at(self.tokens, image, 1)
-        np.add.at(self.l0, image, seen.l0.cpu().numpy())
-        self.labels[image] = seen.column("label")
-        if seen.allowed is not None:
-            self.has_k = True
-            np.add.at(self.k_hat, image, seen.allowed.double().cpu().numpy())
-        if self.objects is not None:
-            self.objects[image] = seen.column("objects")
-
-    @property
-    def images(self) -> np.ndarray:
-        """Numbers of the images that have tokens."""
-        return np.flatnonzero(self.tokens)
-
-    def metrics(self) -> dict[str, float]:
-        if self.objects is None:
-            return {}
-        images = self.images
-        found: dict[str, float] = {}
-        for name, total in (("l0", self.l0), ("k_hat", self.k_hat)):
-            value = correlation(total[images] / self.tokens[images], self.objects[images])
-            if value is not None and (name == "l0" or self.has_k):
-                found[f"spearman_{name}_objects"] = value
-        return found
-
-    def lines(self, most: int) -> list[dict[str, Any]]:
-        """One line for each of the first images."""
-        return [
-            {
-                "context": int(i),
-                "label": int(self.labels[i]),
-                "objects": None if self.objects is None else int(self.objects[i]),
-                "l0": self.l0[i] / self.tokens[i],
-                "k_hat": self.k_hat[i] / self.tokens[i] if self.has_k else None,
-            }
-            for i in self.images[:most]
-        ]
-
-
-class PerRow:
-    """L0 and k of the first rows of the store, which are a random sample of it."""
-
-    def __init__(self, rows: int) -> None:
-        self.l0, self.k_hat = np.full(rows, np.nan), np.full(rows, np.nan)
-
-    def add(self, seen: Seen) -> None:
-        mine = seen.rows < len(self.l0)
-        self.l0[seen.rows[mine]] = seen.l0.cpu().numpy()[mine]
-        if seen.allowed is not None:
-            self.k_hat[seen.rows[mine]] = seen.allowed.double().cpu().numpy()[mine]
-
-    def metrics(self) -> dict[str, float]:
-        return {}
-
-    def lines(self, dimensions: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-        """Correlations with the local intrinsic dimension, by estimator and neighbours.
-
-        Args:
-            dimensions: `ESTIMATOR-NEIGHBOURS` (rows,) and `norm` (rows,), of the same rows.
-        """
-        lines = []
-        norm = dimensions["norm"]
-        for name in sorted(set(dimensions) - {"norm"}):
-            estimator, _, neighbours = name.partition("-")
-            line: dict[str, Any] = {"estimator": estimator, "neighbours": int(neighbours)}
-            dimension = dimensions[name]
-            known = np.isfinite(dimension) & np.isfinite(self.l0)
-            line |= {"rows": int(known.sum()), "dimension": float(dimension[known].mean())}
-            for quantity, values in (("l0", self.l0), ("k_hat", self.k_hat)):
-                held = known & np.isfinite(values)
-                if held.any():
-                    parts = values[held], dimension[held], norm[held]
-                    line[f"spearman_{quantity}"] = correlation(*parts[:2])
-                    line[f"partial_{quantity}"] = partial_correlation(*parts)
-            lines.append(line)
-        return lines
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
-    """Spearman's; None where one side is constant."""
-    from scipy.stats import spearmanr
-
-    if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return None
-    return float(spearmanr(a, b)[0])
-
-
-def partial_correlation(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> float | None:
-    """Spearman's, with what the ranks of `given` explain linearly taken from both sides' ranks."""
-    from scipy.stats import rankdata
-
-    ranks = [rankdata(values) for values in (a, b, given)]
-    a_rank, b_rank, g = (rank - rank.mean() for rank in ranks)
-    if not (g @ g and a_rank @ a_rank and b_rank @ b_rank):
-        return correlation(a, b)
-    left, right = (rank - (rank @ g) / (g @ g) * g for rank in (a_rank, b_rank))
-    scale = np.sqrt((left @ left) * (right @ right))
-    return float(left @ right / scale) if scale > 1e-9 * len(a) else None
-
-
-# Pictures: concept cards, and images from the simplest to the most complex.
 
 
 def write_cards(
@@ -224,7 +121,7 @@ def write_cards(
         settings: `concepts`, `images` and `among` of evaluation.concept_cards.
         folder: written: cards.safetensors and cards.json.
     """
-    among = per_image.images[per_image.images < settings["among"]]
+    among = per_image.contexts[per_image.contexts < settings["among"]]
     chosen = _chosen(per_image, fired, store.rows, settings["concepts"])
     order = among[np.argsort(per_image.l0[among] / per_image.tokens[among], kind="stable")]
     places = np.linspace(0, len(order) - 1, min(_SHOWN, len(order))).round().astype(int)
@@ -275,14 +172,11 @@ def write_cards(
         "shown": [
             {
                 "context": int(image),
-                "l0": per_image.l0[image] / per_image.tokens[image],
-                "k_hat": per_image.k_hat[image] / per_image.tokens[image]
-                if per_image.has_k
-                else None,
-                "objects": None if per_image.objects is None else int(per_image.objects[image]),
+                **{key: facts_of[key] for key in ("l0", "k_hat", "objects")},
                 "concepts": concepts,
             }
             for image, (_, concepts) in zip(shown, strongest, strict=True)
+            for facts_of in [per_image.line(image)]
         ],
     }
     save_file({name: np.ascontiguousarray(a) for name, a in arrays.items()}, folder / CARDS)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow.evaluation.images import correlation
+from saeflow.evaluation.correlation import correlation
 from saeflow.evaluation.recovery import cosines, match
 from saeflow.evaluation.rows import RowSelection, selected_rows
 from saeflow.evaluation.tables import (

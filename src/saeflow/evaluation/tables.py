@@ -5,6 +5,7 @@ Bytes depend on the numbers only: numbers have 12 significant digits, runs are i
 """
 
 import csv
+import json
 import math
 import re
 import shutil
@@ -34,11 +35,12 @@ EXTRA: dict[str, tuple[str, ...]] = {
         "set", "classes", "images", "clean_accuracy", "protocol", "labels", "concepts", "n", "accuracy",
         "l0",
     ),
-    "images": ("context", "label", "objects", "l0", "k_hat"),
+    "contexts": ("context", "label", "objects", "l0", "k_hat"),
     "dimension": (
         "estimator", "neighbours", "rows", "dimension", "spearman_l0", "partial_l0", "spearman_k_hat",
         "partial_k_hat",
     ),
+    "dimension_bins": ("estimator", "neighbours", "bin", "rows", "dimension", "l0", "k_hat"),
     "intervals": ("metric", "value", "low", "high", "contexts"),
     "controls": (
         "control", "metric", "value", "low", "high", "difference", "difference_low", "difference_high",
@@ -46,6 +48,8 @@ EXTRA: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Columns, beside the id columns, of tables that not every source has."""
 STABILITY = "stability.csv"
+OPTIONS = "options.csv"
+OPTION_COLUMNS = (*IDS, "option", "chosen")
 STABILITY_COLUMNS = (
     "source", "hook_point", "entry", "variant", "schedule", "d_sae", "k", "tokens", "setting", "seed_a",
     "seed_b", "metric", "value",
@@ -195,7 +199,7 @@ def collect(
         probes: folders of complexity probes (predictions.csv, quality.json).
         folder: written: metrics.csv and histograms.csv (all runs), metrics.json (run -> metric ->
             value), summary.csv, summary.md and summary.tex (one line per setting, mean and sample
-            standard deviation over seeds), training.csv (the logged steps of all runs),
+            standard deviation over seeds), training.csv (the logged steps of all runs), options.csv,
             complexity.csv and probes.csv (scores, predictions and quality of all probes), stability.csv.
         stabilities: folders with the stability.csv of a setting.
 
@@ -222,7 +226,7 @@ def collect(
     write_csv(folder / "summary.csv", _summary_columns(), lines)
     _write_text(folder / "summary.md", as_markdown(lines))
     _write_text(folder / "summary.tex", as_latex(lines))
-    _write_training(saes, folder / "training.csv")
+    _write_training(saes, folder)
     _write_probes(list(probes), folder)
     of_settings = [row for stability in stabilities for row in read_csv(stability / STABILITY)]
     order = ("source", "hook_point", "entry", "setting")
@@ -267,21 +271,32 @@ def natural(text: str) -> list[tuple[int, float, str]]:
     return [(0, float(part), "") if i % 2 else (1, 0.0, part) for i, part in enumerate(parts)]
 
 
-def _write_training(saes: Iterable[Path], path: Path) -> None:
-    """The logged steps of all runs; the target k is `k_target`, since `k` is the step's own."""
+def _write_training(saes: Iterable[Path], folder: Path) -> None:
+    """The options of all runs, and their logged steps; there the target k is `k_target`, since `k` is the step's own."""
     ids = tuple("k_target" if column == "k" else column for column in IDS)
     runs: dict[str, list[Row]] = {}
     columns: dict[str, None] = dict.fromkeys(ids)
-    for folder in saes:
-        known = {
-            "k_target" if key == "k" else key: number(value)
-            for key, value in identify(read_json(folder / "config.json")).items()
-        }
-        runs[known["run"]] = [{**known, **row} for row in read_csv(folder / "steps.csv")]
+    options: dict[str, list[Row]] = {}
+    for sae in saes:
+        config = read_json(sae / "config.json")
+        own = {key: number(value) for key, value in identify(config).items()}
+        chosen = {**config["options"], "guide": config.get("guide")}
+        options[own["run"]] = [
+            {
+                **own,
+                "option": name,
+                "chosen": value if isinstance(value, str) else json.dumps(value),
+            }
+            for name, value in sorted(chosen.items())
+        ]
+        known = {"k_target" if key == "k" else key: value for key, value in own.items()}
+        runs[known["run"]] = [{**known, **row} for row in read_csv(sae / "steps.csv")]
     ordered = [row for run in sorted(runs, key=natural) for row in runs[run]]
     for row in ordered:
         columns.update(dict.fromkeys(row))
-    write_csv(path, list(columns), ordered)
+    write_csv(folder / "training.csv", list(columns), ordered)
+    chosen_by_run = [row for run in sorted(options, key=natural) for row in options[run]]
+    write_csv(folder / OPTIONS, OPTION_COLUMNS, chosen_by_run)
 
 
 def _write_probes(probes: list[Path], folder: Path) -> None:
@@ -403,15 +418,20 @@ def as_markdown(lines: list[Row]) -> str:
     parts = []
     for title, held, names in _sections(lines):
         head = [*_HEAD, *(PRINTED[name] for name in names)]
-        table = [head, ["---"] * len(_HEAD) + ["---:"] * len(names)]
-        for line in held:
-            cells = [line[column] for column in _HEAD]
-            table.append(cells + [_cell(line, name, "±") for name in names])
-        body = "\n".join(
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table
-        )
+        lines_of = [
+            [*(line[column] for column in _HEAD), *(_cell(line, name, "±") for name in names)]
+            for line in held
+        ]
+        body = markdown_table(head, len(_HEAD), lines_of)
         parts.append(f"## {title}\n\n{body}\n\n{_notes(held)}\n")
     return "\n".join(parts)
+
+
+def markdown_table(head: Sequence[str], left: int, body: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose first `left` columns are words."""
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    rows = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in (head, rule, *body))
+    return "\n".join(f"| {row} |" for row in rows)
 
 
 def _classification_sections(rows: list[Row]) -> list[tuple[str, list[list[str]]]]:
@@ -457,10 +477,7 @@ def classification_markdown(rows: list[Row]) -> str:
     """Accuracy through the top n concepts as one Markdown table a set and protocol."""
     parts = []
     for title, (head, *lines) in _classification_sections(rows):
-        table = [head, ["---"] * 2 + ["---:"] * (len(head) - 2), *lines]
-        parts.append(
-            f"## {title}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in table) + "\n"
-        )
+        parts.append(f"## {title}\n\n{markdown_table(head, 2, lines)}\n")
     return "\n".join(parts)
 
 
@@ -469,7 +486,7 @@ def classification_latex(rows: list[Row]) -> str:
     parts = []
     for title, (head, *lines) in _classification_sections(rows):
         body = [" & ".join(map(escape_latex, row)) + r" \\" for row in lines]
-        parts.append(_latex_table(escape_latex(title) + ".", head, 2, body))
+        parts.append(latex_table(escape_latex(title) + ".", head, 2, body))
     return "\n".join(parts)
 
 
@@ -499,11 +516,11 @@ def as_latex(lines: list[Row]) -> str:
         if 0 < split < len(body):
             body.insert(split, r"\midrule")
         caption = f"{escape_latex(title)}. {escape_latex(_notes(held))}"
-        parts.append(_latex_table(caption, head, len(_HEAD), body))
+        parts.append(latex_table(caption, head, len(_HEAD), body))
     return "\n".join(parts)
 
 
-def _latex_table(caption: str, head: list[str], left: int, body: list[str]) -> str:
+def latex_table(caption: str, head: list[str], left: int, body: list[str]) -> str:
     """A table whose first `left` columns are words."""
     return "\n".join(
         [

@@ -14,14 +14,18 @@ from saeflow.figures.controls import controls
 from saeflow.figures.curves import training
 from saeflow.figures.distributions import firing_rates, l0_histograms
 from saeflow.figures.drawing import Drawing
+from saeflow.figures.follows import k_complexity, k_dimension
 from saeflow.figures.formulas import ev_formulas
 from saeflow.figures.fronts import ce_l0, fvu_l0, recovery
+from saeflow.figures.paper_tables import TABLES
+from saeflow.figures.probe_layers import probe_layers
 from saeflow.figures.schedules import schedules
+from saeflow.figures.sizes import dictionary_size
 from saeflow.figures.stability import stability
 from saeflow.figures.tables import Tables, load_tables
 from saeflow.files import atomic_file
 
-__all__ = ["FIGURES", "Drawing", "Tables", "draw", "load_tables"]
+__all__ = ["FIGURES", "TABLES", "Drawing", "Tables", "draw", "load_tables"]
 
 FIGURES: dict[str, Callable[[Tables, Mapping[str, Any]], Drawing]] = {
     "fvu_l0": fvu_l0,
@@ -39,31 +43,45 @@ FIGURES: dict[str, Callable[[Tables, Mapping[str, Any]], Drawing]] = {
     "controls": controls,
     "ev_formulas": ev_formulas,
     "stability": stability,
+    "dictionary_size": dictionary_size,
+    "k_complexity": k_complexity,
+    "k_dimension": k_dimension,
+    "probe_layers": probe_layers,
 }
 
 
 def draw(figure: str, tables: Path, options: Mapping[str, Any], folder: Path) -> None:
-    """Draw one figure and write it with its data.
+    """Draw one figure, or write one table, with its data.
 
     Args:
-        figure: a key of FIGURES.
+        figure: a key of FIGURES or TABLES.
         tables: folder with the tables that `collect` wrote.
         options: `figures` of the parameters without the names.
-        folder: written: FIGURE.svg, .pdf, .png (300 dpi), .csv (the plotted numbers), caption.md.
+        folder: written: FIGURE.csv (the numbers), caption.md, and of a figure .svg, .pdf, .png (300 dpi), of
+            a table .md and .tex.
 
     Raises:
         UserError: an unknown figure, a table that is missing or damaged, a figure that no run of the
             tables belongs in, or one whose runs differ in budget.
     """
-    if figure not in FIGURES:
+    known = load_tables(tables) if figure in FIGURES or figure in TABLES else None
+    if known is None:
         raise UserError(
-            f"figures.names: unknown figure {figure!r}. Known: {', '.join(FIGURES)}. Mend params.yaml."
+            f"figures.names: unknown figure {figure!r}. Known: {', '.join([*FIGURES, *TABLES])}. Mend params.yaml."
         )
-    with style.context():
-        drawing = FIGURES[figure](load_tables(tables), options)
-        folder.mkdir(parents=True, exist_ok=True)
-        style.save(drawing.figure, folder / figure)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {}
+    if figure in TABLES:
+        table = TABLES[figure](known, options)
+        data, texts["caption.md"] = table.data, table.caption + "\n"
+        texts |= {f"{figure}.md": table.markdown(), f"{figure}.tex": table.latex()}
+    else:
+        with style.context():
+            drawing = FIGURES[figure](known, options)
+            style.save(drawing.figure, folder / figure)
+        data, texts["caption.md"] = drawing.data, drawing.caption + "\n"
     with atomic_file(folder / f"{figure}.csv") as staged:
-        drawing.data.to_csv(staged, index=False, lineterminator="\n", float_format="%.12g")
-    with atomic_file(folder / "caption.md") as staged:
-        staged.write_text(drawing.caption + "\n", encoding="utf-8")
+        data.to_csv(staged, index=False, lineterminator="\n", float_format="%.12g")
+    for name, text in texts.items():
+        with atomic_file(folder / name) as staged:
+            staged.write_text(text, encoding="utf-8")

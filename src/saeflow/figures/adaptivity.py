@@ -22,7 +22,7 @@ def adaptivity(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
     Raises:
         UserError: neither was measured.
     """
-    images = tables.images[tables.images["objects"].notna() & (tables.images["objects"] >= 0)]
+    images = tables.contexts[tables.contexts["objects"].notna() & (tables.contexts["objects"] >= 0)]
     dimension = tables.dimension[tables.dimension["spearman_l0"].notna()]
     if images.empty and dimension.empty:
         raise UserError(

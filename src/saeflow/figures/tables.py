@@ -18,6 +18,8 @@ from saeflow.evaluation.tables import (
     HISTOGRAM_COLUMNS,
     IDS,
     METRIC_COLUMNS,
+    OPTION_COLUMNS,
+    OPTIONS,
     PROBE_COLUMNS,
     STABILITY,
     STABILITY_COLUMNS,
@@ -29,7 +31,9 @@ from saeflow.figures import style
 UNTRAINED = ("identity", "mean", "pca")
 TYPES: dict[str, type] = {
     **dict.fromkeys((*IDS, "metric", "histogram", "complexity", "split", "set", "protocol"), str),
-    **dict.fromkeys(("labels", "concepts", "n", "estimator", "control", "setting"), str),
+    **dict.fromkeys(
+        ("labels", "concepts", "n", "estimator", "control", "setting", "option", "chosen"), str
+    ),
     **dict.fromkeys(("d_sae", "k", "k_target", "tokens", "seed"), float),
 }
 
@@ -50,11 +54,13 @@ class Tables:
     complexity: pd.DataFrame
     probes: pd.DataFrame
     classification: pd.DataFrame
-    images: pd.DataFrame
+    contexts: pd.DataFrame
     dimension: pd.DataFrame
+    dimension_bins: pd.DataFrame
     intervals: pd.DataFrame
     controls: pd.DataFrame
     stability: pd.DataFrame
+    options: pd.DataFrame
     cards: Path
     """Folder with pictures of concepts, by run."""
 
@@ -89,6 +95,7 @@ def load_tables(folder: Path) -> Tables:
         probes=_read(folder / "probes.csv", PROBE_COLUMNS),
         **{name: _runs(folder / f"{name}.csv", (*IDS, *EXTRA[name])) for name in EXTRA},
         stability=_read(folder / STABILITY, STABILITY_COLUMNS),
+        options=_runs(folder / OPTIONS, OPTION_COLUMNS),
         cards=folder / CARDS,
     )
 

@@ -56,6 +56,7 @@ class Batches(Shuffled, Protocol):
 
     d_in: int
     scale: float
+    model: str | None
 
     def last_rows(self) -> Shuffled:
         """Each context's last row alone."""

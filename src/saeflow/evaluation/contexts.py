@@ -1,0 +1,67 @@
+"""How many latents each context uses: a text, an image, a sample."""
+
+from typing import Any
+
+import numpy as np
+
+from saeflow.evaluation.correlation import correlation
+from saeflow.evaluation.measure import Seen
+
+
+class ContextMeans:
+    """Mean L0 and k of every context over its evaluated rows, with its label and its objects.
+
+    Args:
+        contexts: of the split.
+        columns: of the store; `label` and `objects` are taken over where it has them.
+    """
+
+    def __init__(self, contexts: int, columns: Any) -> None:
+        self.tokens, self.l0, self.k_hat = (np.zeros(contexts) for _ in range(3))
+        self.facts = {
+            name: np.full(contexts, -1) for name in ("label", "objects") if name in columns
+        }
+        self.has_k = False
+
+    def add(self, seen: Seen) -> None:
+        context = seen.column("context")
+        np.add.at(self.tokens, context, 1)
+        np.add.at(self.l0, context, seen.l0.cpu().numpy())
+        if seen.allowed is not None:
+            self.has_k = True
+            np.add.at(self.k_hat, context, seen.allowed.double().cpu().numpy())
+        for name, values in self.facts.items():
+            values[context] = seen.column(name)
+
+    @property
+    def contexts(self) -> np.ndarray:
+        """Numbers of the contexts that have evaluated rows."""
+        return np.flatnonzero(self.tokens)
+
+    def metrics(self) -> dict[str, float]:
+        """Rank correlations with the number of objects, where it is known."""
+        found: dict[str, float] = {}
+        if "objects" not in self.facts:
+            return found
+        held = self.contexts
+        for name, total in (("l0", self.l0), ("k_hat", self.k_hat)):
+            value = correlation(total[held] / self.tokens[held], self.facts["objects"][held])
+            if value is not None and (name == "l0" or self.has_k):
+                found[f"spearman_{name}_objects"] = value
+        return found
+
+    def line(self, context: int) -> dict[str, Any]:
+        """What is known of one context."""
+        rows = self.tokens[context]
+        return {
+            **{
+                name: int(self.facts[name][context]) if name in self.facts else None
+                for name in ("label", "objects")
+            },
+            "l0": self.l0[context] / rows,
+            "k_hat": self.k_hat[context] / rows if self.has_k else None,
+        }
+
+    def lines(self, most: int) -> list[dict[str, Any]]:
+        """One line for each of the first contexts."""
+        return [{"context": int(i), **self.line(i)} for i in self.contexts[:most]]

@@ -1,0 +1,63 @@
+"""How well complexity can be read from activations, by block and model."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.ticker import MaxNLocator
+
+from saeflow.errors import UserError
+from saeflow.evaluation.tables import natural
+from saeflow.figures import style
+from saeflow.figures import tables as read
+from saeflow.figures.drawing import Drawing
+
+_COLORS = ("#AE440E", "#2777E7", "#4FA95D", "#9760AE", "#CD9F07", "#222222")
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_QUALITIES = {"r2": "R², held-out contexts", "rmse": "RMSE (points of 10)", "spearman": "Spearman"}
+
+
+def probe_layers(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
+    """R², RMSE and rank correlation of the probes on held-out contexts against the block they read.
+
+    Raises:
+        UserError: no probe was fitted.
+    """
+    rows = tables.probes[tables.probes["split"] == "evaluation"].copy()
+    if rows.empty:
+        raise UserError(
+            "figures.names: probe_layers needs fitted probes, the tables have none. Take probe_layers out of "
+            "figures.names in params.yaml, or add a run of the variant adaptive_k."
+        )
+    rows["block"] = [_block(hook_point) for hook_point in rows["hook_point"]]
+    order = sorted(rows["hook_point"].unique(), key=natural)
+    figure = style.new_figure(style.TEXT_WIDTH, 2.5)
+    axes = figure.subplots(1, len(_QUALITIES))
+    groups = list(rows.groupby(["source", "complexity"]))
+    for ax, (quality, label) in zip(axes, _QUALITIES.items(), strict=True):
+        for number, ((source, complexity), held) in enumerate(groups):
+            held = held.sort_values("block")
+            ax.plot(
+                held["block"], held[quality], label=f"{source}: {complexity}",
+                color=_COLORS[number % len(_COLORS)], marker=_MARKERS[number % len(_MARKERS)],
+            )  # fmt: skip
+        ax.grid(True)
+        ax.set_xlabel("block")
+        ax.set_ylabel(label)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
+    best = rows.iloc[int(rows["r2"].argmax())]
+    caption = (
+        "Quality of the ridge probes that read a context's complexity score from one activation of it, on held-out "
+        f"contexts, by the block whose output they read ({len(order)} hook points; sources without blocks at 0). The best R² is "
+        f"{best['r2']:.2f} ({best['source']}, {best['complexity']}, {best['hook_point']})."
+    )
+    data = rows[["source", "hook_point", "complexity", "contexts", "ridge", *_QUALITIES, "pearson"]]
+    return Drawing(figure, data.reset_index(drop=True), caption)
+
+
+def _block(hook_point: str) -> int:
+    """The number of a hook point's block, 0 where it has none."""
+    found = re.search(r"blocks\.(\d+)", hook_point)
+    return int(found.group(1)) if found else 0
