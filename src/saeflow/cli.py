@@ -152,10 +152,13 @@ def fetch(
     model: Annotated[str, typer.Option(help="`model` and `hook_points`, as JSON.")],
     out: Out,
     threads: Threads = 1,
+    like: Annotated[
+        Path | None, typer.Option(help="Folder of the same model, which another source fetched.")
+    ] = None,
     key: Key = "",
 ) -> None:
     """Fetch (or train) a source's model, and check that it has the hook points."""
-    from saeflow.sources.models import fetch_model, pinned
+    from saeflow.sources.models import fetch_model, pinned, take_model
 
     values = _json("--model", model)
     if "trained" in values["model"]:
@@ -166,7 +169,11 @@ def fetch(
             out, name="fetch", params=values, external=pinned(values["model"]), key=key
         ) as job,
     ):
-        fetch_model(values["model"], values["hook_points"], job.path, threads)
+        if like is None:
+            fetch_model(values["model"], values["hook_points"], job.path, threads)
+        else:
+            provenance.check(like)
+            take_model(like, values["hook_points"], job.path)
 
 
 @app.command()

@@ -80,6 +80,16 @@ class Plan:
         """Whether the source reads a model (and so has a model in the loop)."""
         return "model" in self.params["sources"][source]
 
+    def same_model(self, source: str) -> str | None:
+        """The first source with the same model, which fetches it for all of them; None for that one."""
+        own = self.params["sources"][source]["model"]
+        first = next(
+            name
+            for name in self.sources
+            if self.has_model(name) and self.params["sources"][name]["model"] == own
+        )
+        return None if first == source else first
+
     def is_vision(self, source: str) -> bool:
         """Whether the source's model sees images."""
         return bool(self.params["sources"][source]["kind"] == "vision")

@@ -41,3 +41,13 @@ def test_another_process_reads_the_same_and_imports_none_of_it() -> None:
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == english.digest() == external_digest("bundled:english")
+
+
+def test_the_library_s_source_is_a_text_too() -> None:
+    sources = english.documents("python")
+    assert len(sources) > 300
+    assert sum(
+        text.startswith(("#", '"""', "import", "from", 'r"""')) for text in sources
+    ) > 0.8 * len(sources)
+    assert any("def get_docstring(" in text for text in sources)  # ast.py itself
+    assert external_digest("bundled:python") == english.digest("python") != english.digest()

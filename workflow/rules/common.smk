@@ -114,6 +114,12 @@ def model_record(wildcards):
     )
 
 
+def same_model(source, file=""):
+    """The folder (or a file in it) of the same model that another source fetches, as a list."""
+    other = plan.same_model(source)
+    return [str(Path(f"results/sources/{other}/model", file))] if other else []
+
+
 def clean_record(source, hook_point):
     """The record of the clean side of the model in the loop."""
     return f"results/evaluations/{source}/{hook_point}/clean/{RECORD}"

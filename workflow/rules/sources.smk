@@ -6,6 +6,8 @@ source has a model) and results/sources/SOURCE/inputs (token ids, pixels or the 
 
 
 rule fetch_model:
+    input:
+        like=lambda w: same_model(w.source, RECORD),
     output:
         record="results/sources/{source}/model/provenance.json",
     log:
@@ -16,9 +18,10 @@ rule fetch_model:
     params:
         key=lambda w: plan.key_model(w.source),
         model=lambda w: json.dumps(plan.model(w.source)),
+        like=lambda w: "".join(f"--like={folder}" for folder in same_model(w.source)),
     shell:
-        "python -m saeflow fetch --model {params.model:q} --threads {threads} --key {params.key}"
-        " --out results/sources/{wildcards.source}/model 2>&1 | tee {log}"
+        "python -m saeflow fetch --model {params.model:q} {params.like} --threads {threads}"
+        " --key {params.key} --out results/sources/{wildcards.source}/model 2>&1 | tee {log}"
 
 
 rule prepare_inputs:

@@ -25,7 +25,7 @@ KINDS = {
     "vision": "saeflow.sources.vision",
 }
 
-ENGLISH = "bundled:english"
+BUNDLED = "bundled:"
 PINNED = ("hub:", "wheel:", "dataset:")
 """Names of things from outside that carry their own digest: a commit, or the SHA-256 of an archive."""
 
@@ -64,10 +64,10 @@ def external_digest(name: str) -> str | None:
     """
     if name.startswith(PINNED):
         return None
-    if name == ENGLISH:
+    if name.startswith(BUNDLED):
         from saeflow.sources.english import digest
 
-        return digest()
+        return digest(name.removeprefix(BUNDLED))
     path = Path(name)
     if path.is_dir():
         return json_digest(folder_digests(path))

@@ -9,7 +9,7 @@ from typing import Any
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest
-from saeflow.sources import ENGLISH, english, hub
+from saeflow.sources import BUNDLED, english, hub
 
 logger = logging.getLogger(__name__)
 
@@ -22,13 +22,13 @@ def read_documents(text: Mapping[str, Any]) -> Iterator[str]:
     """Documents in a fixed order, read as they are asked for.
 
     Args:
-        text: {bundled: english} | {files, column} | {dataset, name, revision, split, column, streaming}.
+        text: {bundled: english | python} | {files, column} | {dataset, name, revision, split, column, streaming}.
 
     Raises:
         UserError: a file is missing or damaged, or has no such column.
     """
     if "bundled" in text:
-        yield from english.documents()
+        yield from english.documents(text["bundled"])
     elif "files" in text:
         for path in map(Path, text["files"]):
             if not path.is_file():
@@ -41,7 +41,7 @@ def read_documents(text: Mapping[str, Any]) -> Iterator[str]:
 def documents_digests(text: Mapping[str, Any]) -> dict[str, str]:
     """Digests of where documents come from, by name."""
     if "bundled" in text:
-        return {ENGLISH: english.digest()}
+        return {f"{BUNDLED}{text['bundled']}": english.digest(text["bundled"])}
     if "files" in text:
         return {path: file_digest(Path(path)) for path in text["files"]}
     local = Path(text["dataset"])

@@ -1,4 +1,4 @@
-"""English that every Python brings along: its language reference and the docstrings of its library.
+"""Text that every Python brings along: English (its language reference, its docstrings), and its library's source.
 
 Files are parsed with `ast`, never imported. The text depends on the Python version; `digest` tells.
 """
@@ -17,25 +17,44 @@ LEFT_OUT = {
 }  # fmt: skip
 """Folders that are not part of the library, are its tests, or hold no prose."""
 MIN_CHARACTERS = 200
-"""A module with fewer characters of docstrings is left out."""
+"""A module with fewer characters (of docstrings) is left out."""
 
 
 @cache
-def documents() -> tuple[str, ...]:
-    """Topics of the language reference, then one document per library module, in a fixed order."""
-    return tuple(_read())
+def documents(kind: str = "english") -> tuple[str, ...]:
+    """In a fixed order: english, topics of the language reference and then one document per library module;
+    python, the modules' source.
+    """
+    return tuple(_english() if kind == "english" else _source())
 
 
-def _read() -> Iterator[str]:
-    library = Path(sysconfig.get_path("stdlib"))
-    yield from _topics(library / TOPICS)
+def _english() -> Iterator[str]:
+    yield from _topics(_library() / TOPICS)
+    for path in _modules():
+        text = _docstrings(path)
+        if len(text) >= MIN_CHARACTERS:
+            yield text
+
+
+def _source() -> Iterator[str]:
+    for path in _modules():
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if len(text) >= MIN_CHARACTERS:
+            yield text
+
+
+def _library() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _modules() -> Iterator[Path]:
+    """The library's modules in order of their paths."""
+    library = _library()
     for path in sorted(
         library.rglob("*.py"), key=lambda path: path.relative_to(library).as_posix()
     ):
         if LEFT_OUT.isdisjoint(path.relative_to(library).parts):
-            text = _docstrings(path)
-            if len(text) >= MIN_CHARACTERS:
-                yield text
+            yield path
 
 
 def _parse(path: Path) -> ast.Module | None:
@@ -67,9 +86,9 @@ def _docstrings(path: Path) -> str:
 
 
 @cache
-def digest() -> str:
+def digest(kind: str = "english") -> str:
     """SHA-256 (hex) of the documents of this Python."""
     total = hashlib.sha256()
-    for text in documents():
+    for text in documents(kind):
         total.update(text.encode("utf-8", "replace") + b"\0")
     return total.hexdigest()

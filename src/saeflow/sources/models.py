@@ -90,6 +90,28 @@ def fetch_model(
             _convert_gguf(gguf, hook_points, folder)
 
 
+def take_model(like: Path, hook_points: Iterable[str], folder: Path) -> None:
+    """Copy the model that another source fetched, and check that it has the hook points.
+
+    Args:
+        like: its folder.
+        hook_points: as for `fetch_model`.
+        folder: existing folder to write into.
+
+    Raises:
+        UserError: a block the model lacks.
+    """
+    link = like / LINK
+    if link.exists():
+        shutil.copyfile(link, folder / LINK)
+    check_shape(
+        config_shape(model_folder(like, weights=False) / "config.json"), hook_points, str(like)
+    )
+    for path in sorted(like.iterdir()):
+        if path.is_file() and path.name not in _NOT_MODEL:
+            shutil.copyfile(path, folder / path.name)
+
+
 def _existing(path: Path) -> Path:
     if not path.is_file():
         raise UserError(f"{path}: no such file. Mend the path.")
