@@ -218,6 +218,15 @@ def validate(params: Any) -> None:
                 f"saes.{run.entry}.options.k.mean_l0_of: expected ENTRY/LABEL of a run of {run.source}/"
                 f"{run.hook_point} that has its own k, found {run.guide.split('/', 2)[2]}. Mend it."
             )
+    stores = _stores(params)
+    trained_on = {run.source for run in runs}
+    for name, scoring in params["complexity"].items():
+        for store in scoring.get("probe_at", ()):
+            if store not in stores or store.partition("/")[0] not in trained_on:
+                raise UserError(
+                    f"complexity.{name}.probe_at: no such store of a source with SAEs: {store}. Known: "
+                    f"{_list(stores)}."
+                )
     pages = params["evaluation"].get("latents") or {"runs": []}
     for name in pages["runs"]:
         if name not in {run.name for run in runs}:
@@ -345,6 +354,11 @@ def _scenes(source: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
             yield name, inside["scenes"]
 
 
+def _stores(params: Mapping[str, Any]) -> list[str]:
+    """SOURCE/HOOK_POINT of every store."""
+    return [f"{name}/{hook}" for name, s in params["sources"].items() for hook in s["hook_points"]]
+
+
 _COUNTS = {"k", "k_schedule", "k_min", "k_max", "target_l0", "target_schedule"}
 """Options that count latents."""
 
@@ -353,9 +367,8 @@ def _check_run(run: SAEConfig, params: Mapping[str, Any]) -> None:
     where = f"saes.{run.entry}"
     source = params["sources"].get(run.source)
     if source is None or run.hook_point not in source["hook_points"]:
-        stores = [f"{n}/{h}" for n, s in params["sources"].items() for h in s["hook_points"]]
         raise UserError(
-            f"{where}.store: no such store: {run.source}/{run.hook_point}. Known: {_list(stores)}."
+            f"{where}.store: no such store: {run.source}/{run.hook_point}. Known: {_list(_stores(params))}."
         )
     options = run.options
     for key in _COUNTS & set(options):

@@ -45,9 +45,14 @@ class Plan:
 
     @cached_property
     def probes(self) -> list[tuple[str, str, str]]:
-        """(source, hook point, complexity) of every probe that an SAE uses."""
-        found = ((run, self.complexity(run.name)) for run in self.runs.values())
-        return sorted({(run.source, run.hook_point, name) for run, name in found if name})
+        """(source, hook point, complexity) of every probe that an SAE uses, or that is asked for."""
+        used = ((run, self.complexity(run.name)) for run in self.runs.values())
+        found = {(run.source, run.hook_point, name) for run, name in used if name}
+        for name, scoring in self.params["complexity"].items():
+            for store in scoring.get("probe_at", ()):
+                source, _, hook_point = store.partition("/")
+                found.add((source, hook_point, name))
+        return sorted(found)
 
     @cached_property
     def groups(self) -> list[list[str]]:
@@ -122,7 +127,8 @@ class Plan:
         return dict(self.params["stores"][source])
 
     def scoring(self, complexity: str) -> dict[str, Any]:
-        return dict(self.params["complexity"][complexity])
+        chosen = self.params["complexity"][complexity]
+        return {key: value for key, value in chosen.items() if key != "probe_at"}
 
     def run(self, run: str) -> dict[str, Any]:
         return asdict(self.runs[run])

@@ -24,7 +24,7 @@ try:
         check_source(name, source, Path("results/sources") / name)
     plan = Plan(config)
     for source, _, name in plan.probes:
-        check_scoring(name, config["complexity"][name], config["sources"][source])
+        check_scoring(name, plan.scoring(name), config["sources"][source])
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)

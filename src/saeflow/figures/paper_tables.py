@@ -26,13 +26,17 @@ class Table:
 
     Attributes:
         data: as it is written to CSV.
-        words: how many of the first columns are no numbers.
         caption: one paragraph of plain text.
     """
 
     data: pd.DataFrame
-    words: int
     caption: str
+
+    @property
+    def words(self) -> int:
+        """How many of the first columns are no numbers."""
+        is_number = [pd.api.types.is_numeric_dtype(self.data[name]) for name in self.data]
+        return is_number.index(True) if any(is_number) else len(is_number)
 
     @property
     def head(self) -> list[str]:
@@ -88,7 +92,7 @@ def dictionary_size(tables: read.Tables, options: Mapping[str, Any]) -> Table:
         f"Error and rise of the model's cross-entropy (nats/token) by number of latents. Mean L0: {l0_sentence(rows)}. "
         f"{captions.budget_sentence(rows)} {captions.rows_sentence(rows, cross_entropy=True)}"
     )
-    return Table(_ordered(data, ["source", "entry", "d_sae"]), 2, caption)
+    return Table(_ordered(data, ["source", "entry", "d_sae"]), caption)
 
 
 def top_n(tables: read.Tables, options: Mapping[str, Any]) -> Table:
@@ -119,7 +123,7 @@ def top_n(tables: read.Tables, options: Mapping[str, Any]) -> Table:
         "chosen on the training half; paper: concepts of the image's true class, chosen on the tested images. Without an SAE: "
         f"{captions.listed(f'{value:.3f} ({name})' for name, value in clean.items())}. {captions.budget_sentence(shown)}"
     )
-    return Table(_ordered(data, [*keys[:3], "set", "protocol"]), 5, caption)
+    return Table(_ordered(data, [*keys[:3], "set", "protocol"]), caption)
 
 
 def ablation(tables: read.Tables, options: Mapping[str, Any]) -> Table:
@@ -139,9 +143,8 @@ def ablation(tables: read.Tables, options: Mapping[str, Any]) -> Table:
         "Architecture (mlp: encoder and decoder of their own; shared: cross-attention over shared concepts) and activation "
         f"(weights, scores: two forms of sparsemax; relu). {captions.budget_sentence(rows)} {captions.rows_sentence(rows)}"
     )
-    return Table(
-        _ordered(data, ["source", "architecture", "activation", "score_scale"]), 5, caption
-    )
+    by = ["source", "architecture", "activation", "score_scale"]
+    return Table(_ordered(data, by), caption)
 
 
 def guided_k(tables: read.Tables, options: Mapping[str, Any]) -> Table:
@@ -170,7 +173,7 @@ def guided_k(tables: read.Tables, options: Mapping[str, Any]) -> Table:
         "SAEs that find their own sparsity (guide), and TopK trained with k at the guide's mean L0 on training activations, rounded "
         f"(guided). {captions.budget_sentence(tables.wide[tables.wide['run'].isin(runs)])}"
     )
-    return Table(pd.DataFrame(lines), 4, caption)
+    return Table(pd.DataFrame(lines), caption)
 
 
 def probes(tables: read.Tables, options: Mapping[str, Any]) -> Table:
@@ -193,7 +196,7 @@ def probes(tables: read.Tables, options: Mapping[str, Any]) -> Table:
         "Ridge regression from one activation of a context to its complexity score (0 to 10), on held-out contexts; ridge: the "
         "penalty that cross-validation chose."
     )
-    return Table(_ordered(rows[columns], columns[:3]), 3, caption)
+    return Table(_ordered(rows[columns], columns[:3]), caption)
 
 
 def training_cost(tables: read.Tables, options: Mapping[str, Any]) -> Table:
@@ -213,7 +216,7 @@ def training_cost(tables: read.Tables, options: Mapping[str, Any]) -> Table:
         "Median training throughput over logged steps, as the workflow ran it (jobs beside each other share the machine: compare "
         "with benchmarks/), and its ratio to TopK of the same size on the same store."
     )
-    return Table(_ordered(data, ["source", "d_sae", "variant"]), 2, caption)
+    return Table(_ordered(data, ["source", "d_sae", "variant"]), caption)
 
 
 TABLES: dict[str, Callable[[read.Tables, Mapping[str, Any]], Table]] = {

@@ -22,6 +22,7 @@ from saeflow.errors import UserError
 from saeflow.evaluation.tables import Row, natural, policy_note, read_csv
 from saeflow.figures import style
 from saeflow.figures import tables as read
+from saeflow.figures.paper_tables import TABLES, Table
 from saeflow.files import atomic_file, read_json
 
 TITLES = {
@@ -40,6 +41,16 @@ TITLES = {
     "ev_formulas": "One name, many formulas",
     "controls": "What choosing k by input is worth",
     "stability": "What another seed changes",
+    "dictionary_size": "The size of the dictionary",
+    "k_complexity": "Latents against complexity",
+    "k_dimension": "Latents against local dimension",
+    "probe_layers": "Reading complexity, by block",
+    "table_dictionary_size": "The size of the dictionary, in numbers",
+    "table_top_n": "Classification through the top n concepts, in numbers",
+    "table_ablation": "Architecture and activation of the Sparsemax SAE",
+    "table_guided_k": "TopK at the k that another SAE found",
+    "table_probes": "Complexity probes",
+    "table_training_cost": "What training costs",
 }
 JOBS = {
     "fetch": "fetch the model", "prepare": "prepare inputs", "extract": "extract activations",
@@ -338,26 +349,35 @@ def _setting(setting: str) -> str:
 
 
 def _figure(folder: Path, root: Path) -> dict[str, Any]:
-    """A figure as the page shows it.
+    """A figure or a table as the page shows it.
 
     Raises:
         UserError: one of its files is missing.
     """
     name = folder.name
-    files = {kind: folder / f"{name}.{kind}" for kind in ("svg", "pdf", "png", "csv")}
+    kinds = ("csv", "md", "tex") if name in TABLES else ("svg", "pdf", "png", "csv")
+    files = {kind: folder / f"{name}.{kind}" for kind in kinds}
     for path in (*files.values(), folder / "caption.md"):
         if not path.exists():
             raise UserError(
                 f"{path}: no such file. Draw the figure again (snakemake {folder}/provenance.json)."
             )
-    svg = files["svg"].read_bytes()
-    width = re.search(rb'<svg[^>]* width="([\d.]+)pt"', svg)
     caption = (folder / "caption.md").read_text(encoding="utf-8").strip()
+    shown: dict[str, Any]
+    if name in TABLES:
+        table = Table(pd.read_csv(files["csv"]), caption)
+        shown = {"head": table.head, "words": table.words, "body": table.body}
+    else:
+        svg = files["svg"].read_bytes()
+        width = re.search(rb'<svg[^>]* width="([\d.]+)pt"', svg)
+        shown = {
+            "data": base64.b64encode(svg).decode(),
+            "width": round(float(width.group(1)) * 1.75) if width else 600,
+        }
     return {
         "name": name,
         "title": TITLES.get(name, name.replace("_", " ")),
-        "data": base64.b64encode(svg).decode(),
-        "width": round(float(width.group(1)) * 1.75) if width else 600,
+        **shown,
         "caption": caption,
         "alt": caption.partition(". ")[0],
         "links": [
