@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from saeflow.evaluation.tables import EXTRA, STABILITY_COLUMNS, read_csv, summarise
+from saeflow.evaluation.tables import EXTRA, OPTION_COLUMNS, STABILITY_COLUMNS, read_csv, summarise
 
 IDS = [
     "run",
@@ -77,6 +78,7 @@ class Bench:
         self.extra: dict[str, list[dict[str, Any]]] = {name: [] for name in EXTRA}
         self.pictured: list[str] = []
         self.stability: list[dict[str, Any]] = []
+        self.options: list[dict[str, Any]] = []
 
     def see(self, ids: dict[str, Any], l0: float, quality: float) -> None:
         """What an SAE of images has beside the others' metrics."""
@@ -109,6 +111,12 @@ class Bench:
                     "dimension": 6,
                 }
                 self.extra["dimension"].append({**ids, **known, **spearman})
+                for number in range(10):
+                    own = {**known, "bin": number, "rows": 90, "dimension": 3 + number / 2}
+                    varies = 0 if ids["variant"] == "topk" else number
+                    self.extra["dimension_bins"].append(
+                        {**ids, **own, "l0": l0 * (1 + varies / 20)}
+                    )
         self.pictured.append(ids["run"])
         if ids["variant"] != "topk":
             for i, control in enumerate(("own", "shuffled_k", "mean_k", "batch_threshold")):
@@ -186,18 +194,30 @@ class Bench:
         seed: int,
         tokens: int,
         schedule: str = "constant",
+        d_sae: int = 2304,
     ) -> None:
         name, variant, quality, ks = entry
         k = int(point) if ks else None
         label = f"k{k}" if ks else f"l1{point:g}"
         ids = {
-            "run": f"{panel[0]}/{panel[1]}/{name}/d2304-{label}-seed{seed}", "source": panel[0],
+            "run": f"{panel[0]}/{panel[1]}/{name}/d{d_sae}-{label}-seed{seed}", "source": panel[0],
             "hook_point": panel[1], "entry": name, "variant": variant, "schedule": schedule,
-            "d_sae": 2304, "k": "" if k is None else k, "seed": seed, "tokens": tokens,
+            "d_sae": d_sae, "k": "" if k is None else k, "seed": seed, "tokens": tokens,
         }  # fmt: skip
+        chosen = {
+            "k": k,
+            "guide": None,
+            "architecture": "mlp",
+            "activation": "relu",
+            "score_scale": 1,
+        }
+        for option, value in chosen.items():
+            self.options.append({**ids, "option": option, "chosen": json.dumps(value)})
         noise = 1 + self.random.gauss(0, 0.02)
         l0 = float(k) if k and variant == "topk" else (k or 30 / point**0.55) * noise
-        fvu = min(0.99, _fvu(l0, quality) * (1 + self.random.gauss(0, 0.03)))
+        fvu = min(
+            0.99, _fvu(l0, quality) * (2304 / d_sae) ** 0.1 * (1 + self.random.gauss(0, 0.03))
+        )
         rows = 11_900 if panel == TEXT else 10_000
         self.measure(ids, l0, fvu, rows)
         add = lambda metric, value: self.metrics.append(  # noqa: E731
@@ -229,7 +249,7 @@ class Bench:
         self.steps(ids, l0, fvu, k, tokens, variant, name)
         if seed:
             known = {key: value for key, value in ids.items() if key not in ("run", "seed")}
-            known |= {"setting": f"d2304-{label}", "seed_a": 0, "seed_b": seed}
+            known |= {"setting": f"d{d_sae}-{label}", "seed_a": 0, "seed_b": seed}
             for metric, value in (("matched_cosine", 0.4), ("spearman_l0", 0.8)):
                 value -= fvu / 9
                 self.stability.append({**known, "metric": metric, "value": f"{value:.12g}"})
@@ -303,6 +323,7 @@ class Bench:
         for name, columns in EXTRA.items():
             write(folder / f"{name}.csv", [*IDS, *columns], self.extra[name])
         write(folder / "stability.csv", STABILITY_COLUMNS, self.stability)
+        write(folder / "options.csv", OPTION_COLUMNS, self.options)
         self.cards(folder / "cards")
         lines = summarise(read_csv(folder / "metrics.csv"))
         write(folder / "summary.csv", list(lines[0]), lines)
@@ -330,14 +351,15 @@ def fabricate(
     entries: Sequence[tuple[str, str, float, Any]] = ENTRIES,
     seeds: int = 2,
     tokens: Callable[[str, int], int] = lambda entry, seed: 491_520,
+    sizes: Sequence[int] = (2304,),
 ) -> Path:
     """Tables of a whole run in `folder`."""
     bench = Bench()
     for panel in panels:
         for entry in entries:
             for point in entry[3] or L1S:
-                for seed in range(seeds):
-                    bench.sae(panel, entry, point, seed, tokens(entry[0], seed))
+                for seed, d_sae in itertools.product(range(seeds), sizes):
+                    bench.sae(panel, entry, point, seed, tokens(entry[0], seed), d_sae=d_sae)
         bench.baselines(panel, KS)
         bench.probe(panel)
     return bench.write(folder)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from saeflow.errors import UserError
-from saeflow.figures import FIGURES, draw, style
+from saeflow.figures import FIGURES, TABLES, draw, style
 
 from .conftest import SYNTHETIC, TEXT, Maker
 
@@ -23,14 +23,16 @@ ENTRIES = [("topk", "topk", 0.9, (8, 32)), ("relu", "relu", 1.2, None)]
 @pytest.fixture(scope="module")
 def small(make_tables: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
-    return make_tables(folder, panels=[TEXT, SYNTHETIC], entries=ENTRIES, seeds=2)
+    return make_tables(
+        folder, panels=[TEXT, SYNTHETIC], entries=ENTRIES, seeds=2, sizes=(1152, 2304)
+    )
 
 
 PICTURES = ("concepts", "simple_to_complex")
-OF_RUNS = [name for name in FIGURES if name != "complexity"]
+OF_RUNS = [name for name in FIGURES if name not in ("complexity", "probe_layers")]
 COMPARED = [name for name in OF_RUNS if name not in PICTURES]
-VARYING = ("simple_to_complex", "adaptivity", "controls")
-OF_SYNTHETIC = ("recovery", "top_concepts", "adaptivity", "controls")
+VARYING = ("simple_to_complex", "adaptivity", "controls", "k_complexity", "k_dimension")
+OF_SYNTHETIC = ("recovery", "top_concepts", *VARYING)
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +101,9 @@ def test_unequal_budgets_are_refused_and_nothing_is_left(
 ) -> None:
     tables = make_tables(
         tmp_path / "tables", panels=[SYNTHETIC if name in OF_SYNTHETIC else TEXT], entries=ENTRIES,
-        tokens=lambda entry, seed: 100_000 + 50_000 * seed,
+        tokens=lambda entry, seed: 100_000 + 50_000 * seed, sizes=(1152, 2304),
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"d2304-(k8|l10.1)-seed0.*allow_unequal_budgets"):
+    with pytest.raises(UserError, match=r"d1152-(k8|l10.1)-seed0.*allow_unequal_budgets"):
         draw(name, tables, STRICT, tmp_path / name)
     assert not (tmp_path / name).exists()
 
@@ -130,4 +132,4 @@ def test_the_schema_knows_every_figure() -> None:
 
     schema = yaml.safe_load(SCHEMA.read_text())
     named = schema["properties"]["figures"]["properties"]["names"]["items"]["enum"]
-    assert set(named) == set(FIGURES)
+    assert set(named) == {*FIGURES, *TABLES}

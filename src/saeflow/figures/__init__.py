@@ -69,15 +69,16 @@ def draw(figure: str, tables: Path, options: Mapping[str, Any], folder: Path) ->
         raise UserError(
             f"figures.names: unknown figure {figure!r}. Known: {', '.join([*FIGURES, *TABLES])}. Mend params.yaml."
         )
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {}
     if figure in TABLES:
         table = TABLES[figure](known, options)
         data, texts["caption.md"] = table.data, table.caption + "\n"
         texts |= {f"{figure}.md": table.markdown(), f"{figure}.tex": table.latex()}
+        folder.mkdir(parents=True, exist_ok=True)
     else:
         with style.context():
             drawing = FIGURES[figure](known, options)
+            folder.mkdir(parents=True, exist_ok=True)
             style.save(drawing.figure, folder / figure)
         data, texts["caption.md"] = drawing.data, drawing.caption + "\n"
     with atomic_file(folder / f"{figure}.csv") as staged:
