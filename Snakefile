@@ -42,6 +42,7 @@ rule extract:
 rule train:
     input:
         SAES,
+        IMPORTS,
 
 
 rule evaluate:

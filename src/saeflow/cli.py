@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from saeflow import provenance
-from saeflow.config import ROOT, SPLITS, SAEConfig, load_params
+from saeflow.config import IMPORTED, ROOT, SPLITS, SAEConfig, load_params
 from saeflow.errors import UserError
 from saeflow.plan import Plan
 
@@ -821,6 +821,11 @@ def import_(
     library: Library,
     store: Annotated[str, typer.Option(help="SOURCE/HOOK_POINT it is evaluated on.")],
     out: Out,
+    name: Annotated[
+        str,
+        typer.Option(help="Its run's name; default: SOURCE/HOOK_POINT/FOLDER/imported-LIBRARY."),
+    ] = "",
+    key: Key = "",
 ) -> None:
     """Take over another library's SAE, so that `saeflow evaluate` and `saeflow.load` know it."""
     from saeflow.exchange import import_sae
@@ -830,9 +835,9 @@ def import_(
         raise UserError(f"--store: expected SOURCE/HOOK_POINT, found {store!r}.")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. Give what {library} saved.")
+    run = name or f"{store}/{out.name}/{IMPORTED}{library}"
     about = {
-        "name": f"{store}/{library}/{out.name}", "entry": out.name, "source": source, "hook_point": hook_point,
-        "seed": 0,
+        "name": run, "entry": run.split("/")[2], "source": source, "hook_point": hook_point, "seed": 0,
     }  # fmt: skip
     external = {
         str(path): provenance.file_digest(path)
@@ -840,7 +845,7 @@ def import_(
         if path.is_file()
     }
     params = {"library": library, "store": store}
-    with provenance.job(out, name="import", params=params, external=external) as job:
+    with provenance.job(out, name="import", params=params, external=external, key=key) as job:
         import_sae(folder, library, about, job.path)
 
 

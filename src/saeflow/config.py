@@ -74,6 +74,18 @@ class SAEConfig:
         return cls(**{**values, "training": TrainingConfig(**training)})
 
 
+@dataclass(frozen=True)
+class ImportConfig:
+    """An SAE of another library, taken from where it lies."""
+
+    name: str
+    entry: str
+    source: str
+    hook_point: str
+    library: str
+    folder: str
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, which YAML would silently let the last one win."""
 
@@ -219,6 +231,18 @@ def validate(params: Any) -> None:
                 f"{run.hook_point} that has its own k, found {run.guide.split('/', 2)[2]}. Mend it."
             )
     stores = _stores(params)
+    for taken_over in imports(params):
+        where = f"saes.{taken_over.entry}"
+        if f"{taken_over.source}/{taken_over.hook_point}" not in stores:
+            raise UserError(
+                f"{where}.store: no such store: {taken_over.source}/{taken_over.hook_point}. Known: {_list(stores)}."
+            )
+        if not Path(taken_over.folder).is_dir():
+            raise UserError(
+                f"{where}.import.folder: no such folder: {taken_over.folder}. Give what {taken_over.library} saved."
+            )
+    if not runs:
+        raise UserError("saes: expected an entry that is trained, found none. Add one.")
     trained_on = {run.source for run in runs}
     for name, scoring in params["complexity"].items():
         for store in scoring.get("probe_at", ()):
@@ -228,8 +252,9 @@ def validate(params: Any) -> None:
                     f"{_list(stores)}."
                 )
     pages = params["evaluation"].get("latents") or {"runs": []}
+    known = {run.name for run in runs} | {run.name for run in imports(params)}
     for name in pages["runs"]:
-        if name not in {run.name for run in runs}:
+        if name not in known:
             raise UserError(
                 f"evaluation.latents.runs: expected the name of a run, SOURCE/HOOK_POINT/ENTRY/LABEL, as below "
                 f"results/saes, found {name!r}. Mend it."
@@ -354,6 +379,10 @@ def _scenes(source: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
             yield name, inside["scenes"]
 
 
+IMPORTED = "imported-"
+"""What the label of a run that another library trained starts with."""
+
+
 def _stores(params: Mapping[str, Any]) -> list[str]:
     """SOURCE/HOOK_POINT of every store."""
     return [f"{name}/{hook}" for name, s in params["sources"].items() for hook in s["hook_points"]]
@@ -411,6 +440,8 @@ def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
     """
     runs: dict[str, SAEConfig] = {}
     for entry, values in with_presets(params)["saes"].items():
+        if "import" in values:
+            continue
         shared = {key: params["training"][key] for key in params["training"]}
         training = {key: values.get(key, shared[key]) for key in shared}
         training["betas"] = tuple(training["betas"])
@@ -439,6 +470,18 @@ def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
                 guide=_guide(store, picked.get("k")),
             )
     return list(runs.values())
+
+
+def imports(params: Mapping[str, Any]) -> list[ImportConfig]:
+    """The entries of `saes` that are taken from other libraries."""
+    found = []
+    for entry, values in params["saes"].items():
+        if "import" in values:
+            store, chosen = values["store"], values["import"]
+            source, _, hook_point = store.partition("/")
+            name = f"{store}/{entry}/{IMPORTED}{chosen['library']}"
+            found.append(ImportConfig(name, entry, source, hook_point, **chosen))
+    return found
 
 
 def _guide(store: str, k: Any) -> str | None:

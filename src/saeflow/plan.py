@@ -11,9 +11,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
-from saeflow.config import SAEConfig, expand_runs, job_key
+from saeflow.config import ImportConfig, SAEConfig, expand_runs, imports, job_key
+from saeflow.files import file_digest
 
 _NUMERIC = ("torch", "numba", "numpy", "safetensors")
 _MODEL = (*_NUMERIC, "transformers", "tokenizers", "datasets", "pillow")
@@ -32,15 +34,17 @@ class Plan:
     def __init__(self, params: Mapping[str, Any]) -> None:
         self.params = params
         self.runs: dict[str, SAEConfig] = {run.name: run for run in expand_runs(params)}
+        self.imports: dict[str, ImportConfig] = {one.name: one for one in imports(params)}
+        self.evaluated: dict[str, SAEConfig | ImportConfig] = {**self.runs, **self.imports}
 
     @cached_property
     def stores(self) -> list[tuple[str, str]]:
-        """(source, hook point) of every store that an SAE is trained on."""
-        return sorted({(run.source, run.hook_point) for run in self.runs.values()})
+        """(source, hook point) of every store that an SAE is trained or evaluated on."""
+        return sorted({(run.source, run.hook_point) for run in self.evaluated.values()})
 
     @cached_property
     def sources(self) -> list[str]:
-        """Sources that an SAE is trained on."""
+        """Sources that an SAE is trained or evaluated on."""
         return sorted({source for source, _ in self.stores})
 
     @cached_property
@@ -212,7 +216,19 @@ class Plan:
         slice_ = [hook_point, self.scoring(complexity)]
         return job_key("probe", slice_, code=code, libraries=_PROBE, after=after)
 
+    def key_import(self, run: str) -> str:
+        one = self.imports[run]
+        files = {
+            path.name: file_digest(path)
+            for path in sorted(Path(one.folder).iterdir())
+            if path.is_file()
+        }
+        code = (*_SHARED, "exchange", "saes", "operators")
+        return job_key("import", [asdict(one), files], code=code, libraries=_NUMERIC, after=[])
+
     def key_sae(self, run: str) -> str:
+        if run in self.imports:
+            return self.key_import(run)
         code = (*_SHARED, "operators", "stores", "saes", "training")
         config, complexity = self.runs[run], self.complexity(run)
         after = [self.key_store(config.source, "train")]
@@ -255,14 +271,14 @@ class Plan:
 
     def key_evaluation(self, run: str) -> str:
         code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation")
-        config = self.runs[run]
+        config = self.evaluated[run]
         after = [self.key_sae(run), *self._after_stores(config.source, config.hook_point)]
         slice_ = self.evaluation(config.source)
         return job_key("evaluation", slice_, code=code, libraries=_TABLE, after=after)
 
     def key_latents(self, run: str) -> str:
         code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation", "figures")
-        config = self.runs[run]
+        config = self.evaluated[run]
         after = [self.key_sae(run), *self._after_stores(config.source, config.hook_point)]
         slice_ = [self.latents(), self.evaluation(config.source)]
         libraries = (*_TABLE, "jinja2")
@@ -284,7 +300,7 @@ class Plan:
 
     def key_tables(self) -> str:
         code = (*_SHARED, "evaluation/tables")
-        after = [self.key_evaluation(run) for run in self.runs]
+        after = [self.key_evaluation(run) for run in self.evaluated]
         after += [self.key_baselines(*store) for store in self.stores]
         after += [self.key_probe(*probe) for probe in self.probes]
         after += [self.key_stability(setting) for setting in self.seeds]

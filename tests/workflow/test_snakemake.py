@@ -239,6 +239,39 @@ def test_an_adaptive_sae_is_exported_with_what_it_costs(done: Project) -> None:
     assert not (done.folder / "none").exists()
 
 
+def test_an_sae_of_another_library_stands_in_the_same_tables(done: Project) -> None:
+    """A ReLU SAE goes out and comes back: its line in every table is the one it had."""
+    own = "synthetic/features/relu/d128-l10.5-seed0"
+    done.run("saeflow", "export", f"results/saes/{own}", "--library", "saelens", "--out", "theirs")
+    params = copy.deepcopy(SYNTHETIC)
+    store = "/".join(own.split("/")[:2])
+    params["saes"]["taken"] = {"import": {"library": "saelens", "folder": "theirs"}, "store": store}
+    before = done.contents()
+    run = f"{store}/taken/imported-saelens"
+    try:
+        done.write(params)
+        done.snakemake("all")
+        assert done.todo() == {}
+        found = json.loads((done.folder / "results/tables/metrics.json").read_text())
+        assert found[run].keys() == found[own].keys()
+        for name, value in found[own].items():
+            assert found[run][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+        record = json.loads((done.folder / f"results/saes/{run}/provenance.json").read_text())
+        assert record["external"].keys() >= {"theirs/cfg.json", "theirs/sae_weights.safetensors"}
+        (done.folder / "theirs/cfg.json").unlink()
+        params["saes"]["taken"]["import"]["folder"] = "nowhere"
+        done.write(params)
+        refused = done.run("saeflow", "validate", code=2)
+        assert "saes.taken.import.folder: no such folder: nowhere" in refused
+    finally:
+        done.write(SYNTHETIC)
+        done.snakemake("all")
+    same = {name: digest for name, digest in done.contents().items() if "/taken/" not in name}
+    assert {name: same[name] for name in before if "/saes/" in name} == {
+        name: before[name] for name in before if "/saes/" in name
+    }
+
+
 def test_the_hub_folder_loads_and_its_card_is_read_by_the_hubs_library(done: Project) -> None:
     from huggingface_hub import ModelCard
 

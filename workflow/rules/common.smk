@@ -79,8 +79,9 @@ STORES = [
     for split in ("train", "evaluation")
 ]
 SAES = [f"results/saes/{run}/{RECORD}" for run in plan.runs]
+IMPORTS = [f"results/saes/{run}/{RECORD}" for run in plan.imports]
 EVALUATIONS = [
-    *(f"results/evaluations/{run}/{RECORD}" for run in plan.runs),
+    *(f"results/evaluations/{run}/{RECORD}" for run in plan.evaluated),
     *(
         f"results/evaluations/{source}/{hook_point}/baselines/{RECORD}"
         for source, hook_point in plan.stores

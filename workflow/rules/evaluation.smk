@@ -77,7 +77,9 @@ rule estimate_dimension:
 rule evaluate_sae:
     input:
         sae="results/saes/{run}/provenance.json",
-        others=lambda w: evaluation_inputs(plan.runs[w.run].source, plan.runs[w.run].hook_point),
+        others=lambda w: evaluation_inputs(
+            plan.evaluated[w.run].source, plan.evaluated[w.run].hook_point
+        ),
     output:
         metrics="results/evaluations/{run}/metrics.csv",
         histograms="results/evaluations/{run}/histograms.csv",
@@ -91,7 +93,7 @@ rule evaluate_sae:
         gpu=gpus(),
     params:
         key=lambda w: plan.key_evaluation(w.run),
-        evaluation=lambda w: json.dumps(plan.evaluation(plan.runs[w.run].source)),
+        evaluation=lambda w: json.dumps(plan.evaluation(plan.evaluated[w.run].source)),
     shell:
         "python -m saeflow evaluate --sae results/saes/{wildcards.run} --results results"
         " --evaluation {params.evaluation:q} --threads {threads} --key {params.key}"
@@ -101,7 +103,9 @@ rule evaluate_sae:
 rule show_latents:
     input:
         sae="results/saes/{run}/provenance.json",
-        others=lambda w: evaluation_inputs(plan.runs[w.run].source, plan.runs[w.run].hook_point),
+        others=lambda w: evaluation_inputs(
+            plan.evaluated[w.run].source, plan.evaluated[w.run].hook_point
+        ),
     output:
         page="results/evaluations/latents/{run}/latents.html",
         record="results/evaluations/latents/{run}/provenance.json",
@@ -114,7 +118,7 @@ rule show_latents:
         gpu=gpus(),
     params:
         key=lambda w: plan.key_latents(w.run),
-        evaluation=lambda w: json.dumps(plan.evaluation(plan.runs[w.run].source)),
+        evaluation=lambda w: json.dumps(plan.evaluation(plan.evaluated[w.run].source)),
         settings=lambda w: json.dumps(plan.latents()),
     shell:
         "python -m saeflow latents --sae results/saes/{wildcards.run} --results results"
@@ -184,6 +188,7 @@ rule collect_tables:
         metrics="results/tables/metrics.csv",
         summary="results/tables/summary.csv",
         training="results/tables/training.csv",
+        options="results/tables/options.csv",
         complexity="results/tables/complexity.csv",
         probes="results/tables/probes.csv",
         histograms="results/tables/histograms.csv",

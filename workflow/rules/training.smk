@@ -1,4 +1,4 @@
-"""Training: one SAE a job, or runtime.saes_per_job of one store in one pass over its batches.
+"""Training: one SAE a job, or runtime.saes_per_job of one store in one pass over its batches; and SAEs of other libraries.
 
 Expects results/stores/SOURCE/train (and the probes of results/complexity that runs use); leaves
 results/saes/RUN with weights, config and steps.csv. A job that is killed goes on from its last checkpoints
@@ -17,6 +17,8 @@ rule train_sae:
         record="results/saes/{run}/provenance.json",
     log:
         "logs/train_sae/{run}.log",
+    wildcard_constraints:
+        run="[^/]+/[^/]+/[^/]+/(?!imported-)[^/]+",
     conda:
         "../../envs/train.yaml"
     threads: threads("train")
@@ -45,3 +47,24 @@ rule train_group:
         told=lambda w: training(missing(w.group), f"{GROUPS}/{w.group}"),
     shell:
         f"{launcher()} -m saeflow train {{params.told}}" " --threads {threads} 2>&1 | tee {log}"
+
+
+rule import_sae:
+    output:
+        weights="results/saes/{run}/weights.safetensors",
+        config="results/saes/{run}/config.json",
+        record="results/saes/{run}/provenance.json",
+    log:
+        "logs/import_sae/{run}.log",
+    wildcard_constraints:
+        run="[^/]+/[^/]+/[^/]+/imported-[^/]+",
+    conda:
+        "../../envs/train.yaml"
+    params:
+        key=lambda w: plan.key_import(w.run),
+        folder=lambda w: plan.imports[w.run].folder,
+        library=lambda w: plan.imports[w.run].library,
+        store=lambda w: "/".join(w.run.split("/")[:2]),
+    shell:
+        "python -m saeflow import {params.folder:q} --library {params.library} --store {params.store}"
+        " --name {wildcards.run} --key {params.key} --out results/saes/{wildcards.run} 2>&1 | tee {log}"

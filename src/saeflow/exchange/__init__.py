@@ -8,6 +8,7 @@ from typing import Any
 from saeflow.errors import UserError
 from saeflow.exchange import dictionary_learning, hub, saelens
 from saeflow.exchange.calibration import calibrate
+from saeflow.exchange.hook_names import ours, theirs
 from saeflow.exchange.plain import Plain, plain_of, sae_of
 from saeflow.saes.files import load, read_config, save
 
@@ -45,6 +46,7 @@ def export_sae(
     about: dict[str, Any] = {
         key: config[key] for key in ("name", "source", "hook_point") if key in config
     }
+    about |= theirs(config.get("hook_point", ""))
     trained = load(sae)
     cost: dict[str, Any] = {}
     try:
@@ -69,8 +71,15 @@ def import_sae(folder: Path, library: str, about: Mapping[str, Any], out: Path) 
         out: an existing folder that gets the SAE.
 
     Raises:
-        UserError: an unknown library, or an SAE that is damaged, incomplete or of an unknown kind.
+        UserError: an unknown library, an SAE that is damaged, incomplete or of an unknown kind, or one of
+            another hook point.
     """
+    named = ours(_format(library).facts(folder))
+    if named is not None and named != about["hook_point"]:
+        raise UserError(
+            f"{folder}: expected an SAE of {about['hook_point']}, found one that its config says is of {named}. "
+            "Evaluate it on a store of its own hook point."
+        )
     variant, options, sae = sae_of(_format(library).read(folder))
     config = {
         "variant": variant, "options": options, "d_in": sae.d_in, "d_sae": sae.d_sae, "scale": None,

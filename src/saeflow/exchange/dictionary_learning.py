@@ -96,6 +96,13 @@ def read(folder: Path) -> Plain:
     return without_input_bias(plain) if name == "JumpReluAutoEncoder" else plain
 
 
+def facts(folder: Path) -> dict[str, Any]:
+    """What the config says of the SAE's place in its model."""
+    config = read_json(folder / CONFIG)
+    trainer = config.get("trainer") if isinstance(config, dict) else None
+    return dict(trainer) if isinstance(trainer, dict) else {}
+
+
 def _linear(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "W_enc": tensors["encoder.weight"].t().contiguous(),

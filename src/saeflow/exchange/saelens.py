@@ -109,6 +109,14 @@ def read(folder: Path) -> Plain:
     return plain
 
 
+def facts(folder: Path) -> dict[str, Any]:
+    """What the config says of the SAE's place in its model."""
+    config = read_json(folder / CONFIG)
+    held = config if isinstance(config, dict) else {}
+    metadata = held.get("metadata")
+    return {**held, **(metadata if isinstance(metadata, dict) else {})}
+
+
 def with_unit_decoder(plain: Plain) -> Plain:
     """Latents counted in units of their decoder rows' norms, which become 1."""
     norm = plain.W_dec.double().norm(dim=1).clamp(min=1e-30)

@@ -43,14 +43,20 @@ def seed_sentence(rows: pd.DataFrame) -> str:
 
 def budget_sentence(rows: pd.DataFrame) -> str:
     """How many tokens the runs were trained on."""
-    tokens = sorted(rows.loc[read.is_sae(rows), "tokens"].unique())
+    saes = rows[read.is_sae(rows)]
+    tokens = sorted(saes["tokens"].dropna().unique())
+    others = sorted(saes.loc[saes["tokens"].isna(), "entry"].unique())
+    unknown = f" How {listed(others)} was trained is not known here." if others else ""
+    if not tokens:
+        return unknown.strip()
     if len(tokens) == 1:
-        return f"All SAEs were trained on {compact(tokens[0])} tokens."
+        which = "The other" if others else "All"
+        return f"{which} SAEs were trained on {compact(tokens[0])} tokens.{unknown}"
     per_panel = rows[read.is_sae(rows)].groupby(["source", "hook_point"])["tokens"].nunique()
     shown = listed(compact(value) for value in tokens)
     if per_panel.max() == 1:
-        return f"SAEs of one panel were trained on equally many tokens ({shown})."
-    return f"Budgets differ: SAEs were trained on {shown} tokens."
+        return f"SAEs of one panel were trained on equally many tokens ({shown}).{unknown}"
+    return f"Budgets differ: SAEs were trained on {shown} tokens.{unknown}"
 
 
 def rows_sentence(rows: pd.DataFrame, cross_entropy: bool = False) -> str:

@@ -54,7 +54,7 @@ TITLES = {
 }
 JOBS = {
     "fetch": "fetch the model", "prepare": "prepare inputs", "extract": "extract activations",
-    "merge": "merge stores", "score": "score complexity", "probe": "fit complexity probes", "train": "train SAEs", "clean": "run the clean model",
+    "merge": "merge stores", "score": "score complexity", "probe": "fit complexity probes", "train": "train SAEs", "import": "take over SAEs", "clean": "run the clean model",
     "label": "prepare labelled sets", "dimension": "estimate local dimension",
     "evaluate": "evaluate SAEs", "baselines": "evaluate baselines", "stability": "compare seeds", "collect": "collect tables",
     "draw": "draw figures", "report": "write the report",

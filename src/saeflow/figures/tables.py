@@ -188,6 +188,8 @@ def check_budgets(tables: Tables, rows: pd.DataFrame, options: Mapping[str, Any]
             compared with each other.
         options: `figures` of the parameters; `allow_unequal_budgets` draws them all the same.
 
+    SAEs of other libraries, whose training is not known, are shown beside the others all the same.
+
     Raises:
         UserError: runs differ in training tokens, batch size (and so updates) or evaluated rows.
     """
@@ -195,7 +197,7 @@ def check_budgets(tables: Tables, rows: pd.DataFrame, options: Mapping[str, Any]
         return
     batches = _batch_sizes(tables.training)
     for (source, hook_point), held in rows.groupby(["source", "hook_point"]):
-        saes = held[is_sae(held)]
+        saes = held[is_sae(held) & held["tokens"].notna()]
         where = f"{source}/{hook_point}"
         by_run = saes.set_index("run")
         _refuse_unequal(where, "training tokens", by_run["tokens"].to_dict())

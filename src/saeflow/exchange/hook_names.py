@@ -1,0 +1,34 @@
+"""Names of hook points in other libraries."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+_KINDS = "resid_pre|resid_post|mlp_out|attn_out"
+
+
+def theirs(hook_point: str) -> dict[str, Any]:
+    """What the other libraries call a hook point of a language model; nothing for other hook points.
+
+    Returns:
+        hook_name (TransformerLens, SAELens), submodule_name and layer (dictionary_learning).
+    """
+    found = re.fullmatch(rf"blocks\.(\d+)\.({_KINDS})", hook_point)
+    if not found:
+        return {}
+    layer, kind = found.groups()
+    return {
+        "hook_name": f"blocks.{layer}.hook_{kind}", "layer": int(layer),
+        "submodule_name": f"{kind}_layer_{layer}",
+    }  # fmt: skip
+
+
+def ours(facts: Mapping[str, Any]) -> str | None:
+    """The hook point that another library's config names; None where it names none that saeflow knows."""
+    name = facts.get("hook_name")
+    if isinstance(name, str) and (found := re.fullmatch(rf"blocks\.(\d+)\.hook_({_KINDS})", name)):
+        return f"blocks.{found[1]}.{found[2]}"
+    name = facts.get("submodule_name")
+    if isinstance(name, str) and (found := re.fullmatch(rf"({_KINDS})_layer_(\d+)", name)):
+        return f"blocks.{found[2]}.{found[1]}"
+    return None
