@@ -406,6 +406,7 @@ def train(
         raise UserError("--run: expected runs of one store, found several. Train them one by one.")
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun
     machine = _machine(runtime, max(1, threads // here))
+    machine["logging"] = {"folder": "logs", **machine.get("logging", {})}
     ranks = Ranks.from_environment(machine["ranks"]["split"], machine["device"])
     places = [Path(group).with_suffix("") / config.name for config in configs] if group else out
     is_there = [

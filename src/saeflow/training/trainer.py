@@ -31,6 +31,7 @@ from saeflow.training.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from saeflow.training.live import Live
 from saeflow.training.memory import keep_freed_memory
 from saeflow.training.optimizer import Optimizer
 
@@ -75,7 +76,8 @@ def train(
     Args:
         store: training activations.
         config: the run.
-        runtime: device, precision, checkpoint_every_s.
+        runtime: device, precision, checkpoint_every_s; and `logging`, see `Live`, where the run is to be
+            watched.
         folder: written: weights.safetensors, config.json, steps.csv.
         probe: folder of a fitted complexity probe, where the run's options name one.
 
@@ -110,8 +112,13 @@ def train_group(
     keep_freed_memory()
     ranks = ranks or Ranks()
     runs = [Run(store, config, runtime, folder, probe, ranks) for config, folder, probe in wanted]
-    with stop_signals() as stopped:
-        advance(runs, stopped)
+    try:
+        with stop_signals() as stopped:
+            advance(runs, stopped)
+    finally:
+        for run in runs:
+            if run.live is not None:
+                run.live.close()
     return [run.finish() for run in runs]
 
 
@@ -218,6 +225,9 @@ class Run:
         self.optimizer = Optimizer(self.sae, config.training)
         if found:
             self.restore(found[-1])
+        logging_to = runtime.get("logging")
+        is_first = self.ranks.rank == 0
+        self.live = Live(config, logging_to, self.step) if logging_to and is_first else None
 
     @property
     def identity(self) -> str:
@@ -319,6 +329,8 @@ class Run:
                 "tokens_per_s": round(speed, 1),
             }
         )
+        if self.live is not None:
+            self.live.add(self.rows[-1])
 
     def checkpoint(self) -> None:
         """Write all state, and the steps so far for whoever watches."""
