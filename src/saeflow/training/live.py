@@ -61,7 +61,7 @@ class Live:
         if self.writer is not None:
             self.writer.close()
         if self.wandb is not None:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
 
 def _wandb(config: SAEConfig, chosen: Mapping[str, str], folder: Path) -> Any:
