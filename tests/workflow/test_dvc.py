@@ -1,11 +1,13 @@
 """DVC over Snakemake: one change reruns one chain, checkouts leave nothing to do."""
 
 import copy
+import io
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from .conftest import SYNTHETIC, Project, job_counts
@@ -110,6 +112,23 @@ def test_an_experiment_runs_and_applies(repository: Any) -> None:
     git(project, "checkout", "-q", "-f", second)
     project.run("dvc", "checkout")
     project.run("dvc", "exp", "apply", "wider")
+    assert_clean(project)
+
+
+def test_a_grid_of_experiments_runs_from_the_queue(repository: Any) -> None:
+    """Two values, two experiments, each with its metrics; what they share is trained once."""
+    project, _, second, *_ = repository
+    git(project, "checkout", "-q", "-f", second)
+    project.run("dvc", "checkout")
+    project.run("dvc", "exp", "run", "--queue", "-S", "training.lr=0.003,0.004")
+    text = project.run("dvc", "exp", "run", "--run-all", "--jobs", "1")
+    assert "Queued experiment" not in text
+    table = pd.read_csv(io.StringIO(project.run("dvc", "exp", "show", "--csv", "--drop", "Created")))
+    tried = table[table["typ"].eq("branch_commit") & table["training.lr"].isin([0.003, 0.004])]
+    assert sorted(tried["training.lr"]) == [0.003, 0.004]
+    (fvu,) = [name for name in table if "relu" in name and name.endswith(".fvu")][:1]
+    assert tried[fvu].notna().all()
+    assert tried[fvu].nunique() == 2
     assert_clean(project)
 
 
