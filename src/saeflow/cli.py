@@ -627,6 +627,41 @@ def latents(
         write_page(arrays, {**facts, "before": chosen["before"]}, job.path / "latents.html")
 
 
+@app.command("interpret")
+def interpret_(
+    sae: Annotated[Path, typer.Option(help="Folder of a trained SAE.")],
+    results: Annotated[Path, typer.Option(help="The results folder, with stores and sources.")],
+    evaluation: EvaluationJson,
+    settings: Annotated[str, typer.Option(help="`evaluation.interpretability`, as JSON.")],
+    runtime: RuntimeJson,
+    threads: Threads,
+    out: Out,
+    key: Key = "",
+) -> None:
+    """Probe an SAE's latents for what its source knows, and score how well single ones are predicted."""
+    from saeflow.evaluation import Bench
+    from saeflow.evaluation.interpret import interpret
+    from saeflow.saes import load, read_config
+
+    metrics, machine = _json("--evaluation", evaluation), _machine(runtime, threads)
+    chosen = _json("--settings", settings)
+    provenance.check(sae)
+    config = read_config(sae)
+    bench = Bench(results, config["source"], config["hook_point"], metrics, machine["device"])
+    with (
+        _interruptible(),
+        provenance.job(
+            out,
+            name="interpret",
+            inputs=list(dict.fromkeys([sae, *bench.inputs, *bench.shown])),
+            params={**metrics, "interpretability": chosen},
+            key=key,
+            device=machine["device"],
+        ) as job,
+    ):
+        interpret(load(sae), config, bench, chosen, job.path)
+
+
 @app.command()
 def baselines(
     store: Annotated[str, typer.Option(help="SOURCE/HOOK_POINT.")],
@@ -717,13 +752,15 @@ def collect(
     from saeflow.evaluation.tables import collect as collect_tables
 
     folders = [path.parent for path in records]
-    by_job: dict[str, list[Path]] = {"train": [], "probe": [], "stability": []}
+    apart = ("train", "probe", "stability", "interpret")
+    by_job: dict[str, list[Path]] = {name: [] for name in apart}
     for path in folders:
         by_job.setdefault(provenance.read_record(path)["job"], []).append(path)
-    trained, probes, compared = (by_job.pop(name) for name in ("train", "probe", "stability"))
-    evaluated = [path for path in folders if path not in {*trained, *probes, *compared}]
+    trained, probes, compared, interpreted = (by_job.pop(name) for name in apart)
+    others = {*trained, *probes, *compared, *interpreted}
+    evaluated = [path for path in folders if path not in others]
     with provenance.job(out, name="collect", inputs=folders, key=key) as job:
-        collect_tables(evaluated, trained, probes, job.path, compared)
+        collect_tables(evaluated, trained, probes, job.path, compared, interpreted)
 
 
 @app.command()

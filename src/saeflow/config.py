@@ -179,7 +179,7 @@ def validate(params: Any) -> None:
     if errors:
         raise UserError(_explain(errors[0]))
     for name in params["sources"]:
-        if name in ("latents", "stability"):
+        if name in ("interpretability", "latents", "stability"):
             raise UserError(
                 f"sources: the name {name} is a folder of the evaluation's. Choose another."
             )
@@ -253,10 +253,14 @@ def validate(params: Any) -> None:
                 )
     pages = params["evaluation"].get("latents") or {"runs": []}
     known = {run.name for run in runs} | {run.name for run in imports(params)}
-    for name in pages["runs"]:
+    probed = params["evaluation"].get("interpretability") or {"runs": []}
+    for where, name in [
+        *(("latents", name) for name in pages["runs"]),
+        *(("interpretability", name) for name in probed["runs"]),
+    ]:
         if name not in known:
             raise UserError(
-                f"evaluation.latents.runs: expected the name of a run, SOURCE/HOOK_POINT/ENTRY/LABEL, as below "
+                f"evaluation.{where}.runs: expected the name of a run, SOURCE/HOOK_POINT/ENTRY/LABEL, as below "
                 f"results/saes, found {name!r}. Mend it."
             )
 

@@ -139,7 +139,7 @@ class Plan:
 
     def evaluation(self, source: str) -> dict[str, Any]:
         """What of `evaluation` concerns a source: images only where it sees any."""
-        apart = ("pca_ranks", "latents")
+        apart = ("pca_ranks", "latents", "interpretability")
         every = {k: v for k, v in self.params["evaluation"].items() if k not in apart}
         if not self.is_vision(source):
             every = {k: v for k, v in every.items() if k not in _OF_IMAGES}
@@ -162,6 +162,17 @@ class Plan:
     def latents(self) -> dict[str, int]:
         """What a page of latent cards shows."""
         chosen = self.params["evaluation"]["latents"]
+        return {key: value for key, value in chosen.items() if key != "runs"}
+
+    @property
+    def interpreted(self) -> list[str]:
+        """The runs whose latents are probed."""
+        chosen = self.params["evaluation"].get("interpretability") or {"runs": []}
+        return list(chosen["runs"])
+
+    def interpretability(self) -> dict[str, Any]:
+        """How latents are probed."""
+        chosen = self.params["evaluation"]["interpretability"]
         return {key: value for key, value in chosen.items() if key != "runs"}
 
     def labelled_set(self, name: str) -> dict[str, Any]:
@@ -284,6 +295,13 @@ class Plan:
         libraries = (*_TABLE, "jinja2")
         return job_key("latents", slice_, code=code, libraries=libraries, after=after)
 
+    def key_interpretation(self, run: str) -> str:
+        code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation")
+        config = self.evaluated[run]
+        after = [self.key_sae(run), *self._after_stores(config.source, config.hook_point)]
+        slice_ = [self.interpretability(), self.row_policy()]
+        return job_key("interpretation", slice_, code=code, libraries=_PROBE, after=after)
+
     def key_baselines(self, source: str, hook_point: str) -> str:
         code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation")
         slice_ = [self.evaluation(source), self.pca_ranks()]
@@ -304,6 +322,7 @@ class Plan:
         after += [self.key_baselines(*store) for store in self.stores]
         after += [self.key_probe(*probe) for probe in self.probes]
         after += [self.key_stability(setting) for setting in self.seeds]
+        after += map(self.key_interpretation, self.interpreted)
         return job_key("tables", None, code=code, libraries=_TABLE, after=after)
 
     def key_figure(self, figure: str) -> str:

@@ -123,7 +123,9 @@ def test_a_grid_of_experiments_runs_from_the_queue(repository: Any) -> None:
     project.run("dvc", "exp", "run", "--queue", "-S", "training.lr=0.003,0.004")
     text = project.run("dvc", "exp", "run", "--run-all", "--jobs", "1")
     assert "Queued experiment" not in text
-    table = pd.read_csv(io.StringIO(project.run("dvc", "exp", "show", "--csv", "--drop", "Created")))
+    table = pd.read_csv(
+        io.StringIO(project.run("dvc", "exp", "show", "--csv", "--drop", "Created"))
+    )
     tried = table[table["typ"].eq("branch_commit") & table["training.lr"].isin([0.003, 0.004])]
     assert sorted(tried["training.lr"]) == [0.003, 0.004]
     (fvu,) = [name for name in table if "relu" in name and name.endswith(".fvu")][:1]

@@ -93,6 +93,7 @@ PROBES = [
     for source, hook_point, name in plan.probes
 ]
 STABILITY = [f"results/evaluations/stability/{setting}/{RECORD}" for setting in plan.seeds]
+INTERPRETED = [f"results/evaluations/interpretability/{run}/{RECORD}" for run in plan.interpreted]
 GROUPS = "results/saes.groups"
 FIGURES = [f"results/figures/{figure}/{RECORD}" for figure in config["figures"]["names"]]
 

@@ -126,6 +126,33 @@ rule show_latents:
         " --key {params.key} --out results/evaluations/latents/{wildcards.run} 2>&1 | tee {log}"
 
 
+rule interpret_sae:
+    input:
+        sae="results/saes/{run}/provenance.json",
+        others=lambda w: evaluation_inputs(
+            plan.evaluated[w.run].source, plan.evaluated[w.run].hook_point
+        ),
+    output:
+        probing="results/evaluations/interpretability/{run}/probing.csv",
+        detection="results/evaluations/interpretability/{run}/detection.csv",
+        record="results/evaluations/interpretability/{run}/provenance.json",
+    log:
+        "logs/interpret_sae/{run}.log",
+    conda:
+        "../../envs/model.yaml"
+    threads: threads("evaluate")
+    resources:
+        gpu=gpus(),
+    params:
+        key=lambda w: plan.key_interpretation(w.run),
+        evaluation=lambda w: json.dumps(plan.evaluation(plan.evaluated[w.run].source)),
+        settings=lambda w: json.dumps(plan.interpretability()),
+    shell:
+        "python -m saeflow interpret --sae results/saes/{wildcards.run} --results results"
+        " --evaluation {params.evaluation:q} --settings {params.settings:q} --threads {threads}"
+        " --key {params.key} --out results/evaluations/interpretability/{wildcards.run} 2>&1 | tee {log}"
+
+
 rule evaluate_baselines:
     input:
         lambda w: evaluation_inputs(w.source, w.hook_point),
@@ -184,11 +211,14 @@ rule collect_tables:
         saes=SAES,
         probes=PROBES,
         stability=STABILITY,
+        interpreted=INTERPRETED,
     output:
         metrics="results/tables/metrics.csv",
         summary="results/tables/summary.csv",
         training="results/tables/training.csv",
         options="results/tables/options.csv",
+        probing="results/tables/probing.csv",
+        detection="results/tables/detection.csv",
         complexity="results/tables/complexity.csv",
         probes="results/tables/probes.csv",
         histograms="results/tables/histograms.csv",
@@ -205,5 +235,5 @@ rule collect_tables:
     params:
         key=plan.key_tables(),
     shell:
-        "python -m saeflow collect {input.saes} {input.evaluations} {input.probes} {input.stability} --key {params.key}"
+        "python -m saeflow collect {input.saes} {input.evaluations} {input.probes} {input.stability} {input.interpreted} --key {params.key}"
         " --out results/tables 2>&1 | tee {log}"

@@ -152,6 +152,27 @@ class Bench:
         """The labelled sets of a vision source, with its model."""
         return LabelledSets(self._clean, self._model, self.device) if self.is_vision else None
 
+    def tokens(self, split: str) -> np.ndarray:
+        """(contexts, length) token ids of a text's split, mapped from disk."""
+        return np.load(self._inputs / f"{split}.npy", mmap_mode="r")
+
+    def known(self, split: str) -> dict[str, Any]:
+        """What the source knows of its rows beside the store's columns, see `tasks`."""
+        if self.source_params["kind"] == "text":
+            from saeflow.sources.documents import document_kinds
+            from saeflow.sources.models import load_tokenizer
+
+            tokenizer = load_tokenizer(self._model)
+            kinds = document_kinds(self.source_params["text"])
+            if kinds is not None:
+                kinds = kinds[np.load(self._inputs / f"{split}_documents.npy")]
+            return {"strings": lambda token: tokenizer.decode([token]), "kinds": kinds}
+        if self.is_vision:
+            from saeflow.sources.vision import image_facts
+
+            return {"classes": image_facts(self._inputs).get("classes", [])}
+        return {}
+
     @property
     def pixels(self) -> np.ndarray:
         """(images, height, width, 3) uint8 of a vision source's evaluation split, mapped from disk."""
@@ -252,7 +273,7 @@ class Bench:
         model, tokenizer = self.model_in_the_loop.model, load_tokenizer(self._model)
         lens = logit_lens(model, final_norm(model), sae.directions(), _LENS)
         facts = {"unit": "tokens", "strings": lambda token: tokenizer.decode([token])}
-        return lens, np.load(self._inputs / "evaluation.npy", mmap_mode="r"), facts
+        return lens, self.tokens("evaluation"), facts
 
     def pictures(self, settings: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, int]]:
         """Of a vision source: facts of a page, and settings with the patches that an image shows."""

@@ -54,6 +54,12 @@ STABILITY_COLUMNS = (
     "source", "hook_point", "entry", "variant", "schedule", "d_sae", "k", "tokens", "setting", "seed_a",
     "seed_b", "metric", "value",
 )  # fmt: skip
+PROBING, DETECTION = "probing.csv", "detection.csv"
+OF_LATENTS: dict[str, tuple[str, ...]] = {
+    PROBING: ("task", "method", "k", "train_rows", "test_rows", "accuracy", "f1", "auc"),
+    DETECTION: ("latent", "firing", "balanced_accuracy", "auc", "shuffled", "interpretable"),
+}
+"""Columns, beside the id columns (the target k is `k_target`), of tables about what latents mean."""
 CARDS = "cards"
 METRIC_COLUMNS = (*IDS, "metric", "value")
 HISTOGRAM_COLUMNS = (*IDS, "histogram", "left", "right", "count")
@@ -161,6 +167,24 @@ def write_evaluation(folder: Path, results: Iterable[tuple[Mapping[str, Any], Ev
         write_csv(folder / f"{name}.csv", (*IDS, *EXTRA[name]), rows)
 
 
+def write_lines(path: Path, config: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write one of OF_LATENTS for one run.
+
+    Args:
+        path: its name says which.
+        config: the run's config.json.
+        lines: the columns beside the id columns.
+    """
+    known = {name: number(value) for name, value in with_target(identify(config)).items()}
+    rows = [known | {name: number(value) for name, value in line.items()} for line in lines]
+    write_csv(path, (*with_target(dict.fromkeys(IDS)), *OF_LATENTS[path.name]), rows)
+
+
+def with_target(ids: Mapping[str, Any]) -> dict[str, Any]:
+    """Id columns of a table that has a k of its own: the target k is `k_target`."""
+    return {"k_target" if name == "k" else name: value for name, value in ids.items()}
+
+
 def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, str]]) -> None:
     """Write a CSV file (RFC 4180 but for line ends, which are newlines), atomically."""
     with atomic_file(path) as staged, staged.open("w", newline="", encoding="utf-8") as file:
@@ -190,6 +214,7 @@ def collect(
     probes: Iterable[Path],
     folder: Path,
     stabilities: Iterable[Path] = (),
+    interpreted: Iterable[Path] = (),
 ) -> None:
     """Gather the tables of all runs.
 
@@ -202,6 +227,7 @@ def collect(
             standard deviation over seeds), training.csv (the logged steps of all runs), options.csv,
             complexity.csv and probes.csv (scores, predictions and quality of all probes), stability.csv.
         stabilities: folders with the stability.csv of a setting.
+        interpreted: folders with probing.csv and detection.csv of a run.
 
     Raises:
         UserError: a file is missing, or two folders hold one run.
@@ -228,6 +254,10 @@ def collect(
     _write_text(folder / "summary.tex", as_latex(lines))
     _write_training(saes, folder)
     _write_probes(list(probes), folder)
+    about = list(interpreted)
+    for name, columns in OF_LATENTS.items():
+        rows = _all_runs(held / name for held in about)
+        write_csv(folder / name, (*with_target(dict.fromkeys(IDS)), *columns), rows)
     of_settings = [row for stability in stabilities for row in read_csv(stability / STABILITY)]
     order = ("source", "hook_point", "entry", "setting")
     of_settings.sort(
@@ -273,7 +303,7 @@ def natural(text: str) -> list[tuple[int, float, str]]:
 
 def _write_training(saes: Iterable[Path], folder: Path) -> None:
     """The options of all runs, and their logged steps; there the target k is `k_target`, since `k` is the step's own."""
-    ids = tuple("k_target" if column == "k" else column for column in IDS)
+    ids = tuple(with_target(dict.fromkeys(IDS)))
     runs: dict[str, list[Row]] = {}
     columns: dict[str, None] = dict.fromkeys(ids)
     options: dict[str, list[Row]] = {}
@@ -289,7 +319,7 @@ def _write_training(saes: Iterable[Path], folder: Path) -> None:
             }
             for name, value in sorted(chosen.items())
         ]
-        known = {"k_target" if key == "k" else key: value for key, value in own.items()}
+        known = with_target(own)
         runs[known["run"]] = [{**known, **row} for row in read_csv(sae / "steps.csv")]
     ordered = [row for run in sorted(runs, key=natural) for row in runs[run]]
     for row in ordered:

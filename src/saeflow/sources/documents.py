@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from saeflow.errors import UserError
 from saeflow.files import file_digest
 from saeflow.sources import BUNDLED, english, hub
@@ -49,6 +51,15 @@ def documents_digests(text: Mapping[str, Any]) -> dict[str, str]:
         files = sorted(path for path in local.rglob("*") if path.is_file())
         return {str(path): file_digest(path) for path in files}
     return {f"dataset:{text['dataset']}": text["revision"]}
+
+
+def document_kinds(text: Mapping[str, Any]) -> np.ndarray | None:
+    """The kind of every document by its number, where they are of several known kinds."""
+    if text.get("bundled") != "english":
+        return None
+    count = english.topics()
+    kinds = ["language reference"] * count + ["docstrings"] * (len(english.documents()) - count)
+    return np.array(kinds)
 
 
 def is_evaluation(document: str, share: float) -> bool:

@@ -28,6 +28,11 @@ def documents(kind: str = "english") -> tuple[str, ...]:
     return tuple(_english() if kind == "english" else _source())
 
 
+def topics() -> int:
+    """How many of the English documents are topics of the language reference."""
+    return sum(1 for _ in _topics(_library() / TOPICS))
+
+
 def _english() -> Iterator[str]:
     yield from _topics(_library() / TOPICS)
     for path in _modules():

@@ -1,0 +1,87 @@
+"""What the latents of one SAE mean: sparse probes of what its source knows, and detection by a scorer."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy import sparse
+
+from saeflow.evaluation.detection import Scorer, Text, detect
+from saeflow.evaluation.measure import column_of
+from saeflow.evaluation.probing import Rows, probe
+from saeflow.evaluation.rows import selected_rows
+from saeflow.evaluation.tables import DETECTION, PROBING, identify, write_lines
+from saeflow.evaluation.tasks import tasks
+
+if TYPE_CHECKING:
+    from saeflow.evaluation.bench import Bench
+
+logger = logging.getLogger(__name__)
+
+_COLUMNS = ("context", "position", "token", "true_indices", "cover", "label")
+
+
+def interpret(
+    sae: Any,
+    config: Mapping[str, Any],
+    bench: "Bench",
+    settings: Mapping[str, Any],
+    folder: Path,
+    scorer: Scorer | None = None,
+) -> None:
+    """Write probing.csv and detection.csv of one trained SAE.
+
+    Args:
+        sae: as `saeflow.load` returns it.
+        config: its config.json.
+        bench: of the source and hook point it was trained on.
+        settings: evaluation.interpretability of the parameters.
+        folder: written.
+        scorer: takes the place of the one that settings name.
+
+    Raises:
+        UserError: the SAE was trained on other activations.
+    """
+    bench.check_fits(config)
+    sae = sae.to(bench.device).eval()
+    splits = {"train": bench.train, "evaluation": bench.held_out}
+    held = {split: _read(sae, store, bench, settings["rows"]) for split, store in splits.items()}
+    rows = {
+        split: Rows(x, latents, tasks(columns, bench.known(split)))
+        for split, (x, latents, columns) in held.items()
+    }
+    chosen = settings["probing"]
+    lines = probe(rows["train"], rows["evaluation"], chosen["k"], chosen["rows"], chosen["seed"])
+    write_lines(folder / PROBING, config, lines)
+    found: list[dict[str, Any]] = []
+    if settings["detection"] is not None and "token" in held["train"][2]:
+        train, test = (
+            Text(latents, columns["context"], columns["position"], bench.tokens(split))
+            for split, (_, latents, columns) in held.items()
+        )
+        found = detect(train, test, settings["detection"], scorer)
+    write_lines(folder / DETECTION, config, found)
+    logger.info("%s: %d questions, %d latents", identify(config)["run"], len(lines), len(found))
+
+
+def _read(
+    sae: Any, store: Any, bench: "Bench", most: int
+) -> tuple[np.ndarray, sparse.csr_array, dict[str, np.ndarray]]:
+    """Activations, latents and columns of the first rows of a store, a random sample of it."""
+    names = [name for name in _COLUMNS if name in store.columns]
+    xs, codes, columns, count = [], [], {name: [] for name in names}, 0  # type: ignore[var-annotated]
+    with torch.inference_mode():
+        for rows, x in selected_rows(store, bench.selection, bench.batch_size, bench.device):
+            xs.append(x.cpu().numpy())
+            codes.append(sparse.csr_array(sae.encode(x).float().cpu().numpy()))
+            for name in names:
+                columns[name].append(column_of(store, rows, name))
+            count += len(rows)
+            if count >= most:
+                break
+    joined = {name: np.concatenate(parts)[:most] for name, parts in columns.items()}
+    latents = sparse.csr_array(sparse.vstack(codes))[:most]
+    return np.concatenate(xs)[:most], latents, joined
