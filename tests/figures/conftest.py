@@ -14,7 +14,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from saeflow.evaluation.tables import EXTRA, OPTION_COLUMNS, STABILITY_COLUMNS, read_csv, summarise
+from saeflow.evaluation.tables import (
+    EXTRA,
+    OF_LATENTS,
+    OPTION_COLUMNS,
+    STABILITY_COLUMNS,
+    read_csv,
+    summarise,
+    with_target,
+)
 
 IDS = [
     "run",
@@ -79,6 +87,7 @@ class Bench:
         self.pictured: list[str] = []
         self.stability: list[dict[str, Any]] = []
         self.options: list[dict[str, Any]] = []
+        self.of_latents: dict[str, list[dict[str, Any]]] = {name: [] for name in OF_LATENTS}
 
     def see(self, ids: dict[str, Any], l0: float, quality: float) -> None:
         """What an SAE of images has beside the others' metrics."""
@@ -117,6 +126,18 @@ class Bench:
                     self.extra["dimension_bins"].append(
                         {**ids, **own, "l0": l0 * (1 + varies / 20)}
                     )
+        known = with_target(ids)
+        sizes = {"task": "a thing", "train_rows": 400, "test_rows": 300, "f1": 0.6, "auc": 0.8}
+        for k in (1, 5):
+            for method in ("latents", "neurons"):
+                line = {**known, **sizes, "method": method, "k": k, "accuracy": 0.6 + k / 50}
+                self.of_latents["probing.csv"].append(line)
+        whole = {"method": "activation", "accuracy": 0.95}
+        self.of_latents["probing.csv"].append({**known, **sizes, **whole})
+        for latent in (3, 9):
+            line = {"latent": latent, "firing": 50, "balanced_accuracy": latent / 10, "auc": 0.7}
+            line |= {"shuffled": 0.5, "interpretable": int(latent == 9)}
+            self.of_latents["detection.csv"].append({**known, **line})
         self.pictured.append(ids["run"])
         if ids["variant"] != "topk":
             for i, control in enumerate(("own", "shuffled_k", "mean_k", "batch_threshold")):
@@ -323,6 +344,10 @@ class Bench:
         for name, columns in EXTRA.items():
             write(folder / f"{name}.csv", [*IDS, *columns], self.extra[name])
         write(folder / "stability.csv", STABILITY_COLUMNS, self.stability)
+        for name, columns in OF_LATENTS.items():
+            write(
+                folder / name, [*with_target(dict.fromkeys(IDS)), *columns], self.of_latents[name]
+            )
         write(folder / "options.csv", OPTION_COLUMNS, self.options)
         self.cards(folder / "cards")
         lines = summarise(read_csv(folder / "metrics.csv"))

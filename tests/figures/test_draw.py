@@ -32,7 +32,7 @@ PICTURES = ("concepts", "simple_to_complex")
 OF_RUNS = [name for name in FIGURES if name not in ("complexity", "probe_layers")]
 COMPARED = [name for name in OF_RUNS if name not in PICTURES]
 VARYING = ("simple_to_complex", "adaptivity", "controls", "k_complexity", "k_dimension")
-OF_SYNTHETIC = ("recovery", "top_concepts", *VARYING)
+OF_SYNTHETIC = ("recovery", "top_concepts", "probing", *VARYING)
 
 
 @pytest.fixture(scope="module")

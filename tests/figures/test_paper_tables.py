@@ -104,6 +104,13 @@ def test_cost_is_against_topk_of_the_same_size(folder: Path, tmp_path: Path) -> 
     assert data["hours_of_1e9"].iloc[0] == pytest.approx(1e9 / 40_000 / 3600)
 
 
+def test_the_share_of_interpretable_latents_is_counted(folder: Path) -> None:
+    data = TABLES["table_interpretability"](load_tables(folder), STRICT).data
+    assert (data["interpretable"] == 0.5).all()
+    assert data["balanced_accuracy"].iloc[0] == pytest.approx((0.3 + 0.9) / 2)
+    assert data["probe_k5"].iloc[0] == pytest.approx(0.7)
+
+
 def test_tables_without_their_runs_are_refused(make_tables: Maker, tmp_path: Path) -> None:
     tables = make_tables(
         tmp_path, panels=[SYNTHETIC], entries=[("topk", "topk", 0.9, (8,))], seeds=1

@@ -19,6 +19,7 @@ from saeflow.figures.formulas import ev_formulas
 from saeflow.figures.fronts import ce_l0, fvu_l0, recovery
 from saeflow.figures.paper_tables import TABLES
 from saeflow.figures.probe_layers import probe_layers
+from saeflow.figures.probing import probing
 from saeflow.figures.schedules import schedules
 from saeflow.figures.sizes import dictionary_size
 from saeflow.figures.stability import stability
@@ -47,6 +48,7 @@ FIGURES: dict[str, Callable[[Tables, Mapping[str, Any]], Drawing]] = {
     "k_complexity": k_complexity,
     "k_dimension": k_dimension,
     "probe_layers": probe_layers,
+    "probing": probing,
 }
 
 

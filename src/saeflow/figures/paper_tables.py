@@ -219,6 +219,33 @@ def training_cost(tables: read.Tables, options: Mapping[str, Any]) -> Table:
     return Table(_ordered(data, ["source", "d_sae", "variant"]), caption)
 
 
+def interpretability(tables: read.Tables, options: Mapping[str, Any]) -> Table:
+    """How many latents a simple model of text predicts, and how well sparse probes do."""
+    rows = tables.detection
+    if rows.empty:
+        raise _refuse(
+            "table_interpretability", "evaluation.interpretability with detection, of text"
+        )
+    shown = tables.wide[tables.wide["run"].isin(rows["run"])]
+    read.check_budgets(tables, shown, options)
+    keys = ["source", "entry", "setting"]
+    grouped = rows.groupby(keys)
+    data = grouped[["balanced_accuracy", "auc", "shuffled", "interpretable"]].mean()
+    data.insert(0, "judged", grouped["latent"].nunique())
+    probes_of = tables.probing[tables.probing["method"] == "latents"]
+    by_k = probes_of.pivot_table(index=keys, columns="k", values="accuracy")
+    data = data.join(
+        by_k.add_prefix("probe_k").rename(columns=lambda name: name.removesuffix(".0"))
+    )
+    caption = (
+        "Detection: from windows of training text on which a latent fires and others, naive Bayes on the marked token and the one "
+        "before it says of held-out windows whether it fires (balanced accuracy and AUC, mean over the sampled latents; shuffled: with "
+        "shuffled answers). interpretable: share of the judged latents at or above the threshold. probe: accuracy of sparse "
+        f"probes with k latents, mean over questions. {captions.budget_sentence(shown)}"
+    )
+    return Table(_ordered(data.reset_index(), keys), caption)
+
+
 TABLES: dict[str, Callable[[read.Tables, Mapping[str, Any]], Table]] = {
     "table_dictionary_size": dictionary_size,
     "table_top_n": top_n,
@@ -226,4 +253,5 @@ TABLES: dict[str, Callable[[read.Tables, Mapping[str, Any]], Table]] = {
     "table_guided_k": guided_k,
     "table_probes": probes,
     "table_training_cost": training_cost,
+    "table_interpretability": interpretability,
 }

@@ -51,12 +51,14 @@ TITLES = {
     "table_guided_k": "TopK at the k that another SAE found",
     "table_probes": "Complexity probes",
     "table_training_cost": "What training costs",
+    "probing": "What a few latents tell",
+    "table_interpretability": "Latents that a simple model predicts",
 }
 JOBS = {
     "fetch": "fetch the model", "prepare": "prepare inputs", "extract": "extract activations",
     "merge": "merge stores", "score": "score complexity", "probe": "fit complexity probes", "train": "train SAEs", "import": "take over SAEs", "clean": "run the clean model",
     "label": "prepare labelled sets", "dimension": "estimate local dimension",
-    "evaluate": "evaluate SAEs", "baselines": "evaluate baselines", "stability": "compare seeds", "collect": "collect tables",
+    "evaluate": "evaluate SAEs", "interpret": "probe latents", "latents": "show latents", "baselines": "evaluate baselines", "stability": "compare seeds", "collect": "collect tables",
     "draw": "draw figures", "report": "write the report",
 }  # fmt: skip
 _METRICS = (

@@ -18,6 +18,7 @@ from saeflow.evaluation.tables import (
     HISTOGRAM_COLUMNS,
     IDS,
     METRIC_COLUMNS,
+    OF_LATENTS,
     OPTION_COLUMNS,
     OPTIONS,
     PROBE_COLUMNS,
@@ -25,6 +26,7 @@ from saeflow.evaluation.tables import (
     STABILITY_COLUMNS,
     natural,
     setting_of,
+    with_target,
 )
 from saeflow.figures import style
 
@@ -32,7 +34,19 @@ UNTRAINED = ("identity", "mean", "pca")
 TYPES: dict[str, type] = {
     **dict.fromkeys((*IDS, "metric", "histogram", "complexity", "split", "set", "protocol"), str),
     **dict.fromkeys(
-        ("labels", "concepts", "n", "estimator", "control", "setting", "option", "chosen"), str
+        (
+            "labels",
+            "concepts",
+            "n",
+            "estimator",
+            "control",
+            "setting",
+            "option",
+            "chosen",
+            "task",
+            "method",
+        ),
+        str,
     ),
     **dict.fromkeys(("d_sae", "k", "k_target", "tokens", "seed"), float),
 }
@@ -61,6 +75,8 @@ class Tables:
     controls: pd.DataFrame
     stability: pd.DataFrame
     options: pd.DataFrame
+    probing: pd.DataFrame
+    detection: pd.DataFrame
     cards: Path
     """Folder with pictures of concepts, by run."""
 
@@ -96,6 +112,10 @@ def load_tables(folder: Path) -> Tables:
         **{name: _runs(folder / f"{name}.csv", (*IDS, *EXTRA[name])) for name in EXTRA},
         stability=_read(folder / STABILITY, STABILITY_COLUMNS),
         options=_runs(folder / OPTIONS, OPTION_COLUMNS),
+        **{
+            Path(name).stem: _runs(folder / name, (*with_target(dict.fromkeys(IDS)), *columns))
+            for name, columns in OF_LATENTS.items()
+        },
         cards=folder / CARDS,
     )
 
