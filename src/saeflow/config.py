@@ -3,6 +3,7 @@
 This module imports no model code: Snakefile and command line read it in a fraction of a second.
 """
 
+import difflib
 import functools
 import hashlib
 import itertools
@@ -23,6 +24,8 @@ ROOT = PACKAGE.parents[1]
 OPTION_PRESETS = PACKAGE / "saes" / "presets.yaml"
 SCHEMA = ROOT / "workflow" / "schemas" / "params.schema.yaml"
 SPLITS = ("train", "evaluation")
+_CHOICES = 12
+"""More names than this are not listed in a message."""
 RESERVED = {"baselines", "clean", "dimension", "identity", "mean", "pca"}
 """Names that the evaluation gives to its own rows and folders."""
 
@@ -307,6 +310,15 @@ def _list(names: Any) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
+def _choices(error: Any) -> str:
+    """What is allowed; of many, the names most like the one that was found."""
+    names = sorted(map(str, error.validator_value))
+    if len(names) <= _CHOICES:
+        return ", ".join(names)
+    near = difflib.get_close_matches(str(error.instance), names, n=3, cutoff=0)
+    return f"{', '.join(near)} and {len(names) - len(near)} others of {SCHEMA.relative_to(ROOT)}"
+
+
 def _explain(error: Any) -> str:
     """One line for a schema error: where, what was expected, what was found."""
     if error.validator in ("oneOf", "anyOf") and error.context:
@@ -331,9 +343,7 @@ def _explain(error: Any) -> str:
         case "type":
             return f"{where}: expected {error.validator_value}, found {found}{_yaml_trap(error)}."
         case "enum":
-            return (
-                f"{where}: expected one of {_list(map(str, error.validator_value))}, found {found}."
-            )
+            return f"{where}: expected one of {_choices(error)}, found {found}."
         case "const":
             return f"{where}: expected {error.validator_value!r}, found {found}."
         case _:

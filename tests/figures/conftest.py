@@ -107,7 +107,8 @@ class Bench:
         for image in range(40):
             varies = 0 if ids["variant"] == "topk" else image % 7
             known = {"context": image, "label": image % 20, "objects": image % 7}
-            self.extra["contexts"].append({**ids, **known, "l0": l0 * (1 + varies / 10)})
+            own = {"l0": l0 * (1 + varies / 10), "k_hat": "" if ids["variant"] == "topk" else l0}
+            self.extra["contexts"].append({**ids, **known, **own})
         for estimator in ("mle", "twonn"):
             for neighbours in (20, 50):
                 spearman = (
@@ -228,6 +229,7 @@ class Bench:
         chosen = {
             "k": k,
             "guide": None,
+            "k_schedule": "linear" if name.endswith("-annealed") else "constant",
             "architecture": "mlp",
             "activation": "relu",
             "score_scale": 1,

@@ -1,5 +1,6 @@
 """Tables as figures read them, and runs that may not be compared."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,14 @@ def test_two_entries_of_a_variant_are_told_apart(make_tables: Maker, tmp_path: P
     found = series_of(wide[read.is_sae(wide)])
     assert [series.label for series in found] == ["TopK", "TopK (topk-annealed)"]
     assert found[0].look == found[1].look
+
+
+def test_entries_that_differ_in_k_only_are_one_series(make_tables: Maker, tmp_path: Path) -> None:
+    entries = [("topk", "topk", 1.0, (8, 32)), ("topk-guided", "topk", 1.0, (19,))]
+    wide = load_tables(make_tables(tmp_path, panels=[TEXT], entries=entries)).wide
+    (found,) = series_of(wide[read.is_sae(wide)])
+    assert found.label == "TopK"
+    assert sorted(found.rows["k"].unique()) == [8, 19, 32]
 
 
 def test_runs_of_other_tokens_are_refused_by_name(make_tables: Maker, tmp_path: Path) -> None:
@@ -75,6 +84,9 @@ def test_an_entry_called_nan_stays_a_name(make_tables: Maker, tmp_path: Path) ->
 
 
 def test_what_is_wrong_with_a_table_is_said_in_one_line(tables: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"options\.csv: no such file"):
+        load_tables(tmp_path)
+    shutil.copy(tables / "options.csv", tmp_path)
     with pytest.raises(UserError, match=r"metrics\.csv: no such file"):
         load_tables(tmp_path)
     text = (tables / "metrics.csv").read_text()

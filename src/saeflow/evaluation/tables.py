@@ -311,6 +311,7 @@ def _write_training(saes: Iterable[Path], folder: Path) -> None:
         config = read_json(sae / "config.json")
         own = {key: number(value) for key, value in identify(config).items()}
         chosen = {**config["options"], "guide": config.get("guide")}
+        chosen |= {f"training.{name}": value for name, value in config["training"].items()}
         options[own["run"]] = [
             {
                 **own,

@@ -27,7 +27,8 @@ def k_complexity(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
     """
     keys = ["source", "hook_point", "context"]
     scores = tables.complexity[tables.complexity["split"] == "evaluation"]
-    rows = tables.contexts.merge(scores[[*keys, "complexity", "score"]], on=keys)
+    choosing = tables.contexts[tables.contexts["k_hat"].notna()]
+    rows = choosing.merge(scores[[*keys, "complexity", "score"]], on=keys)
     rows = rows[rows.groupby("run")["l0"].transform("std") > 1e-6]
     if rows.empty:
         raise UserError(
@@ -56,12 +57,17 @@ def k_complexity(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
         ax.grid(True)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
-    figure.legend(legend.values(), legend, loc="outside lower center", ncols=4)
+    figure.legend(
+        legend.values(),
+        legend,
+        loc="outside lower center",
+        ncols=style.legend_columns(list(legend), style.TEXT_WIDTH),
+    )
     data = pd.concat(parts, ignore_index=True)
     best = data.iloc[int(data["spearman"].abs().argmax())]
     caption = (
         f"Mean L0 of a context, over its mean across contexts, against the context's complexity score, in {_BINS} bins "
-        "of equally many held-out contexts; bars are standard errors. Variants with a fixed k are left out. The strongest rank "
+        "of equally many held-out contexts; bars are standard errors. Shown are the variants that choose k by input. The strongest rank "
         f"correlation over contexts is {best['spearman']:.2f} ({best['run']}, {best['complexity']}). "
         f"{captions.budget_sentence(shown)}"
     )
@@ -135,7 +141,12 @@ def k_dimension(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
         ax.set_title(f"{read.panel_title(panel)}: {_ESTIMATORS[estimator]}")
         ax.set_xlabel("local intrinsic dimension")
         ax.set_ylabel("L0 over its mean")
-    figure.legend(legend.values(), legend, loc="outside lower center", ncols=4)
+    figure.legend(
+        legend.values(),
+        legend,
+        loc="outside lower center",
+        ncols=style.legend_columns(list(legend), style.TEXT_WIDTH),
+    )
     caption = (
         "Mean L0 of held-out rows, over its mean, against the local intrinsic dimension around them, in ten bins of "
         f"equally many rows; the dimension is estimated from {neighbours:g} neighbours. Variants with a fixed k are left "

@@ -101,9 +101,18 @@ def _rows(
     wide = tables.wide
     held = pd.concat([read.one_panel(wide, panel) for panel in panels])
     held = held[held[metric].notna() & held["l0_mean"].notna()]
+    held = pd.concat([_of_one_size(read.one_panel(held, panel)) for panel in panels])
     read.check_budgets(tables, held, options)
     known = tables.intervals[tables.intervals["metric"] == metric][["run", "low", "high"]]
     return held.merge(known, on="run", how="left") if len(known) else held
+
+
+def _of_one_size(held: pd.DataFrame) -> pd.DataFrame:
+    """Baselines, and the SAEs with as many latents as most of the panel's have."""
+    saes = held[read.is_sae(held)]
+    counts = saes["d_sae"].value_counts()
+    size = max(counts.index, key=lambda d_sae: (counts[d_sae], d_sae))
+    return held[~read.is_sae(held) | (held["d_sae"] == size)]
 
 
 def _saes(rows: pd.DataFrame) -> pd.DataFrame:
@@ -111,7 +120,10 @@ def _saes(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _where(rows: pd.DataFrame) -> str:
-    titles = [read.panel_title(panel) for panel in read.panels_of(rows)]
+    titles = [
+        f"{read.panel_title(panel)} ({_saes(read.one_panel(rows, panel))['d_sae'].iloc[0]:,.0f} latents)"
+        for panel in read.panels_of(rows)
+    ]
     return (
         f"for {titles[0]}" if len(titles) == 1 else f"one panel each for {captions.listed(titles)}"
     )
@@ -148,7 +160,7 @@ def _draw(
     strokes = _strokes([one for held in series.values() for one in held])
     legend = [Line2D([], [], label=label, **stroke) for label, stroke in strokes.items()]
     width = style.COLUMN_WIDTH if columns == 1 else style.TEXT_WIDTH
-    per_line = _legend_columns(list(strokes), width)
+    per_line = style.legend_columns(list(strokes), width)
     height = lines * _PANEL_HEIGHT + 0.16 * -(-len(legend) // per_line) + 0.1
     figure = style.new_figure(width, height)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
@@ -162,13 +174,6 @@ def _draw(
         ax.set_axis_off()
     figure.legend(handles=legend, loc="outside lower center", ncols=per_line)
     return figure, _data(rows, list(dict.fromkeys(metric for _, metric in panels)))
-
-
-def _legend_columns(labels: list[str], width: float) -> int:
-    """Columns of the most even legend that fits into `width` inches."""
-    widest = 0.45 + 0.056 * max(map(len, labels))
-    fitting = max(1, min(len(labels), int(width / widest)))
-    return -(-len(labels) // -(-len(labels) // fitting))
 
 
 def _data(rows: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:

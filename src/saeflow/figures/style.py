@@ -222,6 +222,13 @@ def l0_axis(ax: Axes, low: float, high: float) -> None:
     ax.xaxis.set_minor_locator(NullLocator())
 
 
+def legend_columns(labels: list[str], width: float) -> int:
+    """Columns of the most even legend that fits into `width` inches."""
+    widest = 0.45 + 0.056 * max(map(len, labels))
+    fitting = max(1, min(len(labels), int(width / widest)))
+    return -(-len(labels) // -(-len(labels) // fitting))
+
+
 def save(figure: Figure, stem: Path) -> None:
     """Write STEM.svg, .pdf and .png: the same figure gives the same bytes."""
     figure.draw_without_rendering()

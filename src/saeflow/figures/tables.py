@@ -102,36 +102,49 @@ def load_tables(folder: Path) -> Tables:
     Raises:
         UserError: a file is missing, or lacks a column.
     """
+    options = _runs(folder / OPTIONS, OPTION_COLUMNS, {})
+    kinds = _kinds(options)
     training_ids = tuple("k_target" if column == "k" else column for column in IDS)
     return Tables(
-        metrics=_runs(folder / "metrics.csv", METRIC_COLUMNS),
-        histograms=_runs(folder / "histograms.csv", HISTOGRAM_COLUMNS),
-        training=_runs(folder / "training.csv", (*training_ids, "step", "tokens_seen")),
+        metrics=_runs(folder / "metrics.csv", METRIC_COLUMNS, kinds),
+        histograms=_runs(folder / "histograms.csv", HISTOGRAM_COLUMNS, kinds),
+        training=_runs(folder / "training.csv", (*training_ids, "step", "tokens_seen"), kinds),
         complexity=_read(folder / "complexity.csv", COMPLEXITY_COLUMNS),
         probes=_read(folder / "probes.csv", PROBE_COLUMNS),
-        **{name: _runs(folder / f"{name}.csv", (*IDS, *EXTRA[name])) for name in EXTRA},
+        **{name: _runs(folder / f"{name}.csv", (*IDS, *EXTRA[name]), kinds) for name in EXTRA},
         stability=_read(folder / STABILITY, STABILITY_COLUMNS),
-        options=_runs(folder / OPTIONS, OPTION_COLUMNS),
+        options=options,
         **{
-            Path(name).stem: _runs(folder / name, (*with_target(dict.fromkeys(IDS)), *columns))
+            Path(name).stem: _runs(
+                folder / name, (*with_target(dict.fromkeys(IDS)), *columns), kinds
+            )
             for name, columns in OF_LATENTS.items()
         },
         cards=folder / CARDS,
     )
 
 
-def _runs(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+def _kinds(options: pd.DataFrame) -> dict[str, str]:
+    """By run, what it was asked for beside k: runs of one kind differ in k, size and seed only."""
+    rest = options[~options["option"].isin(("guide", "k"))]
+    return {
+        str(run): ", ".join(f"{name} {value}" for name, value in zip(held["option"], held["chosen"], strict=True))
+        for run, held in rest.groupby("run")
+    }  # fmt: skip
+
+
+def _runs(path: Path, columns: tuple[str, ...], kinds: Mapping[str, str]) -> pd.DataFrame:
     """A table of runs, each row once, with their setting and series."""
     table = _read(path, columns)
     if table.duplicated([c for c in columns if c not in ("value", "count")]).any():
         raise UserError(f"{path}: has rows twice. Delete the file and rerun its step.")
     k = "k" if "k_target" not in table.columns else "k_target"
-    runs = table.drop_duplicates("run")[["run", "entry", "d_sae", "schedule", k]]
+    runs = table.drop_duplicates("run")[["run", "entry", "variant", "d_sae", "schedule", k]]
     settings, series = {}, {}
     for row in runs.to_dict("records"):
         setting = setting_of({"run": str(row["run"])})
         settings[row["run"]] = setting
-        series[row["run"]] = _series(setting, row, k)
+        series[row["run"]] = _series(setting, row, k, kinds.get(str(row["run"])))
     table["setting"] = table["run"].map(settings).astype(str)
     table["series"] = table["run"].map(series).astype(str)
     return table
@@ -167,10 +180,12 @@ def _read(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     return table
 
 
-def _series(setting: str, row: Mapping[Any, Any], k: str) -> str:
+def _series(setting: str, row: Mapping[Any, Any], k: str, kind: str | None) -> str:
     """Runs that differ in k (or, where no k is set, in their penalty) and seed only are one series."""
     if pd.isna(row[k]):
         return f"{row['entry']}/d{row['d_sae']:g}/{row['schedule']}"
+    if kind is not None:  # whichever entry asked for them
+        return f"{style.look(row['variant'], row['entry']).label}/d{row['d_sae']:g}/{kind}"
     return f"{row['entry']}/" + re.sub(rf"(^|-)k{row[k]:g}(?=-|$)", "", setting)
 
 
@@ -278,14 +293,14 @@ def series_of(rows: pd.DataFrame) -> list[Series]:
     )
     looks = [style.look(held["variant"].iloc[0], held["entry"].iloc[0]) for _, held in keyed]
     found = []
-    for i, (key, held) in enumerate(keyed):
+    for i, (_, held) in enumerate(keyed):
         twins = [j for j, chosen in enumerate(looks) if chosen == looks[i]]
-        label = _label(held.iloc[0], [keyed[j][1].iloc[0] for j in twins], looks[i], str(key))
+        label = _label(held.iloc[0], [keyed[j][1].iloc[0] for j in twins], looks[i])
         found.append(Series(held, looks[i], label))
     return found
 
 
-def _label(row: pd.Series, twins: list[pd.Series], chosen: style.Look, key: str) -> str:
+def _label(row: pd.Series, twins: list[pd.Series], chosen: style.Look) -> str:
     parts = [chosen.label]
     named = str(row["entry"]).replace("-", "_") != row["variant"]
     if named and len({twin["entry"] for twin in twins}) > 1:
@@ -298,7 +313,7 @@ def _label(row: pd.Series, twins: list[pd.Series], chosen: style.Look, key: str)
     if len({twin["schedule"] for twin in same}) > 1:
         parts.append(str(row["schedule"]))
     if len([twin for twin in same if twin["schedule"] == row["schedule"]]) > 1:
-        parts.append(key.partition("/")[2])
+        parts.append(re.sub(r"(^|-)(d|k)\d+(?=-|$)", "", str(row["setting"])).strip("-"))
     return ", ".join(parts)
 
 
