@@ -1,4 +1,4 @@
-"""SAEs to and from other libraries' files (SAELens, dictionary_learning), and to the Hugging Face hub."""
+"""SAEs to and from other libraries' files (SAELens, dictionary_learning), to the Hugging Face hub, and for other benchmarks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,13 +6,13 @@ from types import ModuleType
 from typing import Any
 
 from saeflow.errors import UserError
-from saeflow.exchange import dictionary_learning, hub, saelens
-from saeflow.exchange.calibration import calibrate
+from saeflow.exchange import dictionary_learning, saelens
+from saeflow.exchange.adapter import adapt
 from saeflow.exchange.hook_names import ours, theirs
 from saeflow.exchange.plain import Plain, plain_of, sae_of
 from saeflow.saes.files import load, read_config, save
 
-__all__ = ["FORMATS", "Plain", "export_sae", "import_sae", "plain_of", "sae_of"]
+__all__ = ["FORMATS", "Plain", "adapt", "export_sae", "import_sae", "plain_of", "sae_of"]
 
 FORMATS: dict[str, ModuleType] = {
     "saelens": saelens,
@@ -40,6 +40,8 @@ def export_sae(
         UserError: an unknown library, or a variant that it has no place for.
     """
     if library == HUB:
+        from saeflow.exchange import hub
+
         hub.write(sae, evaluation, folder)
         return {}
     config = read_config(sae)
@@ -53,6 +55,8 @@ def export_sae(
         if store is None:
             plain = plain_of(trained)
         else:
+            from saeflow.exchange.calibration import calibrate
+
             plain, cost = calibrate(trained, store)
             about["calibrated"] = cost
     except UserError as error:

@@ -155,6 +155,10 @@ class SAE(nn.Module):
         """(d_sae, d_in) what each latent adds to a reconstruction, per unit of activation."""
         return self.W_dec
 
+    def readers(self) -> tuple[Tensor, Tensor]:
+        """(d_in, d_sae) and (d_sae,): pre-activations are x - b_dec times the first, plus the second."""
+        return self.W_enc, self.b_enc
+
     # What a variant says.
 
     def condition(self, x: Tensor) -> Tensor | None:

@@ -160,6 +160,14 @@ class Sparsemax(SAE):
     def directions(self) -> Tensor:
         return self.W_dec @ self.W_V if self.is_shared else self.W_dec
 
+    def readers(self) -> tuple[Tensor, Tensor]:
+        """Of the scores, where x - b_dec has unit norm."""
+        matrix, bias = self.encoder()
+        if not self.is_shared:
+            return matrix * self.score_scale, bias
+        query = self.W_K.t() if self.W_Q is None else self.W_Q @ self.W_K.t()
+        return query @ matrix * self.score_scale, bias
+
     # Selection.
 
     def probabilities(self, scores: Tensor) -> Tensor:
