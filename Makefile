@@ -8,7 +8,7 @@ BENCHMARKS ?= steps operators training stores extraction latents rates
 QUIET := --disable-pip-version-check -q --progress-bar off
 PIP := $(BIN)/python -m pip install $(QUIET)
 
-.PHONY: setup demo test check bench torture truth
+.PHONY: setup demo full test check bench torture truth
 
 setup: .venv/ready
 
@@ -29,6 +29,11 @@ setup: .venv/ready
 demo: setup
 	saeflow validate
 	snakemake --cores $(CORES) all
+	@echo "The report: $(CURDIR)/results/report.html"
+
+# The demo with three seeds of every SAE: error bars on every point.
+full: setup
+	snakemake --cores $(CORES) all --config 'seeds=[0,1,2]'
 	@echo "The report: $(CURDIR)/results/report.html"
 
 check: setup

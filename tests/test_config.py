@@ -173,6 +173,15 @@ def test_a_mistake_is_named_in_one_line(path: str, value: Any, message: str) -> 
     assert len(str(caught.value)) < 400
 
 
+def test_seeds_take_the_place_of_every_entry_s_own() -> None:
+    own, given = expand_runs(PARAMS), expand_runs(PARAMS | {"seeds": [0, 5, 7]})
+    settings = {run.name.rpartition("-seed")[0] for run in own}
+    assert {run.name for run in given} == {f"{s}-seed{n}" for s in settings for n in (0, 5, 7)}
+    assert {run.name for run in expand_runs(PARAMS | {"seeds": None})} == {r.name for r in own}
+    with pytest.raises(UserError, match="seeds"):
+        validate(PARAMS | {"seeds": [1, 1]})
+
+
 def test_a_name_given_twice_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text("saes:\n  topk: 1\n  topk: 2\n")

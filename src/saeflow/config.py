@@ -18,6 +18,7 @@ import yaml
 
 from saeflow.errors import UserError
 from saeflow.files import json_digest
+from saeflow.plugins import module_file
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parents[1]
@@ -257,6 +258,7 @@ def validate(params: Any) -> None:
     pages = params["evaluation"].get("latents") or {"runs": []}
     known = {run.name for run in runs} | {run.name for run in imports(params)}
     probed = params["evaluation"].get("interpretability") or {"runs": []}
+    scorer_file(probed)
     for where, name in [
         *(("latents", name) for name in pages["runs"]),
         *(("interpretability", name) for name in probed["runs"]),
@@ -266,6 +268,21 @@ def validate(params: Any) -> None:
                 f"evaluation.{where}.runs: expected the name of a run, SOURCE/HOOK_POINT/ENTRY/LABEL, as below "
                 f"results/saes, found {name!r}. Mend it."
             )
+
+
+SCORER = "evaluation.interpretability.detection.scorer"
+
+
+def scorer_file(interpretability: Mapping[str, Any]) -> Path | None:
+    """Where the scorer of evaluation.interpretability is, if it is one of the user's own.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    detection = interpretability.get("detection")
+    if detection is None or ":" not in detection["scorer"]:
+        return None
+    return module_file(detection["scorer"], SCORER)
 
 
 def with_presets(params: Any) -> Any:
@@ -326,6 +343,9 @@ def _explain(error: Any) -> str:
         for nested in error.context:
             branches.setdefault(nested.schema_path[0], []).append(nested)
         meant = [b for b in branches.values() if not any(e.validator == "const" for e in b)]
+        if isinstance(error.instance, Mapping):  # a mistake in it, not that it is no null
+            is_null = [any(e.validator == "type" and not e.path for e in b) for b in meant]
+            meant = [b for b, no in zip(meant, is_null, strict=True) if not no] or meant
         if meant:  # the alternative with the fewest mistakes, and in it the deepest one
             fewest = min(meant, key=lambda branch: len(branch))
             return _explain(max(fewest, key=lambda nested: len(nested.absolute_path)))
@@ -449,6 +469,8 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
 def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
     """Every run of every `saes` entry: lists under store, d_sae, seed and options are swept.
 
+    `seeds`, where it is given, takes the place of every entry's own.
+
     Raises:
         UserError: two runs would have one name.
     """
@@ -460,6 +482,7 @@ def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
         training = {key: values.get(key, shared[key]) for key in shared}
         training["betas"] = tuple(training["betas"])
         axes = {key: _as_list(values[key]) for key in ("store", "d_sae", "seed")}
+        axes["seed"] = params.get("seeds") or axes["seed"]
         options = {key: _as_list(value) for key, value in values["options"].items()}
         swept = [key for key, value in values["options"].items() if isinstance(value, list)]
         for store, d_sae, seed, *chosen in itertools.product(*axes.values(), *options.values()):

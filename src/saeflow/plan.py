@@ -6,15 +6,16 @@ times, so a checkout of an older commit leaves nothing to do, and a changed para
 the jobs that depend on it.
 """
 
+import functools
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from saeflow.config import ImportConfig, SAEConfig, expand_runs, imports, job_key
+from saeflow.config import ImportConfig, SAEConfig, expand_runs, imports, job_key, scorer_file
 from saeflow.files import file_digest
 
 _NUMERIC = ("torch", "numba", "numpy", "safetensors")
@@ -28,11 +29,28 @@ _ROW_POLICY = ("batch_size", "skip_first", "max_norm_multiple")
 _OF_IMAGES = ("labelled_sets", "concept_cards")
 
 
+Key = TypeVar("Key", bound=Callable[..., str])
+
+
+def _once(method: Key) -> Key:
+    """Work out a key once for each plan: the keys of all that stands before it go into it."""
+
+    @functools.wraps(method)
+    def kept(self: "Plan", *names: str) -> str:
+        asked = (method.__name__, *names)
+        if asked not in self._keys:
+            self._keys[asked] = method(self, *names)
+        return self._keys[asked]
+
+    return cast(Key, kept)
+
+
 class Plan:
     """What one parameter file asks for."""
 
     def __init__(self, params: Mapping[str, Any]) -> None:
         self.params = params
+        self._keys: dict[tuple[str, ...], str] = {}
         self.runs: dict[str, SAEConfig] = {run.name: run for run in expand_runs(params)}
         self.imports: dict[str, ImportConfig] = {one.name: one for one in imports(params)}
         self.evaluated: dict[str, SAEConfig | ImportConfig] = {**self.runs, **self.imports}
@@ -186,6 +204,7 @@ class Plan:
 
     # Keys, from the start of the chain to its end.
 
+    @_once
     def key_model(self, source: str) -> str:
         code: tuple[str, ...] = (*_SHARED, "sources/models", "sources/layouts")
         if "trained" in self.model(source)["model"]:
@@ -195,6 +214,7 @@ class Plan:
     def _after_model(self, source: str) -> list[str]:
         return [self.key_model(source)] if self.has_model(source) else []
 
+    @_once
     def key_inputs(self, source: str) -> str:
         slice_ = [self._without_hooks(source), self.rows(source)]
         code = (*_SHARED, "sources")
@@ -204,6 +224,7 @@ class Plan:
     def _without_hooks(self, source: str) -> dict[str, Any]:
         return {k: v for k, v in self.source(source).items() if k != "hook_points"}
 
+    @_once
     def key_store(self, source: str, split: str) -> str:
         code = (*_SHARED, "sources", "stores")
         after = [self.key_inputs(source), *self._after_model(source)]
@@ -214,12 +235,14 @@ class Plan:
         slice_ |= {"split": split, "source": self.source(source)}
         return job_key("store", slice_, code=code, libraries=_STORE, after=after)
 
+    @_once
     def key_scores(self, source: str, complexity: str) -> str:
         code = (*_SHARED, "sources", "complexity/scorers")
         slice_ = [self.scoring(complexity), self.source(source)]
         after = [self.key_inputs(source), *self._after_model(source)]
         return job_key("scores", slice_, code=code, libraries=(*_PROBE, "textstat"), after=after)
 
+    @_once
     def key_probe(self, source: str, hook_point: str, complexity: str) -> str:
         code = (*_SHARED, "stores", "complexity")
         after = [self.key_store(source, split) for split in ("train", "evaluation")]
@@ -227,6 +250,7 @@ class Plan:
         slice_ = [hook_point, self.scoring(complexity)]
         return job_key("probe", slice_, code=code, libraries=_PROBE, after=after)
 
+    @_once
     def key_import(self, run: str) -> str:
         one = self.imports[run]
         files = {
@@ -237,6 +261,7 @@ class Plan:
         code = (*_SHARED, "exchange", "saes", "operators")
         return job_key("import", [asdict(one), files], code=code, libraries=_NUMERIC, after=[])
 
+    @_once
     def key_sae(self, run: str) -> str:
         if run in self.imports:
             return self.key_import(run)
@@ -250,6 +275,7 @@ class Plan:
         slice_ = [self.run(run), self.params["runtime"]["precision"]]
         return job_key("sae", slice_, code=code, libraries=_NUMERIC, after=after)
 
+    @_once
     def key_clean(self, source: str, hook_point: str) -> str:
         code = (*_SHARED, "sources", "evaluation/splice")
         slice_ = [hook_point, self.params["evaluation"]["ce_contexts"], self.source(source)]
@@ -261,12 +287,14 @@ class Plan:
             after += [self.key_labelled(source, name) for name in self.labelled(source)]
         return job_key("clean", slice_, code=code, libraries=_MODEL, after=after)
 
+    @_once
     def key_labelled(self, source: str, name: str) -> str:
         code = (*_SHARED, "sources")
         after = self._after_model(source)
         slice_ = self.labelled_set(name)
         return job_key("labelled", slice_, code=code, libraries=_MODEL, after=after)
 
+    @_once
     def key_dimension(self, source: str, hook_point: str) -> str:
         code = (*_SHARED, "stores", "evaluation/dimension")
         slice_ = [hook_point, self.dimension()]
@@ -280,6 +308,7 @@ class Plan:
         after += [self.key_dimension(source, hook_point)] if self.has_dimension(source) else []
         return after
 
+    @_once
     def key_evaluation(self, run: str) -> str:
         code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation")
         config = self.evaluated[run]
@@ -287,6 +316,7 @@ class Plan:
         slice_ = self.evaluation(config.source)
         return job_key("evaluation", slice_, code=code, libraries=_TABLE, after=after)
 
+    @_once
     def key_latents(self, run: str) -> str:
         code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation", "figures")
         config = self.evaluated[run]
@@ -295,19 +325,24 @@ class Plan:
         libraries = (*_TABLE, "jinja2")
         return job_key("latents", slice_, code=code, libraries=libraries, after=after)
 
+    @_once
     def key_interpretation(self, run: str) -> str:
         code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation")
         config = self.evaluated[run]
         after = [self.key_sae(run), *self._after_stores(config.source, config.hook_point)]
-        slice_ = [self.interpretability(), self.row_policy()]
+        slice_: list[Any] = [self.interpretability(), self.row_policy()]
+        own = scorer_file(self.interpretability())
+        slice_ += [file_digest(own)] if own else []
         return job_key("interpretation", slice_, code=code, libraries=_PROBE, after=after)
 
+    @_once
     def key_baselines(self, source: str, hook_point: str) -> str:
         code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation")
         slice_ = [self.evaluation(source), self.pca_ranks()]
         after = self._after_stores(source, hook_point)
         return job_key("baselines", slice_, code=code, libraries=_TABLE, after=after)
 
+    @_once
     def key_stability(self, setting: str) -> str:
         code = (*_SHARED, "operators", "stores", "saes", "evaluation")
         runs = self.seeds[setting]
@@ -316,6 +351,7 @@ class Plan:
         after += [self.key_store(source, split) for split in ("train", "evaluation")]
         return job_key("stability", self.row_policy(), code=code, libraries=_TABLE, after=after)
 
+    @_once
     def key_tables(self) -> str:
         code = (*_SHARED, "evaluation/tables")
         after = [self.key_evaluation(run) for run in self.evaluated]
@@ -325,11 +361,13 @@ class Plan:
         after += map(self.key_interpretation, self.interpreted)
         return job_key("tables", None, code=code, libraries=_TABLE, after=after)
 
+    @_once
     def key_figure(self, figure: str) -> str:
         code = (*_SHARED, "figures")
         after = [self.key_tables()]
         return job_key(figure, self.figure(), code=code, libraries=_DRAW, after=after)
 
+    @_once
     def key_report(self) -> str:
         code = (*_SHARED, "figures")
         after = [self.key_tables(), *map(self.key_figure, self.params["figures"]["names"])]
