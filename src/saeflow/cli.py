@@ -19,8 +19,9 @@ from typing import Annotated, Any
 import typer
 
 from saeflow import provenance
-from saeflow.config import IMPORTED, ROOT, SPLITS, SAEConfig, load_params
+from saeflow.config import IMPORTED, ROOT, SPLITS, SAEConfig, load_params, scorer_file
 from saeflow.errors import UserError
+from saeflow.files import file_digest
 from saeflow.plan import Plan
 
 app = typer.Typer(
@@ -645,6 +646,7 @@ def interpret_(
 
     metrics, machine = _json("--evaluation", evaluation), _machine(runtime, threads)
     chosen = _json("--settings", settings)
+    own = scorer_file(chosen)
     provenance.check(sae)
     config = read_config(sae)
     bench = Bench(results, config["source"], config["hook_point"], metrics, machine["device"])
@@ -654,6 +656,7 @@ def interpret_(
             out,
             name="interpret",
             inputs=list(dict.fromkeys([sae, *bench.inputs, *bench.shown])),
+            external={os.path.relpath(own): file_digest(own)} if own else None,
             params={**metrics, "interpretability": chosen},
             key=key,
             device=machine["device"],

@@ -160,17 +160,18 @@ class Bench:
         """What the source knows of its rows beside the store's columns, see `tasks`."""
         if self.source_params["kind"] == "text":
             from saeflow.sources.documents import document_kinds
-            from saeflow.sources.models import load_tokenizer
+            from saeflow.sources.models import load_tokenizer, token_texts
 
-            tokenizer = load_tokenizer(self._model)
+            known: dict[str, Any] = {"strings": token_texts(load_tokenizer(self._model))}
             kinds = document_kinds(self.source_params["text"])
             if kinds is not None:
-                kinds = kinds[np.load(self._inputs / f"{split}_documents.npy")]
-            return {"strings": lambda token: tokenizer.decode([token]), "kinds": kinds}
+                known["all_kinds"] = set(kinds.tolist())
+                known["kinds"] = kinds[np.load(self._inputs / f"{split}_documents.npy")]
+            return known
         if self.is_vision:
             from saeflow.sources.vision import image_facts
 
-            return {"classes": image_facts(self._inputs).get("classes", [])}
+            return {"classes": image_facts(self._inputs)["classes"] or []}
         return {}
 
     @property

@@ -6,12 +6,19 @@ a language model can take the place of the one given here, which knows tokens an
 it cannot predict may still have a meaning, one that it can predict has a simple one.
 """
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from scipy import sparse
+
+from saeflow.config import SCORER
+from saeflow.errors import UserError
+from saeflow.plugins import load_function
+
+logger = logging.getLogger(__name__)
 
 DEFINITIONS = {
     "balanced_accuracy": (
@@ -20,8 +27,8 @@ DEFINITIONS = {
     "auc": "area under the ROC curve of the scorer's scores.",
     "shuffled": "balanced accuracy where the held-out answers are shuffled; a control, near 0.5.",
     "interpretable_share": (
-        "share of the sampled latents (of those that fire often enough to be judged) whose balanced accuracy is at "
-        "least the threshold."
+        "share of the sampled latents (of those that fire often enough to be judged, and on at most half of the rows) "
+        "whose balanced accuracy is at least the threshold."
     ),
 }
 _SMOOTHING = 0.5
@@ -35,19 +42,24 @@ class Window:
         tokens: ids, -1 outside of the context.
         mark: place of the marked one.
         fires: whether the latent fires on it; None where the scorer is asked.
+        texts: of each token, empty outside of the context.
     """
 
     tokens: tuple[int, ...]
     mark: int
     fires: bool | None = None
+    texts: tuple[str, ...] = ()
 
 
 Scorer = Callable[[Sequence[Window], Sequence[Window]], Sequence[float]]
-"""From examples and windows to a score for each window, positive where the latent is said to fire."""
+"""From examples and windows to a finite score for each window, positive where the latent is said to fire."""
 
 
 def by_tokens(examples: Sequence[Window], windows: Sequence[Window]) -> list[float]:
-    """Naive Bayes on the marked token and the one before it, with additive smoothing."""
+    """Naive Bayes on the marked token and the one before it: log P(token | fires) / P(token | not), summed.
+
+    Probabilities are (count + 1/2) / (examples + 1); a token that no example has says nothing.
+    """
     places = (0, -1)
     counts: dict[tuple[int, bool], dict[int, int]] = {}
     totals = {fires: sum(one.fires is fires for one in examples) for fires in (True, False)}
@@ -79,6 +91,15 @@ def _token(window: Window, place: int) -> int:
 SCORERS: dict[str, Scorer] = {"tokens": by_tokens}
 
 
+def scorer_of(name: str) -> Scorer:
+    """A key of SCORERS, or the function that `package.module:function` names.
+
+    Raises:
+        UserError: it cannot be imported, or is no function.
+    """
+    return SCORERS.get(name) or load_function(name, SCORER)
+
+
 @dataclass(frozen=True)
 class Text:
     """Rows of one split of a text.
@@ -87,45 +108,54 @@ class Text:
         latents: (rows, d_sae) sparse.
         context, position: (rows,) where each row stands.
         tokens: (contexts, length) token ids.
+        strings: from a token's id to its text.
     """
 
     latents: sparse.csr_array
     context: np.ndarray
     position: np.ndarray
     tokens: np.ndarray
+    strings: Callable[[int], str]
 
     def window(self, row: int, before: int, after: int, fires: bool | None) -> Window:
         """What stands around a row."""
         line, at = self.tokens[self.context[row]], int(self.position[row])
         places = range(at - before, at + after + 1)
         held = tuple(int(line[i]) if 0 <= i < len(line) else -1 for i in places)
-        return Window(held, before, fires)
+        texts = tuple("" if token < 0 else self.strings(token) for token in held)
+        return Window(held, before, fires, texts)
 
 
 def detect(
-    train: Text, test: Text, settings: Mapping[str, Any], scorer: Scorer | None = None
+    train: Text, test: Text, settings: Mapping[str, Any], scorer: Scorer
 ) -> list[dict[str, Any]]:
     """Score a random sample of the latents that can be judged.
+
+    A latent can be judged if it fires on so many rows as are shown and asked about, and on at most half of the rows.
 
     Args:
         train: rows that examples are taken from.
         test: rows that are asked about.
         settings: latents (how many), examples (of each side), windows (of each side), before, after,
-            threshold, seed; scorer, a key of SCORERS.
-        scorer: takes the place of the one that settings name.
+            threshold, seed.
+        scorer: is shown examples of a latent, asked about windows in random order.
 
     Returns:
         Lines: latent, firing (rows of test), balanced_accuracy, auc, shuffled, interpretable (0 or 1).
+
+    Raises:
+        UserError: the scorer gives something else than a finite number for each window.
     """
     from sklearn.metrics import roc_auc_score
 
-    score = scorer or SCORERS[settings["scorer"]]
     rng = np.random.default_rng(settings["seed"])
     columns = {split: text.latents.tocsc() for split, text in (("train", train), ("test", test))}
     fired = {split: np.diff(column.indptr) for split, column in columns.items()}
     enough = (fired["train"] >= settings["examples"]) & (fired["test"] >= settings["windows"])
-    enough &= fired["test"] <= columns["test"].shape[0] // 2
+    for split, column in columns.items():
+        enough &= fired[split] <= column.shape[0] // 2
     judged = np.sort(rng.permutation(np.flatnonzero(enough))[: settings["latents"]])
+    logger.info("%d of %d latents can be judged", enough.sum(), len(enough))
     lines = []
     for latent in judged.tolist():
         sides = {}
@@ -138,12 +168,13 @@ def detect(
             off = np.setdiff1d(np.arange(column.shape[0]), on)
             rows = [(int(row), True) for row in rng.permutation(on)[:count]]
             rows += [(int(row), False) for row in rng.permutation(off)[:count]]
+            shuffled = [rows[i] for i in rng.permutation(len(rows))]  # their order tells nothing
             sides[split] = [
                 text.window(row, settings["before"], settings["after"], fires)
-                for row, fires in rows
+                for row, fires in shuffled
             ]
-        asked = [Window(one.tokens, one.mark) for one in sides["test"]]
-        scores = np.asarray(score(sides["train"], asked), float)
+        asked = [replace(one, fires=None) for one in sides["test"]]
+        scores = _checked(scorer(sides["train"], asked), len(asked), latent)
         answers = np.array([bool(one.fires) for one in sides["test"]])
         accuracy = balanced_accuracy(scores, answers)
         lines.append(
@@ -155,6 +186,21 @@ def detect(
             }
         )  # fmt: skip
     return lines
+
+
+def _checked(scores: Any, windows: int, latent: int) -> np.ndarray:
+    try:
+        found = np.asarray(scores, float)
+    except (TypeError, ValueError):
+        found = np.array(None, float)
+    where = f"{SCORER}: latent {latent}: expected {windows} finite numbers, one a window, found"
+    if found.shape != (windows,):
+        what = f"an array of shape {found.shape}" if found.ndim else f"{scores!r:.60}"
+        raise UserError(f"{where} {what}. Mend the scorer.")
+    if not np.isfinite(found).all():
+        first = int(np.flatnonzero(~np.isfinite(found))[0])
+        raise UserError(f"{where} {found[first]} for window {first}. Mend the scorer.")
+    return found
 
 
 def balanced_accuracy(scores: np.ndarray, answers: np.ndarray) -> float:

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from saeflow.evaluation.detection import Scorer, Text, detect
+from saeflow.errors import UserError
+from saeflow.evaluation.detection import Scorer, Text, detect, scorer_of
 from saeflow.evaluation.measure import column_of
 from saeflow.evaluation.probing import Rows, probe
 from saeflow.evaluation.rows import selected_rows
 from saeflow.evaluation.tables import DETECTION, PROBING, identify, write_lines
-from saeflow.evaluation.tasks import tasks
+from saeflow.evaluation.tasks import asked, tasks
 
 if TYPE_CHECKING:
     from saeflow.evaluation.bench import Bench
@@ -43,34 +44,49 @@ def interpret(
         scorer: takes the place of the one that settings name.
 
     Raises:
-        UserError: the SAE was trained on other activations.
+        UserError: the SAE was trained on other activations, or the scorer cannot be used.
     """
     bench.check_fits(config)
+    detection = settings["detection"]
+    if detection is not None and scorer is None:
+        scorer = scorer_of(detection["scorer"])
     sae = sae.to(bench.device).eval()
     splits = {"train": bench.train, "evaluation": bench.held_out}
     held = {split: _read(sae, store, bench, settings["rows"]) for split, store in splits.items()}
-    rows = {
-        split: Rows(x, latents, tasks(columns, bench.known(split)))
-        for split, (x, latents, columns) in held.items()
-    }
+    known = {split: bench.known(split) for split in splits}
+    rows = {split: _probed(*held[split], known[split]) for split in splits}
     chosen = settings["probing"]
     lines = probe(rows["train"], rows["evaluation"], chosen["k"], chosen["rows"], chosen["seed"])
     write_lines(folder / PROBING, config, lines)
     found: list[dict[str, Any]] = []
-    if settings["detection"] is not None and "token" in held["train"][2]:
+    if scorer is not None and detection is not None and "token" in held["train"][2]:
         train, test = (
-            Text(latents, columns["context"], columns["position"], bench.tokens(split))
+            Text(
+                latents, columns["context"], columns["position"], bench.tokens(split),
+                known[split]["strings"],
+            )
             for split, (_, latents, columns) in held.items()
-        )
-        found = detect(train, test, settings["detection"], scorer)
+        )  # fmt: skip
+        found = detect(train, test, detection, scorer)
     write_lines(folder / DETECTION, config, found)
     logger.info("%s: %d questions, %d latents", identify(config)["run"], len(lines), len(found))
+
+
+def _probed(
+    x: np.ndarray,
+    latents: sparse.csr_array,
+    columns: Mapping[str, np.ndarray],
+    known: Mapping[str, Any],
+) -> Rows:
+    kept = asked(columns)
+    of_kept = {name: values[kept] for name, values in columns.items()}
+    return Rows(x[kept], latents[kept], tasks(of_kept, known))
 
 
 def _read(
     sae: Any, store: Any, bench: "Bench", most: int
 ) -> tuple[np.ndarray, sparse.csr_array, dict[str, np.ndarray]]:
-    """Activations, latents and columns of the first rows of a store, a random sample of it."""
+    """Activations, latents and columns of the first rows of a store, a random sample since stores are shuffled."""
     names = [name for name in _COLUMNS if name in store.columns]
     xs, codes, columns, count = [], [], {name: [] for name in names}, 0  # type: ignore[var-annotated]
     with torch.inference_mode():
@@ -82,6 +98,11 @@ def _read(
             count += len(rows)
             if count >= most:
                 break
+    if not count:
+        raise UserError(
+            f"{store.path}: none of its {store.rows} rows is left to evaluate. Set evaluation.skip_first to false, or "
+            "raise evaluation.max_norm_multiple."
+        )
     joined = {name: np.concatenate(parts)[:most] for name, parts in columns.items()}
     latents = sparse.csr_array(sparse.vstack(codes))[:most]
     return np.concatenate(xs)[:most], latents, joined

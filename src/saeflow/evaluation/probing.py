@@ -1,8 +1,9 @@
 """Sparse probing: how well a few latents tell what is asked of a row (Gurnee et al. 2023, arXiv 2305.01610).
 
-For each question the k latents whose mean activation differs most between yes and no on training rows go into a
-logistic regression (scikit-learn), which is then asked of held-out rows. The same is done with k of the
-activation's own dimensions (neurons), and with all of them, the ceiling.
+For each question the k latents whose mean activations on training rows differ most, in absolute value, between yes
+and no (Gurnee et al.'s maximum mean difference, as in SAEBench, arXiv 2503.09532) go into a logistic regression with
+an L2 penalty, which is then asked of held-out rows. The same is done with k of the activation's own dimensions
+(neurons), and with all of them, for comparison.
 """
 
 import logging
@@ -48,7 +49,7 @@ def probe(
     Args:
         train: rows on which latents are chosen and regressions fitted.
         test: rows they are asked of.
-        counts: k, how many latents.
+        counts: k, how many latents or neurons; where there are fewer, a line is left out.
         limit: rows of each split used at most, half of them yes.
         seed: which rows.
 
@@ -58,6 +59,9 @@ def probe(
     """
     lines = []
     for task in train.answers:
+        if task not in test.answers:
+            logger.info("%s: not asked of held-out rows, left out", task)
+            continue
         chosen = [
             balanced(split.answers[task], limit, seed + i) for i, split in enumerate((train, test))
         ]
@@ -81,8 +85,11 @@ def balanced(answers: np.ndarray, limit: int, seed: int) -> np.ndarray:
 
 
 def most_different(values: Any, answers: np.ndarray, k: int) -> np.ndarray:
-    """The k columns of `values` (rows, columns) whose means differ most between yes and no."""
-    means = [np.asarray(values[side].mean(axis=0)).reshape(-1) for side in (answers, ~answers)]
+    """The k columns of `values` (rows, columns) whose means differ most between yes and no, the first on a tie."""
+    means = [
+        np.asarray(values[side].mean(axis=0, dtype=np.float64)).reshape(-1)
+        for side in (answers, ~answers)
+    ]
     return np.argsort(-np.abs(means[0] - means[1]), kind="stable")[:k]
 
 
@@ -97,6 +104,8 @@ def _inputs(
         order = most_different(parts[0], y, max(counts))
         picked = tuple(_dense(part[:, order]) for part in parts)
         for k in counts:
+            if k > parts[0].shape[1]:
+                continue
             yield method, k, (picked[0][:, :k], picked[1][:, :k])
     yield "activation", None, (train.x[rows[0]], test.x[rows[1]])
 

@@ -14,13 +14,24 @@ _CLASSES = 12
 
 TOKENS: dict[str, Callable[[str], bool]] = {
     "starts a word": lambda text: text[:1].isspace() and text.strip().isalpha(),
-    "goes on with a word": lambda text: text.isalpha(),
+    "letters without a space before": lambda text: text.isalpha(),
     "capitalised": lambda text: text.strip()[:1].isupper(),
     "number": lambda text: any(c.isdigit() for c in text),
-    "punctuation": lambda text: bool(text.strip()) and not any(c.isalnum() for c in text),
+    "punctuation": lambda text: (
+        bool(text.strip()) and not any(c.isalnum() or c == _PIECE for c in text)
+    ),
     "white space": lambda text: bool(text) and text.isspace(),
 }
 """What a token's own text says of it."""
+_PIECE = "\ufffd"
+"""What bytes that are no whole character decode to."""
+
+
+def asked(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """(rows,) bool: which rows are asked; where patches show objects, not the CLS token, which shows them all."""
+    if _of_patches(columns):
+        return columns["position"] > 0
+    return np.ones(len(columns["position"]), bool)
 
 
 def tasks(columns: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -28,8 +39,8 @@ def tasks(columns: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> dict[s
 
     Args:
         columns: the store's columns, each (rows, ...).
-        known: of text, `strings` (token id -> text) and `kinds`, (contexts,) names of the document kinds or
-            None; of images, `classes`, their names.
+        known: of text, `strings` (token id -> text) and, where documents are of several kinds, `kinds`, (contexts,)
+            the kind of the document that each context begins in, and `all_kinds`; of images, `classes`, their names.
 
     Returns:
         By question, (rows,) bool.
@@ -39,10 +50,14 @@ def tasks(columns: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> dict[s
     if "true_indices" in columns:
         indices = columns["true_indices"]
         return {f"feature {i}": (indices == i).any(1) for i in range(_FEATURES)}
-    if "cover" in columns:
+    if _of_patches(columns):
         return _of_scenes(columns["cover"])
-    names = known.get("classes", [])[:_CLASSES]
+    names = known["classes"][:_CLASSES]
     return {name: columns["label"] == number for number, name in enumerate(names)}
+
+
+def _of_patches(columns: Mapping[str, np.ndarray]) -> bool:
+    return "cover" in columns and bool((columns["position"] > 0).any())
 
 
 def _of_text(columns: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -51,8 +66,9 @@ def _of_text(columns: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> dic
     found = {name: np.array([says(text) for text in texts])[place] for name, says in TOKENS.items()}
     kinds = known.get("kinds")
     if kinds is not None:
-        of_row = np.asarray(kinds)[columns["context"]]
-        found |= {f"document: {kind}": of_row == kind for kind in sorted(set(kinds))[1:]}
+        of_row, names = np.asarray(kinds)[columns["context"]], sorted(known["all_kinds"])
+        shown = names[1:] if len(names) == 2 else names  # of two, one is the other's no
+        found |= {f"document: {kind}": of_row == kind for kind in shown}
     return found
 
 

