@@ -52,7 +52,7 @@ def test_complexity_shows_held_out_contexts_with_the_tables_quality(tables: Path
         drawing = FIGURES["complexity"](loaded, STRICT)
     assert set(drawing.data["split"]) == {"evaluation"}
     titles = [ax.get_title(loc="left") for ax in drawing.figure.axes if ax.lines]
-    assert titles == [f"{panel[0]}: labels" for panel in (TEXT, SYNTHETIC)]
+    assert titles == [f"{TEXT[0]}: labels, block 19", f"{SYNTHETIC[0]}: labels"]
     points = drawing.figure.axes[0].lines[1]
     own = drawing.data[drawing.data["source"] == TEXT[0]]
     np.testing.assert_array_equal(points.get_xdata(), own["score"])

@@ -3,6 +3,7 @@
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from saeflow.errors import UserError
@@ -27,7 +28,7 @@ def test_two_entries_of_a_variant_are_told_apart(make_tables: Maker, tmp_path: P
     entries = [("topk", "topk", 1.0, (8,)), ("topk-annealed", "topk", 1.0, (8,))]
     wide = load_tables(make_tables(tmp_path, panels=[TEXT], entries=entries)).wide
     found = series_of(wide[read.is_sae(wide)])
-    assert [series.label for series in found] == ["TopK", "TopK (topk-annealed)"]
+    assert [series.label for series in found] == ["TopK", "TopK (annealed)"]
     assert found[0].look == found[1].look
 
 
@@ -36,7 +37,17 @@ def test_entries_that_differ_in_k_only_are_one_series(make_tables: Maker, tmp_pa
     wide = load_tables(make_tables(tmp_path, panels=[TEXT], entries=entries)).wide
     (found,) = series_of(wide[read.is_sae(wide)])
     assert found.label == "TopK"
-    assert sorted(found.rows["k"].unique()) == [8, 19, 32]
+    settings = [(name, set(rows["k"]), len(rows)) for name, rows in read.each_setting(found.rows)]
+    assert settings == [("d2304-k8", {8}, 2), ("d2304-k19", {19}, 2), ("d2304-k32", {32}, 2)]
+
+
+def test_the_size_of_most_saes_is_shown(make_tables: Maker, tmp_path: Path) -> None:
+    entries = [("topk", "topk", 1.0, (8, 32)), ("relu", "relu", 1.0, None)]
+    wide = load_tables(make_tables(tmp_path, panels=[TEXT], entries=entries)).wide
+    larger = wide[(wide["variant"] == "topk")].assign(d_sae=9999)
+    kept = read.of_one_size(pd.concat([wide, larger]))
+    assert set(kept.loc[read.is_sae(kept), "d_sae"]) == {2304}
+    assert len(kept) == len(wide)
 
 
 def test_runs_of_other_tokens_are_refused_by_name(make_tables: Maker, tmp_path: Path) -> None:

@@ -41,6 +41,20 @@ def seed_sentence(rows: pd.DataFrame) -> str:
     )
 
 
+def size_sentence(rows: pd.DataFrame) -> str:
+    """How many latents the SAEs of each panel have."""
+    sizes: dict[str, list[str]] = {}
+    for panel in read.panels_of(rows):
+        held = read.one_panel(rows, panel)
+        shown = listed(f"{size:,.0f}" for size in sorted(held[read.is_sae(held)]["d_sae"].unique()))
+        sizes.setdefault(shown, []).append(read.panel_title(panel))
+    if len(sizes) == 1:
+        return f"SAEs have {next(iter(sizes))} latents."
+    return (
+        "Latents: " + "; ".join(f"{size} ({listed(where)})" for size, where in sizes.items()) + "."
+    )
+
+
 def budget_sentence(rows: pd.DataFrame) -> str:
     """How many tokens the runs were trained on."""
     saes = rows[read.is_sae(rows)]

@@ -1,11 +1,13 @@
 """Complexity: what the probe reads from an activation against the score of its context."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 from saeflow.errors import UserError
+from saeflow.evaluation.tables import natural
 from saeflow.figures import captions, style
 from saeflow.figures import tables as read
 from saeflow.figures.drawing import Drawing
@@ -26,7 +28,9 @@ def complexity(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
             "figures.names: complexity needs a fitted probe, the tables have none. Take complexity out of "
             "figures.names in params.yaml, or add a run of the variant adaptive_k."
         )
-    groups = list(held_out.groupby(_KEYS))
+    groups = sorted(
+        held_out.groupby(_KEYS), key=lambda item: [natural(str(item[0][i])) for i in (0, 2, 1)]
+    )
     columns = min(3, len(groups))
     lines = -(-len(groups) // columns)
     width = style.COLUMN_WIDTH if columns == 1 else style.TEXT_WIDTH
@@ -43,19 +47,27 @@ def complexity(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
         ax.set(xlim=(-0.3, 10.3), ylim=(-0.3, 10.3), aspect="equal")
         ax.set_xlabel("complexity score")
         ax.set_ylabel("read by the probe")
-        ax.set_title(f"{key[0]}: {key[2]}")
+        ax.set_title(f"{key[0]}: {key[2]}{_where(str(key[1]))}")
         ax.grid(True)
         quality = _quality(tables.probes, key)
         ax.text(0.03, 0.97, quality, transform=ax.transAxes, va="top", fontsize=6.5)
     for ax in axes[len(groups) :]:
         ax.set_axis_off()
-    counts = captions.listed(f"{len(held)} ({key[0]}, {key[2]})" for key, held in groups)
+    counts = captions.listed(
+        dict.fromkeys(f"{len(held)} ({key[0]}, {key[2]})" for key, held in groups)
+    )
     caption = (
         "Complexity scores of held-out contexts, scaled to 0..10, and what a ridge regression on one "
         "activation of each reads (clamped to the same range); the line is where both agree. Rows: "
         f"{counts}. AdaptiveK turns what is read into k."
     )
     return Drawing(figure, held_out.reset_index(drop=True), caption)
+
+
+def _where(hook_point: str) -> str:
+    """The block that a hook point is in."""
+    found = re.search(r"blocks\.(\d+)", hook_point)
+    return f", block {found[1]}" if found else ""
 
 
 def _quality(probes: pd.DataFrame, key: Any) -> str:

@@ -40,6 +40,7 @@ def training(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
         )
     wide = tables.wide
     read.check_budgets(tables, wide[wide["run"].isin(steps["run"])], options)
+    steps = read.of_one_size(steps)
     terms = loss_terms(steps)
     figure = _draw(steps, terms)
     ids = ["k_target" if column == "k" else column for column in IDS]
@@ -91,7 +92,7 @@ def _caption(steps: pd.DataFrame, terms: list[str]) -> str:
         f"latents, {lines}: reconstruction loss (per row, summed over its dimensions, inputs scaled to "
         f"mean squared norm d_in){other}, active latents per token with the k that the schedule "
         f"allows (wide grey line), and share of latents that count as dead. Logged during training, on "
-        f"training batches. {captions.budget_sentence(steps)}"
+        f"training batches. {captions.size_sentence(steps)} {captions.budget_sentence(steps)}"
     )
 
 

@@ -70,8 +70,7 @@ def firing_rates(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
         held = read.one_panel(bins, panel)
         low = float(np.floor(held["left"].min())) if len(held) else -4.0
         ax.set_xlim(low, 0)
-        ticks = np.arange(low, 0.5) if low >= -6 else np.arange(low, 0.5, 2)
-        ax.xaxis.set_major_locator(FixedLocator(list(ticks)))
+        ax.xaxis.set_major_locator(FixedLocator(list(np.arange(0, low - 0.5, -2))))
         ax.xaxis.set_major_formatter(FuncFormatter(_power))
         ax.axvline(_DENSE, color=style.INK, lw=0.8, ls=(0, (4, 2)), zorder=8)
         for metric, offset in (("dead_fraction", 28), ("dense_fraction", 58)):
@@ -103,7 +102,10 @@ def _rows(
     bins = bins[(bins["histogram"] == histogram) & read.is_sae(bins)]
     wide = tables.wide
     rows = wide[wide["run"].isin(bins["run"])]
-    if rows.empty:
+    if len(rows):
+        rows = read.of_one_size(rows)
+        bins = bins[bins["run"].isin(rows["run"])]
+    else:
         raise UserError(
             f"figures.names: {figure} needs SAEs with the histogram {histogram}, the tables have none. "
             f"Take {figure} out of figures.names in params.yaml."
@@ -115,7 +117,7 @@ def _rows(
 def _closing(rows: pd.DataFrame) -> str:
     count = captions.seeds(rows)
     pooled = "" if count == "1" else f"Counts of {count} seeds are pooled. "
-    return f"{pooled}{captions.budget_sentence(rows)} {captions.rows_sentence(rows)}"
+    return f"{pooled}{captions.size_sentence(rows)} {captions.budget_sentence(rows)} {captions.rows_sentence(rows)}"
 
 
 def _data(rows: pd.DataFrame, bins: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:

@@ -101,18 +101,10 @@ def _rows(
     wide = tables.wide
     held = pd.concat([read.one_panel(wide, panel) for panel in panels])
     held = held[held[metric].notna() & held["l0_mean"].notna()]
-    held = pd.concat([_of_one_size(read.one_panel(held, panel)) for panel in panels])
+    held = read.of_one_size(held)
     read.check_budgets(tables, held, options)
     known = tables.intervals[tables.intervals["metric"] == metric][["run", "low", "high"]]
     return held.merge(known, on="run", how="left") if len(known) else held
-
-
-def _of_one_size(held: pd.DataFrame) -> pd.DataFrame:
-    """Baselines, and the SAEs with as many latents as most of the panel's have."""
-    saes = held[read.is_sae(held)]
-    counts = saes["d_sae"].value_counts()
-    size = max(counts.index, key=lambda d_sae: (counts[d_sae], d_sae))
-    return held[~read.is_sae(held) | (held["d_sae"] == size)]
 
 
 def _saes(rows: pd.DataFrame) -> pd.DataFrame:

@@ -281,7 +281,7 @@ def series_of(rows: pd.DataFrame) -> list[Series]:
     """Split the runs of one panel into series, in the legend's order, each with a label of its own.
 
     A label is the variant's name; where the panel shows several series of a variant, what they
-    differ in is added: entry, d_sae, schedule, else the setting.
+    differ in is added: what the entry's name adds to the variant's, d_sae, schedule, else the setting.
     """
     keyed = sorted(
         rows.groupby("series", sort=False),
@@ -295,16 +295,28 @@ def series_of(rows: pd.DataFrame) -> list[Series]:
     found = []
     for i, (_, held) in enumerate(keyed):
         twins = [j for j, chosen in enumerate(looks) if chosen == looks[i]]
-        label = _label(held.iloc[0], [keyed[j][1].iloc[0] for j in twins], looks[i])
+        label = _label(_first(held), [_first(keyed[j][1]) for j in twins], looks[i])
         found.append(Series(held, looks[i], label))
     return found
 
 
+def _first(held: pd.DataFrame) -> pd.Series:
+    """The run that names a series: one whose entry is called what its variant is, where there is one."""
+    own = held[[not _own_name(row) for _, row in held.iterrows()]]
+    return (own if len(own) else held).iloc[0]
+
+
+def _own_name(row: pd.Series) -> str:
+    """What an entry's name says beside source and variant: `mlp` of the source scenes' scenes-sparsemax-mlp."""
+    name = str(row["entry"]).removeprefix(f"{row['source']}-")
+    variant = str(row["variant"]).replace("_", "-")
+    return "" if name == variant else name.removeprefix(f"{variant}-")
+
+
 def _label(row: pd.Series, twins: list[pd.Series], chosen: style.Look) -> str:
     parts = [chosen.label]
-    named = str(row["entry"]).replace("-", "_") != row["variant"]
-    if named and len({twin["entry"] for twin in twins}) > 1:
-        parts = [f"{chosen.label} ({row['entry']})"]
+    if _own_name(row) and len({twin["entry"] for twin in twins}) > 1:
+        parts = [f"{chosen.label} ({_own_name(row)})"]
     if len({twin["d_sae"] for twin in twins}) > 1:
         parts.append(f"{row['d_sae']:g} latents")
     same = [
@@ -329,9 +341,27 @@ def over_seeds(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
 
 
 def each_setting(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Settings of some runs in natural order (k8 before k32)."""
-    for setting in sorted(rows["setting"].unique(), key=natural):
-        yield setting, rows[rows["setting"] == setting]
+    """Settings of a series in natural order (k8 before k32): runs of one size and k, whichever entry asked for them."""
+    k = "k_target" if "k_target" in rows else "k"
+    known = rows.drop_duplicates("run").to_dict("records")
+    settings = {
+        row["run"]: row["setting"] if pd.isna(row[k]) else f"d{row['d_sae']:g}-k{row[k]:g}"
+        for row in known
+    }
+    of_row = rows["run"].map(settings)
+    for setting in sorted(set(settings.values()), key=natural):
+        yield setting, rows[of_row == setting]
+
+
+def of_one_size(rows: pd.DataFrame) -> pd.DataFrame:
+    """Baselines, and of each panel's SAEs those with as many latents as most of them have."""
+    parts = []
+    for panel in panels_of(rows):
+        held = one_panel(rows, panel)
+        counts = held[is_sae(held)].drop_duplicates("run")["d_sae"].value_counts()
+        size = max(counts.index, key=lambda d_sae: (counts[d_sae], d_sae), default=None)
+        parts.append(held[~is_sae(held) | (held["d_sae"] == size)])
+    return pd.concat(parts) if parts else rows
 
 
 def setting_label(row: Mapping[Any, Any] | pd.Series, k: str = "k") -> str:
