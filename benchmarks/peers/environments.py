@@ -14,15 +14,17 @@ LIBRARIES = {
     "sparsify": "eai-sparsify==1.3.3",
 }
 EXCHANGE = "exchange"
-"""Both libraries whose SAEs are traded, in one environment."""
+"""The libraries whose SAEs are traded, and those that take adapted ones, in one environment."""
+_EXCHANGED = (
+    LIBRARIES["SAELens"], LIBRARIES["dictionary_learning"], "sae-bench==0.6.0", "sae-probes==0.4.2",
+)  # fmt: skip
 BROKEN = {"dictionary_learning": ["torchvision"], EXCHANGE: ["torchvision"]}
 """Packages that a library's dependencies bring along, of another torch, and that it does not use."""
 
 
 def environment(name: str) -> Path:
     """The interpreter of the environment of one of LIBRARIES, or of EXCHANGE."""
-    libraries = ("SAELens", "dictionary_learning") if name == EXCHANGE else (name,)
-    packages = " ".join(LIBRARIES[library] for library in libraries)
+    packages = " ".join(_EXCHANGED) if name == EXCHANGE else LIBRARIES[name]
     folder = HERE / f".venv-{name}"
     python, ready = folder / "bin" / "python", folder / "ready"
     torch = importlib.metadata.version("torch").split("+")[0]

@@ -12,12 +12,12 @@ import pytest
 
 from saeflow.config import ROOT
 
-Foreign = Callable[[Path, list[dict[str, Any]]], None]
+Foreign = Callable[..., None]
 
 
 @pytest.fixture(scope="session")
 def foreign() -> Foreign:
-    """Runs jobs of foreign.py."""
+    """Runs jobs of foreign.py, or of another script beside it, which then finds saeflow's own code as well."""
     sys.path.insert(0, str(ROOT / "benchmarks" / "peers"))
     from environments import EXCHANGE, environment
 
@@ -26,14 +26,17 @@ def foreign() -> Foreign:
     except subprocess.CalledProcessError as error:
         if os.environ.get("REQUIRE_PEERS"):
             raise
-        pytest.skip(f"SAELens and dictionary_learning cannot be installed here: {error}")
+        pytest.skip(f"SAELens, dictionary_learning, SAEBench cannot be installed here: {error}")
 
-    def run(folder: Path, jobs: list[dict[str, Any]]) -> None:
+    def run(folder: Path, jobs: list[dict[str, Any]], script: str = "foreign.py") -> None:
         told = folder / "jobs.json"
         told.write_text(json.dumps(jobs, default=str))
-        script = Path(__file__).with_name("foreign.py")
-        offline = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
-        done = subprocess.run([python, script, told], capture_output=True, text=True, env=offline)
-        assert done.returncode == 0, done.stderr[-2000:]
+        code = "" if script == "foreign.py" else str(ROOT / "src")
+        offline = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": code}
+        done = subprocess.run(
+            [python, Path(__file__).with_name(script), told],
+            capture_output=True, text=True, env=offline, cwd=folder,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
 
     return run

@@ -166,7 +166,8 @@ def adapt(folder: Path | str, model_name: str) -> Adapter:
     """
     config = read_config(Path(folder))
     try:
-        return Adapter(load(folder), model_name, config.get("hook_point", ""), config["variant"])
+        architecture = f"saeflow-{config['variant']}"  # SAEBench reads b_mag of a `gated` one
+        return Adapter(load(folder), model_name, config.get("hook_point", ""), architecture)
     except UserError as error:
         if str(folder) in str(error):
             raise
