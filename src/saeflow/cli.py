@@ -392,10 +392,6 @@ def train(
     ] = "",
 ) -> None:
     """Train SAEs on one store, one or several in one pass over its batches."""
-    from saeflow.saes import Ranks
-    from saeflow.stores import open_store
-    from saeflow.training import train_group
-
     configs = [SAEConfig.from_dict(_json("--run", text)) for text in run]
     keys = key or [""] * len(run)
     if not len(configs) == len(out) == len(keys):
@@ -405,15 +401,21 @@ def train(
         )
     if len({(config.source, config.hook_point) for config in configs}) > 1:
         raise UserError("--run: expected runs of one store, found several. Train them one by one.")
+    places = [Path(group).with_suffix("") / config.name for config in configs] if group else out
+    is_there = [
+        os.environ.get("RANK", "0") == "0" and provenance.take(place, folder, name)
+        for place, folder, name in zip(places, out, keys, strict=True)
+    ]
+    if all(is_there) and os.environ.get("WORLD_SIZE", "1") == "1":
+        return  # without waiting for torch: most jobs only take what their group has trained
+    from saeflow.saes import Ranks
+    from saeflow.stores import open_store
+    from saeflow.training import train_group
+
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun
     machine = _machine(runtime, max(1, threads // here))
     machine["logging"] = {"folder": "logs", **machine.get("logging", {})}
     ranks = Ranks.from_environment(machine["ranks"]["split"], machine["device"])
-    places = [Path(group).with_suffix("") / config.name for config in configs] if group else out
-    is_there = [
-        ranks.rank == 0 and provenance.take(place, folder, name)
-        for place, folder, name in zip(places, out, keys, strict=True)
-    ]
     left = [
         (config, folder, name)
         for config, folder, name, there in zip(configs, out, keys, is_there, strict=True)
