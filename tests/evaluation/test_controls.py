@@ -45,7 +45,7 @@ def rows(counts: np.ndarray) -> np.ndarray:
 
 
 def lines(store: Any, batch_size: int = 100) -> dict[tuple[str, str], dict[str, Any]]:
-    own, contexts = OwnK(), PerContext(ROWS // 4)
+    own, contexts = OwnK(ROWS), PerContext(ROWS // 4)
     statistics = row_statistics(store, ALL, batch_size, "cpu")
     measure_rows(
         Oracle(), store, ALL, statistics, batch_size, "cpu", observers=[own, contexts]

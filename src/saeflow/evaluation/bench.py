@@ -32,6 +32,7 @@ from saeflow.stores import open_store
 logger = logging.getLogger(__name__)
 _LENS = 6  # tokens each way
 _PICTURE = 96
+_PIECE = 65_536  # rows
 
 
 class Bench:
@@ -97,7 +98,9 @@ class Bench:
     @cached_property
     def contexts(self) -> int:
         """Contexts (texts, images, samples) of the evaluation split."""
-        return int(self.held_out.column("context", 0, self.held_out.rows).max()) + 1
+        starts = range(0, self.held_out.rows, _PIECE)
+        pieces = (self.held_out.column("context", start, start + _PIECE) for start in starts)
+        return max(int(piece.max()) for piece in pieces) + 1
 
     @cached_property
     def source_params(self) -> Mapping[str, Any]:
@@ -226,7 +229,7 @@ class Bench:
             means = ContextMeans(self.contexts, self.held_out.columns)
             observers.append(means)
         settings = self.evaluation.get("bootstrap")
-        per_context, own_k = PerContext(self.contexts), OwnK()
+        per_context, own_k = PerContext(self.contexts), OwnK(self.statistics.rows)
         if settings is not None:
             observers += [per_context, own_k]
         if self.dimensions and is_trained:

@@ -30,16 +30,24 @@ _BITS = 16
 
 
 class OwnK:
-    """The k of every evaluated row, rounded down as the selection does, and how many latents were active."""
+    """The k of every evaluated row, rounded down as the selection does, and how many latents were active.
 
-    def __init__(self) -> None:
-        self.parts: list[np.ndarray] = []
+    Args:
+        rows: how many are evaluated. Their k has its place from the start: small arrays kept between the
+            large ones of every batch would hold memory that those leave.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.held = np.empty(rows, np.int32)
+        self.rows = 0
         self.active = 0
 
     def add(self, seen: Seen) -> None:
         self.active += int(seen.l0.sum())
         if seen.allowed is not None:
-            self.parts.append(seen.allowed.floor().to(torch.int32).cpu().numpy())
+            stop = self.rows + len(seen.allowed)
+            self.held[self.rows : stop] = seen.allowed.floor().cpu().numpy()
+            self.rows = stop
 
     def metrics(self) -> dict[str, float]:
         return {}
@@ -47,7 +55,7 @@ class OwnK:
     @property
     def k(self) -> np.ndarray | None:
         """(rows,) int32; None for an SAE that chooses none."""
-        return np.concatenate(self.parts) if self.parts else None
+        return self.held[: self.rows] if self.rows else None
 
 
 def activations(sae: Any, x: Tensor) -> Tensor:

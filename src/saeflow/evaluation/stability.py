@@ -45,28 +45,39 @@ _AT_ONCE = 1024
 
 
 class PerSeed:
-    """What one SAE does with every evaluated row: 4 bytes a row for L0, 4 for k."""
+    """What one SAE does with every evaluated row: 4 bytes a row for L0, 4 for k.
 
-    def __init__(self, d_sae: int) -> None:
+    Args:
+        d_sae: number of latents.
+        rows: at most so many. Their numbers have their place from the start: small arrays kept between the
+            large ones of every batch would hold memory that those leave.
+    """
+
+    def __init__(self, d_sae: int, rows: int) -> None:
         self.fired = np.zeros(d_sae, bool)
-        self._l0: list[np.ndarray] = []
-        self._k_hat: list[np.ndarray] = []
+        self.rows = 0
+        self._l0 = np.empty(rows, np.int32)
+        self._k_hat: np.ndarray | None = None
 
     def add(self, latents: Tensor, allowed: Tensor | None) -> None:
         """Add rows: latents (n, d_sae), and the k allowed (n,) where the variant chooses it."""
         active = latents != 0
         self.fired |= active.any(0).cpu().numpy()
-        self._l0.append(active.sum(1).to(torch.int32).cpu().numpy())
+        held = slice(self.rows, self.rows + len(latents))
+        self._l0[held] = active.sum(1).cpu().numpy()
         if allowed is not None:
-            self._k_hat.append(allowed.float().cpu().numpy())
+            if self._k_hat is None:
+                self._k_hat = np.empty(len(self._l0), np.float32)
+            self._k_hat[held] = allowed.float().cpu().numpy()
+        self.rows = held.stop
 
     @property
     def l0(self) -> np.ndarray:
-        return np.concatenate(self._l0)
+        return self._l0[: self.rows]
 
     @property
     def k_hat(self) -> np.ndarray | None:
-        return np.concatenate(self._k_hat) if self._k_hat else None
+        return None if self._k_hat is None else self._k_hat[: self.rows]
 
 
 def compare_dictionaries(
@@ -123,7 +134,7 @@ def compare_seeds(
     Returns:
         Lines of seed_a, seed_b, metric and value.
     """
-    seen = {seed: PerSeed(sae.d_sae) for seed, sae in saes.items()}
+    seen = {seed: PerSeed(sae.d_sae, store.rows) for seed, sae in saes.items()}
     with torch.inference_mode():
         for _, x in selected_rows(store, selection, batch_size, device):
             for seed, sae in saes.items():

@@ -48,7 +48,7 @@ def calibrate(sae: SAE, store: Any) -> tuple[Plain, dict[str, Any]]:
             yield activations(sae, x)
 
     statistics = row_statistics(store, _ALL, _BATCH, "cpu")
-    own = OwnK()
+    own = OwnK(statistics.rows)
     measured = {"own": measure_rows(sae, store, _ALL, statistics, _BATCH, "cpu", observers=[own])}
     with torch.inference_mode():
         threshold = threshold_for(batches, own.active)
