@@ -89,7 +89,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         *(f" {c}e" for c in letters[:12]),
     ]
     words += [*(f"{c}i" for c in letters[:18]), *map(str, range(6)), ".", ",", "!", " ("]
-    whole = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    vocabulary = {word: i for i, word in enumerate(words)}
+    whole = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
     whole.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<s>")
 

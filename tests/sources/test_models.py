@@ -13,11 +13,19 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest, read_json
-from saeflow.sources.models import fetch_model, load_config, load_model, load_tokenizer, pinned
+from saeflow.sources.models import (
+    fetch_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pinned,
+    token_texts,
+)
 
 from .conftest import tiny_model
 
@@ -111,6 +119,26 @@ def test_a_layer_the_model_lacks_is_refused_when_it_is_fetched(local: Path, out:
     with pytest.raises(UserError, match=r"has 4 blocks \(0\.\.3\), found hook point blocks\.4"):
         fetch_model({"folder": str(local)}, ["blocks.4.mlp_out"], out)
     assert list(out.iterdir()) == []
+
+
+def test_a_tokens_text_keeps_its_space_whatever_its_tokenizer_decodes_first() -> None:
+    """Like Llama 2's, which drops the first space; like GPT-2's, whose tokens are bytes."""
+    words = ["<s>", "a", "\u2581the", "ing", "<0x0A>", "<0xE2>", "\u2581", "\u2581a"]
+    expected = ["", "a", " the", "ing", "\n", "\ufffd", " ", " a"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    pieces = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True))
+    pieces.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    llama = PreTrainedTokenizerFast(tokenizer_object=pieces, bos_token="<s>")
+    assert llama.decode([2]) == "the"  # why it is not decoded alone
+    assert [token_texts(llama)(token) for token in range(len(words))] == expected
+    words = ["<s>", "a", "\u0120the", "ing", "\u010a", "\u00e2", "\u0120", "\u0120a"]
+    whole = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, []))
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    whole.decoder = decoders.ByteLevel()
+    gpt2 = PreTrainedTokenizerFast(tokenizer_object=whole, bos_token="<s>")
+    assert [token_texts(gpt2)(token) for token in range(len(words))] == expected
 
 
 def test_a_folder_without_tokenizer_says_so(local: Path, out: Path) -> None:
