@@ -641,7 +641,7 @@ def interpret_(
     out: Out,
     key: Key = "",
 ) -> None:
-    """Probe an SAE's latents for what its source knows, and score how well single ones are predicted."""
+    """Probe an SAE's latents for what its source knows, score how well single ones are predicted, measure absorption."""
     from saeflow.evaluation import Bench
     from saeflow.evaluation.interpret import interpret
     from saeflow.saes import load, read_config

@@ -32,6 +32,7 @@ SETTINGS: dict[str, Any] = {
         "scorer": "tokens", "latents": 6, "examples": 8, "windows": 5, "before": 3, "after": 1,
         "threshold": 0.7, "seed": 0,
     },
+    "absorption": None,
 }  # fmt: skip
 IMAGES, PATCHES, WIDTH = {"train": 120, "evaluation": 70}, 4, 8
 PIXELS = "vision.blocks.0.resid_post"

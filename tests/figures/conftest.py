@@ -139,6 +139,10 @@ class Bench:
             line = {"latent": latent, "firing": 50, "balanced_accuracy": latent / 10, "auc": 0.7}
             line |= {"shuffled": 0.5, "interpretable": int(latent == 9)}
             self.of_latents["detection.csv"].append({**known, **line})
+        for letter, counted in (("s", 1), ("mean", 21)):
+            line = {"letter": letter, "words": 40, "probe_f1": 0.9, "counted": counted}
+            line |= {"split_latents": 1.5, "absorption_fraction": 0.25, "full_absorption": 0.125}
+            self.of_latents["absorption.csv"].append({**known, **line})
         self.pictured.append(ids["run"])
         if ids["variant"] != "topk":
             for i, control in enumerate(("own", "shuffled_k", "mean_k", "batch_threshold")):

@@ -111,6 +111,13 @@ def test_the_share_of_interpretable_latents_is_counted(folder: Path) -> None:
     assert data["probe_k5"].iloc[0] == pytest.approx(0.7)
 
 
+def test_absorption_is_the_mean_over_letters_with_its_warning(folder: Path) -> None:
+    table = TABLES["table_absorption"](load_tables(folder), STRICT)
+    assert (table.data["absorption_fraction"] == 0.25).all()
+    assert (table.data["letters"] == 21).all()
+    assert "meaningless for models below about 1 B parameters" in table.caption
+
+
 def test_tables_without_their_runs_are_refused(make_tables: Maker, tmp_path: Path) -> None:
     tables = make_tables(
         tmp_path, panels=[SYNTHETIC], entries=[("topk", "topk", 0.9, (8,))], seeds=1

@@ -135,6 +135,7 @@ rule interpret_sae:
     output:
         probing="results/evaluations/interpretability/{run}/probing.csv",
         detection="results/evaluations/interpretability/{run}/detection.csv",
+        absorption="results/evaluations/interpretability/{run}/absorption.csv",
         record="results/evaluations/interpretability/{run}/provenance.json",
     log:
         "logs/interpret_sae/{run}.log",
@@ -219,6 +220,7 @@ rule collect_tables:
         options="results/tables/options.csv",
         probing="results/tables/probing.csv",
         detection="results/tables/detection.csv",
+        absorption="results/tables/absorption.csv",
         complexity="results/tables/complexity.csv",
         probes="results/tables/probes.csv",
         histograms="results/tables/histograms.csv",

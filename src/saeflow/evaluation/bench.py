@@ -155,6 +155,13 @@ class Bench:
         """The labelled sets of a vision source, with its model."""
         return LabelledSets(self._clean, self._model, self.device) if self.is_vision else None
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of a text source's model."""
+        from saeflow.sources.models import load_tokenizer
+
+        return load_tokenizer(self._model)
+
     def tokens(self, split: str) -> np.ndarray:
         """(contexts, length) token ids of a text's split, mapped from disk."""
         return np.load(self._inputs / f"{split}.npy", mmap_mode="r")

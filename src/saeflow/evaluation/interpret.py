@@ -1,4 +1,4 @@
-"""What the latents of one SAE mean: sparse probes of what its source knows, and detection by a scorer."""
+"""What the latents of one SAE mean: sparse probes of what its source knows, detection by a scorer, absorption."""
 
 import logging
 from collections.abc import Mapping
@@ -10,11 +10,12 @@ import torch
 from scipy import sparse
 
 from saeflow.errors import UserError
+from saeflow.evaluation.absorption import absorb
 from saeflow.evaluation.detection import Scorer, Text, detect, scorer_of
 from saeflow.evaluation.measure import column_of
 from saeflow.evaluation.probing import Rows, probe
 from saeflow.evaluation.rows import selected_rows
-from saeflow.evaluation.tables import DETECTION, PROBING, identify, write_lines
+from saeflow.evaluation.tables import ABSORPTION, DETECTION, PROBING, identify, write_lines
 from saeflow.evaluation.tasks import asked, tasks
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def interpret(
     folder: Path,
     scorer: Scorer | None = None,
 ) -> None:
-    """Write probing.csv and detection.csv of one trained SAE.
+    """Write probing.csv, detection.csv and absorption.csv of one trained SAE.
 
     Args:
         sae: as `saeflow.load` returns it.
@@ -44,7 +45,7 @@ def interpret(
         scorer: takes the place of the one that settings name.
 
     Raises:
-        UserError: the SAE was trained on other activations, or the scorer cannot be used.
+        UserError: the SAE was trained on other activations, the scorer cannot be used, or absorption not be measured.
     """
     bench.check_fits(config)
     detection = settings["detection"]
@@ -69,6 +70,10 @@ def interpret(
         )  # fmt: skip
         found = detect(train, test, detection, scorer)
     write_lines(folder / DETECTION, config, found)
+    spelling = settings["absorption"]
+    has_words = spelling is not None and bench.model_in_the_loop is not None
+    lines_of_letters = absorb(sae, bench, spelling) if has_words else []
+    write_lines(folder / ABSORPTION, config, lines_of_letters)
     logger.info("%s: %d questions, %d latents", identify(config)["run"], len(lines), len(found))
 
 

@@ -54,11 +54,15 @@ STABILITY_COLUMNS = (
     "source", "hook_point", "entry", "variant", "schedule", "d_sae", "k", "tokens", "setting", "seed_a",
     "seed_b", "metric", "value",
 )  # fmt: skip
-PROBING, DETECTION = "probing.csv", "detection.csv"
+PROBING, DETECTION, ABSORPTION = "probing.csv", "detection.csv", "absorption.csv"
 OF_LATENTS: dict[str, tuple[str, ...]] = {
     PROBING: ("task", "method", "k", "train_rows", "test_rows", "accuracy", "f1", "auc"),
     DETECTION: ("latent", "firing", "balanced_accuracy", "auc", "shuffled", "interpretable"),
-}
+    ABSORPTION: (
+        "letter", "words", "probe_f1", "true_positives", "split_latents", "latents", "sparse_f1", "counted",
+        "absorption_fraction", "full_absorption",
+    ),
+}  # fmt: skip
 """Columns, beside the id columns (the target k is `k_target`), of tables about what latents mean."""
 CARDS = "cards"
 METRIC_COLUMNS = (*IDS, "metric", "value")
@@ -227,7 +231,7 @@ def collect(
             standard deviation over seeds), training.csv (the logged steps of all runs), options.csv,
             complexity.csv and probes.csv (scores, predictions and quality of all probes), stability.csv.
         stabilities: folders with the stability.csv of a setting.
-        interpreted: folders with probing.csv and detection.csv of a run.
+        interpreted: folders with the tables of OF_LATENTS of a run.
 
     Raises:
         UserError: a file is missing, or two folders hold one run.

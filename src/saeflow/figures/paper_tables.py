@@ -246,6 +246,34 @@ def interpretability(tables: read.Tables, options: Mapping[str, Any]) -> Table:
     return Table(_ordered(data.reset_index(), keys), caption)
 
 
+def absorption(tables: read.Tables, options: Mapping[str, Any]) -> Table:
+    """Absorption of first letters, mean over letters and seeds (SAEBench)."""
+    rows = tables.absorption
+    rows = rows[rows["letter"] == "mean"]
+    if rows.empty:
+        raise _refuse("table_absorption", "evaluation.interpretability with absorption, of text")
+    shown = tables.wide[tables.wide["run"].isin(rows["run"])]
+    read.check_budgets(tables, shown, options)
+    keys = ["source", "entry", "setting"]
+    names = [
+        "d_sae",
+        "counted",
+        "probe_f1",
+        "split_latents",
+        "absorption_fraction",
+        "full_absorption",
+    ]
+    data = rows.groupby(keys, as_index=False)[names].mean().rename(columns={"counted": "letters"})
+    caption = (
+        "Absorption of first letters. The measure is meaningless for models below about 1 B parameters and dictionaries below 16k "
+        "latents: such models hardly know how words are spelled. letters: those that a logistic probe of the activation tells "
+        "(with too few of them, the rest is empty); split latents: latents of a letter; absorption fraction: share of a letter's "
+        "direction that other latents write in place of its own; full absorption: share of the words on which its own are silent and "
+        f"another writes it. Means over letters and seeds. {captions.budget_sentence(shown)}"
+    )
+    return Table(_ordered(data, keys), caption)
+
+
 TABLES: dict[str, Callable[[read.Tables, Mapping[str, Any]], Table]] = {
     "table_dictionary_size": dictionary_size,
     "table_top_n": top_n,
@@ -254,4 +282,5 @@ TABLES: dict[str, Callable[[read.Tables, Mapping[str, Any]], Table]] = {
     "table_probes": probes,
     "table_training_cost": training_cost,
     "table_interpretability": interpretability,
+    "table_absorption": absorption,
 }

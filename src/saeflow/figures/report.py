@@ -53,6 +53,7 @@ TITLES = {
     "table_training_cost": "What training costs",
     "probing": "What a few latents tell",
     "table_interpretability": "Latents that a simple model predicts",
+    "table_absorption": "Absorption of first letters",
 }
 JOBS = {
     "fetch": "fetch the model", "prepare": "prepare inputs", "extract": "extract activations",

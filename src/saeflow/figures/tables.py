@@ -77,6 +77,7 @@ class Tables:
     options: pd.DataFrame
     probing: pd.DataFrame
     detection: pd.DataFrame
+    absorption: pd.DataFrame
     cards: Path
     """Folder with pictures of concepts, by run."""
 
