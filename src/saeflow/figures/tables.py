@@ -45,6 +45,8 @@ TYPES: dict[str, type] = {
             "chosen",
             "task",
             "method",
+            "letter",
+            "latents",
         ),
         str,
     ),
