@@ -482,7 +482,7 @@ def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
         training = {key: values.get(key, shared[key]) for key in shared}
         training["betas"] = tuple(training["betas"])
         axes = {key: _as_list(values[key]) for key in ("store", "d_sae", "seed")}
-        axes["seed"] = params.get("seeds") or axes["seed"]
+        axes["seed"] = params["seeds"] or axes["seed"]
         options = {key: _as_list(value) for key, value in values["options"].items()}
         swept = [key for key, value in values["options"].items() if isinstance(value, list)]
         for store, d_sae, seed, *chosen in itertools.product(*axes.values(), *options.values()):
