@@ -5,8 +5,8 @@ well: it has absorbed it. A logistic probe of the activation knows the letter; t
 the letter's own (`split` where there are several). Absorption is what other latents write along the probe's direction
 while the letter's own are silent, or too weak.
 
-One step differs from SAEBench: a word has one prompt, which serves every step, where SAEBench draws new examples for
-the last one.
+Two things differ from SAEBench: a word has one prompt, which serves every step, where SAEBench draws new examples for
+the last one; and probes start at zero, not at random.
 """
 
 import logging
@@ -200,7 +200,7 @@ def fit_probes(
         batch_size: rows a step.
         weight_decay: Adam's.
         l1: weight of the mean over questions of the sum of |weights|.
-        generator: draws the first weights and the order of the rows.
+        generator: draws the order of the rows.
         device: where they are trained.
 
     Returns:
@@ -209,9 +209,10 @@ def fit_probes(
     rows, n = inputs.shape
     y = torch.from_numpy(answers).to(device, torch.float32)
     yes = y.sum(0)
-    spread = n**-0.5  # as torch.nn.Linear begins
-    start = [torch.rand(y.shape[1], size, generator=generator) * 2 - 1 for size in (n, 1)]
-    weights, biases = ((part * spread).to(device).requires_grad_() for part in start)
+    weights, biases = (
+        torch.zeros(size, device=device, requires_grad=True)
+        for size in ((y.shape[1], n), (y.shape[1],))
+    )  # at zero, not drawn as in SAEBench: with few words and latents what is drawn would decide
     optimizer = torch.optim.Adam([weights, biases], lr=_RATES[0], weight_decay=weight_decay)
     fall = (_RATES[1] / _RATES[0]) ** (1 / _EPOCHS)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=fall)
@@ -219,13 +220,13 @@ def fit_probes(
     for _ in range(_EPOCHS):
         for batch in torch.randperm(rows, generator=generator).split(batch_size):
             part = _dense(inputs, batch).to(device)
-            loss = loss_of(part @ weights.t() + biases.t(), y[batch.to(device)])
+            loss = loss_of(part @ weights.t() + biases, y[batch.to(device)])
             loss = loss + l1 * weights.abs().sum(1).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         schedule.step()
-    return weights.detach().cpu().numpy(), biases.detach().cpu().numpy()[:, 0]
+    return weights.detach().cpu().numpy(), biases.detach().cpu().numpy()
 
 
 def _dense(inputs: np.ndarray | sparse.csr_array, rows: Tensor) -> Tensor:
