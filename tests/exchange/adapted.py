@@ -153,6 +153,71 @@ def probes(job):
     return found
 
 
+class Words:
+    """Answers prompts with the activation of the word that they ask about, in place of a model."""
+
+    def __init__(self, words, x):
+        self.x = dict(zip(words, x, strict=True))
+        self.tokenizer = self
+
+    def to_tokens(self, prompt):
+        return torch.zeros(1, 1)
+
+    def run_with_cache(self, prompts, names_filter):
+        asked = [prompt.rpartition("\n")[2].partition(":")[0] for prompt in prompts]
+        return None, {names_filter[0]: torch.stack([self.x[word] for word in asked])[:, None]}
+
+
+def absorption(job):
+    """The steps of SAEBench's evaluation between activations of words and its results, and its results by letter."""
+    import random
+
+    from sae_bench.evals.absorption import feature_absorption as last
+    from sae_bench.evals.absorption import k_sparse_probing as first
+    from sae_bench.evals.absorption.main import _aggregate_results_df
+    from sae_bench.evals.absorption.probing import train_multi_probe
+
+    random.seed(0)
+    torch.manual_seed(0)
+    folder, most = Path(job["folder"]), job["max_k"]
+    held, sae = load_file(folder / "words.safetensors"), taken(job["saes"]["letters"])
+    labels = {
+        split: [
+            (f"{first.LETTERS[letter]}{split}{i}", letter)
+            for i, letter in enumerate(held[f"{split}.letters"].tolist())
+        ]
+        for split in ("train", "test")
+    }
+    x, y = held["train.x"], torch.nn.functional.one_hot(held["train.letters"])
+    probe = train_multi_probe(
+        x, y, batch_size=64, num_epochs=50, lr=1e-2, weight_decay=1e-4, show_progress=False, device="cpu"
+    )  # fmt: skip
+    # Smaller batches than its 4096: with so few words and latents, the random start would decide.
+    sparse = first.train_k_sparse_probes(
+        sae, labels["train"], x, range(1, most + 1), batch_size=256
+    )
+    raw = first.eval_probe_and_sae_k_sparse_raw_scores(
+        sae, probe, sparse, labels["test"], held["test.x"]
+    )
+    raw.to_parquet(folder / first.get_sparse_probing_raw_results_filename("letters", 1))
+    about = first.sae_k_sparse_metadata(sae, probe, sparse, "letters", 1)
+    metrics = first.build_metrics_df(raw, about, most)
+    first.add_feature_splits_to_metrics_df(metrics, most, 0.03)
+    words = [word for word, _ in labels["test"]]
+    calculator = last.FeatureAbsorptionCalculator(
+        Words(words, held["test.x"]), words, max_icl_examples=3, word_token_pos=-1, topk_feats=2
+    )
+    told = last.get_stats_and_likely_false_negative_tokens(metrics, "letters", 1, folder)
+    found = last.calculate_projection_and_cos_sims(calculator, sae, probe, 1, told)
+    lines = _aggregate_results_df(found).merge(metrics[["letter", "f1_probe"]])
+    # One letter's words as they are, with a probe and latents that are given.
+    given = calculator.calculate_absorption(sae, words, held["probe"], job["own"], 1, False)
+    return {
+        "letters": json.loads(lines.to_json(orient="records")),
+        "words": [[one.absorption_fraction, one.is_full_absorption] for one in given.word_results],
+    }
+
+
 def main(jobs):
     for job in jobs:
         with contextlib.redirect_stdout(sys.stderr):

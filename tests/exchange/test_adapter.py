@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy import sparse
 
 from saeflow.errors import UserError
+from saeflow.evaluation.absorption import Words, absorbed, measure
 from saeflow.evaluation.measure import measure_rows
 from saeflow.evaluation.probing import most_different
 from saeflow.evaluation.rows import RowSelection, row_statistics
@@ -64,6 +66,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 SCALED = {"sparsemax", "sparsemax-mlp", "sparsemax-scores", "entmax", "relu"}
 """Whose decoder rows have other norms than 1 here, as such of imported SAEs (relu) may."""
+ABSORPTION = {
+    "max_k": 3, "f1_jump": 0.03, "l1": 0.01, "min_probe_f1": 0.6, "min_letters": 20, "full_cosine": 0.025,
+    "fraction_cosine": 0.1, "projection_share": 0.4, "absorbers": 3, "seed": 0,
+}  # fmt: skip
 ALL = RowSelection(positions="all", norm_limit=None)
 
 
@@ -207,6 +213,49 @@ class Rows:
             yield start, self.x[start : start + batch_size]
 
 
+SIZES = {"train": 200, "test": 50}  # words of each letter
+WIDTH = 26 + 4
+OWN = [0, 2, 5]
+PROBE = torch.zeros(WIDTH)
+for _place, _weight in ((0, 1.0), (1, 0.3), (2, 0.5), (3, -0.2), (26, 0.7), (28, 1.0), (29, 0.8)):
+    PROBE[_place] = _weight
+
+
+def folder_of_letters(folder: Path) -> Path:
+    """An SAE with a latent for each first letter, which `a` and `c` leave to other latents on some words.
+
+    Latents 26 and 27 stand for such words of `a`; 28 weakens the latent of `c` and writes a part of it; `b` is
+    told by its own latent and by 29, half of its words each. Decoder rows have norm 2.
+    """
+    folder.mkdir()
+    W_enc, W_dec = torch.eye(WIDTH), torch.eye(WIDTH)
+    for extra, letter, silences in ((26, 0, 5.0), (27, 0, 5.0), (28, 2, 0.5), (29, 1, 5.0)):
+        W_enc[extra, letter] = -silences
+        W_dec[extra, letter] = 1.0
+    W_dec = torch.nn.functional.normalize(W_dec) * 2
+    options = {"l1": 0.1, "l1_schedule": CONSTANT}
+    config = {"variant": "relu", "options": options, "d_in": WIDTH, "d_sae": WIDTH}
+    b_enc = torch.full((WIDTH,), -0.2)
+    state = {"W_enc": W_enc.t().contiguous().t(), "b_enc": b_enc, "W_dec": W_dec, "b_dec": torch.zeros(WIDTH)}  # fmt: skip
+    state = build("relu", WIDTH, WIDTH, options).state_dict() | state
+    save(state, folder, {**config, "name": "letters", "hook_point": "blocks.1.resid_post"})
+    return folder
+
+
+def spelled(split: str) -> dict[str, torch.Tensor]:
+    """Activations of words of every letter, and the letters."""
+    count = SIZES[split]
+    generator = torch.Generator().manual_seed(count)
+    letters = torch.arange(26).repeat_interleave(count)
+    x = torch.randn(26 * count, WIDTH, generator=generator) * 0.04
+    x[torch.arange(26 * count), letters] += 1
+    x[0 : count // 50, 26] += 1
+    x[count // 50 : count // 25, 27] += 1
+    x[2 * count : 2 * count + count // 2, 28] += 1.2
+    x[count : count + count // 2, 29] += 1
+    return {"x": x, "letters": letters}
+
+
 @pytest.fixture(scope="module")
 def found(foreign: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What both libraries' functions say of every case."""
@@ -224,6 +273,13 @@ def found(foreign: Callable[..., None], tmp_path_factory: pytest.TempPathFactory
     for name in ("train.b", "test.b"):
         x[name] = x[name].flip(0) + torch.linspace(-0.5, 0.5, D_IN)
     save_file(x, folder / "sparse_probing" / "x.safetensors")
+    letters = folder_of_letters(folder / "saes" / "letters")
+    jobs += [
+        {"do": "absorption", "folder": folder / "absorption", "saes": {"letters": letters}, "max_k": 3, "own": OWN}
+    ]  # fmt: skip
+    (folder / "absorption").mkdir()
+    held = {f"{split}.{name}": part for split in SIZES for name, part in spelled(split).items()}
+    save_file(held | {"probe": PROBE}, folder / "absorption" / "words.safetensors")
     foreign(folder, jobs, "adapted.py")
     return folder
 
@@ -283,6 +339,51 @@ def test_sae_probes_chooses_the_latents_that_saeflow_chooses(found: Path, case: 
     for line in said(found, "probes")[case]:
         assert line["indices"] == most_different(latents, answers, line["k"]).tolist()
         assert 0.5 < line["test_auc"] <= 1
+
+
+def words_of_split(split: str, sae: SAE) -> Words:
+    held = spelled(split)
+    with torch.no_grad():
+        latents = sae.encode(held["x"]) * sae.directions().norm(dim=1)
+    return Words(held["x"].numpy(), sparse.csr_array(latents.numpy()), np.asarray(held["letters"]))
+
+
+@pytest.mark.xdist_group("foreign")
+def test_saebench_finds_the_absorption_that_saeflow_finds(found: Path) -> None:
+    theirs = {line["letter"]: line for line in said(found, "absorption")["letters"]}
+    sae = load(found / "saes" / "letters")
+    directions = torch.nn.functional.normalize(sae.directions().detach()).numpy()
+    train, test = (words_of_split(split, sae) for split in SIZES)
+    *lines, mean = measure(train, test, directions, ABSORPTION)
+    assert mean["counted"] == len(lines) == len(theirs) == 26
+    for line in lines:
+        other = theirs[line["letter"]]
+        assert line["probe_f1"] == pytest.approx(other["f1_probe"], abs=0.02)
+        assert line["true_positives"] == other["num_probe_true_positives"]
+        assert set(line["latents"].split()) == {str(latent) for latent in other["split_feats"]}
+        assert line["full_absorption"] == pytest.approx(other["full_absorption_rate"], abs=1e-9)
+        fraction = other["mean_absorption_fraction"]
+        assert line["absorption_fraction"] == pytest.approx(fraction, abs=0.02)
+    by_letter = {line["letter"]: line for line in lines}
+    assert by_letter["a"]["full_absorption"] == pytest.approx(0.04)
+    assert by_letter["b"]["split_latents"] == 2
+    assert by_letter["c"]["absorption_fraction"] > 0.1
+    assert by_letter["c"]["full_absorption"] == 0
+    assert by_letter["z"]["absorption_fraction"] == 0
+
+
+@pytest.mark.xdist_group("foreign")
+def test_with_one_probe_each_word_is_absorbed_as_much_as_in_saebench(found: Path) -> None:
+    sae = load(found / "saes" / "letters")
+    directions = torch.nn.functional.normalize(sae.directions().detach()).numpy()
+    words = words_of_split("test", sae)
+    fractions, full = absorbed(words.x, words.latents, directions, PROBE.numpy(), OWN, ABSORPTION)
+    theirs = said(found, "absorption")["words"]
+    assert full.tolist() == [is_full for _, is_full in theirs]
+    assert full.sum() > 10
+    assert ((fractions > 0) & (fractions < 1)).sum() > 10
+    assert (fractions == 1).sum() > 10
+    np.testing.assert_allclose(fractions, [fraction for fraction, _ in theirs], atol=1e-5)
 
 
 def test_what_is_adapted_is_what_is_loaded(tmp_path: Path) -> None:
