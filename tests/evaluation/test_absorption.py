@@ -252,6 +252,15 @@ def test_activations_are_those_at_the_word(model: Any, prepend_bos: bool) -> Non
         np.testing.assert_allclose(row, states[2][0, -6].numpy(), atol=1e-5)
 
 
+def test_prompts_longer_than_the_model_reads_are_refused(model: Any) -> None:
+    asked = prompts(WORDS, SETTINGS["template"], 8, 0)
+    with pytest.raises(UserError, match=r"examples: expected prompts of at most 64 tokens.*of 71"):
+        activations(
+            model, make_tokenizer(), "blocks.1.resid_post", asked,
+            {"prepend_bos": False, "forward_batch": 4}, "cpu",
+        )  # fmt: skip
+
+
 class Linear(torch.nn.Module):
     """An SAE whose decoder rows have norm 2."""
 

@@ -1,6 +1,7 @@
 """The real workflow on a small real GPT-2 in a local folder, reading local text files."""
 
 import copy
+import csv
 import json
 import os
 import pydoc_data.topics
@@ -22,15 +23,25 @@ from .conftest import Project
 pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("text")]
 PARAMS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "text.yaml").read_text())
 
+GIVEN = ("model", "0.txt", "1.txt", "own_scorer.py")
+"""What the user brings along."""
+SCORER = """
+def same_token(examples, windows):
+    known = {one.texts[one.mark] for one in examples if one.fires}
+    return [1 if one.texts[one.mark] in known else -1 for one in windows]
+"""
+RUN = "gpt2/blocks.2.resid_post/topk/d96-seed0"
+
 
 def make_model(folder: Path, documents: list[str]) -> None:
     """A GPT-2 of 4 blocks with random weights and a tokenizer trained on the documents."""
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
         documents, trainers.BpeTrainer(vocab_size=500, special_tokens=["<|endoftext|>"])
     )
@@ -51,6 +62,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Project:
     for number in range(2):
         text = "\n\n".join(documents[number::8])
         (project.folder / f"{number}.txt").write_text(text, encoding="utf-8")
+    (project.folder / "own_scorer.py").write_text(SCORER)
     project.snakemake("all")
     return project
 
@@ -64,7 +76,7 @@ def test_one_extraction_job_gives_the_digests_of_three(done: Project, tmp_path: 
     params = copy.deepcopy(PARAMS)
     params["runtime"]["extraction_jobs"] = 1
     project = Project(tmp_path, params)
-    for name in ("model", "0.txt", "1.txt"):
+    for name in GIVEN:
         (project.folder / name).symlink_to(done.folder / name)
     project.snakemake("extract")
     stores = {name: content for name, content in done.contents().items() if "/stores/" in name}
@@ -113,7 +125,7 @@ def test_a_layer_the_model_does_not_have_stops_before_the_first_job(done: Projec
 
 def test_interrupting_leaves_nothing_half_written(done: Project, tmp_path: Path) -> None:
     project = Project(tmp_path, PARAMS)
-    for name in ("model", "0.txt", "1.txt"):
+    for name in GIVEN:
         (project.folder / name).symlink_to(done.folder / name)
     process = project.start("snakemake", "--cores", "2", "extract")
     end = time.monotonic() + 120
@@ -129,10 +141,42 @@ def test_interrupting_leaves_nothing_half_written(done: Project, tmp_path: Path)
 
 
 def test_the_report_links_to_a_page_of_latent_cards_that_traces(done: Project) -> None:
-    page = "evaluations/latents/gpt2/blocks.2.resid_post/topk/d96-seed0/latents.html"
+    page = f"evaluations/latents/{RUN}/latents.html"
     assert f'href="{page}"' in (done.folder / "results/report.html").read_text()
     assert "results/sources/gpt2/inputs" in done.run("saeflow", "trace", f"results/{page}")
     assert "of 96 latents" in document(done.folder / "results" / page, done.folder / "profile")
+
+
+def test_latents_are_probed_and_told_by_a_scorer_of_the_users_own(done: Project) -> None:
+    tables = done.folder / "results/tables"
+    with (tables / "probing.csv").open() as file:
+        probes = list(csv.DictReader(file))
+    assert {line["run"] for line in probes} == {RUN}
+    assert {"starts a word", "letters without a space before"} <= {line["task"] for line in probes}
+    assert {line["method"] for line in probes} == {"latents", "neurons", "activation"}
+    with (tables / "detection.csv").open() as file:
+        told = list(csv.DictReader(file))
+    assert 0 < len(told) <= 8
+    for line in told:  # the area under the curve of scores that are 1 or -1
+        assert float(line["auc"]) == pytest.approx(float(line["balanced_accuracy"]))
+    report = (done.folder / "results/report.html").read_text()
+    for name in ("probing", "table_interpretability"):
+        assert f'id="figure-{name}"' in report
+    traced = done.run(
+        "saeflow", "trace", "results/figures/table_interpretability/table_interpretability.md"
+    )
+    assert "own_scorer.py" in traced
+
+
+def test_first_letters_have_a_line_each_in_the_table_of_absorption(done: Project) -> None:
+    with (done.folder / "results/tables/absorption.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert {line["run"] for line in lines} == {RUN}
+    *letters, mean = [line["letter"] for line in lines]
+    assert letters == sorted(set(letters))
+    assert mean == "mean"
+    assert "meaningless" in (done.folder / "results/report.html").read_text()
+    assert "below 1e+09 and 16384" in (done.folder / f"logs/interpret_sae/{RUN}.log").read_text()
 
 
 def test_the_worked_example_runs(

@@ -14,6 +14,7 @@ from saeflow.sources.models import token_texts
 
 LETTERS = string.ascii_lowercase
 _WORD = "{word}"
+_WHERE = "evaluation.interpretability.absorption"
 _BETWEEN = "\n"
 """Before each example: some tokenizers read the first word of a text otherwise (SAEBench 0.6.0)."""
 
@@ -60,12 +61,11 @@ def prompts(words: Sequence[str], template: str, examples: int, seed: int) -> li
     Raises:
         UserError: fewer words than a prompt shows, or a template without {word}.
     """
-    where = "evaluation.interpretability.absorption"
     if template.count(_WORD) != 1:
-        raise UserError(f"{where}.template: expected {_WORD} once, found {template!r}. Mend it.")
+        raise UserError(f"{_WHERE}.template: expected {_WORD} once, found {template!r}. Mend it.")
     if len(words) <= examples:
         raise UserError(
-            f"{where}: expected more than {examples} words in each split for as many examples, found {len(words)}. "
+            f"{_WHERE}: expected more than {examples} words in each split for as many examples, found {len(words)}. "
             "Raise words, or lower examples."
         )
     rng = np.random.default_rng(seed)
@@ -99,11 +99,11 @@ def activations(
         device: of the model.
 
     Raises:
-        UserError: the tokenizer does not say where its tokens stand in a text.
+        UserError: the tokenizer does not say where its tokens stand in a text, or a prompt is longer than the model reads.
     """
     if not tokenizer.is_fast:
         raise UserError(
-            "evaluation.interpretability.absorption: expected a fast tokenizer (tokenizer.json), which says where a "
+            f"{_WHERE}: expected a fast tokenizer (tokenizer.json), which says where a "
             f"token stands in a text, found {type(tokenizer).__name__}. Set it to null for this source."
         )
     bos = [tokenizer.bos_token_id] if policy["prepend_bos"] else []
@@ -118,7 +118,14 @@ def activations(
             len(bos) + max(i for i, (left, _) in enumerate(offsets) if left < prompt.end)
             for prompt, offsets in zip(batch, encoded["offset_mapping"], strict=True)
         ]
-        length = max(map(len, ids))  # what fills up stands after the word, where it is not seen
+        length = max(map(len, ids))
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", length)
+        if length > most:
+            raise UserError(
+                f"{_WHERE}.examples: expected prompts of at most {most} tokens, which is what the model reads, found one "
+                f"of {length}. Lower it."
+            )
+        # What fills up stands after the word, where it is not seen.
         filled = torch.tensor([one + one[-1:] * (length - len(one)) for one in ids], device=device)
         x = capture(model, [hook_point], filled)[hook_point]
         found.append(x[torch.arange(len(batch)), torch.tensor(places)].float().cpu().numpy())
