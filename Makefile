@@ -4,7 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 CORES ?= all
-BENCHMARKS ?= steps operators training stores extraction latents rates
+BENCHMARKS ?= steps operators training stores extraction evaluation latents rates
 QUIET := --disable-pip-version-check -q --progress-bar off
 PIP := $(BIN)/python -m pip install $(QUIET)
 

@@ -2,7 +2,7 @@
 
     python benchmarks/latents.py
 
-Also the memory of measuring and collecting as the split grows.
+Written to benchmarks/results/latents.md and .csv.
 """
 
 import statistics
@@ -16,14 +16,12 @@ import numpy as np
 import pandas as pd
 import torch
 from drawn import Drawn, write_drawn
-from tables import in_turns, peak_memory, write
+from tables import in_turns, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from saeflow.config import ROOT
-from saeflow.evaluation.intervals import PerContext
 from saeflow.evaluation.latents import BINS, LOWEST, logit_lens, write_latents
-from saeflow.evaluation.measure import measure_rows
-from saeflow.evaluation.rows import RowSelection, row_statistics
+from saeflow.evaluation.rows import RowSelection
 from saeflow.figures.latents import write_page
 from saeflow.saes import build
 from saeflow.sources.hook_points import final_norm
@@ -35,8 +33,6 @@ from browser import FLAGS, chromium
 D_SAE, D_IN, K, ROWS, VOCABULARY = 24_576, 576, 32, 131_072, 49_152
 SETTINGS = {"examples": 6, "before": 9, "after": 4, "neighbours": 5}
 ALL = RowSelection(positions="all", norm_limit=None)
-MILLION = (65_536, 262_144, 1_048_576)
-NARROW = 64  # width of the rows whose number grows
 LOOKS = 5
 
 
@@ -115,43 +111,15 @@ def opening(path: Path, folder: Path) -> pd.DataFrame:
     ])  # fmt: skip
 
 
-def memory(folder: Path) -> pd.DataFrame:
-    """Peak memory of all metrics of activations, by number of rows."""
-    sae, lines = topk(NARROW, 512), []
-    for rows in MILLION:
-        held = folder / str(rows)
-        held.mkdir()
-        store = open_store(write_drawn(Drawn(rows, NARROW), held))
-        contexts = rows // 128
-
-        def measure(store: object = store, contexts: int = contexts) -> None:
-            statistics_ = row_statistics(store, ALL, 1024, "cpu")
-            observers = [PerContext(contexts)]
-            measure_rows(sae, store, ALL, statistics_, 1024, "cpu", observers=observers)
-
-        if not lines:
-            measure()  # what is loaded and compiled once
-        megabytes = peak_memory(measure)
-        store_size = rows * NARROW * 2 / 2**20
-        lines.append(
-            {"rows": rows, "store, MiB": f"{store_size:.0f}", "peak, MiB": f"{megabytes:.0f}"}
-        )
-    return pd.DataFrame(lines)
-
-
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = memory(folder)
         parts, out = page(folder)
         looks = opening(out, folder)
-    notes = (
-        f"A TopK SAE of {D_SAE} latents, k {K}, on {ROWS} drawn rows of width {D_IN}, {VOCABULARY} tokens; the "
-        f"memory is that of all metrics of activations with intervals, on drawn rows of width {NARROW}."
-    )
+    notes = f"A TopK SAE of {D_SAE} latents, k {K}, on {ROWS} drawn rows of width {D_IN}, {VOCABULARY} tokens."
     write(
         "latents",
-        {"Writing a page": parts, "Opening it": looks, "Memory of measuring": rows},
+        {"Writing a page": parts, "Opening it": looks},
         notes,
     )
 
