@@ -4,17 +4,20 @@ tests/exchange/test_adapter.py compares it with SAEBench's own code.
 """
 
 import logging
+import re
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from saeflow.config import ROOT, validate
 from saeflow.errors import UserError
 from saeflow.evaluation.absorption import (  # fmt: skip
     Words,
@@ -185,6 +188,22 @@ def test_sparse_inputs_give_the_same_probe_and_l1_silences_what_tells_nothing() 
     )
     rest = [i for i in range(20) if i != 3]
     assert np.abs(fitted(z, 0.05)[0, rest]).max() < 0.1 * np.abs(fitted(z, 0.0)[0, rest]).max()
+
+
+def params_with(absorption: dict[str, Any]) -> dict[str, Any]:
+    params: dict[str, Any] = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["evaluation"]["interpretability"]["absorption"] = absorption
+    return params
+
+
+def test_settings_that_the_docs_give_are_valid_and_a_missing_one_is_named() -> None:
+    text = (ROOT / "docs" / "interpretability.md").read_text()
+    (block,) = re.findall(r"```yaml\n(absorption:.*?)```", text, re.DOTALL)
+    given = yaml.safe_load(block)["absorption"]
+    validate(params_with(given))
+    assert set(given) == set(SETTINGS)
+    with pytest.raises(UserError, match=r"evaluation.interpretability.absorption.*'?f1_jump"):
+        validate(params_with({k: v for k, v in given.items() if k != "f1_jump"}))
 
 
 # With a model.
