@@ -320,7 +320,8 @@ def trained(sae: SAE) -> dict[str, Tensor]:
 def test_the_options_of_every_variant_are_here_and_in_the_schema() -> None:
     schema = yaml.safe_load((ROOT / "workflow/schemas/params.schema.yaml").read_text())
     assert {variant for variant, _ in CASES.values()} == set(VARIANTS) == set(PLAIN_LOSS)
-    named = schema["properties"]["saes"]["additionalProperties"]["properties"]["variant"]["enum"]
+    trained = schema["properties"]["saes"]["additionalProperties"]["else"]
+    named = trained["properties"]["variant"]["enum"]
     assert set(named) == set(VARIANTS)
     for variant, options in CASES.values():
         assert set(schema["$defs"][variant]["properties"]) == set(options)
