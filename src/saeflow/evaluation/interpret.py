@@ -74,7 +74,8 @@ def interpret(
     has_words = spelling is not None and bench.model_in_the_loop is not None
     lines_of_letters = absorb(sae, bench, spelling) if has_words else []
     write_lines(folder / ABSORPTION, config, lines_of_letters)
-    logger.info("%s: %d questions, %d latents", identify(config)["run"], len(lines), len(found))
+    questions = len({line["task"] for line in lines})
+    logger.info("%s: %d questions, %d latents", identify(config)["run"], questions, len(found))
 
 
 def _probed(
