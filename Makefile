@@ -43,8 +43,9 @@ check: setup
 	snakefmt --check Snakefile workflow
 	snakemake --lint
 
+# A file's tests run in one process: what its fixtures make, a whole workflow in some, is made once.
 test: check
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadgroup
+	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Against other libraries, in environments of their own, and against the machine's limits; about half an hour.
 bench: setup

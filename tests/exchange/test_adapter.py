@@ -288,7 +288,6 @@ def said(found: Path, job: str) -> Any:
     return json.loads((found / job / "found.json").read_text())
 
 
-@pytest.mark.xdist_group("foreign")
 @pytest.mark.parametrize("case", CASES)
 def test_saebench_measures_what_saeflow_measures(found: Path, case: str) -> None:
     x = load_file(found / "core" / "x.safetensors")["x"]
@@ -313,7 +312,6 @@ def test_saebench_measures_what_saeflow_measures(found: Path, case: str) -> None
     assert theirs["config"]["hook_name"] == "blocks.1.hook_resid_post"
 
 
-@pytest.mark.xdist_group("foreign")
 @pytest.mark.parametrize("case", ["topk", "sparsemax", "relu"])
 def test_saebench_probes_latents_of_saeflow(found: Path, case: str) -> None:
     x = load_file(found / "sparse_probing" / "x.safetensors")
@@ -328,7 +326,6 @@ def test_saebench_probes_latents_of_saeflow(found: Path, case: str) -> None:
     assert all(0 <= accuracy[f"sae_top_{k}_test_accuracy"] <= 1 for k in K)
 
 
-@pytest.mark.xdist_group("foreign")
 @pytest.mark.parametrize("case", ["topk", "sparsemax", "relu"])
 def test_sae_probes_chooses_the_latents_that_saeflow_chooses(found: Path, case: str) -> None:
     split = load_file(found / "probes" / "split.safetensors")
@@ -348,7 +345,6 @@ def words_of_split(split: str, sae: SAE) -> Words:
     return Words(held["x"].numpy(), sparse.csr_array(latents.numpy()), np.asarray(held["letters"]))
 
 
-@pytest.mark.xdist_group("foreign")
 def test_saebench_finds_the_absorption_that_saeflow_finds(found: Path) -> None:
     theirs = {line["letter"]: line for line in said(found, "absorption")["letters"]}
     sae = load(found / "saes" / "letters")
@@ -372,7 +368,6 @@ def test_saebench_finds_the_absorption_that_saeflow_finds(found: Path) -> None:
     assert by_letter["z"]["absorption_fraction"] == 0
 
 
-@pytest.mark.xdist_group("foreign")
 def test_with_one_probe_each_word_is_absorbed_as_much_as_in_saebench(found: Path) -> None:
     sae = load(found / "saes" / "letters")
     directions = torch.nn.functional.normalize(sae.directions().detach()).numpy()

@@ -104,7 +104,6 @@ def traded(foreign: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.xdist_group("foreign")
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("variant", OURS)
 def test_what_we_export_does_the_same_there(traded: Path, library: str, variant: str) -> None:
@@ -112,7 +111,6 @@ def test_what_we_export_does_the_same_there(traded: Path, library: str, variant:
     same(load(traded / "ours" / library / variant), there["latents"], there["x_hat"], there["x"])
 
 
-@pytest.mark.xdist_group("foreign")
 @pytest.mark.parametrize(
     ("library", "kind"), [(lib, kind) for lib in LIBRARIES for kind in THEIRS[lib]]
 )

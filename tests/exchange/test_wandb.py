@@ -30,7 +30,6 @@ train_group(Samples(), tasks, {**RUNTIME, "checkpoint_every_s": 1e9, "logging": 
 """
 
 
-@pytest.mark.xdist_group("foreign")
 def test_offline_runs_hold_every_logged_step(foreign: Callable[..., Any], tmp_path: Path) -> None:
     from environments import EXCHANGE, environment
 

@@ -15,7 +15,7 @@ from ..workflow.conftest import ROOT, Project
 from .cluster import Cluster, ask
 from .conftest import edited_profile, small
 
-pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.workflow
 LONG = 1_500_000  # tokens: some ten seconds of training
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from .conftest import ROOT, SYNTHETIC, Project
 
-pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("conda")]
+pytestmark = pytest.mark.workflow
 
 
 def install(folder: Path) -> Path:

@@ -12,7 +12,7 @@ import pytest
 
 from .conftest import SYNTHETIC, Project, job_counts
 
-pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("dvc")]
+pytestmark = pytest.mark.workflow
 
 
 def git(project: Project, *arguments: str) -> str:

@@ -12,7 +12,6 @@ from .conftest import SYNTHETIC, Project
 
 pytestmark = [
     pytest.mark.workflow,
-    pytest.mark.xdist_group("snakemake"),
     pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root"),
 ]
 

@@ -19,7 +19,7 @@ from saeflow.plan import Plan
 
 from .conftest import ROOT, SYNTHETIC, Project, job_counts
 
-pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("snakemake")]
+pytestmark = pytest.mark.workflow
 ADAPTIVE = "synthetic/features/adaptive-k/d128-seed0"
 
 

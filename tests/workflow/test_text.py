@@ -20,7 +20,7 @@ from saeflow.config import ROOT
 from ..browser import document
 from .conftest import Project
 
-pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("text")]
+pytestmark = pytest.mark.workflow
 PARAMS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "text.yaml").read_text())
 
 GIVEN = ("model", "0.txt", "1.txt", "own_scorer.py")

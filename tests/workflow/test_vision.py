@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from .conftest import Project
 
-pytestmark = [pytest.mark.workflow, pytest.mark.xdist_group("vision")]
+pytestmark = pytest.mark.workflow
 PARAMS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "vision.yaml").read_text())
 RUN = "scenes/vision.blocks.0.resid_post/soft-topk/d64-seed0"
 
