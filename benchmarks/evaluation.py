@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -173,7 +174,7 @@ def one_pass(root: Path) -> dict[str, pd.DataFrame]:
         works |= {(way, n): partial(work, n) for n in SAES}
         work(1)
     check(metrics)
-    times = in_turns(works, TURNS)
+    times = in_turns(works, TURNS, time.process_time)  # one thread: others' work changes it little
     check(metrics)
     unit, most = times["forward"], max(SAES)
     lines = []
@@ -313,7 +314,7 @@ def main() -> None:
         f"{LAYERS} blocks, width {WIDTH}, {VOCABULARY} tokens and random weights; {CONTEXTS} contexts of {LENGTH} tokens. "
         f"One clean side: `write_clean` (clean, mean, zero) and what each SAE adds. Each on its own: four whole "
         f"passes an SAE, with equal results. The unit is a whole clean forward of the same contexts with its logits, "
-        f"medians of {TURNS} turns. Runs are counted on the blocks' MLPs, for each context. Memory: "
+        f"in one thread's processor time, medians of {TURNS} turns. Runs are counted on the blocks' MLPs, for each context. Memory: "
         f"all metrics of activations of an adaptive SAE with intervals and controls, on drawn rows of width {NARROW}, each size "
         f"in a fresh process after {BASELINE} rows. Job: a model of SmolLM2's shape, random weights, an adaptive SAE of {JOB_SAE} "
         f"latents, {JOB_ROWS} rows and {JOB_CONTEXTS} contexts, as in the demo."

@@ -15,15 +15,19 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def in_turns(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def in_turns(
+    works: Mapping[str, Callable[[], object]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each piece of work, `repeats` times, one after the other in every round."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(repeats):
         names = list(works) if number % 2 == 0 else list(works)[::-1]
         for name in names:
-            began = time.perf_counter()
+            began = clock()
             works[name]()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(clock() - began)
     return times
 
 
