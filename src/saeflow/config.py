@@ -89,6 +89,11 @@ class ImportConfig:
     library: str
     folder: str
 
+    @property
+    def store(self) -> str:
+        """SOURCE/HOOK_POINT of the activations it is evaluated on."""
+        return f"{self.source}/{self.hook_point}"
+
 
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key given twice, which YAML would silently let the last one win."""

@@ -64,7 +64,7 @@ rule import_sae:
         key=lambda w: plan.key_import(w.run),
         folder=lambda w: plan.imports[w.run].folder,
         library=lambda w: plan.imports[w.run].library,
-        store=lambda w: "/".join(w.run.split("/")[:2]),
+        store=lambda w: plan.imports[w.run].store,
     shell:
         "python -m saeflow import {params.folder:q} --library {params.library} --store {params.store}"
         " --name {wildcards.run} --key {params.key} --out results/saes/{wildcards.run} 2>&1 | tee {log}"
