@@ -170,9 +170,9 @@ class Bench:
         """What the source knows of its rows beside the store's columns, see `tasks`."""
         if self.source_params["kind"] == "text":
             from saeflow.sources.documents import document_kinds
-            from saeflow.sources.models import load_tokenizer, token_texts
+            from saeflow.sources.models import token_texts
 
-            known: dict[str, Any] = {"strings": token_texts(load_tokenizer(self._model))}
+            known: dict[str, Any] = {"strings": token_texts(self.tokenizer)}
             kinds = document_kinds(self.source_params["text"])
             if kinds is not None:
                 known["all_kinds"] = set(kinds.tolist())
@@ -274,14 +274,13 @@ class Bench:
     def words(self, sae: Any) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
         """Of a text source: the logit lens where decoder rows reach the lm head, token ids, facts of a page."""
         from saeflow.sources.hook_points import final_norm
-        from saeflow.sources.models import load_tokenizer
 
         if self.model_in_the_loop is None:
             raise UserError(
                 f"evaluation.latents.runs: expected SAEs of a model's activations, found {self.source}, which has "
                 "no model. Take another run."
             )
-        model, tokenizer = self.model_in_the_loop.model, load_tokenizer(self._model)
+        model, tokenizer = self.model_in_the_loop.model, self.tokenizer
         lens = logit_lens(model, final_norm(model), sae.directions(), _LENS)
         facts = {"unit": "tokens", "strings": lambda token: tokenizer.decode([token])}
         return lens, self.tokens("evaluation"), facts
