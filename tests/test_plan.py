@@ -127,3 +127,23 @@ def test_rows_of_one_split_leave_the_others_store_key_to_its_inputs() -> None:
 
 def test_a_figure_option_redraws_only() -> None:
     assert kinds(changed_by("figures/allow_unequal_budgets", True)) == {"figure", "report"}
+
+
+def test_groups_hold_every_run_once() -> None:
+    params = copy.deepcopy(PARAMS)
+    params["saes"]["other"] = {
+        "store": "synthetic/features", "import": {"library": "saelens", "folder": "elsewhere"},
+    }  # fmt: skip
+    plan = Plan(params)
+    size = params["runtime"]["saes_per_job"]
+    for groups, runs in (
+        (plan.training_groups, plan.runs),
+        (plan.evaluation_groups, plan.evaluated),
+    ):
+        assert sorted(run for group in groups for run in group) == sorted(runs)
+        assert all(len(group) <= size for group in groups)
+        for group in groups:
+            assert (
+                len({(plan.evaluated[r].source, plan.evaluated[r].hook_point) for r in group}) == 1
+            )
+    assert plan.evaluation_groups[: len(plan.training_groups)] == plan.training_groups

@@ -29,6 +29,12 @@ app = typer.Typer(
 )
 
 Key = Annotated[str, typer.Option(help="The workflow's key of this job, for its record.")]
+Keys = Annotated[
+    list[str] | None, typer.Option("--key", help="The workflow's key of each, for its record.")
+]
+Group = Annotated[
+    str, typer.Option(help="GROUP.done where it was made with others, under GROUP/RUN.")
+]
 Out = Annotated[Path, typer.Option(help="Written: the result folder.")]
 SourceJson = Annotated[str, typer.Option(help="One entry of `sources`, as JSON.")]
 StoreJson = Annotated[str, typer.Option(help="One entry of `stores`, as JSON.")]
@@ -93,6 +99,21 @@ def _set_threads(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+
+
+def _of_each(option: str, number: int, out: list[Path], key: list[str] | None) -> list[str]:
+    """A key for each of several results, empty where none were given."""
+    keys = key or [""] * number
+    if not number == len(out) == len(keys):
+        raise UserError(
+            f"{option}, --out, --key: expected as many of each, found {number}, {len(out)} and {len(keys)}."
+        )
+    return keys
+
+
+def _place(group: str, run: Path, out: Path) -> Path:
+    """Where a run's result lies: where its group's job made it, if it is one of a group."""
+    return Path(group).with_suffix("").joinpath(*run.parts[-4:]) if group else out
 
 
 def _model_folders(folder: Path, source: dict[str, Any]) -> list[Path]:
@@ -384,27 +405,18 @@ def train(
         Path | None,
         typer.Option(help="Folder of trained SAEs, for runs that take their k from one."),
     ] = None,
-    key: Annotated[
-        list[str] | None, typer.Option(help="The workflow's key of each run, for its record.")
-    ] = None,
-    group: Annotated[
-        str, typer.Option(help="GROUP.done where the run was trained in a group, under GROUP/.")
-    ] = "",
+    key: Keys = None,
+    group: Group = "",
 ) -> None:
     """Train SAEs on one store, one or several in one pass over its batches."""
     configs = [SAEConfig.from_dict(_json("--run", text)) for text in run]
-    keys = key or [""] * len(run)
-    if not len(configs) == len(out) == len(keys):
-        raise UserError(
-            f"--run, --out, --key: expected one of each for every run, found {len(configs)}, {len(out)} "
-            f"and {len(keys)}."
-        )
+    keys = _of_each("--run", len(run), out, key)
     if len({(config.source, config.hook_point) for config in configs}) > 1:
         raise UserError("--run: expected runs of one store, found several. Train them one by one.")
-    places = [Path(group).with_suffix("") / config.name for config in configs] if group else out
     is_there = [
-        os.environ.get("RANK", "0") == "0" and provenance.take(place, folder, name)
-        for place, folder, name in zip(places, out, keys, strict=True)
+        os.environ.get("RANK", "0") == "0"
+        and provenance.take(_place(group, Path(config.name), folder), folder, name)
+        for config, folder, name in zip(configs, out, keys, strict=True)
     ]
     if all(is_there) and os.environ.get("WORLD_SIZE", "1") == "1":
         return  # without waiting for torch: most jobs only take what their group has trained
@@ -563,35 +575,52 @@ def dimension(
 
 @app.command()
 def evaluate(
-    sae: Annotated[Path, typer.Option(help="Folder of a trained SAE.")],
+    sae: Annotated[
+        list[Path], typer.Option(help="Folder of a trained SAE; several of one store: in turn.")
+    ],
     results: Annotated[Path, typer.Option(help="The results folder, with stores and sources.")],
     evaluation: EvaluationJson,
     runtime: RuntimeJson,
     threads: Threads,
-    out: Out,
-    key: Key = "",
+    out: Annotated[list[Path], typer.Option(help="Written: the result folder of each SAE.")],
+    key: Keys = None,
+    group: Group = "",
 ) -> None:
-    """Measure one SAE on held-out activations and with the model in the loop."""
+    """Measure SAEs of one store on held-out activations and with the model in the loop."""
+    keys = _of_each("--sae", len(sae), out, key)
+    left = [
+        (folder, made, name)
+        for folder, made, name in zip(sae, out, keys, strict=True)
+        if not provenance.take(_place(group, folder, made), made, name)
+    ]
+    if not left:
+        return  # without waiting for torch, like `train`
     from saeflow.evaluation import Bench, evaluate_sae
     from saeflow.saes import load, read_config
 
     metrics, machine = _json("--evaluation", evaluation), _machine(runtime, threads)
-    provenance.check(sae)
-    config = read_config(sae)
-    bench = Bench(results, config["source"], config["hook_point"], metrics, machine["device"])
-    with (
-        _interruptible(),
-        provenance.job(
-            out,
-            name="evaluate",
-            inputs=[sae, *bench.inputs],
-            params=metrics,
-            key=key,
-            seed=config["seed"],
-            device=machine["device"],
-        ) as job,
-    ):
-        evaluate_sae(load(sae), config, bench, job.path)
+    bench: Bench | None = None
+    for folder, made, name in left:
+        provenance.check(folder)
+        config = read_config(folder)
+        is_first = bench is None
+        bench = bench or Bench(
+            results, config["source"], config["hook_point"], metrics, machine["device"]
+        )
+        with (
+            _interruptible(),
+            provenance.job(
+                made,
+                name="evaluate",
+                inputs=[folder, *bench.inputs],
+                params=metrics,
+                key=name,
+                seed=config["seed"],
+                device=machine["device"],
+                checked=is_first,  # one check serves all
+            ) as job,
+        ):
+            evaluate_sae(load(folder), config, bench, job.path)
 
 
 @app.command()
@@ -806,7 +835,8 @@ def report(
 
 def _records(results: Path, figures: list[Path]) -> list[Path]:
     """The records of everything that the figures were made from."""
-    links = (link for folder in figures for link in provenance.trace(folder, lambda name: None))
+    seen: set[str] = set()
+    links = (link for folder in figures for link in provenance.trace(folder, lambda _: None, seen))
     return sorted({provenance.record_path(Path(link.result)) for link in links})
 
 

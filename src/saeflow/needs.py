@@ -175,7 +175,7 @@ class Needs:
     def _training(self, source: str, hook_point: str) -> Need:
         runs, width = self._of_store(source, hook_point), self.passes[source].widths[hook_point]
         names = {run.name for run in runs}
-        jobs = sum(names.issuperset(group) for group in self.plan.groups)
+        jobs = sum(names.issuperset(group) for group in self.plan.training_groups)
         row_bytes = width * _itemsize(self.plan.params["stores"][source]["dtype"])
         ranks = self.plan.params["runtime"]["ranks"]
         disk = memory = seconds = 0.0

@@ -77,7 +77,7 @@ class Plan:
         return sorted(found)
 
     @cached_property
-    def groups(self) -> list[list[str]]:
+    def training_groups(self) -> list[list[str]]:
         """Runs that one job trains: `runtime.saes_per_job` at most, of one store; same batches first."""
 
         def stream(name: str) -> tuple[str, str, bool, int, int]:
@@ -85,10 +85,21 @@ class Plan:
             guided = run.guide is not None  # apart: its guide is trained before
             return run.source, run.hook_point, guided, run.training.batch_size, run.seed
 
+        names = sorted(self.runs, key=stream)
+        return self._at_most(names, lambda name: stream(name)[:3])
+
+    @cached_property
+    def evaluation_groups(self) -> list[list[str]]:
+        """Runs that one job evaluates: those that one job trains, and imported ones of one store."""
+        imported = sorted(self.imports, key=lambda name: self.imports[name].store)
+        return self.training_groups + self._at_most(imported, lambda n: self.imports[n].store)
+
+    def _at_most(self, names: list[str], alike: Callable[[str], Any]) -> list[list[str]]:
+        """`runtime.saes_per_job` names each, which follow one another and are alike."""
         size, found = self.params["runtime"]["saes_per_job"], []
-        for _, names in itertools.groupby(sorted(self.runs, key=stream), lambda n: stream(n)[:3]):
-            of_store = list(names)
-            found += [of_store[i : i + size] for i in range(0, len(of_store), size)]
+        for _, some in itertools.groupby(names, alike):
+            every = list(some)
+            found += [every[i : i + size] for i in range(0, len(every), size)]
         return found
 
     @cached_property

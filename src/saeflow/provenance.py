@@ -331,18 +331,21 @@ def result_of(file: Path) -> Path:
     return root
 
 
-def trace(file: Path, external_digest: Callable[[str], str | None]) -> Iterator[Link]:
+def trace(
+    file: Path, external_digest: Callable[[str], str | None], seen: set[str] | None = None
+) -> Iterator[Link]:
     """Walk from a result down to models and data, checking every digest on the way.
 
     Args:
         file: a result file or folder.
         external_digest: the present digest of something from outside, by the name it was recorded
             under; None where it cannot be told any more (a hub revision, which is its own digest).
+        seen: results that were walked down from already, in an earlier call too; added to.
 
     Raises:
         UserError: a link is broken; the message names the file.
     """
-    seen: set[str] = set()
+    seen = set() if seen is None else seen
     root = result_of(file)
     stack: list[tuple[int, Path, str | None, Path | None]] = [(0, root, None, None)]
     while stack:

@@ -84,17 +84,31 @@ def test_one_parameter_reruns_exactly_what_depends_on_it(
     assert done.todo() == {}
 
 
-def test_a_group_trains_what_is_missing_and_the_same(done: Project) -> None:
+def test_a_group_makes_what_is_missing_and_the_same(done: Project) -> None:
+    """One job trains, one evaluates what is missing; what a killed one had already made is taken as it is."""
+    saes, evaluations = done.folder / "results/saes", done.folder / "results/evaluations"
     expected = done.contents()
     missing = [run for run in Plan(SYNTHETIC).runs if "random-decoder" not in run]
+    measured = {run: (evaluations / run / "metrics.csv").read_bytes() for run in missing}
+    finished = missing[1]
+    record = (evaluations / finished / "provenance.json").read_bytes()
+    place = done.folder / "results/evaluations.groups/0" / finished
+    place.parent.mkdir(parents=True)
+    (evaluations / finished).rename(place)
     for run in missing:
-        shutil.rmtree(done.folder / "results/saes" / run)
+        shutil.rmtree(saes / run)
+        shutil.rmtree(evaluations / run, ignore_errors=True)
     done.write(with_value("runtime/saes_per_job", 8))
     try:
-        assert done.todo("train") == {"train_group": 1, "train_sae": 3}
-        done.snakemake("train")
+        assert done.todo("evaluate") == {
+            "train_group": 1, "train_sae": 3, "evaluate_group": 1, "evaluate_sae": 3, "collect_tables": 1,
+        }  # fmt: skip
+        done.snakemake("evaluate")
         assert done.contents() == expected
-        assert not (done.folder / "results/saes.groups").exists()
+        for run in missing:
+            assert (evaluations / run / "metrics.csv").read_bytes() == measured[run]
+        assert (evaluations / finished / "provenance.json").read_bytes() == record
+        assert not list((done.folder / "results").glob("*.groups"))
     finally:
         done.write(SYNTHETIC)
     done.snakemake("all")

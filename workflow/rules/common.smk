@@ -94,7 +94,7 @@ PROBES = [
 ]
 STABILITY = [f"results/evaluations/stability/{setting}/{RECORD}" for setting in plan.seeds]
 INTERPRETED = [f"results/evaluations/interpretability/{run}/{RECORD}" for run in plan.interpreted]
-GROUPS = "results/saes.groups"
+TRAINED, EVALUATED = "results/saes.groups", "results/evaluations.groups"
 FIGURES = [f"results/figures/{figure}/{RECORD}" for figure in config["figures"]["names"]]
 
 
@@ -198,18 +198,47 @@ def training_inputs(runs):
     return [store, *sorted(probes), *(f"results/saes/{guide}/{RECORD}" for guide in sorted(guides))]
 
 
-def missing(group):
-    """The runs of a group that are still to be trained."""
-    return [run for run in plan.groups[int(group)] if not is_trained(run)]
-
-
 def is_trained(run):
     return is_current(f"results/saes/{run}", plan.key_sae(run)) and not is_forced()
 
 
-def trained_in_group(run):
-    """What says that a run was trained in a group, where it is to be."""
-    if config["runtime"]["saes_per_job"] == 1 or is_trained(run):
+def is_evaluated(run):
+    return is_current(f"results/evaluations/{run}", plan.key_evaluation(run)) and not is_forced()
+
+
+def untrained(group):
+    """The runs of a group that are still to be trained."""
+    return [run for run in plan.training_groups[int(group)] if not is_trained(run)]
+
+
+def unevaluated(group):
+    """The runs of a group that are still to be evaluated."""
+    return [run for run in plan.evaluation_groups[int(group)] if not is_evaluated(run)]
+
+
+def done_in_group(run, groups, folder, is_there):
+    """What says that a group's job has made a run's result, where it is to."""
+    if config["runtime"]["saes_per_job"] == 1 or is_there(run):
         return []
-    group = next(i for i, runs in enumerate(plan.groups) if run in runs)
-    return f"{GROUPS}/{group}.done"
+    group = next(i for i, runs in enumerate(groups) if run in runs)
+    return f"{folder}/{group}.done"
+
+
+def evaluating(runs, folder):
+    """What evaluating some runs of one store is told."""
+    source = plan.evaluated[runs[0]].source
+    each = (
+        f"--sae=results/saes/{run} --key={plan.key_evaluation(run)} --out={folder}/{run}"
+        for run in runs
+    )
+    evaluation = (
+        f"--results=results --evaluation={shlex.quote(json.dumps(plan.evaluation(source)))}"
+    )
+    return " ".join([evaluation, *each])
+
+
+def evaluating_inputs(runs):
+    """The records of what evaluating some runs of one store reads."""
+    store = plan.evaluated[runs[0]]
+    saes = [f"results/saes/{run}/{RECORD}" for run in runs]
+    return saes + evaluation_inputs(store.source, store.hook_point)

@@ -76,10 +76,8 @@ rule estimate_dimension:
 
 rule evaluate_sae:
     input:
-        sae="results/saes/{run}/provenance.json",
-        others=lambda w: evaluation_inputs(
-            plan.evaluated[w.run].source, plan.evaluated[w.run].hook_point
-        ),
+        lambda w: evaluating_inputs([w.run]),
+        group=lambda w: done_in_group(w.run, plan.evaluation_groups, EVALUATED, is_evaluated),
     output:
         metrics="results/evaluations/{run}/metrics.csv",
         histograms="results/evaluations/{run}/histograms.csv",
@@ -92,20 +90,32 @@ rule evaluate_sae:
     resources:
         gpu=gpus(),
     params:
-        key=lambda w: plan.key_evaluation(w.run),
-        evaluation=lambda w: json.dumps(plan.evaluation(plan.evaluated[w.run].source)),
+        told=lambda w: evaluating([w.run], "results/evaluations"),
     shell:
-        "python -m saeflow evaluate --sae results/saes/{wildcards.run} --results results"
-        " --evaluation {params.evaluation:q} --threads {threads} --key {params.key}"
-        " --out results/evaluations/{wildcards.run} 2>&1 | tee {log}"
+        "python -m saeflow evaluate {params.told} --group='{input.group}' --threads {threads} 2>&1 | tee {log}"
+
+
+rule evaluate_group:
+    input:
+        lambda w: evaluating_inputs(unevaluated(w.group)),
+    output:
+        temp(touch(f"{EVALUATED}/{{group}}.done")),
+    log:
+        "logs/evaluate_group/{group}.log",
+    conda:
+        "../../envs/model.yaml"
+    threads: threads("evaluate")
+    resources:
+        gpu=gpus(),
+    params:
+        told=lambda w: evaluating(unevaluated(w.group), f"{EVALUATED}/{w.group}"),
+    shell:
+        "python -m saeflow evaluate {params.told} --threads {threads} 2>&1 | tee {log}"
 
 
 rule show_latents:
     input:
-        sae="results/saes/{run}/provenance.json",
-        others=lambda w: evaluation_inputs(
-            plan.evaluated[w.run].source, plan.evaluated[w.run].hook_point
-        ),
+        lambda w: evaluating_inputs([w.run]),
     output:
         page="results/evaluations/latents/{run}/latents.html",
         record="results/evaluations/latents/{run}/provenance.json",
@@ -128,10 +138,7 @@ rule show_latents:
 
 rule interpret_sae:
     input:
-        sae="results/saes/{run}/provenance.json",
-        others=lambda w: evaluation_inputs(
-            plan.evaluated[w.run].source, plan.evaluated[w.run].hook_point
-        ),
+        lambda w: evaluating_inputs([w.run]),
     output:
         probing="results/evaluations/interpretability/{run}/probing.csv",
         detection="results/evaluations/interpretability/{run}/detection.csv",

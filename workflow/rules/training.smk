@@ -9,7 +9,7 @@ when it is started again. How many SAEs a job trains changes no result and no ke
 rule train_sae:
     input:
         lambda w: training_inputs([w.run]),
-        group=lambda w: trained_in_group(w.run),
+        group=lambda w: done_in_group(w.run, plan.training_groups, TRAINED, is_trained),
     output:
         weights="results/saes/{run}/weights.safetensors",
         config="results/saes/{run}/config.json",
@@ -33,9 +33,9 @@ rule train_sae:
 
 rule train_group:
     input:
-        lambda w: training_inputs(missing(w.group)),
+        lambda w: training_inputs(untrained(w.group)),
     output:
-        temp(touch(f"{GROUPS}/{{group}}.done")),
+        temp(touch(f"{TRAINED}/{{group}}.done")),
     log:
         "logs/train_group/{group}.log",
     conda:
@@ -44,7 +44,7 @@ rule train_group:
     resources:
         gpu=gpus(),
     params:
-        told=lambda w: training(missing(w.group), f"{GROUPS}/{w.group}"),
+        told=lambda w: training(untrained(w.group), f"{TRAINED}/{w.group}"),
     shell:
         f"{launcher()} -m saeflow train {{params.told}}" " --threads {threads} 2>&1 | tee {log}"
 
