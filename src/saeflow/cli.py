@@ -291,17 +291,25 @@ def extract(
 
 @app.command()
 def merge(
-    parts: Annotated[list[Path], typer.Argument(help="Folders that `extract` wrote.")],
     name: Annotated[str, typer.Option(help="The source's name.")],
     source: SourceJson,
     store: StoreJson,
     split: Split,
     folder: SourceFolder,
     out: Out,
+    parts: Annotated[
+        list[Path] | None, typer.Argument(help="Folders that `extract` wrote.")
+    ] = None,
     key: Key = "",
 ) -> None:
     """Put the parts of a split together: shuffled rows, one Zarr store a hook point."""
     from saeflow.stores import finalise
+
+    if not parts:
+        raise UserError(
+            f"{out}: expected the parts that `extract` wrote, found none: the store was whole when this run began, "
+            "but what it is made from was made again. Run the same command once more: it extracts them."
+        )
 
     values, layout = _json("--source", source), _json("--store", store)
     for part in parts:

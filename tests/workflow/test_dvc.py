@@ -32,6 +32,13 @@ def set_k(project: Project, values: list[int]) -> None:
     project.write(params)
 
 
+def drop_changes(project: Project, revision: str) -> None:
+    """Go to a commit and leave behind what an experiment wrote, new files too."""
+    git(project, "checkout", "-q", "-f", revision)
+    git(project, "clean", "-fdq")
+    project.run("dvc", "checkout")
+
+
 def assert_clean(project: Project) -> None:
     assert "up to date" in project.run("dvc", "status")
     assert project.todo() == {}
@@ -105,12 +112,12 @@ def test_a_fresh_clone_gets_the_results_from_the_cache(repository: Any, tmp_path
 
 def test_an_experiment_runs_and_applies(repository: Any) -> None:
     project, _, second, *_ = repository
-    git(project, "checkout", "-q", second)
+    drop_changes(project, second)
+    assert_clean(project)
     project.run("dvc", "exp", "run", "-n", "wider", "-S", "saes.relu.options.l1=[0.3]")
     assert "wider" in project.run("dvc", "exp", "show", "--md")
     assert_clean(project)
-    git(project, "checkout", "-q", "-f", second)
-    project.run("dvc", "checkout")
+    drop_changes(project, second)
     project.run("dvc", "exp", "apply", "wider")
     assert_clean(project)
 
@@ -118,8 +125,7 @@ def test_an_experiment_runs_and_applies(repository: Any) -> None:
 def test_a_grid_of_experiments_runs_from_the_queue(repository: Any) -> None:
     """Two values, two experiments, each with its metrics; what they share is trained once."""
     project, _, second, *_ = repository
-    git(project, "checkout", "-q", "-f", second)
-    project.run("dvc", "checkout")
+    drop_changes(project, second)
     project.run("dvc", "exp", "run", "--queue", "-S", "training.lr=0.003,0.004")
     text = project.run("dvc", "exp", "run", "--run-all", "--jobs", "1")
     assert "Queued experiment" not in text
@@ -136,8 +142,7 @@ def test_a_grid_of_experiments_runs_from_the_queue(repository: Any) -> None:
 
 def test_plain_snakemake_then_dvc_commit_is_clean(repository: Any) -> None:
     project, _, second, *_ = repository
-    git(project, "checkout", "-q", "-f", second)
-    project.run("dvc", "checkout")
+    drop_changes(project, second)
     params = copy.deepcopy(SYNTHETIC)
     params["figures"]["allow_unequal_budgets"] = True
     params["saes"]["topk"]["options"]["k"] = [8, 12]

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import time
+from base64 import urlsafe_b64encode
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,22 @@ def test_a_group_makes_what_is_missing_and_the_same(done: Project) -> None:
     finally:
         done.write(SYNTHETIC)
     done.snakemake("all")
+    assert done.todo() == {}
+
+
+def test_inputs_made_again_under_a_whole_store_take_one_more_run(done: Project) -> None:
+    """Snakemake remembers other parameters than the inputs' record says, as after half a checkout."""
+    expected = done.contents()
+    record = b"results/sources/synthetic/inputs/provenance.json"
+    memory = done.folder / ".snakemake/metadata" / urlsafe_b64encode(record).decode()
+    remembered = json.loads(memory.read_text())
+    remembered["params"][0] = "another key"
+    memory.write_text(json.dumps(remembered))
+    text = done.snakemake("extract", code=1)
+    assert "error: results/stores/synthetic" in text
+    assert "Run the same command once more" in text
+    done.snakemake("extract")
+    assert done.contents() == expected
     assert done.todo() == {}
 
 
