@@ -274,6 +274,7 @@ class Bench:
     def words(self, sae: Any) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
         """Of a text source: the logit lens where decoder rows reach the lm head, token ids, facts of a page."""
         from saeflow.sources.hook_points import final_norm
+        from saeflow.sources.models import token_texts
 
         if self.model_in_the_loop is None:
             raise UserError(
@@ -282,7 +283,8 @@ class Bench:
             )
         model, tokenizer = self.model_in_the_loop.model, self.tokenizer
         lens = logit_lens(model, final_norm(model), sae.directions(), _LENS)
-        facts = {"unit": "tokens", "strings": lambda token: tokenizer.decode([token])}
+        inside = token_texts(tokenizer)  # which has none for special ones
+        facts = {"unit": "tokens", "strings": lambda t: inside(t) or tokenizer.decode([t])}
         return lens, self.tokens("evaluation"), facts
 
     def pictures(self, settings: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, int]]:
