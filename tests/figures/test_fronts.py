@@ -182,3 +182,17 @@ def test_a_second_entry_of_a_variant_has_its_colour_and_another_line(
     assert first.get_color() == second.get_color() == style.VARIANTS["topk"].color
     assert first.get_linestyle() != second.get_linestyle()
     assert first.get_markerfacecolor() != second.get_markerfacecolor()
+
+
+def test_points_of_many_entries_of_a_variant_can_be_told_apart(
+    make_tables: Maker, tmp_path: Path
+) -> None:
+    entries = [
+        (f"sparsemax{suffix}", "sparsemax", 1.0, None)
+        for suffix in ("", "-mlp", "-relu", "-dense", "-scores", "-wide")
+    ]
+    loaded = load_tables(make_tables(tmp_path, panels=[TEXT], entries=entries, seeds=1))
+    with style.context():
+        lines = FIGURES["fvu_l0"](loaded, STRICT).figure.legends[0].get_lines()[: len(entries)]
+    assert {line.get_color() for line in lines} == {style.VARIANTS["sparsemax"].color}
+    assert len({(line.get_marker(), line.get_markerfacecolor()) for line in lines}) == len(entries)

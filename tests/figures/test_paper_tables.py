@@ -78,6 +78,17 @@ def test_sizes_are_means_over_seeds(folder: Path) -> None:
     assert set(data["d_sae"]) == {1152, 2304}
 
 
+def test_an_ablation_compares_one_size(folder: Path) -> None:
+    data = TABLES["table_ablation"](load_tables(folder), STRICT).data
+    assert set(data["setting"].str.partition("-")[0]) == {"d2304"}
+    assert len(data) == data["setting"].nunique() * data["source"].nunique()
+    line = data[data["source"] == TEXT[0]].iloc[0]
+    runs = [f"{TEXT[0]}/{TEXT[1]}/sparsemax/{line['setting']}-seed{i}" for i in (0, 1)]
+    for column in ("nmse", "l0_mean", "ce_degradation"):
+        values = [metric(folder, run, column) for run in runs]
+        assert line[column] == pytest.approx(sum(values) / 2), column
+
+
 def test_accuracy_is_that_of_the_classification(folder: Path) -> None:
     data = TABLES["table_top_n"](load_tables(folder), STRICT).data
     line = data[(data["setting"] == "d2304-k8") & (data["protocol"] == "paper")]

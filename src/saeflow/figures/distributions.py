@@ -190,22 +190,32 @@ def _ridges(
         pad: points between a panel and its title.
     """
     panels = read.panels_of(rows)
-    columns = min(len(panels), 2)
-    lines = -(-len(panels) // columns)
     placed = [_place(read.one_panel(rows, panel)) for panel in panels]
     tops = [max(ridges[0].base, 1) + 1 for ridges in placed]
-    heights = [max(tops[i * columns : (i + 1) * columns]) * _RIDGE + 0.62 for i in range(lines)]
-    width = style.COLUMN_WIDTH if columns == 1 else style.TEXT_WIDTH
-    figure = style.new_figure(width, sum(heights) + 0.05)
-    axes = figure.subplots(lines, columns, squeeze=False, height_ratios=heights).ravel()
-    for place, (ax, panel, ridges) in enumerate(zip(axes, panels, placed, strict=False)):
+    heights = [top * _RIDGE + 0.62 for top in tops]
+    columns: list[list[int]] = [[], []] if len(panels) > 1 else [[]]
+    for place in range(len(panels)):  # each panel below the shorter column
+        min(columns, key=lambda column: sum(heights[i] for i in column)).append(place)
+    longest = max(sum(heights[i] for i in column) for column in columns)
+    width = style.TEXT_WIDTH if len(columns) > 1 else style.COLUMN_WIDTH
+    figure = style.new_figure(width, longest + 0.05)
+    axes: dict[int, Axes] = {}
+    parts = figure.subfigures(1, len(columns), squeeze=False).ravel()
+    for part, column in zip(parts, columns, strict=True):
+        rest = longest - sum(heights[i] for i in column)
+        ratios = [*(tops[i] * _RIDGE for i in column), *([rest] if rest > 0 else [])]
+        drawn = part.subplots(len(ratios), 1, squeeze=False, height_ratios=ratios).ravel()
+        for ax in drawn[len(column) :]:
+            ax.set_axis_off()
+        axes |= zip(column, drawn, strict=False)
+    for place, (panel, ridges) in enumerate(zip(panels, placed, strict=True)):
+        ax = axes[place]
         for ridge in ridges:
             first = ridge.rows.iloc[0]
             color = style.look(first["variant"], first["entry"]).color
             pooled = pool(bins[bins["run"].isin(ridge.rows["run"])])
             _ridge(ax, ridge.base, pooled, color, shift)
-        neighbour = [tops[i] for i in range(len(panels)) if i // columns == place // columns]
-        ax.set_ylim(min(0, tops[place] - max(neighbour)) - 0.12, tops[place])
+        ax.set_ylim(-0.12, tops[place])
         ax.set_yticks([r.base for r in ridges], [r.label for r in ridges], va="bottom")
         ax.tick_params(axis="y", length=0, pad=2)
         ax.spines["left"].set_visible(False)
@@ -213,8 +223,6 @@ def _ridges(
         ax.grid(False, axis="y")
         ax.set_title(read.panel_title(panel), pad=pad)
         finish(ax, panel, ridges)
-    for ax in axes[len(panels) :]:
-        ax.set_axis_off()
     return figure
 
 

@@ -27,8 +27,9 @@ def k_complexity(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
     """
     keys = ["source", "hook_point", "context"]
     scores = tables.complexity[tables.complexity["split"] == "evaluation"]
+    scores = scores.groupby([*keys, "complexity"])[["score"]].mean().reset_index()
     choosing = tables.contexts[tables.contexts["k_hat"].notna()]
-    rows = choosing.merge(scores[[*keys, "complexity", "score"]], on=keys)
+    rows = choosing.merge(scores, on=keys)
     rows = rows[rows.groupby("run")["l0"].transform("std") > 1e-6]
     if rows.empty:
         raise UserError(
@@ -66,8 +67,9 @@ def k_complexity(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
     data = pd.concat(parts, ignore_index=True)
     best = data.iloc[int(data["spearman"].abs().argmax())]
     caption = (
-        f"Mean L0 of a context, over its mean across contexts, against the context's complexity score, in {_BINS} bins "
-        "of equally many held-out contexts; bars are standard errors. Shown are the variants that choose k by input. The strongest rank "
+        f"Mean L0 of a context, over its mean across contexts, against the context's complexity score (the mean of its "
+        f"rows, where each has one), in {_BINS} bins of equally many held-out contexts; bars are standard errors. Shown "
+        "are the variants that choose k by input, darker shades for more active latents. The strongest rank "
         f"correlation over contexts is {best['spearman']:.2f} ({best['run']}, {best['complexity']}). "
         f"{captions.budget_sentence(shown)}"
     )
@@ -79,7 +81,9 @@ def _binned(
 ) -> pd.DataFrame:
     """Draw one series as means of bins of equally many contexts; returns them."""
     found = []
-    for _, rows in read.each_setting(one.rows):
+    settings = sorted((s for _, s in read.each_setting(one.rows)), key=lambda s: s["l0"].mean())
+    shades = style.shades(one.look.color, len(settings))
+    for rows, shade in zip(settings, shades, strict=True):
         first = rows.sort_values("run").iloc[0]
         relative = rows["l0"] / rows["l0"].mean()
         order = np.argsort(rows[x].to_numpy(), kind="stable")
@@ -99,8 +103,9 @@ def _binned(
         own = pd.DataFrame(found[-_BINS:])
         own = own[own["run"] == first["run"]]
         ax.errorbar(
-            own[x], own["l0_over_mean"], yerr=own["error"], capsize=1.6, elinewidth=0.7, **stroke_of
-        )
+            own[x], own["l0_over_mean"], yerr=own["error"], capsize=1.6, elinewidth=0.7,
+            **stroke_of | {"color": shade},
+        )  # fmt: skip
         legend.setdefault(one.label, Line2D([], [], **stroke_of))
     return pd.DataFrame(found)
 

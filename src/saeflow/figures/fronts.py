@@ -17,6 +17,8 @@ from saeflow.figures.drawing import Drawing
 
 _LOG_FROM = 6.0  # a quality axis whose largest value is this many times its least is logarithmic
 _MARKER_SIZES = {"*": 6.5, "X": 4.8, "P": 4.8, "h": 4.8, ".": 6.0, "D": 3.4}
+_TWINS = ("s", "^", "D", "v", "p")
+"""Open markers of a variant's third, fourth ... label in a figure."""
 _PANEL_HEIGHT = 2.15  # inches
 
 
@@ -181,8 +183,8 @@ def _data(rows: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
 def _strokes(series: Sequence[read.Series]) -> dict[str, dict[str, Any]]:
     """Line and marker of each label, the same in every panel of a figure.
 
-    A variant keeps its colour and marker; its second, third ... label in a figure has broken lines
-    and open markers.
+    A variant keeps its colour; its second label in a figure has broken lines and its marker open, further ones
+    open markers of other shapes.
     """
     strokes: dict[str, dict[str, Any]] = {}
     for one in sorted(series, key=lambda one: style.rank_of(one.look)):
@@ -193,9 +195,10 @@ def _strokes(series: Sequence[read.Series]) -> dict[str, dict[str, Any]]:
             strokes[one.label] = {"color": look.color, "linewidth": 1.2}
             continue
         index = sum(stroke["color"] == look.color for stroke in strokes.values())
+        marker = look.marker if index < 2 else _TWINS[(index - 2) % len(_TWINS)]
         strokes[one.label] = {
-            "color": look.color, "marker": look.marker,
-            "markersize": _MARKER_SIZES.get(look.marker, 4.0),
+            "color": look.color, "marker": marker,
+            "markersize": _MARKER_SIZES.get(marker, 4.0),
             "linestyle": style.LINE_STYLES[index % len(style.LINE_STYLES)],
             "markerfacecolor": look.color if index == 0 else "white",
             "markeredgecolor": look.color if index else "white",

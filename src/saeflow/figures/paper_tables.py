@@ -136,14 +136,15 @@ def ablation(tables: read.Tables, options: Mapping[str, Any]) -> Table:
         index="run", columns="option", values="chosen"
     )
     rows = tables.wide.merge(cells.reset_index(), on="run", suffixes=("", "_option"))
+    rows = read.of_one_size(rows)
     read.check_budgets(tables, rows, options)
     metrics = [name for name in ("l0_mean", "nmse", "ce_degradation", "zero_shot") if name in rows]
-    data = rows.groupby(["source", "entry", *wanted], as_index=False)[metrics].mean()
+    data = rows.groupby(["source", "entry", "setting", *wanted], as_index=False)[metrics].mean()
     caption = (
         "Architecture (mlp: encoder and decoder of their own; shared: cross-attention over shared concepts) and activation "
         f"(weights, scores: two forms of sparsemax; relu). {captions.budget_sentence(rows)} {captions.rows_sentence(rows)}"
     )
-    by = ["source", "architecture", "activation", "score_scale"]
+    by = ["source", "architecture", "activation", "score_scale", "setting"]
     return Table(_ordered(data, by), caption)
 
 

@@ -1,6 +1,5 @@
 """How well complexity can be read from activations, by block and model."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ from saeflow.figures import style
 from saeflow.figures import tables as read
 from saeflow.figures.drawing import Drawing
 
+_BLOCK = r"blocks\.(\d+)"
 _COLORS = ("#AE440E", "#2777E7", "#4FA95D", "#9760AE", "#CD9F07", "#222222")
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _QUALITIES = {"r2": "R², held-out contexts", "rmse": "RMSE (points of 10)", "spearman": "Spearman"}
@@ -24,12 +24,13 @@ def probe_layers(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
         UserError: no probe was fitted.
     """
     rows = tables.probes[tables.probes["split"] == "evaluation"].copy()
+    rows["block"] = rows["hook_point"].str.extract(_BLOCK, expand=False).astype(float)
+    rows = rows[rows["block"].notna()]
     if rows.empty:
         raise UserError(
-            "figures.names: probe_layers needs fitted probes, the tables have none. Take probe_layers out of "
-            "figures.names in params.yaml, or add a run of the variant adaptive_k."
+            "figures.names: probe_layers needs probes of a model's blocks, the tables have none. Take probe_layers out "
+            "of figures.names in params.yaml, or add a run of the variant adaptive_k."
         )
-    rows["block"] = [_block(hook_point) for hook_point in rows["hook_point"]]
     order = sorted(rows["hook_point"].unique(), key=natural)
     figure = style.new_figure(style.TEXT_WIDTH, 2.5)
     axes = figure.subplots(1, len(_QUALITIES))
@@ -50,14 +51,8 @@ def probe_layers(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
     best = rows.iloc[int(rows["r2"].argmax())]
     caption = (
         "Quality of the ridge probes that read a context's complexity score from one activation of it, on held-out "
-        f"contexts, by the block whose output they read ({len(order)} hook points; sources without blocks at 0). The best R² is "
+        f"contexts, by the block whose output they read ({len(order)} hook points). The best R² is "
         f"{best['r2']:.2f} ({best['source']}, {best['complexity']}, {best['hook_point']})."
     )
     data = rows[["source", "hook_point", "complexity", "contexts", "ridge", *_QUALITIES, "pearson"]]
     return Drawing(figure, data.reset_index(drop=True), caption)
-
-
-def _block(hook_point: str) -> int:
-    """The number of a hook point's block, 0 where it has none."""
-    found = re.search(r"blocks\.(\d+)", hook_point)
-    return int(found.group(1)) if found else 0

@@ -37,7 +37,7 @@ def schedules(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
     Raises:
         UserError: none did, or runs differ in budget.
     """
-    steps = tables.training
+    steps = read.of_one_size(tables.training)
     panels = [
         (panel, quantity)
         for panel in read.panels_of(steps)
@@ -75,7 +75,7 @@ def schedules(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
     caption = (
         "What schedules and learning did to the settings of training, one line a setting (its first "
         "seed), darker shades for more active latents; quantities that no run of a source changes are "
-        f"not drawn. {captions.budget_sentence(steps)}"
+        f"not drawn. {captions.size_sentence(steps)} {captions.budget_sentence(steps)}"
     )
     return Drawing(figure, data, caption)
 

@@ -52,7 +52,7 @@ def dictionary_size(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
         style.log_axis(ax, "x", sizes[0] / 1.2, sizes[-1] * 1.2)
         ax.xaxis.set_major_locator(FixedLocator(sizes))
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
         ax.set_title(read.panel_title(panel))
         ax.set_xlabel("latents")
         ax.set_ylabel(read.metric_label(metric, panel).replace(" (", "\n("))
