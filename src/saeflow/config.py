@@ -348,9 +348,15 @@ def _explain(error: Any) -> str:
         for nested in error.context:
             branches.setdefault(nested.schema_path[0], []).append(nested)
         meant = [b for b in branches.values() if not any(e.validator == "const" for e in b)]
-        if isinstance(error.instance, Mapping):  # a mistake in it, not that it is no null
-            is_null = [any(e.validator == "type" and not e.path for e in b) for b in meant]
-            meant = [b for b, no in zip(meant, is_null, strict=True) if not no] or meant
+        types = [
+            [e.validator_value for e in b if e.validator == "type" and not e.path] for b in meant
+        ]
+        if isinstance(error.instance, Mapping | list):  # a mistake in it, not that it is no null
+            meant = [b for b, other in zip(meant, types, strict=True) if not other] or meant
+        elif len(types) > 1 and all(types):
+            where = ".".join(str(part) for part in error.absolute_path)
+            wanted = " or ".join(str(value) for other in types for value in other)
+            return f"{where}: expected {wanted}, found {error.instance!r}{_yaml_trap(error)}."
         if meant:  # the alternative with the fewest mistakes, and in it the deepest one
             fewest = min(meant, key=lambda branch: len(branch))
             return _explain(max(fewest, key=lambda nested: len(nested.absolute_path)))

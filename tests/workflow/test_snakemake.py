@@ -116,6 +116,17 @@ def test_a_group_makes_what_is_missing_and_the_same(done: Project) -> None:
     assert done.todo() == {}
 
 
+def test_seeds_on_the_command_line_are_seeds_of_every_sae(done: Project) -> None:
+    text = done.snakemake("all", "-n", "--quiet", "rules", "--config", "seeds=[0,1]")
+    todo = job_counts(text)
+    assert (
+        todo["train_sae"] == todo["evaluate_sae"] == len(Plan(SYNTHETIC).runs)
+    )  # seed 1; 0 is there
+    assert todo["compare_seeds"] == todo["train_sae"]
+    text = done.snakemake("all", "-n", "--config", "seeds=[0,one]", code=2)
+    assert "error: params.yaml: seeds.1: expected integer, found 'one'." in text
+
+
 def test_inputs_made_again_under_a_whole_store_take_one_more_run(done: Project) -> None:
     """Snakemake remembers other parameters than the inputs' record says, as after half a checkout."""
     expected = done.contents()

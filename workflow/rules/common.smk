@@ -18,6 +18,9 @@ from saeflow.evaluation.tables import EXTRA as EXTRA_TABLES
 from saeflow.plan import Plan
 from saeflow.sources import check_source
 
+if isinstance(config.get("seeds"), list):  # `--config 'seeds=[0,1,2]'` gives them as text
+    config["seeds"] = [int(seed) if str(seed).isdecimal() else seed for seed in config["seeds"]]
+
 try:
     check_params(config, workflow.overwrite_configfiles or ["params.yaml"])
     for name, source in config["sources"].items():
