@@ -131,11 +131,17 @@ def results_under(root: Path) -> list[Path]:
 
 
 def take(place: Path, result: Path, key: str) -> bool:
-    """Move a result that was made elsewhere to its own place, if it is there, whole, and of this key."""
+    """Move a result that was made elsewhere to its own place, if it is there and holds.
+
+    It does if it is whole, of this key, and made from the inputs that are there now.
+    """
     try:
-        if not key or read_record(place).get("key") != key:
+        record = read_record(place)
+        if not key or record.get("key") != key:
             return False
         check(place)
+        if any(read_record(Path(path))["digest"] != d for path, d in record["inputs"].items()):
+            return False
     except UserError:
         return False
     if place != result:
