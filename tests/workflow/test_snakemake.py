@@ -146,6 +146,19 @@ def test_inputs_made_again_under_a_whole_store_take_one_more_run(done: Project) 
     assert done.todo() == {}
 
 
+def test_a_merge_killed_at_its_very_end_is_made_again(done: Project) -> None:
+    """The store is whole, but Snakemake has not seen its job end: its parts are needed again."""
+    expected = done.contents()
+    record = b"results/stores/synthetic/evaluation/provenance.json"
+    marker = done.folder / ".snakemake/incomplete" / urlsafe_b64encode(record).decode()
+    marker.write_text(json.dumps({"external_jobid": None}))
+    todo = done.todo("extract")
+    assert (todo["extract_part"], todo["merge_parts"]) == (2, 1)
+    done.snakemake("all")
+    assert done.contents() == expected
+    assert done.todo() == {}
+
+
 def test_a_code_change_reruns_the_steps_that_run_it(done: Project) -> None:
     path = done.folder / "src/saeflow/figures/style.py"
     code = path.read_text()

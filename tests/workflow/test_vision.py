@@ -49,8 +49,8 @@ def test_a_new_labelled_set_trains_nothing_again(done: Project) -> None:
     todo = done.todo()
     done.write(PARAMS)
     assert set(todo) == {
-        "prepare_labelled", "evaluate_clean", "evaluate_sae", "evaluate_baselines", "show_latents", "collect_tables",
-        "draw_figure", "write_report",
+        "prepare_labelled", "evaluate_clean", "evaluate_group", "evaluate_sae", "evaluate_baselines", "show_latents",
+        "collect_tables", "draw_figure", "write_report",
     }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 import time
+from base64 import urlsafe_b64encode
 from pathlib import Path
 
 from snakemake.settings.types import DeploymentMethod
@@ -146,9 +147,12 @@ def evaluation_inputs(source, hook_point):
 
 
 def is_current(folder, key):
-    """Whether a result with this key is there."""
+    """Whether a result with this key is there, of a job that Snakemake saw end (else it runs again)."""
     record = Path(folder, RECORD)
-    return record.exists() and json.loads(record.read_text()).get("key") == key
+    if not record.exists() or json.loads(record.read_text()).get("key") != key:
+        return False
+    marker = urlsafe_b64encode(str(record).encode()).decode()  # as Snakemake names it
+    return not Path(".snakemake/incomplete", marker).exists()
 
 
 def is_forced():
