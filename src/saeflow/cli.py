@@ -608,27 +608,35 @@ def evaluate(
 
     metrics, machine = _json("--evaluation", evaluation), _machine(runtime, threads)
     bench: Bench | None = None
+    refused: list[UserError] = []
     for folder, made, name in left:
-        provenance.check(folder)
-        config = read_config(folder)
-        is_first = bench is None
-        bench = bench or Bench(
-            results, config["source"], config["hook_point"], metrics, machine["device"]
-        )
-        with (
-            _interruptible(),
-            provenance.job(
-                made,
-                name="evaluate",
-                inputs=[folder, *bench.inputs],
-                params=metrics,
-                key=name,
-                seed=config["seed"],
-                device=machine["device"],
-                checked=is_first,  # one check serves all
-            ) as job,
-        ):
-            evaluate_sae(load(folder), config, bench, job.path)
+        try:
+            provenance.check(folder)
+            config = read_config(folder)
+            if bench is None:
+                store = (config["source"], config["hook_point"])
+                found = Bench(results, *store, metrics, machine["device"])
+                for path in found.inputs:  # once for all
+                    provenance.check(path)
+                bench = found
+            with (
+                _interruptible(),
+                provenance.job(
+                    made,
+                    name="evaluate",
+                    inputs=[folder, *bench.inputs],
+                    params=metrics,
+                    key=name,
+                    seed=config["seed"],
+                    device=machine["device"],
+                    checked=False,
+                ) as job,
+            ):
+                evaluate_sae(load(folder), config, bench, job.path)
+        except UserError as error:  # the others are measured all the same
+            refused.append(error)
+    if refused:
+        raise refused[0]
 
 
 @app.command()

@@ -119,6 +119,28 @@ def test_a_group_makes_what_is_missing_and_the_same(done: Project) -> None:
     assert done.todo() == {}
 
 
+def test_a_group_measures_the_others_beside_a_damaged_sae(done: Project) -> None:
+    evaluations = done.folder / "results/evaluations"
+    good, damaged = [run for run in Plan(SYNTHETIC).runs if "random-decoder" not in run][:2]
+    weights = done.folder / "results/saes" / damaged / "weights.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    for run in (good, damaged):
+        shutil.rmtree(evaluations / run)
+    shutil.rmtree(done.folder / "results/tables")
+    done.write(with_value("runtime/saes_per_job", 8))
+    try:
+        text = done.snakemake("evaluate", "--keep-going", code=1)
+        assert f"error: results/saes/{damaged}/weights.safetensors: its bytes changed" in text
+        assert (evaluations / good / "metrics.csv").exists()
+        assert not (evaluations / damaged).exists()
+    finally:
+        weights.write_bytes(whole)
+        done.write(SYNTHETIC)
+    done.snakemake("all")
+    assert done.todo() == {}
+
+
 def test_seeds_on_the_command_line_are_seeds_of_every_sae(done: Project) -> None:
     text = done.snakemake("all", "-n", "--quiet", "rules", "--config", "seeds=[0,1]")
     todo = job_counts(text)
