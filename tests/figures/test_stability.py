@@ -29,3 +29,14 @@ def test_one_seed_is_refused(make_tables: Maker, tmp_path: Path) -> None:
     loaded = load_tables(make_tables(tmp_path, panels=[TEXT], entries=entries, seeds=1))
     with pytest.raises(UserError, match="stability needs a setting with two seeds"):
         FIGURES["stability"](loaded, STRICT)
+
+
+def test_settings_of_several_sizes_can_be_told_apart(make_tables: Maker, tmp_path: Path) -> None:
+    entries = [("topk", "topk", 1.0, (8,)), ("relu", "relu", 1.2, None)]
+    sizes = {"panels": [TEXT], "entries": entries, "seeds": 2, "sizes": (1152, 2304)}
+    loaded = load_tables(make_tables(tmp_path, **sizes))
+    with style.context():
+        (ax,) = FIGURES["stability"](loaded, STRICT).figure.axes
+    labels = [text.get_text() for text in ax.get_yticklabels()]
+    assert len(set(labels)) == len(labels)
+    assert "topk, 2,304 latents, k = 8" in labels

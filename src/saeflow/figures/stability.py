@@ -68,6 +68,7 @@ def stability(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
 
 def _panel(ax: Axes, rows: pd.DataFrame) -> None:
     labels: list[str] = []
+    sizes = rows.groupby("entry")["d_sae"].nunique()
     settings = sorted(
         rows.groupby(["entry", "setting"]),
         key=lambda item: (
@@ -82,7 +83,8 @@ def _panel(ax: Axes, rows: pd.DataFrame) -> None:
         for name, (_, marker) in _METRICS.items():
             values = held.loc[held["metric"] == name, "value"]
             ax.plot(values, [len(labels)] * len(values), ls="none", marker=marker, color=look.color)
-        labels.append(", ".join(filter(None, [str(entry), read.setting_label(first)])))
+        size = f"{first['d_sae']:,.0f} latents" if sizes[str(entry)] > 1 else ""
+        labels.append(", ".join(filter(None, [str(entry), size, read.setting_label(first)])))
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.set_xlim(min(0.0, float(rows["value"].min()) - 0.05), 1.02)
