@@ -114,3 +114,15 @@ def test_what_is_wrong_with_a_table_is_said_in_one_line(tables: Path, tmp_path: 
         (tmp_path / "metrics.csv").write_text(text + broken + "\n")
         with pytest.raises(UserError, match=rf"metrics\.csv: .*{message}"):
             load_tables(tmp_path)
+
+
+def test_labels_name_sizes_and_seeds_only_where_there_are_several() -> None:
+    lines = [
+        ("soft-topk", "d64-k8", 64, 8, 0), ("soft-topk", "d128-k8", 128, 8, 0),
+        ("soft-topk", "d128-k8", 128, 8, 1), ("adaptive-k", "d64-k_max30", 64, None, 0),
+    ]  # fmt: skip
+    rows = pd.DataFrame(lines, columns=["entry", "setting", "d_sae", "k", "seed"])
+    assert read.entry_labels(rows) == [
+        "soft-topk, 64 latents, k = 8", "soft-topk, 128 latents, k = 8, seed 0",
+        "soft-topk, 128 latents, k = 8, seed 1", "adaptive-k, k_max = 30",
+    ]  # fmt: skip

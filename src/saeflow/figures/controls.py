@@ -93,24 +93,6 @@ def _panel(ax: Axes, rows: pd.DataFrame, panel: tuple[str, str]) -> None:
     ax.axvline(0, color=style.INK, lw=0.8)
     ax.grid(True, axis="x")
     ax.set_title(read.panel_title(panel))
-    ax.set_yticks(range(len(runs)), _labels(rows, runs))
-    ax.set_ylim(len(runs) - 0.5, -0.5)
-
-
-def _labels(rows: pd.DataFrame, runs: list[str]) -> list[str]:
-    """Entry and setting of each run, and its seed where a setting has several."""
     first = rows.drop_duplicates("run").set_index("run").loc[runs]
-    has_seeds = first.duplicated(["entry", "setting"], keep=False)
-    return [
-        ", ".join(
-            filter(
-                None,
-                [
-                    str(row["entry"]),
-                    read.setting_label(row),
-                    f"seed {row['seed']:g}" if several else "",
-                ],
-            )
-        )
-        for (_, row), several in zip(first.iterrows(), has_seeds, strict=True)
-    ]
+    ax.set_yticks(range(len(runs)), read.entry_labels(first))
+    ax.set_ylim(len(runs) - 0.5, -0.5)

@@ -67,8 +67,6 @@ def stability(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
 
 
 def _panel(ax: Axes, rows: pd.DataFrame) -> None:
-    labels: list[str] = []
-    sizes = rows.groupby("entry")["d_sae"].nunique()
     settings = sorted(
         rows.groupby(["entry", "setting"]),
         key=lambda item: (
@@ -77,14 +75,12 @@ def _panel(ax: Axes, rows: pd.DataFrame) -> None:
             natural(str(item[0][1])),
         ),
     )
-    for (entry, _), held in settings:
-        first = held.iloc[0]
-        look = style.look(first["variant"], str(entry))
+    for place, ((entry, _), held) in enumerate(settings):
+        look = style.look(held["variant"].iloc[0], str(entry))
         for name, (_, marker) in _METRICS.items():
             values = held.loc[held["metric"] == name, "value"]
-            ax.plot(values, [len(labels)] * len(values), ls="none", marker=marker, color=look.color)
-        size = f"{first['d_sae']:,.0f} latents" if sizes[str(entry)] > 1 else ""
-        labels.append(", ".join(filter(None, [str(entry), size, read.setting_label(first)])))
+            ax.plot(values, [place] * len(values), ls="none", marker=marker, color=look.color)
+    labels = read.entry_labels(pd.DataFrame([held.iloc[0] for _, held in settings]))
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     ax.set_xlim(min(0.0, float(rows["value"].min()) - 0.05), 1.02)

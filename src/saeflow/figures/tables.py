@@ -367,6 +367,19 @@ def of_one_size(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(parts) if parts else rows
 
 
+def entry_labels(rows: pd.DataFrame) -> list[str]:
+    """A label for each row: its entry and setting; its size and seed too, where the entry or setting has several."""
+    sizes = rows.groupby("entry")["d_sae"].transform("nunique")
+    has_seeds = rows.duplicated(["entry", "setting"], keep=False)
+    labels = []
+    for (_, row), n_sizes, several in zip(rows.iterrows(), sizes, has_seeds, strict=True):
+        size = f"{row['d_sae']:,.0f} latents" if n_sizes > 1 else ""
+        seed = f"seed {row['seed']:g}" if several else ""
+        parts = [str(row["entry"]), size, setting_label(row), seed]
+        labels.append(", ".join(filter(None, parts)))
+    return labels
+
+
 def setting_label(row: Mapping[Any, Any] | pd.Series, k: str = "k") -> str:
     """What tells a setting from the others of its series: its k, or its penalty."""
     if not pd.isna(row[k]):
