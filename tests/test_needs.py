@@ -75,6 +75,16 @@ def test_as_many_jobs_are_counted_as_snakemake_starts(
     assert sum(need.jobs for need in needs.steps()) == sum(job_counts(started).values())
 
 
+def test_a_group_is_one_job_of_training_and_one_of_evaluation(tmp_path: Path) -> None:
+    Project(tmp_path, SYNTHETIC)
+    params = load_params(tmp_path / "params.yaml")
+    params["runtime"]["saes_per_job"] = 8
+    needs = Needs(Plan(params), Rates.read(RATES), tmp_path)
+    jobs = {need.step: need.jobs for need in needs.steps()}
+    assert jobs["train"] == 1
+    assert jobs["evaluate"] == 2  # and the baselines
+
+
 def test_the_document_shows_what_is_printed() -> None:
     rates = Rates.read(SCALE / "h200.yaml")
     plan = Plan(load_params(SCALE / "params.yaml"))

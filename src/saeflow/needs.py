@@ -172,10 +172,14 @@ class Needs:
         runs = self.plan.runs.values()
         return [run for run in runs if (run.source, run.hook_point) == (source, hook_point)]
 
+    def _groups_of(self, runs: list[SAEConfig]) -> int:
+        """Jobs that train some runs, and as many that evaluate them."""
+        names = {run.name for run in runs}
+        return sum(names.issuperset(group) for group in self.plan.training_groups)
+
     def _training(self, source: str, hook_point: str) -> Need:
         runs, width = self._of_store(source, hook_point), self.passes[source].widths[hook_point]
-        names = {run.name for run in runs}
-        jobs = sum(names.issuperset(group) for group in self.plan.training_groups)
+        jobs = self._groups_of(runs)
         row_bytes = width * _itemsize(self.plan.params["stores"][source]["dtype"])
         ranks = self.plan.params["runtime"]["ranks"]
         disk = memory = seconds = 0.0
@@ -207,7 +211,7 @@ class Needs:
             seconds += 3 * rows * 2 * width * run.d_sae / self.rates.product_gflops / 1e9
             spliced = one.flops_whole - one.flops
             seconds += contexts * spliced / self.rates.forward_gflops / 1e9
-        jobs = len(runs) + 1 + has_model + self.plan.has_dimension(source)
+        jobs = self._groups_of(runs) + 1 + has_model + self.plan.has_dimension(source)
         largest = max(run.d_sae for run in runs)
         memory = _PROCESS + (one.weights if has_model else 0) + 2 * width * largest * _FLOAT
         what = f"{_saes(runs)} on {rows:,} rows"
