@@ -5,6 +5,11 @@ if not workflow.overwrite_configfiles:  # a preset replaces the parameters, it d
     configfile: "params.yaml"
 
 
+# On a cluster each job asks for its own GPU: a limit of this machine's (profiles/default) is not one of the cluster's.
+resource_scopes:
+    gpu="local",
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/sources.smk"
 include: "workflow/rules/stores.smk"

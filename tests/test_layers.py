@@ -9,7 +9,7 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "saeflow"
 LAYERS = (
-    "errors", "files", "progress", "plugins", "config", "provenance", "plan", "operators", "sources", "stores", "complexity",
+    "errors", "device", "files", "progress", "plugins", "config", "provenance", "plan", "operators", "sources", "stores", "complexity",
     "saes", "training", "evaluation", "exchange", "figures", "needs", "cli", "__main__",
 )  # fmt: skip
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saeflow import provenance
+from saeflow import device, provenance
 from saeflow.config import IMPORTED, ROOT, SPLITS, SAEConfig, load_params, scorer_file
 from saeflow.errors import UserError
 from saeflow.files import file_digest
@@ -90,9 +90,10 @@ def _json(option: str, text: str) -> Any:
 
 
 def _machine(runtime: str, threads: int) -> dict[str, Any]:
-    """`runtime`, with torch set to so many threads."""
+    """`runtime`, with its device decided for this machine and torch set to so many threads."""
+    values = dict(_json("--runtime", runtime))
     _set_threads(threads)
-    return dict(_json("--runtime", runtime))
+    return {**values, "device": device.resolve(values["device"])}
 
 
 def _set_threads(threads: int) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.config import PACKAGE, source_digest
+from saeflow.device import label
 from saeflow.errors import UserError
 from saeflow.files import (
     canonical_json,
@@ -248,7 +249,7 @@ def _write_record(
         "seed": identity["seed"],
         "code": {"digest": identity["code"], **_git_state()},
         "lock": _lock_digest(),
-        "device": device,
+        "device": label(device),
         "versions": _versions(),
         "started": began.isoformat(timespec="seconds"),
         "duration_s": round(time.time() - started, 2),

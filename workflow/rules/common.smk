@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
 from saeflow.complexity.scorers import check_scoring
 from saeflow.config import check_params
+from saeflow.device import has_gpu
 from saeflow.errors import UserError
 from saeflow.evaluation.tables import EXTRA as EXTRA_TABLES
 from saeflow.plan import Plan
@@ -107,8 +108,9 @@ def threads(step):
 
 
 def gpus():
-    """GPUs of a job that runs a model or trains: jobs share one GPU one at a time."""
-    return 0 if config["runtime"]["device"] == "cpu" else 1
+    """GPUs of a job that runs a model or trains; `auto` asks for one where this machine has one."""
+    asked = config["runtime"]["device"]
+    return int(has_gpu() if asked == "auto" else asked != "cpu")
 
 
 def model_record(wildcards):
