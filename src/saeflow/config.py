@@ -18,11 +18,11 @@ import yaml
 
 from saeflow.errors import UserError
 from saeflow.files import json_digest
+from saeflow.options import with_options
 from saeflow.plugins import module_file
 
 PACKAGE = Path(__file__).parent
 ROOT = PACKAGE.parents[1]
-OPTION_PRESETS = PACKAGE / "saes" / "presets.yaml"
 SCHEMA = ROOT / "workflow" / "schemas" / "params.schema.yaml"
 SPLITS = ("train", "evaluation")
 _CHOICES = 12
@@ -183,7 +183,7 @@ def validate(params: Any) -> None:
     Raises:
         UserError: the first thing that is wrong, in one line.
     """
-    params = with_presets(params)
+    params = with_options(params)
     errors = sorted(_validator().iter_errors(params), key=lambda error: list(map(str, error.path)))
     if errors:
         raise UserError(_explain(errors[0]))
@@ -288,44 +288,6 @@ def scorer_file(interpretability: Mapping[str, Any]) -> Path | None:
     if detection is None or ":" not in detection["scorer"]:
         return None
     return module_file(detection["scorer"], SCORER)
-
-
-def with_presets(params: Any) -> Any:
-    """Parameters with the presets that `saes` entries name (`options: {preset: NAME, ...}`) put in.
-
-    An option given beside `preset` replaces the preset's.
-
-    Raises:
-        UserError: an unknown preset, or one of another variant.
-    """
-    entries = params.get("saes") if isinstance(params, Mapping) else None
-    if not isinstance(entries, Mapping):
-        return params
-    return {**params, "saes": {name: _with_preset(name, entry) for name, entry in entries.items()}}
-
-
-def _with_preset(name: str, entry: Any) -> Any:
-    options = entry.get("options") if isinstance(entry, Mapping) else None
-    if not isinstance(options, Mapping) or "preset" not in options:
-        return entry
-    presets, chosen = _option_presets(), options["preset"]
-    if not isinstance(chosen, str) or chosen not in presets:
-        raise UserError(
-            f"saes.{name}.options.preset: expected one of {_list(presets)}, found {chosen!r}."
-        )
-    preset = presets[chosen]
-    if preset["variant"] != entry.get("variant"):
-        raise UserError(
-            f"saes.{name}.options.preset: {chosen} is of the variant {preset['variant']}, found variant "
-            f"{entry.get('variant')!r}. Change one of them."
-        )
-    own = {key: value for key, value in options.items() if key != "preset"}
-    return {**entry, "options": {**preset["options"], **own}}
-
-
-@functools.cache
-def _option_presets() -> dict[str, Any]:
-    return dict(yaml.safe_load(OPTION_PRESETS.read_text(encoding="utf-8")))
 
 
 def _list(names: Any) -> str:
@@ -486,7 +448,7 @@ def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
         UserError: two runs would have one name.
     """
     runs: dict[str, SAEConfig] = {}
-    for entry, values in with_presets(params)["saes"].items():
+    for entry, values in with_options(params)["saes"].items():
         if "import" in values:
             continue
         shared = {key: params["training"][key] for key in params["training"]}

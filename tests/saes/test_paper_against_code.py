@@ -9,13 +9,15 @@ import torch
 import yaml
 from torch import Tensor
 
-from saeflow.config import OPTION_PRESETS, ROOT, with_presets
+from saeflow.config import ROOT
 from saeflow.errors import UserError
+from saeflow.options import PRESETS as PRESETS_FILE
+from saeflow.options import with_defaults, with_options
 from saeflow.saes import SAE, build, load, save
 from saeflow.saes.adaptive_k import AdaptiveK
 
 D_IN, D_SAE = 16, 64
-PRESETS: dict[str, Any] = yaml.safe_load(Path(OPTION_PRESETS).read_text())
+PRESETS: dict[str, Any] = yaml.safe_load(PRESETS_FILE.read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +42,11 @@ def soft(x: Tensor, preset: str = "softsae-paper", **changes: Any) -> SAE:
     return make(preset, x, **{**small, **changes})
 
 
+def whole_of(preset: str) -> dict[str, Any]:
+    """What the preset states, and the defaults of its variant for the rest."""
+    return with_defaults(PRESETS[preset]["variant"], PRESETS[preset]["options"])
+
+
 # The presets themselves.
 
 
@@ -47,13 +54,13 @@ def soft(x: Tensor, preset: str = "softsae-paper", **changes: Any) -> SAE:
 def test_a_preset_is_a_whole_set_of_options(name: str) -> None:
     build(PRESETS[name]["variant"], 2304, 16_384, PRESETS[name]["options"])
     entry = {"variant": PRESETS[name]["variant"], "options": {"preset": name}}
-    assert with_presets({"saes": {"a": entry}})["saes"]["a"]["options"] == PRESETS[name]["options"]
+    assert with_options({"saes": {"a": entry}})["saes"]["a"]["options"] == whole_of(name)
 
 
 def test_options_beside_a_preset_replace_its_own() -> None:
     entry = {"variant": "soft_topk", "options": {"preset": "softsae-paper", "k": [16, 32]}}
-    options = with_presets({"saes": {"a": entry}})["saes"]["a"]["options"]
-    assert options == {**PRESETS["softsae-paper"]["options"], "k": [16, 32]}
+    options = with_options({"saes": {"a": entry}})["saes"]["a"]["options"]
+    assert options == {**whole_of("softsae-paper"), "k": [16, 32]}
 
 
 @pytest.mark.parametrize(
@@ -65,7 +72,7 @@ def test_options_beside_a_preset_replace_its_own() -> None:
 )
 def test_a_preset_that_does_not_fit_is_refused(variant: str, preset: str, message: str) -> None:
     with pytest.raises(UserError, match=f"saes.a.options.preset: .*{message}"):
-        with_presets({"saes": {"a": {"variant": variant, "options": {"preset": preset}}}})
+        with_options({"saes": {"a": {"variant": variant, "options": {"preset": preset}}}})
 
 
 def test_the_ledger_names_tests_that_are_there_and_every_preset() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from saeflow.config import ROOT
 from saeflow.errors import UserError
+from saeflow.options import with_defaults
 from saeflow.saes import SAE, VARIANTS, build, load, read_config, save
 from saeflow.saes.adaptive_k import AdaptiveK
 
@@ -324,8 +325,9 @@ def test_the_options_of_every_variant_are_here_and_in_the_schema() -> None:
     named = trained["properties"]["variant"]["enum"]
     assert set(named) == set(VARIANTS)
     for variant, options in CASES.values():
-        assert set(schema["$defs"][variant]["properties"]) == set(options)
-        assert set(schema["$defs"][variant]["required"]) == set(options)
+        whole = set(with_defaults(variant, options))
+        assert set(schema["$defs"][variant]["properties"]) == whole
+        assert set(schema["$defs"][variant]["required"]) == whole
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -446,14 +448,41 @@ class TestEveryVariant:
         allowed = sae.allowed_k(scale * x)
         assert allowed is None or bool((allowed > 0).all())
 
-    @pytest.mark.parametrize("change", [{"unknown": 1}, {"missing": None}])
-    def test_options_that_do_not_fit_are_refused(self, case: str, change: dict[str, Any]) -> None:
-        variant, whole = CASES[case]
-        options = {**whole, **change}
-        if "missing" in change:
-            options = dict(list(whole.items())[1:])
-        with pytest.raises(UserError, match=variant):
-            build(variant, D_IN, D_SAE, options)
+    def test_an_unknown_option_is_refused(self, case: str) -> None:
+        variant, options = CASES[case]
+        with pytest.raises(UserError, match=f"{variant}: expected the options .*, found .*unknown"):
+            build(variant, D_IN, D_SAE, {**options, "unknown": 1})
+
+
+@pytest.mark.parametrize(
+    ("variant", "stated"),
+    [
+        ("adaptive_k", {"complexity": "labels", "k_max": 30}),
+        ("batch_topk", {"k": 5}),
+        ("entmax", {"alpha": 1.5}),
+        ("gated", {"l1": 0.3}),
+        ("jumprelu", {"l0_weight": 0.3}),
+        ("matryoshka", {"k": 5}),
+        ("p_anneal", {"l1": 0.3, "anneal_start": 0.1}),
+        ("relu", {"l1": 0.3}),
+        ("soft_topk", {"k": 5, "k_max": 10}),
+        ("sparsemax", {}),
+        ("topk", {"k": 5}),
+    ],
+)
+def test_options_that_are_not_stated_have_the_variants_defaults(
+    variant: str, stated: dict[str, Any]
+) -> None:
+    whole = with_defaults(variant, stated)
+    assert whole.items() >= stated.items()
+    if variant == "matryoshka":  # the paper's groups need 32 latents in the first
+        build(variant, D_IN, 64, stated)
+    else:
+        build(variant, D_IN, D_SAE, stated)
+    for name in set(stated) - {"k_max"}:
+        needed = {key: value for key, value in stated.items() if key != name}
+        with pytest.raises(UserError, match=f"{variant}: expected the options"):
+            build(variant, D_IN, D_SAE, needed)
 
 
 @pytest.mark.parametrize("variant", ["topk", "batch_topk"])

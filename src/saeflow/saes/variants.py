@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from saeflow.errors import UserError
+from saeflow.options import with_defaults
 from saeflow.saes.adaptive_k import AdaptiveK
 from saeflow.saes.base import SAE
 from saeflow.saes.batch_topk import BatchTopK
@@ -36,18 +37,22 @@ VARIANTS: dict[str, type[SAE]] = {
 def build(variant: str, d_in: int, d_sae: int, options: Mapping[str, Any]) -> SAE:
     """A new SAE of a variant, with zero weights until `initialise` or a load.
 
+    Args:
+        options: those that are not stated have the variant's defaults, where it has them.
+
     Raises:
         UserError: an unknown variant, an unknown or missing option, a value out of range.
     """
     if variant not in VARIANTS:
         raise UserError(f"variant: expected one of {', '.join(VARIANTS)}, found {variant!r}.")
     known = _options(VARIANTS[variant])
-    if not isinstance(options, Mapping) or set(options) != set(known):
+    whole = with_defaults(variant, options) if isinstance(options, Mapping) else {}
+    if set(whole) != set(known):
         found = ", ".join(options) if isinstance(options, Mapping) else repr(options)
         raise UserError(
             f"{variant}: expected the options {', '.join(known)}, found {found or 'none'}."
         )
-    return VARIANTS[variant](d_in, d_sae, **options)
+    return VARIANTS[variant](d_in, d_sae, **whole)
 
 
 def _options(variant: type[SAE]) -> list[str]:
