@@ -285,9 +285,9 @@ def extract(
             resumable=True,
         ) as job,
     ):
-        write_part(
-            open_source(values, folder, machine["device"]), split, part, parts, layout, job.path
-        )
+        reader = open_source(values, folder, machine["device"])
+        writers = 1 if machine["device"] == device.CPU else threads  # a GPU outruns one thread
+        write_part(reader, split, part, parts, layout, job.path, writers)
 
 
 @app.command()

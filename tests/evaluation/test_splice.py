@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
+from torch.nn.functional import cross_entropy, kl_div
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -24,6 +24,7 @@ from saeflow.errors import UserError
 from saeflow.evaluation import splice as splice_module
 from saeflow.evaluation.baselines import Identity, Mean
 from saeflow.evaluation.splice import ModelInTheLoop, write_clean
+from saeflow.files import write_json
 
 WIDTH, LENGTH, CONTEXTS, VOCABULARY = 16, 12, 7, 61
 Case = tuple[str, str]
@@ -180,6 +181,29 @@ def test_identity_costs_nothing_and_the_mean_baseline_is_ce_mean(
     mean = measured(loop, Mean(MEAN).forward)
     assert mean["ce_spliced"] == pytest.approx(mean["ce_mean"], abs=1e-6)
     assert measured(loop, torch.zeros_like)["loss_recovered"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "hook_point"), [CASES[0], CASES[3], CASES[5], CASES[8]])
+def test_a_model_in_bfloat16_is_spliced_as_it_is(
+    tmp_path: Path, kind: str, hook_point: str
+) -> None:
+    folder, model, ids = make_source(tmp_path, kind)
+    write_json(folder / "model" / "loading.json", {"dtype": "bfloat16"})
+    loop = make_loop(folder, hook_point, skip_first=False, forward_batch=CONTEXTS)
+    seen = []
+
+    def damage(x: Tensor) -> Tensor:
+        seen.append(x.dtype)
+        return damaged(x.float()).to(x.dtype)
+
+    got = measured(loop, damage)
+    assert seen == [torch.float32]  # an SAE sees rows in its own dtype
+    model = type(model).from_pretrained(folder / "model", dtype=torch.bfloat16)
+    with torch.no_grad(), replaced(model, hook_point, damage):
+        scores = model(input_ids=ids).logits[:, :-1].float()
+    expected = cross_entropy(scores.flatten(0, 1), ids[:, 1:].flatten())
+    assert got["ce_spliced"] == pytest.approx(float(expected), abs=2e-6)
+    assert measured(loop, Identity(WIDTH).forward)["ce_degradation"] == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.02, 0.5])

@@ -3,10 +3,12 @@
 import copy
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from torch import Tensor, nn
 
 from saeflow.errors import UserError
@@ -313,3 +315,31 @@ def test_an_edit_of_a_latent_that_is_not_there_is_refused() -> None:
         hook(model, "blocks.1.resid_post", Coder(), edit=ablate([3, 12])),
     ):
         model(TOKEN_IDS)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
+def test_a_model_spread_over_devices_gives_the_same_activations(name: str, tmp_path: Path) -> None:
+    """One block lies on the disk, as accelerate puts what no device has room for."""
+    ids = torch.arange(12).reshape(2, 6)
+    hooks = ["blocks.1.mlp_out", "blocks.2.resid_pre", "blocks.3.resid_post"]
+    whole = tiny_model(name)
+    expected = capture(whole, hooks, ids)
+    blocks = "transformer.h" if name == "gpt2" else "model.layers"
+    spread = tiny_model(name)
+    body, block = blocks.split(".")
+    parts = [
+        f"{body}.{part}" for part, _ in spread.get_submodule(body).named_children() if part != block
+    ]
+    where = dict.fromkeys([*parts, "lm_head", *(f"{blocks}.{i}" for i in range(N_BLOCKS))], "cpu")
+    where[f"{blocks}.2"] = "disk"
+    dispatch_model(spread, where, "cpu", offload_dir=str(tmp_path))
+    assert all(p.is_meta for p in spread.get_submodule(f"{blocks}.2").parameters())
+    for hook_point, x in capture(spread, hooks, ids).items():
+        assert torch.equal(x, expected[hook_point])
+    given = expected["blocks.2.resid_pre"]
+    runs = [
+        run_from(model, "blocks.2.resid_pre", given, ids, lambda x: 2 * x)
+        for model in (whole, spread)
+    ]
+    assert torch.equal(*runs)
+    assert torch.equal(logits(spread, runs[1]), logits(whole, runs[0]))

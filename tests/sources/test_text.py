@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from saeflow.errors import UserError
 from saeflow.sources import external_inputs, open_source, prepare_inputs
 from saeflow.sources.documents import is_evaluation
+from saeflow.sources.models import fetch_model
 from saeflow.sources.text import TextSource
 
 from .conftest import tiny_model
@@ -201,6 +202,28 @@ def test_rows_are_the_models_hidden_states_in_order(
     for name, (dtype, shape) in source.columns.items():
         assert block.columns[name].dtype == dtype
         assert block.columns[name].shape == (len(rows), *shape)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_model_runs_in_the_dtype_of_its_source(
+    dtype: str, params: dict[str, Any], model_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "source"
+    for name in ("model", "inputs"):
+        (folder / name).mkdir(parents=True)
+    fetch_model(
+        {"folder": str(model_folder), "dtype": dtype}, params["hook_points"], folder / "model"
+    )
+    prepare(params, folder, train=100, evaluation=100)
+    block = open_source(params, folder, "cpu").block("train", 0, 4)
+    kind = getattr(torch, dtype)
+    ids = torch.from_numpy(np.load(folder / "inputs" / "train.npy")[:4].astype(np.int64))
+    expected = AutoModelForCausalLM.from_pretrained(model_folder, dtype=kind)(
+        ids, output_hidden_states=True
+    ).hidden_states[3]
+    found = block.activations["blocks.2.resid_post"]
+    assert found.dtype == kind
+    assert torch.equal(found, expected[:, int(params["skip_first"]) :].reshape(-1, 16))
 
 
 def test_blocks_of_any_division_hold_the_same_bits(params: dict[str, Any], folder: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from saeflow.errors import UserError
+from saeflow.sources.base import Block
 from saeflow.stores import finalise, open_store, write_part
 from saeflow.stores.blocks import BlockFile
 from saeflow.stores.permutation import Permutation
@@ -65,6 +66,40 @@ def test_parts_write_disjoint_blocks_and_together_all(
         assert not together.keys() & found.keys()
         together |= found
     assert together == files(tmp_path / "one")
+
+
+def test_several_writers_leave_the_bytes_of_one(
+    tmp_path: Path, source: Any, store_params: dict[str, Any]
+) -> None:
+    for writers in (1, 3):
+        (tmp_path / str(writers)).mkdir()
+        write_part(source, "train", 0, 1, store_params, tmp_path / str(writers), writers)
+    assert files(tmp_path / "1") == files(tmp_path / "3")
+
+
+def test_a_block_is_written_once_its_rows_have_arrived(
+    tmp_path: Path, source: Any, store_params: dict[str, Any]
+) -> None:
+    class Late:
+        """A source whose rows arrive after it has given the block, as from a GPU."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(source, name)
+
+        def block(self, *where: Any) -> Block:
+            whole = source.block(*where)
+            empty = {name: torch.full_like(x, torch.nan) for name, x in whole.activations.items()}
+
+            def wait() -> None:
+                for name, x in whole.activations.items():
+                    empty[name].copy_(x)
+
+            return Block(empty, whole.columns, wait)
+
+    for name, given in (("plain", source), ("late", Late())):
+        (tmp_path / name).mkdir()
+        write_part(given, "train", 0, 1, store_params, tmp_path / name, 2)
+    assert files(tmp_path / "plain") == files(tmp_path / "late")
 
 
 def test_whole_blocks_are_kept_and_damaged_ones_written_again(

@@ -43,7 +43,7 @@ CLEAN = "clean.json"
 _LOGITS_AT_ONCE = 1 << 24
 
 Replace = Callable[[Tensor], Tensor]
-"""Activations (n, d_in) to what takes their place, same shape."""
+"""Activations (n, d_in) float32, whatever the model's dtype, to what takes their place, same shape."""
 
 
 def write_clean(
@@ -158,7 +158,7 @@ def spliced_hidden(
     first = 1 if keep_first else 0
     spliced = x.clone()
     rows = x[:, first:].reshape(-1, x.shape[-1])
-    spliced[:, first:] = replace(rows).reshape(x[:, first:].shape).to(x.dtype)
+    spliced[:, first:] = replace(rows.float()).reshape(x[:, first:].shape).to(x.dtype)
     resumed = resume_at(model, hook_point)
     if resumed is None:
         return run_from(model, hook_point, parts["block_input"], token_ids, lambda _: spliced)
@@ -211,8 +211,10 @@ def losses_and_divergences(
 
 
 def linear_head(model: Any) -> Tensor | None:
-    """The lm head's weights (vocabulary, d_model), if it is nothing but a matrix."""
+    """The lm head's weights (vocabulary, d_model), if it is nothing but a matrix on the model's one device."""
     head = model.get_output_embeddings()
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return None
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     plain = type(head) is torch.nn.Linear and head.bias is None and cap is None
     return head.weight if plain else None

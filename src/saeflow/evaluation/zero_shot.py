@@ -288,8 +288,8 @@ class LabelledSets:
         return found
 
     def rows_of(self, parts: Mapping[str, Tensor]) -> Tensor:
-        """(n, tokens, d_in) the activations that the source's stores hold."""
-        x = parts["activation"]
+        """(n, tokens, d_in) float32, the activations that the source's stores hold."""
+        x = parts["activation"].float()
         return x[:, None] if x.ndim == 2 else x[:, self.positions]
 
     def embed_rows(self, parts: Mapping[str, Tensor], rows: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """What every source of activations offers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -17,9 +18,11 @@ class Block:
     """Rows of some contexts, in (context, position) order."""
 
     activations: "dict[str, Tensor]"
-    """By hook point: (rows, d_in) float32 on the CPU."""
+    """By hook point: (rows, d_in) on the CPU, in the dtype of what computed them; whole after `wait`."""
     columns: dict[str, np.ndarray]
     """By name: (rows, ...), which input each row came from and, where known, its truth."""
+    wait: Callable[[], None] = lambda: None
+    """Returns when the activations have arrived from the device; on a CPU at once."""
 
 
 def generator(seed: int, stream: int, number: int) -> np.random.Generator:

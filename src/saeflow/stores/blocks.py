@@ -8,6 +8,7 @@ all, so a killed job started again goes on after the last block it finished.
 import json
 import logging
 import math
+from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,11 +37,17 @@ logger = logging.getLogger(__name__)
 
 
 def write_part(
-    source: Source, split: str, part: int, parts: int, store: Mapping[str, Any], folder: Path
+    source: Source,
+    split: str,
+    part: int,
+    parts: int,
+    store: Mapping[str, Any],
+    folder: Path,
+    writers: int = 1,
 ) -> None:
     """Extract one part of a split: its share of the blocks, for every hook point.
 
-    Peak memory is two blocks, whatever the size of the split.
+    Peak memory is `writers` + 1 blocks, whatever the size of the split.
 
     Args:
         source: where activations come from.
@@ -48,6 +55,7 @@ def write_part(
         part, parts: this job's number and the number of jobs; the result does not depend on them.
         store: one entry of `stores`.
         folder: existing folder; whole blocks that lie there already are kept.
+        writers: threads that encode, digest and write blocks beside the model. One keeps up with a CPU.
 
     Raises:
         UserError: an activation is not finite, or does not fit the store's dtype.
@@ -57,8 +65,8 @@ def write_part(
     shuffle = Permutation(contexts * source.rows_per_context, store["seed"])
     dtype = DTYPES[store["dtype"]]
     mine = range(part * blocks // parts, (part + 1) * blocks // parts)
-    with ThreadPoolExecutor(1, "write-blocks") as writer:  # writes while the model computes on
-        writing: Future[None] | None = None
+    with ThreadPoolExecutor(writers, "write-blocks") as pool:  # writes while the model computes on
+        writing: deque[Future[None]] = deque()
         for block in progress(mine, f"{split}: part {part + 1} of {parts}", "block"):
             shared = {
                 "format": FORMAT, "split": split, "block": block, "blocks": blocks,
@@ -74,16 +82,17 @@ def write_part(
             rows = source.block(split, start, stop)
             first = start * source.rows_per_context
             places = shuffle.forward(np.arange(first, stop * source.rows_per_context))
-            if writing is not None:
-                writing.result()
-            writing = writer.submit(_write_block, rows, places, paths, dtype, shared)
-        if writing is not None:
-            writing.result()
+            if len(writing) == writers:
+                writing.popleft().result()
+            writing.append(pool.submit(_write_block, rows, places, paths, dtype, shared))
+        for left in writing:
+            left.result()
 
 
 def _write_block(
     rows: Block, places: np.ndarray, paths: Mapping[str, Path], dtype: Dtype, shared: dict[str, Any]
 ) -> None:
+    rows.wait()
     order = np.argsort(places)
     columns = {name: column[order] for name, column in rows.columns.items()}
     for hook_point, path in paths.items():
@@ -91,7 +100,7 @@ def _write_block(
         stored = dtype.encode(x)
         if not dtype.is_finite(stored):
             _refuse(x, dtype.decode(stored), hook_point, rows.columns, dtype)
-        norms = torch.linalg.vector_norm(x, dim=1).numpy()
+        norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float32).numpy()
         arrays = {ACTIVATIONS: stored[order], PLACE: places[order], NORM: norms[order], **columns}
         arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
         facts = {**shared, "hook_point": hook_point, "crc32c": _checksums(arrays)}
