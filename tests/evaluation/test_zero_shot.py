@@ -1,5 +1,6 @@
 """Classification through a few concepts, against a plain loop over images and settings."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,24 @@ def loop(folder: Path, hook_point: str, tokens: str = "all", sets: bool = True) 
         source = SOURCE | {"tokens": tokens}
         write_labelled(source, folder, given, ["a red object", "a ring"], hook_point, "cpu", out)
     return LabelledSets(out, folder / "model", "cpu")
+
+
+def test_a_set_whose_name_begins_with_anothers_is_its_own(folder: Path, tmp_path: Path) -> None:
+    """The batches of `ones` and `ones-test` hold the labels of their own images only."""
+    labels = {s: np.load(folder / f"labelled/{s}_labels.npy") for s in ("train", "test")}
+    other = tmp_path / "other"
+    shutil.copytree(folder / "labelled", other)
+    for split, own in labels.items():
+        np.save(other / f"{split}.npy", np.load(other / f"{split}.npy")[:5])
+        np.save(other / f"{split}_labels.npy", own[-5:])
+    hook_point, out = "vision.embedding", tmp_path / "clean"
+    out.mkdir()
+    sets = {"ones": folder / "labelled", "ones-test": other, "labelled.json": other}
+    write_labelled(SOURCE, folder, sets, [], hook_point, "cpu", out)
+    found = LabelledSets(out, folder / "model", "cpu")
+    for split, own in labels.items():
+        assert found.labels("ones", split).tolist() == own.tolist()
+        assert found.labels("ones-test", split).tolist() == own[-5:].tolist()
 
 
 @pytest.fixture(scope="module")

@@ -272,7 +272,8 @@ class ModelInTheLoop:
 
     def __init__(self, clean: Path, model_folder: Path, device: str) -> None:
         self.summary = read_json(clean / CLEAN)
-        self.files = sorted(clean.glob("contexts-*.safetensors"))
+        found = clean.glob("contexts-*.safetensors")
+        self.files = sorted(found, key=lambda path: int(path.stem.removeprefix("contexts-")))
         self.model = load_model(model_folder, device)
         self.device = device
 

@@ -52,6 +52,7 @@ COUNTS = (1, 5, 10, 50)
 """n of the top-n protocols; beside them `all` concepts."""
 PAPER_THRESHOLD = 0.2
 SETS = "labelled.json"
+SETS_FOLDER, TEXT = "sets", "text.safetensors"
 _TEXTS_AT_ONCE = 256
 
 
@@ -110,9 +111,9 @@ def write_labelled(
         prompts: texts that concepts are compared with.
         hook_point: where the SAEs read.
         device: where the model runs.
-        out: written: by set `{set}.text.safetensors` (features of the classes) and
-            `{set}-{train|test}-NNNNN.safetensors` with activation (n, position, d_in), labels (n,) and, where
-            the hook's block must run, block_input; prompts.safetensors; labelled.json.
+        out: written: a folder sets/NAME for each set, with text.safetensors (features of the classes) and
+            {train|test}-NNNNN.safetensors with activation (n, position, d_in), labels (n,) and, where the
+            hook's block must run, block_input; prompts.safetensors; labelled.json.
     """
     model: Any = load_model(folder / "model", device)
     tokenizer = load_tokenizer(folder / "model")
@@ -124,7 +125,9 @@ def write_labelled(
     for name, images in labelled.items():
         known = image_facts(images)
         text = class_features(model, tokenizer, known["classes"], known["templates"])
-        save_file({"text": text}, out / f"{name}.text.safetensors")
+        own = out / SETS_FOLDER / name
+        own.mkdir(parents=True)
+        save_file({"text": text}, own / TEXT)
         score = Accuracy(len(known["classes"]))
         for split in ("train", "test"):
             pixels = np.load(images / f"{split}.npy", mmap_mode="r")
@@ -142,7 +145,7 @@ def write_labelled(
                     score.add(clean.cpu() @ text.t(), parts["labels"])
                 save_file(
                     {key: part.cpu().contiguous() for key, part in parts.items()},
-                    out / f"{name}-{split}-{number:05d}.safetensors",
+                    own / f"{split}-{number:05d}.safetensors",
                 )
         facts[name] = {
             "classes": known["classes"],
@@ -230,15 +233,20 @@ class LabelledSets:
         self.positions = POSITIONS[self.summary["tokens"]]
         self.hook_point: str = self.summary["hook_point"]
 
+    def _files(self, name: str, split: str) -> list[Path]:
+        """A set's batches in order; each set has a folder of its own, so that no name is part of another."""
+        found = (self.folder / SETS_FOLDER / name).glob(f"{split}-*.safetensors")
+        return sorted(found, key=lambda path: int(path.stem.removeprefix(f"{split}-")))
+
     def batches(self, name: str, split: str) -> Iterator[dict[str, Tensor]]:
         """The images of a set, some at a time."""
-        for path in sorted(self.folder.glob(f"{name}-{split}-*.safetensors")):
+        for path in self._files(name, split):
             yield load_file(path, device=self.device)
 
     def labels(self, name: str, split: str) -> Tensor:
         """(images,) class of every image of a set, without reading its activations."""
         found = []
-        for path in sorted(self.folder.glob(f"{name}-{split}-*.safetensors")):
+        for path in self._files(name, split):
             with safe_open(path, framework="pt") as file:
                 found.append(file.get_tensor("labels"))
         return torch.cat(found)
@@ -252,7 +260,7 @@ class LabelledSets:
             return self.summary["prompts"], load_file(self.folder / "prompts.safetensors")["text"]
         sets = self.summary["sets"]
         names = [name for known in sets.values() for name in known["classes"]]
-        texts = [load_file(self.folder / f"{name}.text.safetensors")["text"] for name in sets]
+        texts = [load_file(self.folder / SETS_FOLDER / name / TEXT)["text"] for name in sets]
         return names, torch.cat(texts) if texts else torch.zeros(0, self.summary["d_embedding"])
 
     def name_concepts(self, sae: Any, latents: np.ndarray) -> list[tuple[str, float]]:
@@ -332,7 +340,7 @@ class LabelledSets:
     def _evaluate_set(
         self, sae: Any, name: str, known: Mapping[str, Any], top_n: bool
     ) -> list[dict[str, Any]]:
-        text = load_file(self.folder / f"{name}.text.safetensors")["text"]
+        text = load_file(self.folder / SETS_FOLDER / name / TEXT)["text"]
         n_classes = len(text)
         shared = {
             "set": name, "classes": n_classes, "images": known["test_images"],
