@@ -1,7 +1,9 @@
 """Models are fetched whole, checked, and loaded as they are."""
 
 import hashlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -97,14 +100,98 @@ def test_pickled_weights_are_not_read(local: Path, out: Path) -> None:
 
 
 def test_missing_weights_are_not_made_up(local: Path, out: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    tensors = load_file(local / "model.safetensors")
-    del tensors["model.layers.2.mlp.up_proj.weight"]
-    save_file(tensors, local / "model.safetensors", metadata={"format": "pt"})
+    change_weights(local, drop=["model.layers.2.mlp.up_proj.weight"])
     fetch_model({"folder": str(local)}, HOOKS, out)
-    with pytest.raises(UserError, match=r"missing in the safetensors files: .*layers\.2\.mlp\.up"):
+    with pytest.raises(UserError, match=r"weights are missing in its files: .*layers\.2\.mlp\.up"):
         load_model(out, "cpu")
+
+
+def change_weights(local: Path, add: dict[str, torch.Tensor] | None = None, drop: Any = ()) -> None:
+    path = local / "model.safetensors"
+    tensors = {name: x for name, x in load_file(path).items() if name not in drop}
+    save_file(tensors | (add or {}), path, metadata={"format": "pt"})
+
+
+def change_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(read_json(path) | changes))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.self_attn.q_proj.bias",  # config.json says attention_bias: false
+        "model.layers.4.mlp.up_proj.weight",  # config.json says four blocks
+        "model.layers.0.mlp.up_proj.weight_scale",  # quantised without saying so
+        "model.norm.bias",
+        "lm_head.bias",
+    ],
+)
+def test_weights_that_the_model_has_no_place_for_are_refused(
+    name: str, local: Path, out: Path
+) -> None:
+    change_weights(local, {name: torch.ones(16)})
+    fetch_model({"folder": str(local)}, HOOKS, out)
+    with pytest.raises(UserError, match=rf"no place for: {re.escape(name)}"):
+        load_model(out, "cpu")
+
+
+def test_another_head_and_the_masks_of_older_checkpoints_change_nothing(
+    tmp_path: Path, out: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("gpt2")
+    model.save_pretrained(tmp_path / "gpt2")
+    mask = torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril()
+    add = {
+        "transformer.h.1.attn.bias": mask,
+        "transformer.h.1.attn.masked_bias": torch.tensor(-1e4),
+    }
+    change_weights(tmp_path / "gpt2", add | {"score.weight": torch.ones(2, 16)})
+    fetch_model({"folder": str(tmp_path / "gpt2")}, HOOKS, out)
+    loaded: Any = load_model(out, "cpu")
+    assert torch.equal(loaded(TOKEN_IDS).logits, model(TOKEN_IDS).logits)
+    assert "weights of parts that are not used: score.weight" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 400}, "the model cannot be loaded"),
+        ({"hidden_size": "wide"}, "the model cannot be loaded"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "expected plain weights"),
+    ],
+)
+def test_a_config_of_another_model_is_one_line(
+    changes: dict[str, Any], message: str, local: Path, out: Path
+) -> None:
+    change_json(local / "config.json", **changes)
+    fetch_model({"folder": str(local)}, HOOKS, out)
+    with pytest.raises(UserError, match=message):
+        load_model(out, "cpu")
+
+
+def test_an_adapter_is_not_taken_for_its_model(local: Path, out: Path) -> None:
+    (local / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="expected a whole model, found an adapter"):
+        fetch_model({"folder": str(local)}, HOOKS, out)
+
+
+def test_a_tokenizer_of_a_newer_library_is_one_line(local: Path, out: Path) -> None:
+    path = local / "tokenizer.json"
+    change_json(path, model=read_json(path)["model"] | {"merges": [{"pair": ["a", "b"]}]})
+    fetch_model({"folder": str(local)}, HOOKS, out)
+    with pytest.raises(UserError, match="tokenizer cannot be loaded"):
+        load_tokenizer(out)
+
+
+def test_files_that_came_after_the_model_was_fetched_are_not_read(
+    local: Path, out: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    fetch_model({"folder": str(local)}, HOOKS, out)
+    (local / "added_tokens.json").write_text(json.dumps({"the": 5}))
+    (local / "special_tokens_map.json").write_text(json.dumps({"eos_token": "the"}))
+    (local / "adapter_config.json").write_text("{}")
+    assert load_tokenizer(out).eos_token_id == tokenizer.eos_token_id
+    load_model(out, "cpu")
 
 
 def test_a_truncated_file_is_one_line(local: Path, out: Path) -> None:
@@ -152,11 +239,27 @@ def test_a_folder_without_tokenizer_says_so(local: Path, out: Path) -> None:
 # GGUF
 
 
-def write_gguf(path: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
-    """The tiny Llama model as a GGUF file, and the model itself."""
+def write_gguf(
+    path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    add: dict[str, np.ndarray] | None = None,
+    drop: str | None = None,
+    settings: dict[str, float] | None = None,
+    per_file: int = 0,
+) -> Any:
+    """The tiny Llama model as a GGUF file, and the model itself.
+
+    Args:
+        add: tensors by GGUF name.
+        drop: the GGUF name of a tensor that is left out.
+        settings: numbers beside the model's own.
+        per_file: tensors of each file of a split model; 0 for one file.
+    """
     model = tiny_model("llama")
     config, state = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=per_file)
+    for key, value in (settings or {}).items():
+        writer.add_float32(key, value)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -171,7 +274,7 @@ def write_gguf(path: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([token for token, _ in vocabulary])
     writer.add_token_types([3 if number < 2 else 1 for _, number in vocabulary])
-    merges = __import__("json").loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     writer.add_token_merges([" ".join(pair) for pair in merges])
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
@@ -194,8 +297,11 @@ def write_gguf(path: Path, tokenizer: PreTrainedTokenizerFast) -> Any:
             if part in key:  # llama.cpp keeps the two halves of each rotary pair side by side
                 values = values.reshape(n_heads, 2, -1, values.shape[1]).swapaxes(1, 2)
                 values = values.reshape(tensor.shape)
-        name = names[key.removesuffix(".weight")]
-        writer.add_tensor(f"{name}.weight", np.ascontiguousarray(values))
+        name = f"{names[key.removesuffix('.weight')]}.weight"
+        if name != drop:
+            writer.add_tensor(name, np.ascontiguousarray(values))
+    for name, values in (add or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -223,6 +329,89 @@ def test_a_gguf_file_becomes_an_ordinary_folder(
     assert pinned({"gguf": str(path)}) == {str(path): file_digest(path)}
     with pytest.raises(UserError, match="4 blocks"):
         fetch_model({"gguf": str(path)}, ["blocks.9.mlp_out"], out)
+
+
+ONES = np.ones(16, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"drop": "blk.2.ffn_up.weight"}, r"weights are missing in its files: model\.layers\.2\.mlp\.up"),
+        ({"add": {"blk.1.attn_q.bias": ONES}}, r"has no place for: blk\.1\.attn_q\.bias"),
+        ({"add": {"rope_freqs.weight": 2 * ONES[:4]}}, "it scales rotary frequencies"),
+        ({"settings": {"llama.rope.scaling.factor": 8.0}}, r"rope\.scaling\.factor is 8\.0, which"),
+        ({"settings": {"llama.attention.sliding_window": 5.0}}, r"is 5\.0, but the converted model has None"),
+    ],
+)  # fmt: skip
+def test_a_gguf_file_is_read_whole_or_refused(
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    out: Path,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tokenizer, **changes)
+    with pytest.raises(UserError, match=message):
+        fetch_model({"gguf": str(tmp_path / "tiny.gguf")}, HOOKS, out)
+    assert list(out.iterdir()) == []
+
+
+def test_what_changes_nothing_in_a_gguf_file_is_let_be(
+    tmp_path: Path, out: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    settings = {"llama.rope.scaling.factor": 1.0}
+    add = {"rope_freqs.weight": ONES[:4]}
+    model = write_gguf(tmp_path / "tiny.gguf", tokenizer, add=add, settings=settings)
+    fetch_model({"gguf": str(tmp_path / "tiny.gguf")}, HOOKS, out)
+    check_converted(out, model, tokenizer)
+
+
+def test_a_split_gguf_model_is_put_together(
+    tmp_path: Path, out: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = write_gguf(tmp_path / "tiny.gguf", tokenizer, per_file=15)
+    first, second, third = sorted(tmp_path.glob("tiny-0000?-of-00003.gguf"))
+    fetch_model({"gguf": str(first)}, HOOKS, out)
+    check_converted(out, model, tokenizer)
+    expected = {str(path): file_digest(path) for path in (first, second, third)}
+    assert pinned({"gguf": str(first)}) == expected
+
+
+def test_part_of_a_split_gguf_model_is_refused(
+    tmp_path: Path, out: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf", tokenizer, per_file=15)
+    first, second, third = sorted(tmp_path.glob("tiny-0000?-of-00003.gguf"))
+    message = r"tiny-NNNNN-of-00003\.gguf\)\. Give the first one, tiny-00001-of-00003\.gguf"
+    with pytest.raises(UserError, match=message):
+        fetch_model({"gguf": str(second)}, HOOKS, out)
+    whole = third.read_bytes()
+    shutil.copyfile(second, third)
+    with pytest.raises(UserError, match=r"expected file 2 of 3 .*found 1 of 3"):
+        fetch_model({"gguf": str(first)}, HOOKS, out)
+    third.write_bytes(whole[:-100])
+    with pytest.raises(UserError, match="expected a whole GGUF file"):
+        fetch_model({"gguf": str(first)}, HOOKS, out)
+    third.unlink()
+    with pytest.raises(
+        UserError, match=r"1 are missing in its folder, such as tiny-00003-of-00003"
+    ):
+        fetch_model({"gguf": str(first)}, HOOKS, out)
+    first.rename(tmp_path / "renamed.gguf")
+    with pytest.raises(UserError, match=r"to be called NAME-00001-of-00003\.gguf"):
+        fetch_model({"gguf": str(tmp_path / "renamed.gguf")}, HOOKS, out)
+    assert list(out.iterdir()) == []
+
+
+def test_the_tokenizer_is_the_one_in_the_gguf_file_whatever_lies_beside_it(
+    tmp_path: Path, out: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = write_gguf(tmp_path / "tiny.gguf", tokenizer)
+    bpe = Tokenizer(models.BPE({"<s>": 0, "a": 1, "n": 2}, []))
+    PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>").save_pretrained(tmp_path)
+    fetch_model({"gguf": str(tmp_path / "tiny.gguf")}, HOOKS, out)
+    check_converted(out, model, tokenizer)
 
 
 @pytest.fixture

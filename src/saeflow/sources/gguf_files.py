@@ -1,0 +1,193 @@
+"""GGUF files as a model that transformers loads: a split one put together, nothing of it dropped in silence.
+
+transformers leaves out tensors and settings of a GGUF file that it has no place for; those that change what the
+model computes are refused here.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from saeflow.errors import UserError
+
+_SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+"""llama.cpp's names of the files of a split model (gguf-split)."""
+_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+_ROPE_FACTORS = "rope_freqs.weight"
+_UNREAD = {"rope.scaling.factor": 1.0, "rope.scaling.type": "none", "rope.scaling.attn_factor": 1.0}
+"""Settings that transformers does not read from GGUF files, by the value that changes nothing."""
+_CHECKED = {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "attention.sliding_window": "sliding_window",
+}
+"""Settings that transformers may leave at its own defaults, by the name in the config."""
+
+
+def shard_names(name: str) -> list[str]:
+    """Names of all files of a model of which one is called `name`; itself, where it is not split.
+
+    Raises:
+        UserError: it is not the first file of a split model.
+    """
+    match = _SHARD.fullmatch(name)
+    if match is None:
+        return [name]
+    count = int(match["count"])
+    names = [f"{match['stem']}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    if names[:1] != [name]:
+        raise UserError(
+            f"{name}: a file of a split model ({match['stem']}-NNNNN-of-{count:05d}.gguf). Give the first one, "
+            f"{match['stem']}-00001-of-{count:05d}.gguf; the others are read from its folder."
+        )
+    return names
+
+
+def shards(path: Path) -> list[Path]:
+    """All files of a GGUF model, given the first.
+
+    Raises:
+        UserError: one of them is missing.
+    """
+    found = [path.with_name(name) for name in shard_names(path.name)]
+    if missing := [one.name for one in found if not one.is_file()]:
+        whole = len(found) == 1
+        raise UserError(
+            f"{path}: no such file. Fix the path."
+            if whole
+            else f"{path}: a model split in {len(found)} files; {len(missing)} are missing in its folder, such as "
+            f"{missing[0]}. Download all of them."
+        )
+    return found
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn what the gguf library raises at a damaged file into one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(
+            f"{path}: expected a whole GGUF file, found one that cannot be read ({error}). Download it again."
+        ) from None
+
+
+def put_together(files: Sequence[Path], folder: Path) -> Path:
+    """One GGUF file alone in a folder: a link to the only one, or the tensors of all in one.
+
+    Alone, because transformers prefers a tokenizer.json beside a GGUF file to the tokenizer inside it.
+
+    Args:
+        files: of one model, in order.
+        folder: an existing, empty one.
+
+    Raises:
+        UserError: files are damaged, or are not all of the model.
+    """
+    import gguf
+
+    target = folder / "model.gguf"
+    with readable(files[0]):
+        readers = [gguf.GGUFReader(path) for path in files]
+    first = readers[0]
+    count = int(_value(first, "split.count") or 1)
+    if count != len(files):
+        raise UserError(
+            f"{files[0]}: expected one file of a model split in {count} to be called NAME-00001-of-{count:05d}.gguf, "
+            f"beside the others, found {files[0].name}. Give the files their own names."
+        )
+    if count == 1:
+        target.symlink_to(files[0].resolve())
+        return target
+    n_tensors, found = _value(first, "split.tensors.count"), sum(len(r.tensors) for r in readers)
+    for number, (path, reader) in enumerate(zip(files, readers, strict=True)):
+        if _value(reader, "split.no") != number or _value(reader, "split.count") != count:
+            raise UserError(
+                f"{path}: expected file {number} of {count} of a split model (split.no, split.count), found "
+                f"{_value(reader, 'split.no')} of {_value(reader, 'split.count')}. Download it again."
+            )
+    if n_tensors != found:
+        raise UserError(
+            f"{files[0]}: expected {n_tensors} tensors in its {count} files, found {found}. Download them again."
+        )
+    writer = gguf.GGUFWriter(
+        target, str(_value(first, "general.architecture")), endianess=first.endianess
+    )
+    for name, field in first.fields.items():
+        if name.startswith("GGUF.") or name in (*_SPLIT_KEYS, "general.architecture"):
+            continue
+        kind = field.types[0]
+        inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), kind, sub_type=inner)
+    tensors = [tensor for reader in readers for tensor in reader.tensors]
+    for tensor in tensors:
+        data = tensor.data
+        writer.add_tensor_info(tensor.name, data.shape, data.dtype, data.nbytes, tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        writer.write_tensor_data(tensor.data)
+    writer.close()
+    return target
+
+
+def check_read_whole(file: Path, name: Path, model: Any) -> None:
+    """Check that transformers has taken all of a GGUF file that changes what the model computes.
+
+    Args:
+        file: what `put_together` returned.
+        name: the user's own path, for messages.
+        model: what transformers made of it.
+
+    Raises:
+        UserError: it has left out tensors or settings.
+    """
+    import gguf
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    reader = gguf.GGUFReader(file)
+    architecture = str(_value(reader, "general.architecture"))
+    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
+    known = get_gguf_hf_weights_map(model, processor).keys() | {"output.weight"}
+    dropped = [tensor for tensor in reader.tensors if tensor.name not in known]
+    advice = "Give the model's own folder (model: {folder: PATH}) instead."
+    if factors := [tensor for tensor in dropped if tensor.name == _ROPE_FACTORS]:
+        dropped = [tensor for tensor in dropped if tensor.name != _ROPE_FACTORS]
+        if (factors[0].data != 1).any():
+            raise UserError(
+                f"{name}: it scales rotary frequencies ({_ROPE_FACTORS}), which transformers does not read from GGUF "
+                f"files. {advice}"
+            )
+    if dropped:
+        some = ", ".join(tensor.name for tensor in dropped[:3])
+        raise UserError(
+            f"{name}: it holds {len(dropped)} tensors that a {model.config.model_type} model of transformers has no "
+            f"place for: {some}{' ...' if len(dropped) > 3 else ''}. {advice}"
+        )
+    for key, harmless in _UNREAD.items():
+        value = _value(reader, f"{architecture}.{key}")
+        if value is not None and value != harmless:
+            raise UserError(
+                f"{name}: {architecture}.{key} is {value}, which transformers does not read from GGUF files. {advice}"
+            )
+    for key, attribute in _CHECKED.items():
+        value = _value(reader, f"{architecture}.{key}")
+        taken = getattr(model.config, attribute, None)
+        if value is not None and value != taken:
+            raise UserError(
+                f"{name}: {architecture}.{key} is {value}, but the converted model has {taken}. {advice}"
+            )
+
+
+def _value(reader: Any, key: str) -> Any:
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
