@@ -1,6 +1,7 @@
 """What `saeflow plan` counts is what there is."""
 
 import copy
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from saeflow.config import load_params
 from saeflow.errors import UserError
 from saeflow.needs import Needs, Rates, as_text, one_pass
 from saeflow.plan import Plan
+from saeflow.sources import hub
 
 from .workflow.conftest import SYNTHETIC, Project, job_counts
 
@@ -62,8 +64,22 @@ def test_rates_that_are_none_are_refused(change: dict[str, Any], tmp_path: Path)
 
 def test_a_model_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
     params = load_params(ROOT / "presets/tiny.yaml")
+    params["sources"]["smollm2"]["model"]["sha256"] = "0" * 64  # not a wheel whose sizes are known
     with pytest.raises(UserError, match=r"Run `snakemake --cores 1 .*provenance\.json` first"):
         Needs(Plan(params), Rates.read(RATES), tmp_path)
+
+
+@pytest.mark.parametrize("preset", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda p: p.stem)
+def test_presets_are_planned_without_the_hub(
+    preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("planning reached for the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(hub, "config_file", refuse)  # nor the hub's cache of this machine
+    assert "sum " in as_text(Needs(Plan(load_params(preset)), Rates.read(RATES), tmp_path))
 
 
 def test_as_many_jobs_are_counted_as_snakemake_starts(

@@ -281,13 +281,18 @@ def one_pass(source: Mapping[str, Any], name: str, results: Path) -> Pass:
 
 
 def _config(model: Mapping[str, Any], name: str, results: Path) -> Any:
-    """Configuration of a model: as fetched, from its folder, or the one file from the hub."""
+    """Configuration of a model: by its pin, as fetched, from its folder, or the one file from the hub."""
     from transformers import AutoConfig
 
     if "trained" in model:
         from saeflow.sources.clip_training import clip_config
 
         return clip_config(model["trained"])
+    from saeflow.sources.shapes import pinned_config
+
+    pinned = pinned_config(model)
+    if pinned is not None:
+        return AutoConfig.for_model(**pinned)
     fetched = results / "sources" / name / "model"
     if (fetched / "provenance.json").exists():
         from saeflow.sources.models import model_folder

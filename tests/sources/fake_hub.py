@@ -1,6 +1,7 @@
 """A hub on the loopback that serves one repository, as the real one does or with a fault."""
 
 import hashlib
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 NAME, SHA = "someone/tiny", "0123456789abcdef0123456789abcdef01234567"
-HANGS_S = 6
+HANGS_S = 3
 """How long an answer that hangs is waited for: past the limits that the tests give the client."""
 LARGE = 4096
 """Bytes from which a file is named by its SHA-256, as the hub does with large files."""
@@ -24,15 +25,17 @@ def blob_digest(content: bytes) -> str:
 
 
 @contextmanager
-def serving(folder: Path, fault: str, file: str) -> Iterator[str]:
+def serving(folder: Path, fault: str, file: str, times: int | None = None) -> Iterator[str]:
     """Serve a folder as NAME at SHA; its address.
 
     Args:
         folder: the repository's files.
         fault: none, hang, drop, garbage (not what was asked for), rot (a changed byte) or error (500).
         file: where the fault is: a file's name, or "" for the list of files.
+        times: how many answers have the fault; None: all of them.
     """
     over = threading.Event()
+    left = itertools.repeat(True) if times is None else iter([True] * times)
 
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
@@ -46,7 +49,7 @@ def serving(folder: Path, fault: str, file: str) -> Iterator[str]:
 
         def answer(self, *, with_body: bool) -> None:
             path = self.path.split("?")[0]
-            is_list = path.startswith("/api/")
+            is_list = path.startswith("/api/models/")
             name = "" if is_list else path.rsplit("/", 1)[-1]
             if is_list:
                 body, headers = self.listing(path), {"Content-Type": "application/json"}
@@ -56,7 +59,8 @@ def serving(folder: Path, fault: str, file: str) -> Iterator[str]:
             else:
                 body = (folder / name).read_bytes()
                 headers = {"ETag": f'"{blob_digest(body)}"', "X-Repo-Commit": SHA}
-            if fault != "none" and name == file and (is_list or with_body or fault != "rot"):
+            at_fault = fault != "none" and name == file
+            if at_fault and (is_list or with_body or fault != "rot") and next(left, False):
                 if fault == "hang":
                     over.wait(HANGS_S)
                     return
@@ -72,7 +76,7 @@ def serving(folder: Path, fault: str, file: str) -> Iterator[str]:
                 self.send_header(key, value)
             self.end_headers()
             if with_body:
-                is_dropped = fault == "drop" and name == file
+                is_dropped = fault == "drop" and at_fault
                 self.wfile.write(body[: len(body) // 2] if is_dropped else body)
 
         def listing(self, path: str) -> bytes:

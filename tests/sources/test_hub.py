@@ -2,10 +2,13 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import pytest
 
 from saeflow.files import read_json
 
@@ -17,15 +20,23 @@ FAULTS = [
     ("drop", "model.safetensors"), ("rot", "model.safetensors"), ("rot", "tokenizer.json"),
 ]  # fmt: skip
 
+IMPATIENT = """
+import time
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.05))  # the waits of the hub's library between its tries
+from saeflow.cli import main
+main()
+"""
+
 
 def fetch(address: str, folder: Path) -> "subprocess.CompletedProcess[str]":
     """`saeflow fetch` from a hub at an address, with a cache of its own."""
     model = {"model": {"hub": NAME, "revision": SHA}, "hook_points": ["blocks.1.resid_post"]}
     environment = os.environ | {
-        "HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"), "HF_HUB_ETAG_TIMEOUT": "2",
-        "HF_HUB_DOWNLOAD_TIMEOUT": "2", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
+        "HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"), "HF_HUB_ETAG_TIMEOUT": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
     }  # fmt: skip
-    command = [sys.executable, "-m", "saeflow", "fetch", "--out", str(folder / "model")]
+    command = [sys.executable, "-c", IMPATIENT, "fetch", "--out", str(folder / "model")]
     return subprocess.run(
         [*command, "--model", json.dumps(model)],
         env=environment, capture_output=True, text=True, timeout=400, check=False,
@@ -69,3 +80,19 @@ def test_a_hub_that_fails_is_one_line_and_the_next_try_goes_on(
         assert "Traceback" not in said
         assert NAME in lines[0] or SHA in lines[0], case
         assert code == 0, case
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_after_one_more_try(tmp_path: Path) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        done = fetch(f"http://127.0.0.1:{unused.getsockname()[1]}", tmp_path)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    assert "the hub cannot be reached: " in done.stderr
+    assert f"{NAME} at {SHA}" in done.stderr
+
+
+@pytest.mark.parametrize("faults", [1, 2])
+def test_an_unreached_hub_is_asked_twice(model_folder: Path, tmp_path: Path, faults: int) -> None:
+    with serving(model_folder, "error", "config.json", times=faults) as address:
+        assert fetch(address, tmp_path).returncode == (0 if faults == 1 else 2)

@@ -9,6 +9,8 @@ from typing import Any
 
 import gguf
 import pytest
+import transformers
+import yaml
 
 from saeflow.errors import UserError
 from saeflow.sources import check_source
@@ -18,7 +20,9 @@ from saeflow.sources.layouts import (
     check_hook_points,
     config_shape,
     gguf_shape,
+    known_shape,
 )
+from saeflow.sources.shapes import SHAPES, check_config, pinned_config
 
 from .conftest import CONFIGS, config_of
 
@@ -152,3 +156,31 @@ def test_checking_parameters_loads_no_model_code(tmp_path: Path) -> None:
     assert (
         subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
     )
+
+
+def test_a_pinned_models_sizes_are_those_of_its_architecture() -> None:
+    """The table against transformers' own defaults, which are those of GPT-2 small, Gemma-2-2B and CLIP."""
+    table = yaml.safe_load(SHAPES.read_text())
+    for name, config in table.items():
+        assert len(name) in (40, 64)
+        shape = known_shape({"hub": "any", "revision": name})
+        assert shape is not None
+        assert shape.model_type == config["model_type"]
+    of_type = {config["model_type"]: config for config in table.values()}
+    for model_type in ("gpt2", "gemma2"):
+        default = transformers.AutoConfig.for_model(model_type).to_dict()
+        assert {key: default[key] for key in of_type[model_type]} == of_type[model_type]
+
+
+def test_a_fetched_model_of_other_sizes_than_its_pin_is_refused(tmp_path: Path) -> None:
+    pinned = {"hub": "EleutherAI/pythia-70m", "revision": "a39f36b100fe8a5377810d56c3f4789b9c53ac42"}
+    sizes = pinned_config(pinned)
+    assert sizes is not None
+    config = transformers.AutoConfig.for_model(**sizes)
+    config.save_pretrained(tmp_path)
+    check_config(pinned, tmp_path)
+    config.num_hidden_layers = 7
+    config.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json: expected num_hidden_layers 6 .*found 7"):
+        check_config(pinned, tmp_path)
+    check_config({"hub": "EleutherAI/pythia-70m", "revision": "0" * 40}, tmp_path)  # not in the table

