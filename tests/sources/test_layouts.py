@@ -173,7 +173,10 @@ def test_a_pinned_models_sizes_are_those_of_its_architecture() -> None:
 
 
 def test_a_fetched_model_of_other_sizes_than_its_pin_is_refused(tmp_path: Path) -> None:
-    pinned = {"hub": "EleutherAI/pythia-70m", "revision": "a39f36b100fe8a5377810d56c3f4789b9c53ac42"}
+    pinned = {
+        "hub": "EleutherAI/pythia-70m",
+        "revision": "a39f36b100fe8a5377810d56c3f4789b9c53ac42",
+    }
     sizes = pinned_config(pinned)
     assert sizes is not None
     config = transformers.AutoConfig.for_model(**sizes)
@@ -183,4 +186,6 @@ def test_a_fetched_model_of_other_sizes_than_its_pin_is_refused(tmp_path: Path) 
     config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"config\.json: expected num_hidden_layers 6 .*found 7"):
         check_config(pinned, tmp_path)
-    check_config({"hub": "EleutherAI/pythia-70m", "revision": "0" * 40}, tmp_path)  # not in the table
+    check_config(
+        {"hub": "EleutherAI/pythia-70m", "revision": "0" * 40}, tmp_path
+    )  # not in the table

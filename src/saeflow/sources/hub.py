@@ -56,7 +56,9 @@ def _library_errors() -> Iterator[type[Exception]]:
     from huggingface_hub.errors import EntryNotFoundError
 
     yield from (httpx2.HTTPError, EntryNotFoundError)
-    if "datasets" in sys.modules:  # which takes a second to import, and a model's fetching never does
+    if (
+        "datasets" in sys.modules
+    ):  # which takes a second to import, and a model's fetching never does
         from datasets.exceptions import DatasetsError
 
         yield DatasetsError
