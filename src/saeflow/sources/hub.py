@@ -45,23 +45,22 @@ def hub_errors(failure: str, advice: str) -> Iterator[None]:
     _give_up_early()
     try:
         yield
-    except (OSError, ValueError, RuntimeError, *_library_errors()) as error:
+    except _library_errors() as error:
         told = [str(one) for one in _causes(error) if str(one).startswith(_UNREACHED)]
         said = last_line(told[0] if told else str(error) or type(error).__name__)
         raise UserError(f"{failure} ({said}). {advice}") from error
 
 
-def _library_errors() -> Iterator[type[Exception]]:
+def _library_errors() -> tuple[type[Exception], ...]:
     import httpx2
     from huggingface_hub.errors import EntryNotFoundError
 
-    yield from (httpx2.HTTPError, EntryNotFoundError)
-    if (
-        "datasets" in sys.modules
-    ):  # which takes a second to import, and a model's fetching never does
-        from datasets.exceptions import DatasetsError
+    known = (OSError, ValueError, RuntimeError, httpx2.HTTPError, EntryNotFoundError)
+    if "datasets" not in sys.modules:  # which takes a second to import, and a model needs none of it
+        return known
+    from datasets.exceptions import DatasetsError
 
-        yield DatasetsError
+    return (*known, DatasetsError)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
