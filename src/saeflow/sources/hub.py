@@ -56,7 +56,9 @@ def _library_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import EntryNotFoundError
 
     known = (OSError, ValueError, RuntimeError, httpx2.HTTPError, EntryNotFoundError)
-    if "datasets" not in sys.modules:  # which takes a second to import, and a model needs none of it
+    if (
+        "datasets" not in sys.modules
+    ):  # which takes a second to import, and a model needs none of it
         return known
     from datasets.exceptions import DatasetsError
 
