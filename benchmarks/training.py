@@ -44,7 +44,8 @@ class InMemory:
 
     def __init__(self, path: Path) -> None:
         store = open_store(path)
-        self.d_in, self.scale, self.model = store.d_in, store.scale, store.model
+        self.d_in, self.model = store.d_in, store.model
+        self.scale, self.mean = store.scale, store.mean
         self.x = store.read(0, min(ROWS, store.rows)).float()
 
     def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Tensor]:

@@ -53,8 +53,8 @@ SOURCE: dict[str, Any] = {
     "skip_first": False, "max_norm_multiple": None, "seed": 0,
 }  # fmt: skip
 TRAINING = TrainingConfig(
-    tokens=1_048_576, batch_size=1024, lr=2e-3, betas=(0.9, 0.999), lr_warmup_steps=25,
-    lr_decay_fraction=0.3, grad_clip=1.0, dead_after_tokens=50_000, train_decoder=True,
+    tokens=1_048_576, batch_size=1024, input_scale="dimension", lr=2e-3, betas=(0.9, 0.999),
+    lr_warmup_steps=25, lr_decay_fraction=0.3, grad_clip=1.0, dead_after_tokens=50_000, train_decoder=True,
     log_every_steps=64,
 )  # fmt: skip
 RUNTIME = {"device": "cpu", "precision": "fp32", "checkpoint_every_s": 1e9}
@@ -203,7 +203,7 @@ def train_sae(data: Data, variant: str, options: Mapping[str, Any], seed: int) -
             run = Run(plain, config, RUNTIME, Path(folder))
             oracle = Oracle(data.d_in, D_SAE, **options)
             oracle.load_state_dict(run.sae.state_dict())
-            oracle.unit = data.scale
+            oracle.unit = run.inputs.scale
             run.sae, run.store, run.rows_of = oracle.train(), data, data
             run.optimizer = Optimizer(oracle, TRAINING)
         else:
@@ -211,7 +211,7 @@ def train_sae(data: Data, variant: str, options: Mapping[str, Any], seed: int) -
             run = Run(data, config, RUNTIME, Path(folder), probe)
         advance([run])
     with torch.no_grad():
-        run.sae.fold_scale(data.scale)
+        run.sae.fold_scale(run.inputs.scale)
     if isinstance(run.sae, Oracle):
         run.sae.unit = 1.0
     return run.sae.eval()
@@ -225,7 +225,7 @@ def fit(data: Data, folder: Path) -> Path:
     tensors = {
         "weight": torch.tensor(found.coef_ / data.scale, dtype=torch.float32),
         "bias": torch.tensor(found.intercept_, dtype=torch.float32),
-        "ridge": torch.tensor(1.0 / PROBE_ROWS), "examples": x,
+        "ridge": torch.tensor(1.0 / PROBE_ROWS), "scale": torch.tensor(data.scale), "examples": x,
         "scores": torch.tensor(score, dtype=torch.float32),
     }  # fmt: skip
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / PROBE)

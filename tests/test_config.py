@@ -69,6 +69,16 @@ def test_shipped_parameters_are_valid(path: Path) -> None:
         ),
         ("saes/topk/seed", [1, 1], "two runs have one name"),
         (
+            "training/input_scale",
+            "sqrt",
+            "training.input_scale: expected one of centred, dimension, raw, unit, found 'sqrt'",
+        ),
+        (
+            "saes/sparsemax/input_scale",
+            "centred",
+            "saes.sparsemax.input_scale: centred takes the mean row away",
+        ),
+        (
             "sources/scenes/images",
             {"folder": "nowhere"},
             "sources.scenes.images.folder: no such file",

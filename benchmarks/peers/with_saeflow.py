@@ -83,8 +83,8 @@ class InMemory:
 def make_run(case: Case, store: Any, folder: Path) -> Run:
     variant, chosen = options(case)
     training = TrainingConfig(
-        tokens=(case.steps or FOREVER) * case.batch, batch_size=case.batch, lr=1e-6, betas=(0.9, 0.999),
-        lr_warmup_steps=0, lr_decay_fraction=0.0, grad_clip=1.0, dead_after_tokens=FOREVER,
+        tokens=(case.steps or FOREVER) * case.batch, batch_size=case.batch, input_scale="raw", lr=1e-6,
+        betas=(0.9, 0.999), lr_warmup_steps=0, lr_decay_fraction=0.0, grad_clip=1.0, dead_after_tokens=FOREVER,
         train_decoder=True, log_every_steps=100,
     )  # fmt: skip
     config = SAEConfig(

@@ -37,6 +37,7 @@ class TrainingConfig:
 
     tokens: int
     batch_size: int
+    input_scale: str
     lr: float | str
     betas: tuple[float, float]
     lr_warmup_steps: int
@@ -422,6 +423,11 @@ def _check_run(run: SAEConfig, params: Mapping[str, Any]) -> None:
         raise UserError(
             f"{where}.options.form: per_context trains on one row a context, of images the CLS token alone; "
             f"{run.source} has tokens: {source['tokens']}. Take per_token or soft, or a source of tokens: cls."
+        )
+    if options.get("architecture") == "shared" and run.training.input_scale == "centred":
+        raise UserError(
+            f"{where}.input_scale: centred takes the mean row away, which a saved SAE gives back in its b_dec; "
+            "architecture shared has none. Set unit or raw for this entry, or take architecture mlp."
         )
     name = options.get("complexity")
     if name is not None and name not in params["complexity"]:

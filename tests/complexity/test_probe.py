@@ -14,7 +14,7 @@ from saeflow.complexity.files import read_probe
 from saeflow.complexity.probe import agreement, fit_probe, scored_rows
 from saeflow.config import SAEConfig, TrainingConfig
 from saeflow.errors import UserError
-from saeflow.saes import build, load
+from saeflow.saes import InputScale, build, load
 from saeflow.training import train
 from saeflow.training.trainer import Run
 
@@ -147,7 +147,7 @@ def adaptive(stores: Any, scores: Path, tmp_path: Path, **changes: Any) -> Any:
     fit_probe(scores, stores, None, WHERE, tmp_path)
     store = stores["train"]
     sae = build("adaptive_k", store.d_in, 40, {**ADAPTIVE, **changes})
-    sae.take_probe(tmp_path, store.scale)
+    sae.take_probe(tmp_path, InputScale(store.scale))
     sae.initialise(store.read(0, 256) / store.scale, torch.Generator().manual_seed(0))
     return sae.train(), store.read(0, 64) / store.scale
 
@@ -185,10 +185,10 @@ def test_the_joint_phase_starts_at_rest(stores: Any, scores: Path, tmp_path: Pat
     fit_probe(scores, stores, [-50.0, 50.0], WHERE, tmp_path)
     store = stores["train"]
     sae = build("adaptive_k", store.d_in, 40, ADAPTIVE)
-    sae.take_probe(tmp_path, store.scale)
+    sae.take_probe(tmp_path, InputScale(store.scale))
     sae.probe_loss().backward()
     moved = build("adaptive_k", store.d_in, 40, ADAPTIVE)
-    moved.take_probe(tmp_path, store.scale)
+    moved.take_probe(tmp_path, InputScale(store.scale))
     with torch.no_grad():
         moved.probe_w.mul_(1.1)
     moved.deviation.zero_()
@@ -263,8 +263,8 @@ RUNTIME = {"device": "cpu", "precision": "fp32", "checkpoint_every_s": 1e9}
 
 def run_config(form: str, alpha: float | None) -> SAEConfig:
     training = TrainingConfig(
-        tokens=32 * 40, batch_size=32, lr=3e-3, betas=(0.9, 0.999), lr_warmup_steps=5,
-        lr_decay_fraction=0.2, grad_clip=1.0, dead_after_tokens=500, train_decoder=True,
+        tokens=32 * 40, batch_size=32, input_scale="dimension", lr=3e-3, betas=(0.9, 0.999),
+        lr_warmup_steps=5, lr_decay_fraction=0.2, grad_clip=1.0, dead_after_tokens=500, train_decoder=True,
         log_every_steps=10,
     )  # fmt: skip
     return SAEConfig(

@@ -139,8 +139,8 @@ def train_sae(results: Path, source: str, hook_point: str, variant: str, seed: i
         name=name, entry=variant, variant=variant, source=source, hook_point=hook_point, d_sae=24,
         seed=seed, options=options,
         training=TrainingConfig(
-            tokens=12800, batch_size=64, lr=3e-3, betas=(0.9, 0.999), lr_warmup_steps=10,
-            lr_decay_fraction=0.2, grad_clip=1.0, dead_after_tokens=4000, train_decoder=True,
+            tokens=12800, batch_size=64, input_scale="unit", lr=3e-3, betas=(0.9, 0.999),
+            lr_warmup_steps=10, lr_decay_fraction=0.2, grad_clip=1.0, dead_after_tokens=4000, train_decoder=True,
             log_every_steps=100,
         ),
     )  # fmt: skip

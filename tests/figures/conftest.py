@@ -237,9 +237,16 @@ class Bench:
             "architecture": "mlp",
             "activation": "relu",
             "score_scale": 1,
+            "training.input_scale": "raw" if name == "sparsemax" else "unit",
         }
         for option, value in chosen.items():
-            self.options.append({**ids, "option": option, "chosen": json.dumps(value)})
+            self.options.append(
+                {
+                    **ids,
+                    "option": option,
+                    "chosen": value if isinstance(value, str) else json.dumps(value),
+                }
+            )
         noise = 1 + self.random.gauss(0, 0.02)
         l0 = float(k) if k and variant == "topk" else (k or 30 / point**0.55) * noise
         fvu = min(
@@ -448,7 +455,7 @@ def write_records(
                     "name": run, "entry": name, "variant": variant, "source": "smollm2",
                     "hook_point": "blocks.19.resid_post", "d_sae": 2304, "seed": seed,
                     "options": options,
-                    "training": {"tokens": 491_520, "batch_size": 1024, "lr": 1e-3},
+                    "training": {"tokens": 491_520, "batch_size": 1024, "input_scale": "unit", "lr": 1e-3},
                 }  # fmt: skip
                 written[f"saes/{run}"] = record("train", {"run": values}, 41.7)
                 written[f"evaluations/{run}"] = record("evaluate", {}, 12.9)

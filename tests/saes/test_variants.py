@@ -436,17 +436,25 @@ class TestEveryVariant:
         assert not loaded.training
         assert read_config(tmp_path)["variant"] == variant
 
-    def test_folding_the_scale_gives_the_raw_sae(self, case: str, x: Tensor) -> None:
-        scale = 8.0  # a power of two: no rounding moves a latent across its threshold
-        sae = make(case, x)
+    @pytest.mark.parametrize("is_shifted", [False, True])
+    def test_a_folded_sae_takes_and_returns_raw_activations(
+        self, case: str, is_shifted: bool, x: Tensor
+    ) -> None:
+        sae = make(case, x).double()
+        if is_shifted and sae.b_dec is None:  # the trainer refuses it: test_trainer.py
+            return
+        x = x.double()
         sae.end_step(sae.run(x))
         sae.eval()
-        latents, x_hat = sae.encode(x), sae(x)
+        latents, x_hat, allowed = sae.encode(x), sae(x), sae.allowed_k(x)
+        scale, shift = 37.0, torch.linspace(-20, 30, D_IN, dtype=torch.float64)
         sae.fold_scale(scale)
-        torch.testing.assert_close(sae.encode(scale * x), scale * latents)
-        torch.testing.assert_close(sae(scale * x), scale * x_hat, rtol=1e-4, atol=1e-4)
-        allowed = sae.allowed_k(scale * x)
-        assert allowed is None or bool((allowed > 0).all())
+        if is_shifted:
+            sae.fold_shift(shift)
+        raw = scale * x + (shift if is_shifted else 0)
+        torch.testing.assert_close(sae.encode(raw), scale * latents)
+        torch.testing.assert_close(sae(raw), raw - scale * (x - x_hat))
+        torch.testing.assert_close(sae.allowed_k(raw), allowed)
 
     def test_an_unknown_option_is_refused(self, case: str) -> None:
         variant, options = CASES[case]

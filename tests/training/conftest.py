@@ -66,6 +66,7 @@ class Samples:
         self.on_batch = on_batch
         features = torch.randn(FEATURES, D_IN, generator=torch.Generator().manual_seed(5))
         self.features = features / features.norm(dim=1, keepdim=True)
+        self.mean = Samples.batch(self, 4096, 99_999).double().mean(0)
 
     def batch(self, batch_size: int, number: int) -> Tensor:
         generator = torch.Generator().manual_seed(1000 + number)
@@ -83,7 +84,7 @@ class Samples:
 
 def config(variant: str, steps: int = 300, d_sae: int = 32, **changes: Any) -> SAEConfig:
     training = {
-        "tokens": 128 * steps, "batch_size": 128, "lr": 3e-3, "betas": (0.9, 0.999), "lr_warmup_steps": 10,
+        "tokens": 128 * steps, "batch_size": 128, "input_scale": "dimension", "lr": 3e-3, "betas": (0.9, 0.999), "lr_warmup_steps": 10,
         "lr_decay_fraction": 0.2, "grad_clip": 1.0, "dead_after_tokens": 2000, "train_decoder": True,
         "log_every_steps": 10, **changes,
     }  # fmt: skip

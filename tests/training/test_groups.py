@@ -26,13 +26,13 @@ def one_thread() -> None:
 
 @pytest.fixture
 def group() -> list[SAEConfig]:
-    """Variants, a shorter budget, and a seed of its own: two streams of batches."""
+    """Variants, a shorter budget, another input scale, and a seed of its own: two streams of batches."""
     other_seed = dataclasses.replace(config("topk", steps=30), seed=1)
     return [
         config("topk", steps=30),
         other_seed,
         config("jumprelu", steps=20),
-        config("matryoshka", steps=30),
+        config("matryoshka", steps=30, input_scale="centred"),
     ]
 
 

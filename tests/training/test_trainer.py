@@ -1,6 +1,7 @@
 """The trainer: its updates, schedules, checkpoints, and what a kill leaves."""
 
 import csv
+import dataclasses
 import os
 import signal
 import subprocess
@@ -19,11 +20,12 @@ from torch import Tensor
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest
-from saeflow.saes import VARIANTS, Forward, build, load
+from saeflow.saes import VARIANTS, Forward, build, load, read_config
+from saeflow.saes.input_scale import KINDS
 from saeflow.saes.topk import TopK
 from saeflow.training import train
 from saeflow.training.checkpoints import checkpoints, read_checkpoint, write_checkpoint
-from saeflow.training.trainer import Run, lr_factor, peak_lr, write_steps
+from saeflow.training.trainer import Run, advance, lr_factor, peak_lr, write_steps
 
 from .conftest import D_IN, OPTIONS, RUNTIME, Samples, config
 
@@ -106,6 +108,39 @@ def test_a_step_is_adam_on_the_projected_clipped_gradient(variant: str, tmp_path
     for name, p in plain.named_parameters():
         found = dict(run.sae.named_parameters())[name]
         np.testing.assert_allclose(found.detach().numpy(), p.detach().numpy(), rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_saved_sae_does_to_raw_rows_what_training_did_to_scaled_ones(
+    variant: str, kind: str, tmp_path: Path
+) -> None:
+    store = Samples(scale=7.0)
+    run = Run(store, config(variant, steps=12, input_scale=kind), QUIET, tmp_path)
+    advance([run])
+    x, trained = store.batch(256, 10_000_000), run.sae.eval()
+    rms = store.scale * D_IN**0.5
+    shift = store.mean.float() if kind == "centred" else torch.zeros(D_IN)
+    scale = {"raw": 1.0, "dimension": store.scale}.get(kind, rms)
+    latents, x_hat = trained.encode((x - shift) / scale), trained((x - shift) / scale)
+    run.finish()
+    saved = load(tmp_path)
+    same = torch.isclose(saved.encode(x), scale * latents, rtol=1e-3, atol=1e-4 * scale)
+    assert (
+        float(same.all(1).double().mean()) > 0.98
+    )  # rounding may move a latent across a threshold
+    torch.testing.assert_close(
+        saved(x)[same.all(1)], (scale * x_hat + shift)[same.all(1)], rtol=1e-3, atol=1e-3 * scale
+    )
+    assert read_config(tmp_path)["training"]["input_scale"] == kind
+
+
+@pytest.mark.parametrize("variant", ["sparsemax", "entmax"])
+def test_a_shift_that_no_bias_can_give_back_is_refused(variant: str, tmp_path: Path) -> None:
+    setting = config(variant, input_scale="centred")
+    shared = dataclasses.replace(setting, options={**setting.options, "architecture": "shared"})
+    with pytest.raises(UserError, match=rf"saes.{variant}.input_scale: .*no b_dec"):
+        Run(Samples(), shared, QUIET, tmp_path)
 
 
 def test_learning_rate_warms_up_and_decays() -> None:
@@ -306,7 +341,7 @@ def test_training_works_on_a_thread_that_cannot_be_told_of_signals(tmp_path: Pat
     assert digests["weights"] == file_digest(tmp_path / "weights.safetensors")
 
 
-@pytest.mark.parametrize("change", [{"lr": 1e-3}, {"steps": 301}])
+@pytest.mark.parametrize("change", [{"lr": 1e-3}, {"steps": 301}, {"input_scale": "unit"}])
 def test_a_checkpoint_of_another_run_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk"):
         train(Samples(on_batch=broken_from(3)), config("topk"), EVERY_STEP, tmp_path)

@@ -12,7 +12,7 @@ PROBE = "probe.safetensors"
 
 
 def read_probe(folder: Path) -> "dict[str, Tensor]":
-    """weight (d_in,), bias () for raw activations; examples (n, d_in), scores (n,), ridge ().
+    """weight (d_in,), bias () for raw activations; examples (n, d_in), scores (n,), ridge (), scale ().
 
     Raises:
         UserError: it is missing or damaged.

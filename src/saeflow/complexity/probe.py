@@ -45,7 +45,8 @@ def fit_probe(
             split's. What lies beyond is 0 or 10.
         where: columns that predictions.csv begins with: source, hook_point, complexity.
         out: written: probe.safetensors with weight (d_in,), bias () and what a joint training needs,
-            examples (n, d_in) raw activations, scores (n,) and ridge (); predictions.csv;
+            examples (n, d_in) raw activations, scores (n,), ridge () and the scale () that rows were divided
+            by where it counts, float64; predictions.csv;
             quality.json with rmse, r2, pearson and spearman by split.
 
     Raises:
@@ -78,6 +79,7 @@ def fit_probe(
         "weight": torch.tensor(best.coef_ / scale, dtype=torch.float32),
         "bias": torch.tensor(best.intercept_, dtype=torch.float32),
         "ridge": torch.tensor(best.alpha, dtype=torch.float32),
+        "scale": torch.tensor(scale, dtype=torch.float64),
         "examples": rows["train"][1],
         "scores": torch.tensor(y["train"], dtype=torch.float32),
     }

@@ -73,6 +73,26 @@ def budget_sentence(rows: pd.DataFrame) -> str:
     return f"Budgets differ: SAEs were trained on {shown} tokens.{unknown}"
 
 
+_SCALES = {
+    "unit": "divided so that their mean squared norm is 1",
+    "dimension": "divided so that their mean squared norm is d_in",
+    "raw": "as they are",
+    "centred": "less their mean row, divided by the root of their mean squared norm",
+}
+"""What an input scale (`training.input_scale`) makes of activations."""
+
+
+def scale_sentence(rows: pd.DataFrame, options: pd.DataFrame) -> str:
+    """The units of losses: the input scale that runs were trained in."""
+    asked = options[options["option"] == "training.input_scale"].set_index("run")["chosen"]
+    entries = rows.drop_duplicates("run").set_index("run")["entry"]
+    held = entries.groupby(asked.reindex(entries.index)).unique()
+    if len(held) == 1:
+        return f"Losses are of activations {_SCALES[str(held.index[0])]}."
+    parts = [f"{_SCALES[str(kind)]} ({listed(sorted(found))})" for kind, found in held.items()]
+    return f"Losses of different input scales cannot be compared: activations {'; '.join(parts)}."
+
+
 def rows_sentence(rows: pd.DataFrame, cross_entropy: bool = False) -> str:
     """How many rows of each source were evaluated, and which were left out."""
     texts: dict[str, list[str]] = {}

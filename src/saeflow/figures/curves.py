@@ -46,7 +46,7 @@ def training(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
     ids = ["k_target" if column == "k" else column for column in IDS]
     shown = [c for c in ("loss", _RECONSTRUCTION, *terms, "l0", "k", "dead") if c in steps]
     data = steps[[*ids, "setting", "step", "tokens_seen", *shown]]
-    return Drawing(figure, data, _caption(steps, terms))
+    return Drawing(figure, data, _caption(steps, terms, tables.options))
 
 
 def loss_terms(steps: pd.DataFrame) -> list[str]:
@@ -83,16 +83,16 @@ def _summands(run: pd.DataFrame) -> set[str]:
     return set()
 
 
-def _caption(steps: pd.DataFrame, terms: list[str]) -> str:
+def _caption(steps: pd.DataFrame, terms: list[str], options: pd.DataFrame) -> str:
     count = captions.seeds(steps)
     lines = "one line each" if count == "1" else f"one line for each of {count} seeds"
     other = " and other loss terms" if terms else ""
     return (
         f"Training over tokens, one row of panels per kind of SAE, darker shades for more active "
-        f"latents, {lines}: reconstruction loss (per row, summed over its dimensions, inputs scaled to "
-        f"mean squared norm d_in){other}, active latents per token with the k that the schedule "
-        f"allows (wide grey line), and share of latents that count as dead. Logged during training, on "
-        f"training batches. {captions.size_sentence(steps)} {captions.budget_sentence(steps)}"
+        f"latents, {lines}: reconstruction loss (per row, summed over its dimensions){other}, active latents "
+        f"per token with the k that the schedule allows (wide grey line), and share of latents that count as "
+        f"dead. Logged during training, on training batches. {captions.scale_sentence(steps, options)} "
+        f"{captions.size_sentence(steps)} {captions.budget_sentence(steps)}"
     )
 
 

@@ -263,6 +263,7 @@ def _saes(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "seeds": _values(run["seed"] for run in runs),
                 "tokens": _values(values["tokens"] for values in training),
                 "batch": _values(values["batch_size"] for values in training),
+                "input_scale": _values(values["input_scale"] for values in training),
                 "lr": _values(values["lr"] for values in training),
                 "runs": len(runs),
             }

@@ -2,6 +2,7 @@
 
 from saeflow.saes.base import SAE, Forward
 from saeflow.saes.files import load, read_config, save
+from saeflow.saes.input_scale import InputScale
 from saeflow.saes.ranks import Ranks
 from saeflow.saes.variants import VARIANTS, build
 
@@ -9,6 +10,7 @@ __all__ = [
     "SAE",
     "VARIANTS",
     "Forward",
+    "InputScale",
     "Ranks",
     "build",
     "load",

@@ -14,6 +14,7 @@ from saeflow.saes.base import (
     check_number,
     check_weight,
 )
+from saeflow.saes.input_scale import InputScale
 from saeflow.saes.per_input_k import PerInputK
 
 LARGEST = 10.0
@@ -98,19 +99,21 @@ class AdaptiveK(PerInputK):
     examples: Tensor
     scores: Tensor
 
-    def take_probe(self, folder: Path, scale: float) -> None:
+    def take_probe(self, folder: Path, inputs: InputScale) -> None:
         probe = read_probe(folder)
         if probe["weight"].shape != (self.d_in,):
             raise UserError(
                 f"{folder}: the probe reads activations of width {len(probe['weight'])}, expected "
                 f"{self.d_in}. Fit it on the store that the SAE is trained on."
             )
+        weight, scale, shift = probe["weight"], inputs.scale, inputs.shift
         with torch.no_grad():
-            self.probe_w.copy_(probe["weight"] * scale)
-            self.probe_b.copy_(probe["bias"])
+            self.probe_w.copy_(weight * scale)
+            self.probe_b.copy_(probe["bias"] + (0 if shift is None else weight @ shift))
         self.first_w, self.first_b = self.probe_w.detach().clone(), self.probe_b.detach().clone()
-        self.ridge = probe["ridge"]
-        self.examples, self.scores = probe["examples"] / scale, probe["scores"]
+        # It weighs |w|^2 of rows divided by the fit's own scale, and is to weigh the same probe alike here.
+        self.ridge = probe["ridge"] * (float(probe["scale"]) / scale) ** 2
+        self.examples, self.scores = inputs(probe["examples"]), probe["scores"]
 
     def begin_step(self, step: int, total: int) -> None:
         self.step = step
@@ -164,6 +167,11 @@ class AdaptiveK(PerInputK):
     def fold_scale(self, scale: float) -> None:
         super().fold_scale(scale)
         self.probe_w.div_(scale)
+
+    @torch.no_grad()
+    def fold_shift(self, shift: Tensor) -> None:
+        super().fold_shift(shift)
+        self.probe_b.sub_(self.probe_w @ shift)
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         assert fwd.condition is not None

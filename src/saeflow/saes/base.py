@@ -26,6 +26,7 @@ from saeflow.operators import (
     residual_share,
     select_auxk,
 )
+from saeflow.saes.input_scale import InputScale
 from saeflow.saes.ranks import Ranks, check_divides
 
 AUXK_DENSE_BELOW = 4
@@ -115,12 +116,12 @@ class SAE(nn.Module):
         """Whether a step is faster on the sparse path: few latents are active."""
         return False
 
-    def take_probe(self, folder: Path, scale: float) -> None:
+    def take_probe(self, folder: Path, inputs: InputScale) -> None:
         """Take what a probe learned (`saeflow.complexity`), where the variant's options name one.
 
         Args:
-            folder: of the fitted probe.
-            scale: raw activations over the trainer's.
+            folder: of the fitted probe, which reads raw activations.
+            inputs: what training sees of them.
         """
 
     # Using an SAE.
@@ -311,6 +312,11 @@ class SAE(nn.Module):
         """From inputs divided by `scale` to raw ones: latents and biases grow by it."""
         self.b_enc.mul_(scale)
         self.b_dec.mul_(scale)
+
+    @torch.no_grad()
+    def fold_shift(self, shift: Tensor) -> None:
+        """From inputs with (d_in,) `shift` taken away, in their own units, to inputs with it."""
+        self.b_dec.add_(shift)
 
 
 def check_k(k: Any, d_sae: int) -> int:

@@ -23,7 +23,7 @@ from saeflow.config import SAEConfig, TrainingConfig
 from saeflow.errors import UserError
 from saeflow.files import atomic_file, file_digest, json_digest
 from saeflow.progress import progress
-from saeflow.saes import SAE, Forward, Ranks, build, save
+from saeflow.saes import SAE, Forward, InputScale, Ranks, build, save
 from saeflow.saes.ranks import check_divides
 from saeflow.training.checkpoints import (
     checkpoints,
@@ -57,6 +57,7 @@ class Batches(Shuffled, Protocol):
 
     d_in: int
     scale: float
+    mean: Tensor
     model: str | None
 
     def last_rows(self) -> Shuffled:
@@ -136,7 +137,7 @@ def advance(runs: Sequence["Run"], stopped: Sequence[int] = ()) -> None:
         sharing = left.pop(0)
         numbers = range(min(run.step for run in sharing), max(run.total for run in sharing))
         names = sharing[0].config.name if len(sharing) == 1 else f"{len(sharing)} SAEs"
-        with closing(sharing[0].batches(numbers.start)) as batches:
+        with closing(sharing[0].raw_batches(numbers.start)) as batches:
             for number in progress(numbers, f"training {names}", "step"):
                 began = time.monotonic()
                 x = next(batches)
@@ -206,8 +207,15 @@ class Run:
         self.is_bf16 = runtime["precision"] == "bf16"
         self.total = config.training.steps
         self.sae: SAE = build(config.variant, store.d_in, config.d_sae, config.options)
+        self.inputs = InputScale.of(config.training.input_scale, store)
+        if self.inputs.shift is not None and self.sae.b_dec is None:
+            raise UserError(
+                f"saes.{config.entry}.input_scale: expected a scale without a shift, since the SAE has no b_dec to "
+                f"fold it into, found {config.training.input_scale}. Set unit or raw."
+            )
         if probe is not None:
-            self.sae.take_probe(probe, store.scale)
+            self.sae.take_probe(probe, self.inputs)
+        self.inputs = self.inputs.to(self.device)
         self.rows_of: Shuffled = store if self.sae.trains_on == "all" else store.last_rows()
         self.step = 0
         self.busy, self.busy_steps = 0.0, 0  # seconds and steps since the last line of the log
@@ -238,6 +246,8 @@ class Run:
         }
         if self.probe is not None:
             run["probe"] = file_digest(self.probe / PROBE)
+        if self.inputs.shift is not None:
+            run["shift"] = self.inputs.shift.tolist()
         return json_digest({**run, "d_in": self.store.d_in, "scale": self.store.scale})
 
     @property
@@ -246,13 +256,18 @@ class Run:
         return self.silent >= self.config.training.dead_after_tokens
 
     def batches(self, start: int = 0) -> Generator[Tensor, None, None]:
-        """Batches (B, d_in) from a number on, in scaled units."""
+        """Batches (B, d_in) from a number on, in this run's input scale."""
+        with closing(self.raw_batches(start)) as batches:
+            for batch in batches:
+                yield self.inputs(batch)
+
+    def raw_batches(self, start: int = 0) -> Generator[Tensor, None, None]:
+        """Batches (B, d_in) from a number on, on the device, as runs of one stream share them."""
         size, seed = self.config.training.batch_size, self.config.seed
         # From page-locked memory, a GPU copies a batch while it works on the one before.
         locked = {"pin": True} if self.device.type == "cuda" else {}
         for batch in self.rows_of.batches(size, seed, start, **locked):
-            moved = batch.to(self.device, non_blocking=True)
-            yield moved.to(torch.float32) / self.store.scale
+            yield batch.to(self.device, non_blocking=True)
 
     @property
     def stream(self) -> tuple[object, ...]:
@@ -260,10 +275,10 @@ class Run:
         return self.sae.trains_on, self.config.training.batch_size, self.config.seed
 
     def take(self, x: Tensor, waited: float) -> None:
-        """The next step, of its batch, for which it waited some seconds; now and then a line of the log."""
+        """The next step, of its raw batch, for which it waited some seconds; now and then a line of the log."""
         config = self.config.training
         began = time.monotonic()
-        fwd, losses, lr = self.one_step(self.ranks.own_rows(x))
+        fwd, losses, lr = self.one_step(self.inputs(self.ranks.own_rows(x)))
         self.step += 1
         self.busy += waited + time.monotonic() - began
         self.busy_steps += 1
@@ -381,7 +396,9 @@ class Run:
     def finish(self) -> dict[str, str]:
         """Write the SAE in raw units, and its steps; digests of both, of no file on ranks but the first."""
         with torch.no_grad():
-            self.sae.fold_scale(self.store.scale)
+            self.sae.fold_scale(self.inputs.scale)
+            if self.inputs.shift is not None:
+                self.sae.fold_shift(self.inputs.shift)
         weights, config = self.weights(), dataclasses.asdict(self.config)
         if self.ranks.rank:
             return {}
