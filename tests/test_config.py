@@ -49,7 +49,14 @@ def test_shipped_parameters_are_valid(path: Path) -> None:
             "float8",
             "stores.smollm2.dtype: expected one of bfloat16, float16",
         ),
-        ("training/lr", "3e-4", "write 3.0e-4"),
+        ("training/lr", "3e-4x", "training.lr: "),
+        ("training/lr", float("nan"), "training.lr: expected number, found nan"),
+        ("training/lr", float("inf"), "training.lr: expected number, found inf"),
+        ("training/grad_clip", float("inf"), "training.grad_clip: expected number, found inf"),
+        ("training/grad_clip", "1e999", "training.grad_clip: expected number, found '1e999'"),
+        ("training/tokens", 1.5, "training.tokens: expected integer, found 1.5"),
+        ("training/tokens", "3e-05", "training.tokens: expected integer, found '3e-05'"),
+        ("training/tokens", True, "training.tokens: expected integer, found True"),
         ("training/tokens", ..., "training: the key tokens is missing"),
         ("training/tokens", "many", "training.tokens: expected integer, found 'many'"),
         ("saes/topk/variant", "topq", "saes.topk.variant: expected one of"),
@@ -181,6 +188,53 @@ def test_a_mistake_is_named_in_one_line(path: str, value: Any, message: str) -> 
         validate(changed(path, value))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "meant"),
+    [
+        ("training/tokens", 1.0e6, 1_000_000),  # YAML's 1.0e+6
+        ("training/tokens", "1e6", 1_000_000),  # DVC's and JSON's, which YAML 1.1 reads as text
+        ("training/batch_size", 256.0, 256),
+        ("training/lr", "3e-05", 0.00003),
+        (
+            "training/train_decoder",
+            "false",
+            False,
+        ),  # all that `--config` gives inside {...} is text
+        ("training/betas", ["0.9", "9.9e-1"], [0.9, 0.99]),
+        ("seeds", ["0", 1.0, "2"], [0, 1, 2]),
+        ("seeds", "null", None),
+        ("saes/sized-topk/d_sae", [384.0, "768"], [384, 768]),
+        ("saes/varying-topk/options/k", 16.0, 16),
+        ("saes/topk/lr", "1e-3", 0.001),
+        ("sources/scenes/model/trained/patch_size", 8.0, 8),
+        ("stores/smollm2/seed", 0.0, 0),
+        ("evaluation/max_norm_multiple", "null", None),
+    ],
+)
+def test_a_number_has_one_form_however_it_is_written(path: str, given: Any, meant: Any) -> None:
+    found: Any = validate(changed(path, given))
+    for key in path.split("/"):
+        found = found[key]
+    assert found == meant
+    assert repr(found) == repr(meant)  # 256, not 256.0
+
+
+def test_text_that_looks_like_a_number_stays_text_where_text_belongs() -> None:
+    params = changed("evaluation/labelled_sets/single-objects/class_names", ["1e5", "null"])
+    assert validate(params) == params | {"saes": validate(params)["saes"]}
+
+
+@pytest.mark.parametrize(("text", "read"), [("010", 8), ("1:30", 90), ("-017", -15)])
+def test_a_number_that_yaml_reads_as_another_is_refused(
+    text: str, read: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(f"training:\n  tokens: {text}\n")
+    message = f"line 2: expected a number, found {text}, which YAML 1.1 reads as {read}"
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_params(path)
 
 
 def test_seeds_take_the_place_of_every_entry_s_own() -> None:

@@ -9,8 +9,9 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "saeflow"
 LAYERS = (
-    "errors", "device", "files", "progress", "plugins", "options", "config", "provenance", "plan", "operators", "sources", "stores",
-    "complexity", "saes", "training", "evaluation", "exchange", "figures", "needs", "cli", "__main__",
+    "errors", "device", "files", "progress", "plugins", "options", "schema", "config", "provenance", "plan", "operators",
+    "sources", "stores", "complexity", "saes", "preflight", "training", "evaluation", "exchange", "figures", "needs", "cli",
+    "__main__",
 )  # fmt: skip
 
 

@@ -83,8 +83,11 @@ _NO_ROOM = {
 
 
 def _json(option: str, text: str) -> Any:
+    def refuse(constant: str) -> Any:
+        raise UserError(f"{option}: expected finite numbers, found {constant}.")
+
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
         raise UserError(f"{option}: expected JSON, found {text[:60]!r} ({error}).") from None
 
@@ -141,15 +144,16 @@ def validate(
     params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
     """Check a parameter file, and print what it asks for."""
-    from saeflow.complexity.scorers import check_scoring
-    from saeflow.sources import check_source
+    from saeflow.preflight import check_saes, checked_plan, device_problem
 
     values = load_params(params)
-    for name, source in values["sources"].items():
-        check_source(name, source, Path("results/sources") / name)
-    plan = Plan(values)
-    for source, _, complexity in plan.probes:
-        check_scoring(complexity, values["complexity"][complexity], values["sources"][source])
+    try:
+        plan = checked_plan(values)
+        check_saes(plan)
+    except UserError as error:
+        raise UserError(f"{params}: {error}") from None
+    if problem := device_problem(values["runtime"]):  # the jobs may run on another machine
+        logging.getLogger(__name__).warning("%s: %s", params, problem)
     typer.echo(
         f"{params}: {len(plan.sources)} sources, {len(plan.stores)} stores, {len(plan.runs)} SAEs, "
         f"{len(values['figures']['names'])} figures."

@@ -3,7 +3,6 @@
 This module imports no model code: Snakefile and command line read it in a fraction of a second.
 """
 
-import difflib
 import functools
 import hashlib
 import itertools
@@ -13,20 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import yaml
 
 from saeflow.errors import UserError
 from saeflow.files import json_digest
 from saeflow.options import with_options
 from saeflow.plugins import module_file
+from saeflow.schema import ROOT, conform, listed
 
 PACKAGE = Path(__file__).parent
-ROOT = PACKAGE.parents[1]
-SCHEMA = ROOT / "workflow" / "schemas" / "params.schema.yaml"
 SPLITS = ("train", "evaluation")
-_CHOICES = 12
-"""More names than this are not listed in a message."""
 RESERVED = {"baselines", "clean", "dimension", "identity", "mean", "pca"}
 """Names that the evaluation gives to its own rows and folders."""
 
@@ -120,7 +115,18 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     }
 
 
+def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """A whole number, unless YAML 1.1 reads another one than is written: 010 as 8, 1:30 as 90."""
+    if re.fullmatch(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_]+)+)", node.value):
+        raise UserError(
+            f"line {node.start_mark.line + 1}: expected a number, found {node.value}, which YAML 1.1 reads as "
+            f"{loader.construct_yaml_int(node)}. Write the number itself."
+        )
+    return int(loader.construct_yaml_int(node))
+
+
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def read_yaml(path: Path) -> Any:
@@ -151,14 +157,16 @@ def load_params(path: Path) -> dict[str, Any]:
     """
     params = read_yaml(path)
     try:
-        validate(params)
+        return validate(params)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    return dict(params)
 
 
-def check_params(params: Any, files: Iterable[Path | str]) -> None:
+def check_params(params: Any, files: Iterable[Path | str]) -> dict[str, Any]:
     """Check parameters that came from some files, perhaps with values from a command line on top.
+
+    Returns:
+        The parameters as `validate` gives them.
 
     Raises:
         UserError: the first thing that is wrong, in one line.
@@ -167,27 +175,21 @@ def check_params(params: Any, files: Iterable[Path | str]) -> None:
     for path in files:
         read_yaml(Path(path))  # says what YAML itself would pass over, such as a name given twice
     try:
-        validate(params)
+        return validate(params)
     except UserError as error:
         raise UserError(f"{names}: {error}") from None
 
 
-@functools.cache
-def _validator() -> Any:
-    schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
-    return jsonschema.Draft202012Validator(schema)
-
-
-def validate(params: Any) -> None:
+def validate(params: Any) -> dict[str, Any]:
     """Check params against the schema, and what a schema cannot say.
+
+    Returns:
+        The parameters with presets put in and each number in its one form (see `conform`).
 
     Raises:
         UserError: the first thing that is wrong, in one line.
     """
-    params = with_options(params)
-    errors = sorted(_validator().iter_errors(params), key=lambda error: list(map(str, error.path)))
-    if errors:
-        raise UserError(_explain(errors[0]))
+    params = conform(with_options(params))
     for name in params["sources"]:
         if name in ("interpretability", "latents", "stability"):
             raise UserError(
@@ -197,7 +199,7 @@ def validate(params: Any) -> None:
             raise UserError(f"stores: expected an entry for source {name!r}, found none. Add it.")
     for name, store in params["stores"].items():
         if name not in params["sources"]:
-            raise UserError(f"stores.{name}: no such source. Known: {_list(params['sources'])}.")
+            raise UserError(f"stores.{name}: no such source. Known: {listed(params['sources'])}.")
         if store["shard_rows"] % store["chunk_rows"]:
             raise UserError(
                 f"stores.{name}.shard_rows: expected a multiple of chunk_rows "
@@ -216,7 +218,7 @@ def validate(params: Any) -> None:
     for name in dimension["sources"] if dimension else []:
         if name not in params["sources"]:
             raise UserError(
-                f"evaluation.dimension.sources: no such source: {name}. Known: {_list(params['sources'])}."
+                f"evaluation.dimension.sources: no such source: {name}. Known: {listed(params['sources'])}."
             )
     for name, labelled in params["evaluation"]["labelled_sets"].items():
         if name in RESERVED:
@@ -230,7 +232,7 @@ def validate(params: Any) -> None:
                     f"evaluation.labelled_sets.{name}.{split}.folder: no such folder: {folder}. Mend the path."
                 )
     if taken := RESERVED & set(params["saes"]):
-        raise UserError(f"saes: the name {_list(taken)} is a baseline's. Choose another.")
+        raise UserError(f"saes: the name {listed(taken)} is a baseline's. Choose another.")
     runs = expand_runs(params)
     guides = {run.name: run.guide for run in runs}
     for run in runs:
@@ -245,7 +247,7 @@ def validate(params: Any) -> None:
         where = f"saes.{taken_over.entry}"
         if f"{taken_over.source}/{taken_over.hook_point}" not in stores:
             raise UserError(
-                f"{where}.store: no such store: {taken_over.source}/{taken_over.hook_point}. Known: {_list(stores)}."
+                f"{where}.store: no such store: {taken_over.source}/{taken_over.hook_point}. Known: {listed(stores)}."
             )
         if not Path(taken_over.folder).is_dir():
             raise UserError(
@@ -259,7 +261,7 @@ def validate(params: Any) -> None:
             if store not in stores or store.partition("/")[0] not in trained_on:
                 raise UserError(
                     f"complexity.{name}.probe_at: no such store of a source with SAEs: {store}. Known: "
-                    f"{_list(stores)}."
+                    f"{listed(stores)}."
                 )
     pages = params["evaluation"].get("latents") or {"runs": []}
     known = {run.name for run in runs} | {run.name for run in imports(params)}
@@ -274,6 +276,7 @@ def validate(params: Any) -> None:
                 f"evaluation.{where}.runs: expected the name of a run, SOURCE/HOOK_POINT/ENTRY/LABEL, as below "
                 f"results/saes, found {name!r}. Mend it."
             )
+    return dict(params)
 
 
 SCORER = "evaluation.interpretability.detection.scorer"
@@ -289,66 +292,6 @@ def scorer_file(interpretability: Mapping[str, Any]) -> Path | None:
     if detection is None or ":" not in detection["scorer"]:
         return None
     return module_file(detection["scorer"], SCORER)
-
-
-def _list(names: Any) -> str:
-    return ", ".join(sorted(names)) or "none"
-
-
-def _choices(error: Any) -> str:
-    """What is allowed; of many, the names most like the one that was found."""
-    names = sorted(map(str, error.validator_value))
-    if len(names) <= _CHOICES:
-        return ", ".join(names)
-    near = difflib.get_close_matches(str(error.instance), names, n=3, cutoff=0)
-    return f"{', '.join(near)} and {len(names) - len(near)} others of {SCHEMA.relative_to(ROOT)}"
-
-
-def _explain(error: Any) -> str:
-    """One line for a schema error: where, what was expected, what was found."""
-    if error.validator in ("oneOf", "anyOf") and error.context:
-        branches: dict[Any, list[Any]] = {}
-        for nested in error.context:
-            branches.setdefault(nested.schema_path[0], []).append(nested)
-        meant = [b for b in branches.values() if not any(e.validator == "const" for e in b)]
-        types = [
-            [e.validator_value for e in b if e.validator == "type" and not e.path] for b in meant
-        ]
-        if isinstance(error.instance, Mapping | list):  # a mistake in it, not that it is no null
-            meant = [b for b, other in zip(meant, types, strict=True) if not other] or meant
-        elif len(types) > 1 and all(types):
-            where = ".".join(str(part) for part in error.absolute_path)
-            wanted = " or ".join(str(value) for other in types for value in other)
-            return f"{where}: expected {wanted}, found {error.instance!r}{_yaml_trap(error)}."
-        if meant:  # the alternative with the fewest mistakes, and in it the deepest one
-            fewest = min(meant, key=lambda branch: len(branch))
-            return _explain(max(fewest, key=lambda nested: len(nested.absolute_path)))
-    where = ".".join(str(part) for part in error.absolute_path) or "the file"
-    found = repr(error.instance)
-    found = found if len(found) < 80 else found[:77] + "..."
-    match error.validator:
-        case "additionalProperties" | "unevaluatedProperties":
-            known = set(error.schema.get("properties", {}))
-            unknown = sorted(set(error.instance) - known)
-            return f"{where}: unknown key {_list(unknown)}. Known keys: {_list(known)}."
-        case "required":
-            missing = [key for key in error.validator_value if key not in error.instance]
-            return f"{where}: the key {_list(missing)} is missing. Add it (see README, Parameters)."
-        case "type":
-            return f"{where}: expected {error.validator_value}, found {found}{_yaml_trap(error)}."
-        case "enum":
-            return f"{where}: expected one of {_choices(error)}, found {found}."
-        case "const":
-            return f"{where}: expected {error.validator_value!r}, found {found}."
-        case _:
-            hint = error.schema.get("description", "")
-            return f"{where}: {error.message}" + (f" ({hint})" if hint else "") + "."
-
-
-def _yaml_trap(error: Any) -> str:
-    if isinstance(error.instance, str) and re.fullmatch(r"\d+e[-+]?\d+", error.instance):
-        return " (YAML reads 3e-4 as text: write 3.0e-4)"
-    return ""
 
 
 def _check_source(name: str, source: Mapping[str, Any]) -> None:
@@ -376,7 +319,7 @@ def _check_source(name: str, source: Mapping[str, Any]) -> None:
             )
     hook_points = source["hook_points"]
     if len(set(hook_points)) < len(hook_points):
-        raise UserError(f"{where}.hook_points: one is given twice: {_list(hook_points)}.")
+        raise UserError(f"{where}.hook_points: one is given twice: {listed(hook_points)}.")
 
 
 def _scenes(source: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -405,7 +348,7 @@ def _check_run(run: SAEConfig, params: Mapping[str, Any]) -> None:
     source = params["sources"].get(run.source)
     if source is None or run.hook_point not in source["hook_points"]:
         raise UserError(
-            f"{where}.store: no such store: {run.source}/{run.hook_point}. Known: {_list(_stores(params))}."
+            f"{where}.store: no such store: {run.source}/{run.hook_point}. Known: {listed(_stores(params))}."
         )
     options = run.options
     for key in _COUNTS & set(options):
@@ -432,7 +375,7 @@ def _check_run(run: SAEConfig, params: Mapping[str, Any]) -> None:
     name = options.get("complexity")
     if name is not None and name not in params["complexity"]:
         raise UserError(
-            f"{where}.options.complexity: no such entry: {name}. Known: {_list(params['complexity'])}."
+            f"{where}.options.complexity: no such entry: {name}. Known: {listed(params['complexity'])}."
         )
 
 
@@ -460,9 +403,9 @@ def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
         shared = {key: params["training"][key] for key in params["training"]}
         training = {key: values.get(key, shared[key]) for key in shared}
         training["betas"] = tuple(training["betas"])
-        axes = {key: _as_list(values[key]) for key in ("store", "d_sae", "seed")}
+        axes = {key: _aslisted(values[key]) for key in ("store", "d_sae", "seed")}
         axes["seed"] = params["seeds"] or axes["seed"]
-        options = {key: _as_list(value) for key, value in values["options"].items()}
+        options = {key: _aslisted(value) for key, value in values["options"].items()}
         swept = [key for key, value in values["options"].items() if isinstance(value, list)]
         for store, d_sae, seed, *chosen in itertools.product(*axes.values(), *options.values()):
             picked = dict(zip(options, chosen, strict=True))
@@ -505,7 +448,7 @@ def _guide(store: str, k: Any) -> str | None:
     return f"{store}/{k['mean_l0_of']}" if isinstance(k, Mapping) else None
 
 
-def _as_list(value: Any) -> list[Any]:
+def _aslisted(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 

@@ -36,7 +36,36 @@ def resolve(asked: str) -> str:
     if asked == AUTO:
         logger.info("device: cpu (%s)", problem)
         return CPU
-    raise UserError(
+    raise UserError(refusal(asked, problem))
+
+
+def missing(asked: str, ranks: int = 1) -> str | None:
+    """Return why this machine cannot have the GPUs that are asked for, or None; touches none of them.
+
+    Args:
+        asked: auto, cpu, cuda or cuda:N.
+        ranks: processes that train together, each on a GPU of its own.
+    """
+    if asked in (AUTO, CPU):
+        return None
+    import torch
+
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is built without CUDA"
+    found = torch.cuda.device_count()
+    if not found or not torch.cuda.is_available():
+        return "torch sees no GPU"
+    index = int(asked.partition(":")[2] or 0)
+    if index >= found:
+        return f"torch sees {found}, counted from cuda:0"
+    if ranks > found:
+        return f"torch sees {found}, for {ranks} ranks"
+    return None
+
+
+def refusal(asked: str, problem: str) -> str:
+    """Say in one line that a GPU is asked for by name and cannot be had."""
+    return (
         f"runtime.device: expected a GPU for {asked}, found none that works ({problem}). Set it to auto or cpu, or "
         "run where there is a GPU."
     )
@@ -46,10 +75,8 @@ def _problem(device: str) -> str | None:
     """Return why a GPU cannot be used, or None."""
     import torch
 
-    if not torch.backends.cuda.is_built():
-        return f"torch {torch.__version__} is built without CUDA"
-    if not torch.cuda.is_available():
-        return "torch sees no GPU"
+    if problem := missing(device):
+        return problem
     try:
         torch.zeros(1, device=device).add_(1).cpu()
     except (RuntimeError, AssertionError) as error:  # another index, a driver that does not fit

@@ -8,28 +8,25 @@ import time
 from base64 import urlsafe_b64encode
 from pathlib import Path
 
+import snakemake.persistence.file
 from snakemake.settings.types import DeploymentMethod
+from snakemake.utils import listfiles
 
 sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 
-from saeflow.complexity.scorers import check_scoring
 from saeflow.config import check_params
 from saeflow.device import has_gpu
 from saeflow.errors import UserError
 from saeflow.evaluation.tables import EXTRA as EXTRA_TABLES
-from saeflow.plan import Plan
-from saeflow.sources import check_source
+from saeflow.preflight import check_saes, checked_plan, device_problem
 
-if isinstance(config.get("seeds"), list):  # `--config 'seeds=[0,1,2]'` gives them as text
-    config["seeds"] = [int(seed) if str(seed).isdecimal() else seed for seed in config["seeds"]]
+if "{" in os.getcwd():
+    # Snakemake 9 looks for its locks with the whole path as a pattern of wildcards.
+    snakemake.persistence.file.listfiles = lambda path: listfiles(os.path.relpath(path))
 
 try:
-    check_params(config, workflow.overwrite_configfiles or ["params.yaml"])
-    for name, source in config["sources"].items():
-        check_source(name, source, Path("results/sources") / name)
-    plan = Plan(config)
-    for source, _, name in plan.probes:
-        check_scoring(name, plan.scoring(name), config["sources"][source])
+    config.update(check_params(config, workflow.overwrite_configfiles or ["params.yaml"]))
+    plan = checked_plan(config)
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
@@ -38,14 +35,27 @@ except UserError as error:
 package = Path(workflow.basedir) / "src"
 prefix = f"export PYTHONPATH={shlex.quote(str(package))}; "
 # What a job needs to know of the machine is no parameter of the job: it changes no result.
-runtime = shlex.quote(json.dumps(config["runtime"])).replace("{", "{{").replace("}", "}}")
-prefix = f"{prefix}export SAEFLOW_RUNTIME={runtime}; "
-if DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method:
+prefix = f"{prefix}export SAEFLOW_RUNTIME={shlex.quote(json.dumps(config['runtime']))}; "
+has_conda = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+if not has_conda:
     prefix = f"{prefix}export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
-shell.prefix(f"set -euo pipefail; {prefix}")
+# Snakemake reads the prefix as a format string.
+shell.prefix(f"set -euo pipefail; {prefix}".replace("{", "{{").replace("}", "}}"))
 
 
 onstart:
+    # What takes torch to know, once before the first job and not for a plan.
+    try:
+        check_saes(plan)
+        if (
+            workflow.local_exec
+            and not has_conda
+            and (problem := device_problem(config["runtime"]))
+        ):
+            raise UserError(problem)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     # File times decide nothing here, but Snakemake fails a job whose input seems to be from the future: what was
     # made while a clock was ahead is from now.
     for pattern in (RECORD, "*.parts/*", "*.parts/*/.snakemake_timestamp"):
@@ -101,6 +111,12 @@ STABILITY = [f"results/evaluations/stability/{setting}/{RECORD}" for setting in 
 INTERPRETED = [f"results/evaluations/interpretability/{run}/{RECORD}" for run in plan.interpreted]
 TRAINED, EVALUATED = "results/saes.groups", "results/evaluations.groups"
 FIGURES = [f"results/figures/{figure}/{RECORD}" for figure in config["figures"]["names"]]
+
+
+def environment(name):
+    """The file of a conda environment, whose path Snakemake reads as a pattern of wildcards."""
+    path = str(Path(workflow.basedir, "envs", f"{name}.yaml"))
+    return path.replace("{", "{{").replace("}", "}}")
 
 
 def threads(step):

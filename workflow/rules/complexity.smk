@@ -14,7 +14,7 @@ rule score_contexts:
     log:
         "logs/score_contexts/{source}_{complexity}.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     threads: threads("evaluate")
     resources:
         gpu=gpus(),
@@ -39,7 +39,7 @@ rule fit_probe:
     log:
         "logs/fit_probe/{source}_{complexity}_{hook_point}.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     params:
         key=lambda w: plan.key_probe(w.source, w.hook_point, w.complexity),
         scoring=lambda w: json.dumps(plan.scoring(w.complexity)),

@@ -13,7 +13,7 @@ rule prepare_labelled:
     log:
         "logs/prepare_labelled/{source}_{labelled}.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     threads: threads("extract")
     params:
         key=lambda w: plan.key_labelled(w.source, w.labelled),
@@ -40,7 +40,7 @@ rule evaluate_clean:
     log:
         "logs/evaluate_clean/{source}_{hook_point}.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     threads: threads("evaluate")
     resources:
         gpu=gpus(),
@@ -64,7 +64,7 @@ rule estimate_dimension:
     log:
         "logs/estimate_dimension/{source}_{hook_point}.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     params:
         key=lambda w: plan.key_dimension(w.source, w.hook_point),
         settings=json.dumps(plan.dimension()),
@@ -85,7 +85,7 @@ rule evaluate_sae:
     log:
         "logs/evaluate_sae/{run}.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     threads: threads("evaluate")
     resources:
         gpu=gpus(),
@@ -103,7 +103,7 @@ rule evaluate_group:
     log:
         "logs/evaluate_group/{group}.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     threads: threads("evaluate")
     resources:
         gpu=gpus(),
@@ -122,7 +122,7 @@ rule show_latents:
     log:
         "logs/show_latents/{run}.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     threads: threads("evaluate")
     resources:
         gpu=gpus(),
@@ -147,7 +147,7 @@ rule interpret_sae:
     log:
         "logs/interpret_sae/{run}.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     threads: threads("evaluate")
     resources:
         gpu=gpus(),
@@ -171,7 +171,7 @@ rule evaluate_baselines:
     log:
         "logs/evaluate_baselines/{source}_{hook_point}.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     threads: threads("evaluate")
     resources:
         gpu=gpus(),
@@ -199,7 +199,7 @@ rule compare_seeds:
     log:
         "logs/compare_seeds/{setting}.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     threads: threads("evaluate")
     resources:
         gpu=gpus(),
@@ -240,7 +240,7 @@ rule collect_tables:
     log:
         "logs/collect_tables.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     params:
         key=plan.key_tables(),
     shell:

@@ -18,7 +18,7 @@ rule draw_figure:
     log:
         "logs/draw_figure/{figure}.log",
     conda:
-        "../../envs/figures.yaml"
+        environment("figures")
     params:
         key=lambda w: plan.key_figure(w.figure),
         figures=json.dumps(plan.figure()),
@@ -40,7 +40,7 @@ rule write_table:
     log:
         "logs/write_table/{table}.log",
     conda:
-        "../../envs/figures.yaml"
+        environment("figures")
     params:
         key=lambda w: plan.key_figure(w.table),
         figures=json.dumps(plan.figure()),
@@ -61,7 +61,7 @@ rule write_report:
     log:
         "logs/write_report.log",
     conda:
-        "../../envs/figures.yaml"
+        environment("figures")
     params:
         key=plan.key_report(),
         names=config["figures"]["names"],

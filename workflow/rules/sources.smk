@@ -13,7 +13,7 @@ rule fetch_model:
     log:
         "logs/fetch_model/{source}.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     threads: lambda w: threads("train") if plan.is_vision(w.source) else 1
     params:
         key=lambda w: plan.key_model(w.source),
@@ -32,7 +32,7 @@ rule prepare_inputs:
     log:
         "logs/prepare_inputs/{source}.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     threads: lambda w: threads("extract") if plan.is_vision(w.source) else 1
     params:
         key=lambda w: plan.key_inputs(w.source),

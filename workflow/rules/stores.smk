@@ -14,7 +14,7 @@ rule extract_part:
     log:
         "logs/extract_part/{source}_{split}_{part}-of-{parts}.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     threads: threads("extract")
     resources:
         gpu=gpus(),
@@ -39,7 +39,7 @@ rule merge_parts:
     log:
         "logs/merge_parts/{source}_{split}.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     params:
         key=lambda w: plan.key_store(w.source, w.split),
         name=lambda w: w.source,

@@ -20,7 +20,7 @@ rule train_sae:
     wildcard_constraints:
         run="[^/]+/[^/]+/[^/]+/(?!imported-)[^/]+",
     conda:
-        "../../envs/train.yaml"
+        environment("train")
     threads: threads("train")
     resources:
         gpu=gpus(),
@@ -39,7 +39,7 @@ rule train_group:
     log:
         "logs/train_group/{group}.log",
     conda:
-        "../../envs/train.yaml"
+        environment("train")
     threads: threads("train")
     resources:
         gpu=gpus(),
@@ -59,7 +59,7 @@ rule import_sae:
     wildcard_constraints:
         run="[^/]+/[^/]+/[^/]+/imported-[^/]+",
     conda:
-        "../../envs/train.yaml"
+        environment("train")
     params:
         key=lambda w: plan.key_import(w.run),
         folder=lambda w: plan.imports[w.run].folder,

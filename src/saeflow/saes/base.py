@@ -204,17 +204,25 @@ class SAE(nn.Module):
         self.ranks = ranks
         if ranks.of_latents == 1:
             return
-        if not self.divides_latents:
-            raise UserError(
-                f"runtime.ranks.split: latents of {type(self).__name__} cannot be divided among ranks: each "
-                "row's selection needs all of its scores. Set it to batch."
-            )
+        self.check_divisible()
         check_divides("d_sae", self.d_sae, ranks, "latents")
         self.d_sae //= ranks.size
         for name in self.of_latents:
             whole = getattr(self, name)
             part = self.part_of(name, whole.detach())
             setattr(self, name, nn.Parameter(part) if isinstance(whole, nn.Parameter) else part)
+
+    def check_divisible(self) -> None:
+        """Refuse to divide latents among ranks where each row's selection needs all of its scores.
+
+        Raises:
+            UserError: it does.
+        """
+        if not self.divides_latents:
+            raise UserError(
+                f"runtime.ranks.split: latents of {type(self).__name__} cannot be divided among ranks: each "
+                "row's selection needs all of its scores. Set it to batch."
+            )
 
     def part_of(self, name: str, whole: Tensor) -> Tensor:
         """This rank's part of a parameter, or of what is laid out as one, in the layout of a parameter."""

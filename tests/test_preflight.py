@@ -1,0 +1,110 @@
+"""What a later job would refuse is refused before the first one."""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from saeflow import cli
+from saeflow.config import load_params, validate
+from saeflow.errors import UserError
+from saeflow.preflight import check_saes, checked_plan, device_problem
+
+ROOT = Path(__file__).parents[1]
+PARAMS = load_params(ROOT / "params.yaml")
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """The default parameters with one value set."""
+    params: Any = copy.deepcopy(PARAMS)
+    *parents, last = path.split("/")
+    node = params
+    for key in parents:
+        node = node[key]
+    node[last] = value
+    return validate(params)
+
+
+def test_the_shipped_parameters_pass() -> None:
+    check_saes(checked_plan(PARAMS))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        # 4000 evaluation rows of 127 a context (128 tokens less the first): 32 contexts
+        ("evaluation/ce_contexts", 33, "evaluation.ce_contexts: expected at most 32 (stores."),
+        ("evaluation/dimension/neighbours", [750], "expected less than half of the 1500 rows"),
+        ("training/tokens", 1023, "expected training tokens for at least one step of batch_size"),
+        (
+            "runtime/ranks",
+            {"count": 3, "split": "batch"},
+            "batch_size: expected a multiple of the 3",
+        ),
+        ("runtime/ranks", {"count": 5, "split": "latents"}, "d_sae: expected a multiple of the 5"),
+    ],
+)
+def test_numbers_that_do_not_fit_each_other(path: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        checked_plan(changed(path, value))
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        # 0.5 + 0.5 of 256 latents leave none for the last group
+        ("varying-matryoshka/options/groups", {"fractions": [0.5, 0.5]}, "groups: expected fract"),
+        ("varying-matryoshka/options/groups", {"fractions": [0.001]}, "groups: expected fractions"),
+        ("entmax/options/activation", "relu", "activation: expected weights or scores"),
+        ("sparsemax-mlp/options/query", "linear", "query: expected identity"),
+        ("sparsemax/train_decoder", False, "train_decoder: the shared concepts"),
+        ("adaptive-k-soft/options/alpha", None, "alpha: expected a number with form soft"),
+        (
+            "relu/options",
+            {"l1": 1.0, "l1_schedule": {"kind": "exponential", "from": 0, "until": 0.5}},
+            "an exponential schedule needs values above 0",
+        ),
+    ],
+)
+def test_options_that_a_variant_refuses(path: str, value: Any, message: str) -> None:
+    plan = checked_plan(changed(f"saes/{path}", value))
+    with pytest.raises(UserError, match=f"^saes.{path.split('/')[0]} .*{re.escape(message)}"):
+        check_saes(plan)
+
+
+def test_latents_of_a_variant_that_needs_whole_rows_are_not_divided() -> None:
+    plan = checked_plan(changed("runtime/ranks", {"count": 2, "split": "latents"}))
+    with pytest.raises(UserError, match="latents of SoftTopK cannot be divided among ranks"):
+        check_saes(plan)
+
+
+def test_a_dictionary_beyond_memory_is_checked_without_it() -> None:
+    check_saes(checked_plan(changed("saes/varying-matryoshka/d_sae", 2**31 - 1)))
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = {"device": "cuda", "ranks": {"count": 1, "split": "batch"}}
+    assert device_problem(runtime | {"device": "cpu"}) is None
+    assert device_problem(runtime | {"device": "auto"}) is None
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
+    assert "is built without CUDA" in str(device_problem(runtime))
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert "torch sees no GPU" in str(device_problem(runtime))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert device_problem(runtime) is None
+    assert "cuda:3, found none that works (torch sees 2, counted from cuda:0)" in str(
+        device_problem(runtime | {"device": "cuda:3"})
+    )
+    four = {"device": "cuda", "ranks": {"count": 4, "split": "batch"}}
+    assert "torch sees 2, for 4 ranks" in str(device_problem(four))
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_json_of_a_command_line_holds_finite_numbers(number: str) -> None:
+    with pytest.raises(UserError, match=f"--run: expected finite numbers, found {number}"):
+        cli._json("--run", f'{{"training": {{"lr": {number}}}}}')
