@@ -18,9 +18,10 @@ from scipy import stats
 
 from saeflow.errors import UserError
 from saeflow.stores import Store, batches, open_store
-from saeflow.stores.batches import read_ahead
+from saeflow.stores.batches import on_device, read_ahead
 
 THREAD = "saeflow-batches"
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 
 def running() -> list[threading.Thread]:
@@ -279,3 +280,21 @@ def test_pinned_batches_hold_the_same_rows(store: Store) -> None:
         assert x.is_pinned()
         assert torch.equal(x.to("cuda", non_blocking=True).cpu(), expected)
     pinned.close()
+
+
+@pytest.mark.parametrize("readers", [1, 6])
+def test_items_come_in_order_however_many_threads_read(readers: int) -> None:
+    def read(item: int) -> int:
+        time.sleep(0.002 * (item % 3))  # later ones are ready first
+        return item
+
+    assert list(read_ahead(iter(range(40)), read, readers)) == list(range(40))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_batches_arrive_on_a_device_whole_and_in_order(device: str) -> None:
+    expected = [torch.full((64, 32), float(i)) for i in range(20)]
+    given = (batch.pin_memory() if device == "cuda" else batch for batch in expected)
+    for batch, one in zip(on_device(given, torch.device(device)), expected, strict=True):
+        assert batch.device.type == device
+        assert torch.equal(batch.cpu(), one)

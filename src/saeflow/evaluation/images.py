@@ -51,11 +51,12 @@ class PerKind:
         self.l0 = dict.fromkeys(statistics, 0)
 
     def add(self, seen: Seen) -> None:
-        first = torch.as_tensor(seen.column("position") == 0, device=seen.x.device)
+        first = torch.as_tensor(seen.column("position") == 0)
         for kind, rebuilt in self.rebuilt.items():
             mine = first if kind == "cls" else ~first
             if bool(mine.any()):
-                rebuilt.add(seen.x[mine], seen.x_hat[mine])
+                there = mine.to(seen.x.device)
+                rebuilt.add(seen.x[there], seen.x_hat[there])
                 self.l0[kind] += int(seen.l0[mine].sum())
 
     def metrics(self) -> dict[str, float]:

@@ -59,7 +59,7 @@ class Reconstruction:
         self.rows = 0
         names = ("error", "power", "spread", "cosine", "norm", "norm_hat", "legacy", "token", "std")
         self.sums = {name: mean.new_zeros((), dtype=torch.float64) for name in names}
-        self.counts = dict.fromkeys(("legacy", "token"), 0)
+        self.counts = {name: mean.new_zeros((), dtype=torch.int64) for name in ("legacy", "token")}
         self.error_sum = torch.zeros_like(self.mean)
 
     def add(self, x: Tensor, x_hat: Tensor) -> dict[str, Tensor]:
@@ -82,8 +82,8 @@ class Reconstruction:
         terms = {name: added[name] for name in ("error", "power", "spread", "cosine")}
         for name, by in (("legacy", spread), ("token", power)):
             defined = by > 0
-            added[name] = squared_error[defined] / by[defined]
-            self.counts[name] += int(defined.sum())
+            added[name] = torch.where(defined, squared_error / by, 0.0)
+            self.counts[name] += defined.sum()
         if x.shape[1] > 1:
             added["std"] = squared_error / (x.std(1) + _LAYERNORM_EPS).square()
         for name, values in added.items():
@@ -125,8 +125,8 @@ class Reconstruction:
             "relative_norm": total["norm_hat"] / total["norm"],
             "mse": total["error"] / entries,
             "fve_dictionary_learning": 1 - max(total["error"] - error_bias, 0.0) / total["spread"],
-            "ev_legacy_saelens": 1 - total["legacy"] / self.counts["legacy"],
-            "nmse_token_openai": total["token"] / self.counts["token"],
+            "ev_legacy_saelens": 1 - total["legacy"] / int(self.counts["legacy"]),
+            "nmse_token_openai": total["token"] / int(self.counts["token"]),
             "r2_overcomplete": 1 - total["error"] / (total["spread"] + scalar_spread),
         }
         error, power = total["error"] / self.rows, total["power"] / self.rows

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saeflow.errors import UserError
+from saeflow.sources.copies import Copies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,18 +68,19 @@ def selected_rows(
         Row numbers in the store (n,), and their activations (n, d_in) float32 on `device`; n is at
         most `batch_size`, and never 0.
     """
+    copies = Copies(device)
     for start, batch in store.in_order(batch_size):
-        x = batch.to(device=device, dtype=torch.float32)
+        rows = np.arange(start, start + len(batch))
         positions = (
-            store.column("position", start, start + len(x))
+            store.column("position", start, start + len(batch))
             if selection.positions != "all"
             else None
         )
-        kept = selection.keep(x, positions)
-        if bool(kept.all()):
-            yield np.arange(start, start + len(x)), x
-        elif bool(kept.any()):
-            yield start + np.flatnonzero(kept.cpu().numpy()), x[kept]
+        kept = selection.keep(batch.float(), positions)  # on the CPU: a GPU need not be waited for
+        if not bool(kept.all()):
+            batch, rows = batch[kept], rows[kept.numpy()]
+        if len(rows):
+            yield rows, copies.to_device(batch).to(torch.float32)
 
 
 def row_statistics(

@@ -22,8 +22,10 @@ from torch.nn.functional import log_softmax
 
 from saeflow.errors import UserError
 from saeflow.files import read_json, write_json
+from saeflow.sources.copies import Copies
 from saeflow.sources.hook_points import HookPoint, capture, logits, resume_at, run_from
 from saeflow.sources.models import load_model
+from saeflow.stores.batches import read_ahead
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +88,8 @@ def write_clean(
         "mean": constant(mean.to(device, torch.float32)),
         "zero": torch.zeros_like,
     }
-    sums = dict.fromkeys(("clean", *replacements), 0.0)
+    names = ("clean", *replacements)
+    sums = {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
     tokens = 0
     batch_size = source["forward_batch"]
     with torch.inference_mode():
@@ -94,10 +97,10 @@ def write_clean(
             rows = np.asarray(available[chosen[start : start + batch_size]], dtype=np.int64)
             token_ids = torch.as_tensor(rows, device=device)
             parts = clean_batch(model, hook_point, token_ids)
-            sums["clean"] += float(parts["ce"].sum())
+            sums["clean"] += parts["ce"].sum()
             for name, replace in replacements.items():
                 hidden = spliced_hidden(model, hook_point, parts, replace, keep_first)
-                sums[name] += float(token_losses(model, hidden, token_ids).sum())
+                sums[name] += token_losses(model, hidden, token_ids).sum()
             tokens += parts["ce"].numel()
             parts["token_ids"] = token_ids.to(torch.int32)
             save_file(
@@ -113,7 +116,7 @@ def write_clean(
             "context_length": int(available.shape[1]),
             "tokens": tokens,
             "keep_first": keep_first,
-            **{f"ce_{name}": total / tokens for name, total in sums.items()},
+            **{f"ce_{name}": float(total) / tokens for name, total in sums.items()},
         },
     )
 
@@ -287,10 +290,11 @@ class ModelInTheLoop:
         Raises:
             UserError: the model's output is not finite.
         """
-        found: dict[str, list[np.ndarray]] = {"rise": [], "divergence": [], "tokens": []}
+        found: dict[str, list[Tensor]] = {"rise": [], "divergence": [], "tokens": []}
         with torch.inference_mode():
-            for file in self.files:
-                parts = load_file(file, device=self.device)
+            copies = Copies(self.device)
+            for read in read_ahead(iter(self.files), load_file, readers=1):
+                parts = {name: copies.to_device(part) for name, part in read.items()}
                 hidden = spliced_hidden(
                     self.model,
                     self.summary["hook_point"],
@@ -302,8 +306,8 @@ class ModelInTheLoop:
                 each = {"rise": losses - parts["ce"], "divergence": divergences}
                 contexts = len(parts["token_ids"])
                 for name, values in (each | {"tokens": torch.ones_like(losses)}).items():
-                    found[name].append(values.reshape(contexts, -1).sum(1).cpu().numpy())
-        whole = {name: np.concatenate(values) for name, values in found.items()}
+                    found[name].append(values.reshape(contexts, -1).sum(1))
+        whole = {name: torch.cat(values).cpu().numpy() for name, values in found.items()}
         if not np.isfinite(whole["rise"].sum() + whole["divergence"].sum()):
             raise UserError(
                 f"{self.files[0].parent}: the model's output is not finite with the reconstruction "

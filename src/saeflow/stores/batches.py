@@ -29,10 +29,8 @@ RUN_ROWS = 64
 """Rows that stay together when a group is shuffled."""
 MOST_RUNS = 500
 """Most runs of a chunk: the operating system takes about twice as many places in one read."""
-READERS = 2
-"""Groups read at once, each on a thread of its own."""
-AHEAD = 3
-"""Groups being read or ready, ahead of the one that batches are taken from: a reader need not wait."""
+READERS, GPU_READERS = 2, 6
+"""Groups read at once, each on a thread of its own, for a CPU and for a GPU, whose steps are shorter than a read."""
 
 _PAGE = 4096
 
@@ -69,7 +67,8 @@ def shuffled_batches(
         _read_runs(array, group, dtype.bits_of(rows))
         return rows[group.skip :]
 
-    return _cut(read_ahead(_groups(array, batch_size, seed, start_batch), read), batch_size, pin)
+    groups = _groups(array, batch_size, seed, start_batch)
+    return _cut(read_ahead(groups, read, GPU_READERS if pin else READERS), batch_size, pin)
 
 
 def batches_in_memory(
@@ -195,18 +194,51 @@ def _cut(groups: Iterator[Tensor], batch_size: int, pin: bool) -> Iterator[Tenso
 def _join(parts: list[Tensor], pin: bool) -> Tensor:
     if len(parts) == 1:
         return parts[0]
-    joined = torch.cat(parts)
-    return joined.pin_memory() if pin else joined
+    shape = (sum(map(len, parts)), *parts[0].shape[1:])
+    return torch.cat(parts, out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=pin))
 
 
-def read_ahead(items: Iterator[S], read: Callable[[S], T]) -> Iterator[T]:
-    """Give read(item) of each item in order, up to AHEAD of them read ahead by READERS threads.
+def on_device(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Give the batches on a device; a GPU copies each, on a stream of its own, while the one before is used.
+
+    Args:
+        batches: (B, d_in) on the CPU, for a GPU in page-locked memory.
+        device: where they go.
+    """
+    if device.type != "cuda":
+        for batch in batches:
+            yield batch.to(device)
+        return
+    stream = torch.cuda.Stream(device)
+    coming: tuple[Tensor, torch.cuda.Event] | None = None
+    for batch in batches:
+        with torch.cuda.stream(stream):
+            moved = batch.to(device, non_blocking=True)
+        ready, coming = coming, (moved, stream.record_event())
+        del batch, moved
+        if ready is not None:
+            yield _arrived(*ready)
+            del ready
+    if coming is not None:
+        yield _arrived(*coming)
+
+
+def _arrived(batch: Tensor, copied: torch.cuda.Event) -> Tensor:
+    """Let the current stream use a batch of another stream, once it is copied."""
+    current = torch.cuda.current_stream(batch.device)
+    current.wait_event(copied)
+    batch.record_stream(current)
+    return batch
+
+
+def read_ahead(items: Iterator[S], read: Callable[[S], T], readers: int = READERS) -> Iterator[T]:
+    """Give read(item) of each item in order, read ahead by so many threads, one more than they are.
 
     Errors of the threads are raised here; they end before this iterator's `close` returns.
     """
-    pool = ThreadPoolExecutor(READERS, "saeflow-batches")
+    pool = ThreadPoolExecutor(readers, "saeflow-batches")
     try:
-        reading = deque(pool.submit(read, item) for item in islice(items, AHEAD))
+        reading = deque(pool.submit(read, item) for item in islice(items, readers + 1))
         while reading:
             done = reading.popleft().result()
             reading.extend(pool.submit(read, item) for item in islice(items, 1))

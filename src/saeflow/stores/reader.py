@@ -100,7 +100,7 @@ class Store:
     def batches(
         self, batch_size: int, seed: int, start_batch: int = 0, *, pin: bool = False
     ) -> Iterator[Tensor]:
-        """Endless shuffled batches (batch_size, d_in) in the store's dtype, read ahead on two threads.
+        """Endless shuffled batches (batch_size, d_in) in the store's dtype, read ahead on threads.
 
         Every epoch gives each row once, in an order of its own; a batch may hold the end of one epoch and
         the start of the next. Batch b depends on the store, batch_size, seed and b only. Close the iterator
@@ -110,7 +110,7 @@ class Store:
             batch_size: rows per batch.
             seed: of the order.
             start_batch: number of the first batch; those before it are not read.
-            pin: page-locked memory, for copies to a GPU that do not block.
+            pin: for a GPU: page-locked memory, whose copies do not block, and more threads.
 
         Raises:
             UserError: when a chunk is reached that is damaged. Values are not looked at again: extraction

@@ -25,6 +25,7 @@ from saeflow.files import atomic_file, file_digest, json_digest
 from saeflow.progress import progress
 from saeflow.saes import SAE, Forward, InputScale, Ranks, build, save
 from saeflow.saes.ranks import check_divides
+from saeflow.stores.batches import on_device
 from saeflow.training.checkpoints import (
     checkpoints,
     delete_checkpoints,
@@ -264,10 +265,8 @@ class Run:
     def raw_batches(self, start: int = 0) -> Generator[Tensor, None, None]:
         """Batches (B, d_in) from a number on, on the device, as runs of one stream share them."""
         size, seed = self.config.training.batch_size, self.config.seed
-        # From page-locked memory, a GPU copies a batch while it works on the one before.
         locked = {"pin": True} if self.device.type == "cuda" else {}
-        for batch in self.rows_of.batches(size, seed, start, **locked):
-            yield batch.to(self.device, non_blocking=True)
+        yield from on_device(self.rows_of.batches(size, seed, start, **locked), self.device)
 
     @property
     def stream(self) -> tuple[object, ...]:
