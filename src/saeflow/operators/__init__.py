@@ -5,7 +5,7 @@ from saeflow.operators.batch_topk import batch_topk, batch_topk_sparse
 from saeflow.operators.entmax import entmax, entmax_sparse
 from saeflow.operators.geometric_median import geometric_median
 from saeflow.operators.jumprelu import jumprelu, step
-from saeflow.operators.pre_acts import pre_acts
+from saeflow.operators.pre_acts import lowered, pre_acts, rounding
 from saeflow.operators.soft_topk import soft_topk
 from saeflow.operators.sparse import SparseLatents, decode_sparse, gather_columns, gather_pre_acts
 from saeflow.operators.sparsemax import sparsemax, sparsemax_sparse
@@ -24,8 +24,10 @@ __all__ = [
     "geometric_median",
     "jumprelu",
     "keep_topk",
+    "lowered",
     "pre_acts",
     "residual_share",
+    "rounding",
     "select_auxk",
     "soft_topk",
     "sparsemax",

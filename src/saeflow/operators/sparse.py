@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from saeflow.operators import gpu, native
+from saeflow.operators.pre_acts import lowered
 from saeflow.operators.rows import pad, positions
 
 
@@ -131,6 +132,19 @@ class SparseLatents:
         offsets = _offsets(self.rows[chosen], len(self))
         return SparseLatents(offsets, self.columns[chosen], self.values[chosen], self.d_sae)
 
+    def with_nearby(self, matrix: Tensor, margin: Tensor | float) -> "SparseLatents":
+        """Also the other entries of the matrix that may be as large as its row's least chosen one.
+
+        Args:
+            matrix: (B, d_sae) that these entries, at least one a row, were chosen from.
+            margin: see `rounding`; 0.0 adds none.
+        """
+        if isinstance(margin, float) and margin == 0:
+            return self
+        least = torch.segment_reduce(self.values.detach(), "min", offsets=self.offsets)
+        bound = torch.as_tensor(lowered(least, margin))
+        return SparseLatents.from_mask(matrix, matrix.detach() >= bound[:, None])
+
     def taken_from(self, matrix: Tensor) -> "SparseLatents":
         """The same entries of the matrix (B, d_sae) they were chosen from, with its gradient."""
         if matrix.requires_grad and torch.is_grad_enabled():
@@ -189,7 +203,13 @@ def decode_sparse(latents: SparseLatents, W_dec: Tensor, b_dec: Tensor | None = 
 
 
 def gather_pre_acts(
-    x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, selection: SparseLatents
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    b_dec: Tensor,
+    selection: SparseLatents,
+    *,
+    is_rounded: bool = False,
 ) -> SparseLatents:
     """Give entries chosen from a = (x - b_dec) W_enc + b_enc the encoder's gradient.
 
@@ -202,7 +222,9 @@ def gather_pre_acts(
             (`torch.empty(d_sae, d_in).t()`), or each step pays for a transposed copy.
         b_enc: (d_sae).
         b_dec: (d_in).
-        selection: the entries, without gradient; may be of lower precision than `W_enc`.
+        selection: the entries, without gradient.
+        is_rounded: they were chosen from a product of lower precision; their values are worked out again
+            from the weights, in the precision of those.
 
     Returns:
         The selection in the dtype of `W_enc`. Differentiable in x, W_enc, b_enc and b_dec, with G the sparse gradient: dW_enc = (x - b_dec)^T G, db_enc = sum_B G,
@@ -218,7 +240,7 @@ def gather_pre_acts(
         raise ValueError(
             f"selection is {shape}, but x is {tuple(x.shape)} and W_enc {tuple(W_enc.shape)}"
         )
-    return selection.with_values(_GatherPreActs.apply(x, W_enc, b_enc, b_dec, selection))
+    return selection.with_values(_GatherPreActs.apply(x, W_enc, b_enc, b_dec, selection, is_rounded))
 
 
 def gather_columns(
@@ -304,11 +326,16 @@ class _GatherPreActs(torch.autograd.Function):
         b_enc: Tensor,
         b_dec: Tensor,
         selection: SparseLatents,
+        is_rounded: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, W_enc, b_dec)
         ctx.selection = selection
         if any(ctx.needs_input_grad):
             selection.by_column  # noqa: B018  # worked out here, so that the decoder shares it
+        if is_rounded:
+            centred = (x - b_dec).to(W_enc.dtype)
+            products = _row_products(centred, W_enc.t().contiguous(), selection)
+            return products + b_enc[selection.columns]
         return selection.values.to(W_enc.dtype, copy=True)
 
     @staticmethod
@@ -322,7 +349,7 @@ class _GatherPreActs(torch.autograd.Function):
             grad_x = _sum_rows(directions, selection.columns, selection.offsets, grad)
         centred = (x - b_dec).to(W_enc.dtype)
         grad_W, grad_b_enc = _sum_by_column(centred, grad.contiguous(), selection)
-        return grad_x, grad_W.t(), grad_b_enc, -(W_enc @ grad_b_enc), None
+        return grad_x, grad_W.t(), grad_b_enc, -(W_enc @ grad_b_enc), None, None
 
 
 def _sum_by_column(

@@ -124,7 +124,9 @@ class AdaptiveK(PerInputK):
         return (x @ self.probe_w + self.probe_b).clamp(0, LARGEST)
 
     def k_hat(self, x: Tensor) -> Tensor:
-        share = torch.sigmoid(self.steepness * (self.score(x) / LARGEST - 0.5))
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is 2 apart near 256
+            score = self.score(x)
+        share = torch.sigmoid(self.steepness * (score / LARGEST - 0.5))
         k = self.k_min + (self.k_max - self.k_min) * share
         if self.is_soft:
             return k if self.is_joint else k.detach()

@@ -24,6 +24,7 @@ from saeflow.operators import (
     keep_topk,
     pre_acts,
     residual_share,
+    rounding,
     select_auxk,
 )
 from saeflow.saes.input_scale import InputScale
@@ -48,6 +49,7 @@ class Forward:
     parts: Tensor | None = (
         None  # (B, G, d_in) what each group of latents adds, where there are some
     )
+    is_rounded: bool = False  # pre_acts are of a bfloat16 product
 
     @property
     def is_sparse(self) -> bool:
@@ -116,6 +118,9 @@ class SAE(nn.Module):
         """Whether a step is faster on the sparse path: few latents are active."""
         return False
 
+    def settle(self) -> None:
+        """Decide the path of the steps to come from what the last ones measured: a wait for the device."""
+
     def take_probe(self, folder: Path, inputs: InputScale) -> None:
         """Take what a probe learned (`saeflow.complexity`), where the variant's options name one.
 
@@ -170,8 +175,15 @@ class SAE(nn.Module):
         """Pre-activations (B, d_sae) to latents (B, d_sae)."""
         raise NotImplementedError
 
-    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
-        """The entries of pre-activations (B, d_sae) that can be active; called without gradient."""
+    def select(
+        self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
+    ) -> SparseLatents:
+        """The entries of pre-activations (B, d_sae) that can be active; called without gradient.
+
+        Args:
+            margin: see `rounding`; 0.0 where pre-activations are exact. A rule with a threshold takes those
+                above `lowered(threshold, margin)`, since `activate_selected` sees the exact ones.
+        """
         raise NotImplementedError
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
@@ -254,16 +266,23 @@ class SAE(nn.Module):
             return Forward(x, condition, pre_acts, pre_acts, latents, self.decode(latents))
         with torch.no_grad():
             pre_acts = self.pre_activations(x)
-            chosen = self.select(pre_acts, condition)
-        selected = self.gather(x, chosen)
+            is_rounded = torch.is_autocast_enabled(x.device.type)
+            margin = self.margin(x) if is_rounded else 0.0
+            chosen = self.select(pre_acts, condition, margin)
+        selected = self.gather(x, chosen, is_rounded)
         active = self.activate_selected(selected, condition)
         parts = self.decode_groups(active)
         x_hat = self.decode_selected(active) if parts is None else parts.sum(1) + self.b_dec
-        return Forward(x, condition, pre_acts, selected, active, x_hat, parts)
+        return Forward(x, condition, pre_acts, selected, active, x_hat, parts, is_rounded)
 
-    def gather(self, x: Tensor, chosen: SparseLatents) -> SparseLatents:
-        """Entries chosen from `pre_activations(x)`, with gradient."""
-        return gather_pre_acts(x, self.W_enc, self.b_enc, self.b_dec, chosen)
+    def margin(self, x: Tensor) -> Tensor:
+        """() how far `pre_activations(x)` of lower precision may lie from exact ones."""
+        return rounding(x - self.b_dec, self.W_enc)
+
+    def gather(self, x: Tensor, chosen: SparseLatents, is_rounded: bool) -> SparseLatents:
+        """Entries chosen from `pre_activations(x)`, with gradient; exact, also where those are rounded."""
+        weights = self.W_enc, self.b_enc, self.b_dec
+        return gather_pre_acts(x, *weights, chosen, is_rounded=is_rounded)
 
     def gather_columns(self, x: Tensor, pre_acts: Tensor, columns: Tensor) -> Tensor:
         """Whole columns (n,) of `pre_activations(x)`, (B, n), with gradient."""
@@ -293,7 +312,9 @@ class SAE(nn.Module):
             chosen = select_auxk(fwd.pre_acts.detach(), dead, k_aux)
             chosen = self.ranks.largest_of_rows(chosen, k_aux)
             chosen = (
-                self.gather(fwd.x, chosen) if fwd.is_sparse else chosen.taken_from(fwd.pre_acts)
+                self.gather(fwd.x, chosen, fwd.is_rounded)
+                if fwd.is_sparse
+                else chosen.taken_from(fwd.pre_acts)
             )
             e_hat = self.ranks.over_latents(decode_sparse(chosen, self.W_dec))
         return residual_share(residual, e_hat, self.ranks.over_batch)

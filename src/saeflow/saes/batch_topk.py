@@ -62,7 +62,9 @@ class BatchTopK(SAE):
             return batch_topk(pre_acts.relu(), self.k)
         return pre_acts * (pre_acts > self.threshold)
 
-    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
+    def select(
+        self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
+    ) -> SparseLatents:
         if self.training:
             chosen = batch_topk_sparse(pre_acts, self.k * self.ranks.of_batch)
             return self.ranks.largest_of_batch(chosen, round(self.ranks.rows(pre_acts) * self.k))

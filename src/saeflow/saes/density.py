@@ -1,4 +1,6 @@
-"""The path of a step follows how many latents were active in the last one."""
+"""The path of a step follows how many latents were active before it."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -7,28 +9,61 @@ from saeflow.saes.base import SAE, Forward
 
 SPARSE_BELOW = 0.15
 """Share of active latents under which the sparse path is faster (benchmarks/steps.py)."""
+_FIRST_ROWS = 64  # that the first step's path is decided from
 
 
 class FollowsDensity(SAE):
     """Where many latents are active at first, and few later: dense steps, then sparse ones.
 
     Attributes:
-        density: share of the latents that were active in the last batch; saved, so that a run that is
-            resumed takes the same path.
+        density: () share of the latents that were active in the last batch; -1 before the first.
+        settled: () the density that the path was decided from; saved, so that a run that is resumed takes the
+            same path.
     """
 
     density: Tensor
+    settled: Tensor
 
     def __init__(self, d_in: int, d_sae: int) -> None:
         super().__init__(d_in, d_sae)
-        self.register_buffer("density", torch.ones(()))
+        self.register_buffer("density", -torch.ones(()))
+        self.register_buffer("settled", -torch.ones(()))
+        self.known: float | None = None  # `settled` on the host
+        self.register_load_state_dict_post_hook(_forget)
 
     @property
     def is_sparse(self) -> bool:
-        return float(self.density) < SPARSE_BELOW
+        if self.known is None:
+            self.known = float(self.settled)
+        return 0 <= self.known < SPARSE_BELOW
+
+    def settle(self) -> None:
+        self.settled.copy_(self.density)
+        self.known = None
+
+    def run(self, x: Tensor, *, is_sparse: bool | None = None) -> Forward:
+        if is_sparse is None and not self.is_sparse and self.known == -1:
+            self.measure_first(x[:_FIRST_ROWS])
+        return super().run(x, is_sparse=is_sparse)
+
+    @torch.no_grad()
+    def measure_first(self, x: Tensor) -> None:
+        """Decide the first step's path from some of its rows (n, d_in)."""
+        latents = self.activate(self.pre_activations(x), self.condition(x))
+        self.measure((latents != 0).sum(), len(x) * self.ranks.of_batch)
+        self.settle()
+
+    def measure(self, active: Tensor, rows: int) -> None:
+        """Take the density of some rows, of which this rank counted its active latents ()."""
+        latents = self.d_sae * self.ranks.of_latents
+        self.density.copy_(self.ranks.over_both(active).float() / rows / latents)
 
     @torch.no_grad()
     def end_step(self, fwd: Forward) -> None:
-        active = self.ranks.over_both(fwd.l0().sum())
-        latents = self.d_sae * self.ranks.of_latents
-        self.density.copy_(active.float() / self.ranks.rows(fwd.x) / latents)
+        self.measure(fwd.l0().sum(), self.ranks.rows(fwd.x))
+        if self.density.device.type == "cpu":  # costs nothing; elsewhere the trainer says when
+            self.settle()
+
+
+def _forget(sae: Any, keys: object) -> None:
+    sae.known = None

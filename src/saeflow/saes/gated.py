@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from saeflow.operators import SparseLatents, decode_sparse
+from saeflow.operators import SparseLatents, decode_sparse, lowered
 from saeflow.saes.base import Forward, Options, check_weight
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.schedules import make_schedule
@@ -37,17 +37,20 @@ class Gated(FollowsDensity):
         magnitude = ((pre_acts - self.b_enc) * self.r_mag.exp() + self.b_mag).relu()
         return magnitude * (pre_acts > 0)
 
-    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
-        return SparseLatents.from_above(pre_acts, 0)
+    def select(
+        self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
+    ) -> SparseLatents:
+        return SparseLatents.from_above(pre_acts, lowered(0.0, margin))
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         b_enc, r_mag, b_mag = (v[selected.columns] for v in (self.b_enc, self.r_mag, self.b_mag))
-        return selected.with_values(((selected.values - b_enc) * r_mag.exp() + b_mag).relu())
+        magnitude = ((selected.values - b_enc) * r_mag.exp() + b_mag).relu()
+        return selected.with_values(magnitude * (selected.values > 0))
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         W_dec, b_dec = self.W_dec.detach(), self.b_dec.detach()
         if isinstance(fwd.selected, SparseLatents):
-            gate = fwd.selected
+            gate = fwd.selected.with_values(fwd.selected.values.relu())
             penalty, part = gate.values.sum(), decode_sparse(gate, W_dec)
         else:
             positive = fwd.selected.relu()

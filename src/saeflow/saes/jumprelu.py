@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from saeflow.errors import UserError
-from saeflow.operators import SparseLatents, jumprelu, step
+from saeflow.operators import SparseLatents, jumprelu, lowered, step
 from saeflow.saes.base import Forward, Options, check_number, check_weight
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.schedules import make_schedule
@@ -72,10 +72,12 @@ class JumpReLU(FollowsDensity):
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         return jumprelu(pre_acts, self.theta, self.bandwidth)
 
-    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
+    def select(
+        self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
+    ) -> SparseLatents:
         """Also those below their threshold that the kernel of its gradient reaches."""
         near = self.theta - (self.bandwidth / 2 if self.training else 0)
-        return SparseLatents.from_above(pre_acts, near)
+        return SparseLatents.from_above(pre_acts, lowered(near, margin))
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         theta = self.theta[selected.columns]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from saeflow.operators import SparseLatents
+from saeflow.operators import SparseLatents, lowered
 from saeflow.saes.base import Forward, Options, check_count, check_number, check_weight
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.schedules import make_schedule
@@ -73,8 +73,10 @@ class PAnneal(FollowsDensity):
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         return pre_acts.relu()
 
-    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
-        return SparseLatents.from_above(pre_acts, 0)
+    def select(
+        self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
+    ) -> SparseLatents:
+        return SparseLatents.from_above(pre_acts, lowered(0.0, margin))
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         penalty = self.ranks.over_both(sum_of_powers(fwd.values, self.p_after(self.jumps)))

@@ -36,8 +36,7 @@ class PerInputK(FollowsDensity):
         return not self.is_soft or super().is_sparse
 
     def condition(self, x: Tensor) -> Tensor | None:
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is 2 apart near 256
-            return self.k_hat(x.to(self.W_dec.dtype))
+        return self.k_hat(x.to(self.W_dec.dtype))
 
     def allowed_k(self, x: Tensor) -> Tensor | None:
         return self.condition(x)
@@ -46,8 +45,8 @@ class PerInputK(FollowsDensity):
         pre_acts = super().pre_activations(x)
         return pre_acts.detach() if self.training and self.is_fixed else pre_acts
 
-    def gather(self, x: Tensor, chosen: SparseLatents) -> SparseLatents:
-        selected = super().gather(x, chosen)
+    def gather(self, x: Tensor, chosen: SparseLatents, is_rounded: bool) -> SparseLatents:
+        selected = super().gather(x, chosen, is_rounded)
         if self.training and self.is_fixed:
             return selected.with_values(selected.values.detach())
         return selected
@@ -63,11 +62,14 @@ class PerInputK(FollowsDensity):
             return v * soft_topk(v, condition, self.temperature)
         return keep_topk(v, condition.detach().floor().long())
 
-    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
+    def select(
+        self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
+    ) -> SparseLatents:
         assert condition is not None
         if self.is_soft:
-            mask = soft_topk(pre_acts.relu(), condition, self.temperature) > 0
-            return SparseLatents.from_mask(pre_acts, mask)
+            v = pre_acts.relu()
+            mask = soft_topk(v, condition, self.temperature) > 0
+            return SparseLatents.from_mask(v, mask).with_nearby(v, margin)
         k = condition.floor().long()
         return self.ranks.largest_of_rows(topk_sparse(pre_acts, k), k)
 

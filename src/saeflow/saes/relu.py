@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from saeflow.operators import SparseLatents
+from saeflow.operators import SparseLatents, lowered
 from saeflow.saes.base import Forward, Options, check_weight
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.schedules import make_schedule
@@ -27,8 +27,10 @@ class ReLU(FollowsDensity):
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         return pre_acts.relu()
 
-    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
-        return SparseLatents.from_above(pre_acts, 0)
+    def select(
+        self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
+    ) -> SparseLatents:
+        return SparseLatents.from_above(pre_acts, lowered(0.0, margin))
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         penalty = self.ranks.over_both(fwd.values.sum()) / self.ranks.rows(fwd.x)

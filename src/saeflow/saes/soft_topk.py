@@ -97,7 +97,9 @@ class SoftTopK(PerInputK):
 
     def k_hat(self, x: Tensor) -> Tensor:
         hidden = pre_acts(x, self.hidden.weight.t(), self.hidden.bias, self.b_dec).relu()
-        k_hat = self.k_max * self.output(hidden)[:, 0].sigmoid()
+        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is 2 apart near 256
+            share = self.output(hidden.to(self.output.weight.dtype))[:, 0].sigmoid()
+        k_hat = self.k_max * share
         return k_hat.clamp(1, self.d_sae)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:

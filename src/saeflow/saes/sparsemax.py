@@ -12,6 +12,7 @@ from saeflow.operators import (
     gather_pre_acts,
     geometric_median,
     pre_acts,
+    rounding,
     sparsemax,
     sparsemax_sparse,
 )
@@ -142,10 +143,13 @@ class Sparsemax(SAE):
         nothing = self.W_dec.new_zeros(self.d_in)
         return pre_acts(self.encoder_input(x), matrix, bias, nothing).to(self.W_dec.dtype)
 
-    def gather(self, x: Tensor, chosen: SparseLatents) -> SparseLatents:
+    def margin(self, x: Tensor) -> Tensor:
+        return rounding(self.encoder_input(x), self.encoder()[0])
+
+    def gather(self, x: Tensor, chosen: SparseLatents, is_rounded: bool) -> SparseLatents:
         matrix, bias = self.encoder()
-        nothing = self.W_dec.new_zeros(self.d_in)
-        return gather_pre_acts(self.encoder_input(x), matrix, bias, nothing, chosen)
+        weights = matrix, bias, self.W_dec.new_zeros(self.d_in)
+        return gather_pre_acts(self.encoder_input(x), *weights, chosen, is_rounded=is_rounded)
 
     def decode(self, latents: Tensor) -> Tensor:
         if self.is_shared:
@@ -195,11 +199,14 @@ class Sparsemax(SAE):
             z = pre_acts * (self.probabilities(scores.detach()) > 0)
         return z * condition[:, None]
 
-    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
+    def select(
+        self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
+    ) -> SparseLatents:
         scores = self.allowed(pre_acts)
         if self.activation == "relu":
             return SparseLatents.from_above(scores, 0)
-        return self.support(scores)
+        chosen = self.support(scores)
+        return chosen.with_nearby(scores, margin) if self.activation == "weights" else chosen
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         assert condition is not None

@@ -34,7 +34,9 @@ class TopK(SAE):
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         return keep_topk(pre_acts.relu(), self.k)
 
-    def select(self, pre_acts: Tensor, condition: Tensor | None) -> SparseLatents:
+    def select(
+        self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
+    ) -> SparseLatents:
         return self.ranks.largest_of_rows(topk_sparse(pre_acts, self.k), self.k)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
