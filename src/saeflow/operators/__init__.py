@@ -5,8 +5,8 @@ from saeflow.operators.batch_topk import batch_topk, batch_topk_sparse
 from saeflow.operators.entmax import entmax, entmax_sparse
 from saeflow.operators.geometric_median import geometric_median
 from saeflow.operators.jumprelu import jumprelu, step
-from saeflow.operators.pre_acts import lowered, pre_acts, rounding
-from saeflow.operators.soft_topk import soft_topk
+from saeflow.operators.pre_acts import is_exact, lowered, pre_acts, rounding
+from saeflow.operators.soft_topk import soft_topk, soft_topk_sparse
 from saeflow.operators.sparse import SparseLatents, decode_sparse, gather_columns, gather_pre_acts
 from saeflow.operators.sparsemax import sparsemax, sparsemax_sparse
 from saeflow.operators.topk import keep_topk, topk_indices, topk_sparse
@@ -22,6 +22,7 @@ __all__ = [
     "gather_columns",
     "gather_pre_acts",
     "geometric_median",
+    "is_exact",
     "jumprelu",
     "keep_topk",
     "lowered",
@@ -30,6 +31,7 @@ __all__ = [
     "rounding",
     "select_auxk",
     "soft_topk",
+    "soft_topk_sparse",
     "sparsemax",
     "sparsemax_sparse",
     "step",

@@ -35,11 +35,14 @@ def rounding(inputs: Tensor, W_enc: Tensor) -> Tensor:
     return 2**-6 * (inputs.square().mean() * W_enc.square().sum() / W_enc.shape[1]).sqrt()
 
 
-def lowered(threshold: Tensor | float, margin: Tensor | float) -> Tensor | float:
-    """The score that a latent at a threshold may have in bfloat16, given `rounding`; the threshold, given 0."""
-    if isinstance(margin, float) and margin == 0:
-        return threshold
-    return threshold - 2**-7 * abs(threshold) - margin
+def is_exact(margin: Tensor | float) -> bool:
+    """Whether scores are what the weights make of the inputs: the margin is the number 0, not a measured one."""
+    return isinstance(margin, float) and margin == 0
+
+
+def lowered(threshold: Tensor, margin: Tensor | float) -> Tensor:
+    """The score that a latent at a threshold may have in bfloat16, given `rounding`; the threshold, given 0.0."""
+    return threshold if is_exact(margin) else threshold - 2**-7 * threshold.abs() - margin
 
 
 class _PreActs(torch.autograd.Function):

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saeflow.operators import gpu, native
+from saeflow.operators.pre_acts import is_exact, lowered
 from saeflow.operators.rows import (
     AllEntries,
     Entries,
@@ -23,6 +24,8 @@ from saeflow.operators.rows import (
     refuse_row,
     refuse_rows,
 )
+from saeflow.operators.sparse import SparseLatents
+from saeflow.operators.topk import topk_sparse
 
 FAR, FAR_DOUBLE = 30.0, 80.0
 """Temperatures from the threshold at which the mask counts as 0 or 1: it is 5e-14 there, in float64
@@ -65,6 +68,27 @@ def soft_topk(values: Tensor, k: float | Tensor, temperature: float) -> Tensor:
         k = torch.tensor(k, dtype=torch.float64)
     k = k.to(values.device).expand(values.shape[:-1])
     return _SoftTopK.apply(values, k, float(temperature))
+
+
+def soft_topk_sparse(
+    values: Tensor, k: Tensor, temperature: float, margin: Tensor | float = 0.0
+) -> SparseLatents:
+    """The entries of values (B, n) whose mask is above 0, or may be where values are rounded.
+
+    Args:
+        values, k, temperature: as for `soft_topk`, with k (B,).
+        margin: how far values may lie from exact ones, see `pre_acts.rounding`.
+
+    Returns:
+        The entries, with the gradient of `values`.
+    """
+    if is_exact(margin):
+        return SparseLatents.from_mask(values, soft_topk(values, k, temperature) > 0)
+    ranks = (2 * k.detach().ceil().long()).clamp(
+        1, values.shape[1]
+    )  # b is at least the last of these
+    least = topk_sparse(values.detach(), ranks).least()
+    return SparseLatents.from_rows_above(values, lowered(least, margin) - FAR * temperature)
 
 
 def _threshold(

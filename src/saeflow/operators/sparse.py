@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from saeflow.operators import gpu, native
-from saeflow.operators.pre_acts import lowered
 from saeflow.operators.rows import pad, positions
 
 
@@ -132,18 +131,16 @@ class SparseLatents:
         offsets = _offsets(self.rows[chosen], len(self))
         return SparseLatents(offsets, self.columns[chosen], self.values[chosen], self.d_sae)
 
-    def with_nearby(self, matrix: Tensor, margin: Tensor | float) -> "SparseLatents":
-        """Also the other entries of the matrix that may be as large as its row's least chosen one.
+    @staticmethod
+    def from_rows_above(values: Tensor, bounds: Tensor) -> "SparseLatents":
+        """Entries of values (B, d_sae) that reach their row's bound (B,), differentiable."""
+        return SparseLatents.from_mask(values, values.detach() >= bounds[:, None])
 
-        Args:
-            matrix: (B, d_sae) that these entries, at least one a row, were chosen from.
-            margin: see `rounding`; 0.0 adds none.
-        """
-        if isinstance(margin, float) and margin == 0:
-            return self
-        least = torch.segment_reduce(self.values.detach(), "min", offsets=self.offsets)
-        bound = torch.as_tensor(lowered(least, margin))
-        return SparseLatents.from_mask(matrix, matrix.detach() >= bound[:, None])
+    def least(self) -> Tensor:
+        """(B,) the smallest value of each row, inf where a row has none; without gradient."""
+        return torch.segment_reduce(
+            self.values.detach(), "min", offsets=self.offsets, initial=torch.inf
+        )
 
     def taken_from(self, matrix: Tensor) -> "SparseLatents":
         """The same entries of the matrix (B, d_sae) they were chosen from, with its gradient."""
@@ -240,7 +237,9 @@ def gather_pre_acts(
         raise ValueError(
             f"selection is {shape}, but x is {tuple(x.shape)} and W_enc {tuple(W_enc.shape)}"
         )
-    return selection.with_values(_GatherPreActs.apply(x, W_enc, b_enc, b_dec, selection, is_rounded))
+    return selection.with_values(
+        _GatherPreActs.apply(x, W_enc, b_enc, b_dec, selection, is_rounded)
+    )
 
 
 def gather_columns(

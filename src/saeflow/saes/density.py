@@ -16,29 +16,29 @@ class FollowsDensity(SAE):
     """Where many latents are active at first, and few later: dense steps, then sparse ones.
 
     Attributes:
-        density: () share of the latents that were active in the last batch; -1 before the first.
-        settled: () the density that the path was decided from; saved, so that a run that is resumed takes the
-            same path.
+        density: () share of the latents that were active when the path was last decided, -1 before the first
+            step; saved, so that a run that is resumed takes the same path.
+        measured: () share of the latents that were active in the last batch.
     """
 
     density: Tensor
-    settled: Tensor
+    measured: Tensor
 
     def __init__(self, d_in: int, d_sae: int) -> None:
         super().__init__(d_in, d_sae)
         self.register_buffer("density", -torch.ones(()))
-        self.register_buffer("settled", -torch.ones(()))
-        self.known: float | None = None  # `settled` on the host
+        self.register_buffer("measured", -torch.ones(()), persistent=False)
+        self.known: float | None = None  # `density` on the host
         self.register_load_state_dict_post_hook(_forget)
 
     @property
     def is_sparse(self) -> bool:
         if self.known is None:
-            self.known = float(self.settled)
+            self.known = float(self.density)
         return 0 <= self.known < SPARSE_BELOW
 
     def settle(self) -> None:
-        self.settled.copy_(self.density)
+        self.density.copy_(self.measured)
         self.known = None
 
     def run(self, x: Tensor, *, is_sparse: bool | None = None) -> Forward:
@@ -56,12 +56,12 @@ class FollowsDensity(SAE):
     def measure(self, active: Tensor, rows: int) -> None:
         """Take the density of some rows, of which this rank counted its active latents ()."""
         latents = self.d_sae * self.ranks.of_latents
-        self.density.copy_(self.ranks.over_both(active).float() / rows / latents)
+        self.measured.copy_(self.ranks.over_both(active).float() / rows / latents)
 
     @torch.no_grad()
     def end_step(self, fwd: Forward) -> None:
         self.measure(fwd.l0().sum(), self.ranks.rows(fwd.x))
-        if self.density.device.type == "cpu":  # costs nothing; elsewhere the trainer says when
+        if self.measured.device.type == "cpu":  # costs nothing; elsewhere the trainer says when
             self.settle()
 
 

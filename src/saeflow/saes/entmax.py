@@ -50,5 +50,8 @@ class Entmax(Sparsemax):
     def support(self, scores: Tensor) -> SparseLatents:
         return entmax_sparse(scores, self.alpha)
 
+    def excess(self, probabilities: Tensor) -> Tensor:
+        return probabilities ** (self.alpha - 1) / (self.alpha - 1)
+
     def facts(self, fwd: Forward) -> dict[str, float]:
         return super().facts(fwd) | {"alpha": float(torch.as_tensor(self.alpha).detach())}

@@ -2,10 +2,9 @@
 
 from abc import abstractmethod
 
-import torch
 from torch import Tensor
 
-from saeflow.operators import SparseLatents, keep_topk, soft_topk, topk_sparse
+from saeflow.operators import SparseLatents, keep_topk, soft_topk, soft_topk_sparse, topk_sparse
 from saeflow.saes.density import FollowsDensity
 
 
@@ -68,8 +67,7 @@ class PerInputK(FollowsDensity):
         assert condition is not None
         if self.is_soft:
             v = pre_acts.relu()
-            mask = soft_topk(v, condition, self.temperature) > 0
-            return SparseLatents.from_mask(v, mask).with_nearby(v, margin)
+            return soft_topk_sparse(v, condition, self.temperature, margin)
         k = condition.floor().long()
         return self.ranks.largest_of_rows(topk_sparse(pre_acts, k), k)
 

@@ -30,7 +30,7 @@ class ReLU(FollowsDensity):
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
-        return SparseLatents.from_above(pre_acts, lowered(0.0, margin))
+        return SparseLatents.from_above(pre_acts, lowered(pre_acts.new_zeros(()), margin))
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         penalty = self.ranks.over_both(fwd.values.sum()) / self.ranks.rows(fwd.x)

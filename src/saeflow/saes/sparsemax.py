@@ -11,6 +11,8 @@ from saeflow.operators import (
     decode_sparse,
     gather_pre_acts,
     geometric_median,
+    is_exact,
+    lowered,
     pre_acts,
     rounding,
     sparsemax,
@@ -182,6 +184,10 @@ class Sparsemax(SAE):
         """Those of the scores that have a probability; without gradient."""
         return sparsemax_sparse(scores)
 
+    def excess(self, probabilities: Tensor) -> Tensor:
+        """How far above the threshold the scores of some probabilities are."""
+        return probabilities
+
     def allowed(self, pre_acts: Tensor) -> Tensor:
         """Scores, -inf where a latent fires too often to be used."""
         if self.max_rate is None:
@@ -206,7 +212,11 @@ class Sparsemax(SAE):
         if self.activation == "relu":
             return SparseLatents.from_above(scores, 0)
         chosen = self.support(scores)
-        return chosen.with_nearby(scores, margin) if self.activation == "weights" else chosen
+        if is_exact(margin) or self.activation != "weights":
+            return chosen
+        p = chosen.map_rows(self.probabilities).values
+        thresholds = chosen.with_values(chosen.values - self.excess(p)).least()
+        return SparseLatents.from_rows_above(scores, lowered(thresholds, margin))
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         assert condition is not None

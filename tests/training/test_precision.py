@@ -1,0 +1,122 @@
+"""Steps in bfloat16 choose latents from rounded scores and compute with exact ones: every variant trains as in float32."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from saeflow.operators import SparseLatents
+from saeflow.saes import VARIANTS, build
+from saeflow.training.trainer import Run
+
+from .conftest import CONSTANT, OPTIONS, config
+
+D_IN, D_SAE, STEPS, LAST = 64, 256, 60, 20
+ANY_K = {"k": 8, "k_schedule": CONSTANT, "auxk_weight": 1 / 32}
+CHANGES: dict[str, dict[str, Any]] = {
+    "topk": ANY_K,
+    "batch_topk": ANY_K,
+    "matryoshka": ANY_K,
+    # Cold: entries that teach k_hat lie closer to each other than bfloat16 can tell.
+    "soft_topk": {
+        **ANY_K, "k_max": 16.0, "estimator_width": None, "alpha": 1e-3, "alpha_schedule": CONSTANT,
+        "hard_fraction": 0.0,
+    },
+    "jumprelu": {"target_l0": 8.0, "target_schedule": CONSTANT, "threshold": 1.5, "bandwidth": 0.01},
+}  # fmt: skip
+
+
+class Planted:
+    """Sums of a few of many directions, frequent ones and rare ones, around a mean."""
+
+    d_in, scale, model = D_IN, 1.0, None
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(5)
+        features = torch.randn(2 * D_SAE, D_IN, generator=generator)
+        self.features = features / features.norm(dim=1, keepdim=True)
+        self.mean = 0.5 * torch.randn(D_IN, generator=generator)
+
+    def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Tensor]:
+        frequency = 1 / torch.arange(1, len(self.features) + 1)
+        for number in itertools.count(start_batch):
+            generator = torch.Generator().manual_seed(1000 + number)
+            chosen = torch.multinomial(frequency, batch_size * 8, True, generator=generator)
+            values = 1 + torch.rand(batch_size, 8, 1, generator=generator)
+            x = (values * self.features[chosen.view(batch_size, 8)]).sum(1) + self.mean
+            yield x * D_IN**0.5 / 4.5
+
+
+def last_steps(variant: str, precision: str, folder: Path) -> tuple[float, float, bool]:
+    """The mean loss of the last steps, their mean k_hat (the mean L0 without one), and the path taken."""
+    options = {**OPTIONS[variant], **CHANGES.get(variant, {})}
+    batch_size = 1024 if variant == "soft_topk" else 256  # its k_hat is noisier
+    setting = config(
+        variant, steps=STEPS, d_sae=D_SAE, batch_size=batch_size, tokens=batch_size * STEPS, lr=1e-3,
+        lr_decay_fraction=0.0, dead_after_tokens=20 * batch_size,
+    )  # fmt: skip
+    setting = dataclasses.replace(setting, options=options)
+    runtime = {"device": "cpu", "precision": precision, "threads": 1, "checkpoint_every_s": 1e9}
+    run = Run(Planted(), setting, runtime, folder)
+    if variant in ("relu", "gated", "p_anneal"):  # few latents are active, as later in training
+        with torch.no_grad():
+            run.sae.b_enc.sub_(1.5)
+    losses, counts = [], []
+    for x in itertools.islice(run.batches(), STEPS):
+        fwd, terms, _ = run.one_step(x)
+        run.step += 1
+        losses.append(float(terms["loss"]))
+        counts.append(
+            float((fwd.l0() if fwd.condition is None else fwd.condition.detach()).float().mean())
+        )
+    return sum(losses[-LAST:]) / LAST, sum(counts[-LAST:]) / LAST, fwd.is_sparse
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_trains_in_bf16_as_in_fp32(variant: str, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    loss, count, is_sparse = last_steps(variant, "fp32", tmp_path)
+    assert is_sparse
+    found_loss, found_count, _ = last_steps(variant, "bf16", tmp_path)
+    assert found_loss == pytest.approx(loss, rel=0.005)
+    assert found_count == pytest.approx(count, rel=0.02)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_chosen_pre_activations_are_those_of_fp32_weights(variant: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    sae = build(variant, D_IN, D_SAE, {**OPTIONS[variant], **CHANGES.get(variant, {})}).train()
+    x = next(Planted().batches(128, 0))
+    sae.initialise(x, generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        fwd = sae.run(x, is_sparse=True)
+    assert isinstance(fwd.selected, SparseLatents)
+    assert fwd.selected.values.dtype == torch.float32
+    if variant in ("sparsemax", "entmax"):  # mlp: scores of the unit vector
+        inputs = sae.score_scale * torch.nn.functional.normalize(x - sae.b_dec, dim=1)
+        bias = sae.score_scale * sae.b_enc
+    else:
+        inputs, bias = x - sae.b_dec, sae.b_enc
+    exact = (inputs.double() @ sae.W_enc.double() + bias.double()).view(-1)[fwd.selected.flat]
+    torch.testing.assert_close(fwd.selected.values.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "variant", ["entmax", "gated", "jumprelu", "p_anneal", "relu", "soft_topk", "sparsemax"]
+)
+def test_rounded_scores_hide_no_latent_from_a_threshold(variant: str) -> None:
+    sae = build(variant, D_IN, D_SAE, {**OPTIONS[variant], **CHANGES.get(variant, {})}).train()
+    x = next(Planted().batches(512, 0))
+    sae.initialise(x, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        fwd = sae.run(x, is_sparse=True)
+    assert isinstance(fwd.latents, SparseLatents)
+    with torch.no_grad():
+        expected = sae.activate(sae.pre_activations(x), fwd.condition)
+    torch.testing.assert_close(fwd.latents.dense(), expected, rtol=1e-4, atol=2e-3)
+    assert bool((fwd.latents.dense()[expected > 2e-3] > 0).all())
