@@ -58,7 +58,7 @@ def last_steps(variant: str, precision: str, folder: Path) -> tuple[float, float
     batch_size = 1024 if variant == "soft_topk" else 256  # its k_hat is noisier
     setting = config(
         variant, steps=STEPS, d_sae=D_SAE, batch_size=batch_size, tokens=batch_size * STEPS, lr=1e-3,
-        lr_decay_fraction=0.0, dead_after_tokens=20 * batch_size,
+        lr_decay_fraction=0.0, input_scale="raw", dead_after_tokens=20 * batch_size,
     )  # fmt: skip
     setting = dataclasses.replace(setting, options=options)
     runtime = {"device": "cpu", "precision": precision, "threads": 1, "checkpoint_every_s": 1e9}
