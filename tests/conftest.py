@@ -9,8 +9,10 @@ if not torch.cuda.is_available():  # with a GPU, operators/test_gpu.py runs the 
     os.environ["TRITON_INTERPRET"] = "1"  # what Triton's own functions become is decided once
     import triton.language  # noqa: F401
 
-    from saeflow.operators.gpu import kernels  # noqa: F401
+    from saeflow.operators import gpu
 
+    for module in gpu.MODULES:
+        gpu.load(module)
     del os.environ["TRITON_INTERPRET"]
 
 # The same examples at every run; FUZZ_EXAMPLES draws as many new ones.

@@ -1,35 +1,107 @@
-"""Compile every Triton kernel for a GPU, which needs none: compile_kernels.py CAPABILITY."""
+"""Compile every Triton kernel for a GPU, which needs none: compile_kernels.py CAPABILITY [first].
+
+With `first`, each kernel is compiled in one form only.
+"""
 
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from saeflow.operators.gpu import kernels
+from saeflow.operators.gpu.kernels import lists, rows, selection, sparse, update
 
-ROWS = {"BLOCK": 32768}
-F, D, S, L = "*fp32", "*fp64", "*i32", "*i64"
-SIGNATURES = {
-    "topk_rows": ([F, L, L, L, F, S, "i32"], [ROWS]),
-    "simplex_rows": (
-        [F, D, F, S, "i32"],
-        [
-            {**ROWS, "SQUARES": squares, "LINEAR": linear}
-            for squares, linear in ((False, True), (True, False), (False, False))
-        ],
-    ),
-    "soft_topk_rows": ([F, D, "fp32", "fp32", F, F, F, S, "i32"], [ROWS]),
-    "sum_rows": ([F, L, L, F, F, "i32"], [{"BLOCK": 256}]),
-    "row_products": ([F, F, L, L, L, F, "i32"], [{"BLOCK": 1024}]),
-}
+F, H, D, S, L, U = "*fp32", "*bf16", "*fp64", "*i32", "*i64", "*u8"
+INT, FLOAT = "i32", "fp32"
+RANK, SIMPLEX, ABOVE = 0, 1, 2
+# entmax of any alpha, of 2, of 1.5
+POWERS = [{"LINEAR": linear, "SQUARES": squares} for linear, squares in ((0, 0), (1, 0), (0, 1))]
+FLAGS = (False, True)
+Case = tuple[Any, list[str], dict[str, Any], int]
+
+
+def cases() -> Iterator[Case]:
+    """Each kernel with types of its arguments, constants, and warps, as its caller launches it."""
+    yield rows.topk_rows, [F, L, L, L, F, S, INT], {"BLOCK": 32768}, 32
+    yield rows.soft_topk_rows, [F, D, FLOAT, FLOAT, F, F, F, S, INT], {"BLOCK": 32768}, 32
+    yield rows.sum_rows, [F, L, L, F, F, INT], {"BLOCK": 256}, 4
+    yield rows.row_products, [F, F, L, L, L, F, INT], {"BLOCK": 1024}, 4
+    for power in POWERS:
+        yield rows.simplex_rows, [F, D, F, S, INT], {"BLOCK": 32768} | power, 32
+        yield lists.simplex_lists, [F, S, D, F], {"CAPACITY": 128} | power, 1
+    for capacity, warps in ((128, 1), (1024, 4)):
+        yield lists.soft_lists, [F, S, D, F, F], {"CAPACITY": capacity}, warps
+    yield from selections()
+    yield from products()
+    for has_shadow in FLAGS:
+        for is_unit in FLAGS:
+            types = [F, F, F, F, H if has_shadow else F, F, U, *[FLOAT] * 4, INT, INT]
+            constants = {"HAS_SHADOW": has_shadow, "IS_UNIT": is_unit, "BLOCK": 1024}
+            yield update.update_rows, types, constants, 4
+
+
+def selections() -> Iterator[Case]:
+    tensors = [F, U, S, F, S, S, S, INT]
+    sizes = {"WIDE": 4096, "ROOM": 128}
+    fast = {"GROUPS": 1024, "PER_COLUMN": True}
+    plain = {"HAS_ALLOWED": False, "IS_POSITIVE": False} | POWERS[0]
+    chosen = {"HAS_ALLOWED": True, "IS_POSITIVE": True}
+    for scores, places, changes in ((H, 16, {}), (H, 16, chosen), (F, 32, {})):
+        constants = {"KIND": RANK, "PLACES": places} | sizes | plain | changes
+        yield selection.collect_rows, [scores, S, *tensors], constants | fast, 4
+        for is_exact in FLAGS:
+            exact = {"IS_EXACT": is_exact}
+            yield selection.collect_long_rows, [scores, S, *tensors], constants | exact, 8
+    for power in POWERS:
+        constants = {"KIND": SIMPLEX, "PLACES": 16} | sizes | plain | power
+        yield selection.collect_rows, [H, F, *tensors], constants | fast, 4
+        exact = {"IS_EXACT": False}
+        yield selection.collect_long_rows, [H, F, *tensors], constants | exact, 8
+    for per_column in FLAGS:
+        constants = (
+            {"KIND": ABOVE, "PLACES": 16} | sizes | plain | fast | {"PER_COLUMN": per_column}
+        )
+        yield selection.collect_rows, [H, F, *tensors], constants, 4
+    for places, room, warps in ((16, 128, 1), (32, 1024, 4)):
+        constants = {"PLACES": places, "ROOM": room, "CAPACITY": 64}
+        yield selection.choose_rows, [S, F, S, S, S, S, F, S, S], constants, warps
+
+
+def products() -> Iterator[Case]:
+    sizes = {"CAPACITY": 32, "BLOCK": 1024}
+    yield sparse.rescore_lists, [F, F, F, F, S, S, F, INT], sizes, 4
+    for W in (F, H):
+        yield sparse.products_of_lists, [F, W, S, S, F, INT], sizes, 4
+        yield sparse.decode_error_of_lists, [F, W, F, S, F, S, F, F, F, INT], sizes, 4
+        for has_bias in FLAGS:
+            constants = sizes | {"HAS_BIAS": has_bias}
+            yield sparse.decode_lists, [W, F, S, F, S, F, INT], constants, 4
+        for is_added in FLAGS:
+            for has_rows in FLAGS:
+                types = [W, W, F, L, S, F, F, F, F, F, F, INT]
+                constants = sizes | {"IS_ADDED": is_added, "HAS_UNIT_ROWS": has_rows}
+                yield sparse.gradients_of_weights, types, constants, 4
+
 
 target = GPUTarget("cuda", int(sys.argv[1]), 32)
-for name, (types, variants) in SIGNATURES.items():
-    kernel = getattr(kernels, name)
-    for constants in variants:
-        names = kernel.arg_names
-        signature = dict(zip(names, types, strict=False)) | dict.fromkeys(constants, "constexpr")
-        source = ASTSource(kernel, signature, constants)
-        compiled = triton.compile(source, target=target, options={"num_warps": 32})
-        sys.stdout.write(f"{name} {constants} {len(compiled.asm['cubin'])} bytes\n")
+compiled: set[str] = set()
+for kernel, types, constants, warps in cases():
+    if kernel.__name__ in compiled and sys.argv[2:] == ["first"]:
+        continue
+    signature = dict(zip(kernel.arg_names, types, strict=False))
+    signature |= dict.fromkeys(constants, "constexpr")
+    source = ASTSource(kernel, signature, constants)
+    binary = triton.compile(source, target=target, options={"num_warps": warps}).asm["cubin"]
+    compiled.add(kernel.__name__)
+    sys.stdout.write(f"{kernel.__name__} {types} {constants} {len(binary)} bytes\n")
+written = {
+    name
+    for module in (lists, rows, selection, sparse, update)
+    for name, member in vars(module).items()
+    if name.endswith(("_rows", "_lists", "_weights", "_products"))
+    and isinstance(member, triton.JITFunction)
+}
+if written - compiled:
+    sys.exit(f"never compiled: {sorted(written - compiled)}")

@@ -39,16 +39,15 @@ def path() -> None:
     """On this machine's own paths, once."""
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_every_kernel_compiles_for_a_gpu(capability: int) -> None:
+@pytest.mark.parametrize("forms", [("90",), ("80", "first")])
+def test_every_kernel_compiles_for_a_gpu(forms: tuple[str, ...]) -> None:
     script = Path(__file__).parent / "compile_kernels.py"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(script), str(capability)],
+        [sys.executable, str(script), *forms],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 7
 
 
 @needs_gpu

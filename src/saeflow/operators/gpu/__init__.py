@@ -1,13 +1,13 @@
 """Triton kernels, for what plain torch needs several passes over the memory of a GPU.
 
-A row of scores is read once and stays in registers while its threshold is searched. Each kernel has a plain
-torch form beside its caller, which is the fallback and the reference. With TRITON_INTERPRET=1, set before
-this is imported, kernels run on a CPU, slowly: so they are tested where there is no GPU.
+Each kernel has a plain torch form beside its caller, which is the fallback and the reference. With
+TRITON_INTERPRET=1, set before a kernel is first used, they run on a CPU, slowly: so they are tested where
+there is no GPU.
 """
 
+import importlib
 import os
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 WIDEST = 1 << 16
 """Entries of a row that fit the registers of a block of threads."""
+MODULES = ("rows", "selection", "lists", "sparse", "update")
 _SUM_BLOCK = 256
 is_on = True
 
@@ -24,8 +25,14 @@ def serves(*tensors: Tensor) -> bool:
     return (
         is_on
         and all(t.dtype == torch.float32 and t.device.type == _device() for t in tensors)
-        and _kernels() is not None
+        and load("rows") is not None
     )
+
+
+def runs_triton(*tensors: Tensor) -> bool:
+    """Whether these tensors, of any type, are where Triton's kernels run, and triton is at hand."""
+    is_there = all(t.device.type == _device() for t in tensors)
+    return is_on and is_there and load("rows") is not None
 
 
 def serves_rows(rows: Tensor) -> bool:
@@ -38,19 +45,20 @@ def _device() -> str:
 
 
 @cache
-def _kernels() -> ModuleType | None:
+def load(name: str) -> Any:
+    """A module of kernels, one of MODULES; None without triton."""
     try:
-        from saeflow.operators.gpu import kernels
+        importlib.import_module("triton")
     except ImportError:
         return None
-    return kernels
+    return importlib.import_module(f"saeflow.operators.gpu.kernels.{name}")
 
 
 def launch_rows(kernel: str, rows: Tensor, *arguments: Any, **constants: Any) -> None:
     """Run a kernel that keeps a row in registers: one block of threads for each of rows (B, n)."""
     block = 1 << max(4, (rows.shape[1] - 1).bit_length())
     warps = min(32, max(4, block // 1024))
-    function = getattr(_kernels(), kernel)
+    function = getattr(load("rows"), kernel)
     rows = rows.detach()
     function[(len(rows),)](
         rows, *arguments, rows.shape[1], BLOCK=block, num_warps=warps, **constants
@@ -64,7 +72,7 @@ def sum_rows(matrix: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor) -> T
     grid = (len(out), -(-width // _SUM_BLOCK))
     if len(out):
         arguments = (matrix.contiguous(), ids, offsets, weights.contiguous(), out, width)
-        _kernels().sum_rows[grid](*arguments, BLOCK=_SUM_BLOCK)  # type: ignore[union-attr]
+        load("rows").sum_rows[grid](*arguments, BLOCK=_SUM_BLOCK)
     return out
 
 
@@ -75,5 +83,5 @@ def row_products(
     products = left.new_empty(len(order))
     block = 1 << (right.shape[1] - 1).bit_length()
     arguments = (left.contiguous(), right.contiguous(), order, rows, offsets, products)
-    _kernels().row_products[(len(right),)](*arguments, right.shape[1], BLOCK=block)  # type: ignore[union-attr]
+    load("rows").row_products[(len(right),)](*arguments, right.shape[1], BLOCK=block)
     return products

@@ -1,4 +1,4 @@
-"""The kernels themselves, compiled at their first use.
+"""Kernels on rows that fit a program's registers, and on entries by rows of any length.
 
 Floats are ordered by their bits: as an integer, flipped where negative, the larger float is the larger key,
 and the k-th largest is found by fixing one bit of its key after the other. Sums are in float64.

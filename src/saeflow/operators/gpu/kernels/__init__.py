@@ -1,0 +1,1 @@
+"""The Triton kernels themselves, compiled at their first use."""

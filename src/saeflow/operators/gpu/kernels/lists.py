@@ -1,0 +1,130 @@
+"""Kernels that solve for the threshold of each list, in float64."""
+
+import triton
+import triton.language as tl
+
+MOST_STEPS = tl.constexpr(100)
+
+
+@triton.jit
+def power_of(base, exponent):
+    """base ** exponent of a base >= 0, 0 where it is 0."""
+    positive = tl.where(base > 0, base, 1.0)
+    return tl.where(base > 0, tl.exp(exponent * tl.log(positive)), 0.0)
+
+
+@triton.jit
+def simplex_lists(
+    values, counts, scales, p, CAPACITY: tl.constexpr, LINEAR: tl.constexpr, SQUARES: tl.constexpr
+):
+    """entmax of alpha = 1 + scale of each list; LINEAR: alpha 2 (sparsemax), SQUARES: 1.5.
+
+    Newton's method for N(tau) = (sum (e - tau)_+^b)^(1/b) = 1, b = 1 / scale, within a bracket.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, CAPACITY)
+    count = tl.load(counts + row)
+    inside = at < count
+    entries = tl.load(values + row * CAPACITY + at, mask=inside, other=float("-inf"))
+    top = tl.max(entries, 0)
+    top = tl.where(count > 0, top, 0.0)
+    scale = tl.load(scales + row)
+    e = tl.where(inside, (entries.to(tl.float64) - top.to(tl.float64)) * scale, float("-inf"))
+    b = 1.0 / scale
+    low = tl.full((), -1.0, tl.float64)
+    # The largest entry has p >= 1 / count.
+    high = -tl.exp(-scale * tl.log(tl.maximum(count, 1).to(tl.float64)))
+    tau, done, step = low, count <= 0, 0
+    while (step < MOST_STEPS) & (done == 0):
+        excess = tl.where(e > tau, e - tau, 0.0)
+        if LINEAR:
+            slope = tl.where(excess > 0, 1.0, 0.0).to(tl.float64)
+        elif SQUARES:
+            slope = excess
+        else:
+            slope = power_of(excess, b - 1.0)
+        total = tl.sum(slope * excess, 0)
+        slopes = tl.sum(slope, 0)
+        low = tl.where(total >= 1, tau, low)
+        high = tl.where(total < 1, tau, high)
+        done = (tl.abs(total - 1) <= 1e-13) | (high - low <= 5e-16 * tl.abs(low))
+        root = tl.exp((1.0 - scale) * tl.log(tl.where(total > 0, total, 1.0)))
+        new = tau + (total - root) / tl.where(slopes > 0, slopes, 1.0)
+        new = tl.where((new > low) & (new <= high), new, (low + high) / 2)
+        tau = tl.where(done, tau, new)
+        step += 1
+    excess = tl.where(e > tau, e - tau, 0.0)
+    if LINEAR:
+        out = excess
+    elif SQUARES:
+        out = excess * excess
+    else:
+        out = power_of(excess, b)
+    tl.store(p + row * CAPACITY + at, out.to(tl.float32))
+
+
+@triton.jit
+def soft_lists(values, counts, ks, temperatures, distances, CAPACITY: tl.constexpr):
+    """(values - b) / temperature of each list, -inf where an entry is not real.
+
+    Between two entries the sum of the mask is a quadratic in exp(b), whose root is taken until the same
+    entries stay above b.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, CAPACITY)
+    count = tl.load(counts + row)
+    inside = at < count
+    entries = tl.load(values + row * CAPACITY + at, mask=inside, other=float("-inf"))
+    k = tl.load(ks + row)
+    temperature = tl.load(temperatures).to(tl.float64)
+    top = tl.where(count > 0, tl.max(entries, 0), 0.0).to(tl.float64)
+    x = tl.where(inside, (entries.to(tl.float64) - top) / temperature, float("-inf"))
+    least = tl.min(tl.where(inside, x, float("inf")), 0)
+    lowest = tl.where(count > 0, least, 0.0) - 1000.0
+    # A start between the entries of the ceil(k) largest and the rest: few roots are left to take.
+    t = starting_point(x, inside, tl.minimum(tl.ceil(k), count.to(tl.float64)))
+    done, step = count <= 0, 0
+    while (step < CAPACITY + 2) & (done == 0):
+        u = x - t
+        is_above = inside & (u > 0)
+        is_below = inside & (u <= 0)
+        above = tl.sum(is_above.to(tl.float64), 0)
+        nearest = tl.where(above > 0, tl.min(tl.where(is_above, u, float("inf")), 0), 0.0)
+        high = tl.sum(tl.exp(tl.where(is_above, nearest - u, float("-inf"))), 0)
+        log_above = tl.where(
+            above > 0, tl.log(tl.where(high > 0, high, 1.0)) - nearest, float("-inf")
+        )
+        some = tl.sum(is_below.to(tl.int32), 0) > 0
+        closest = tl.where(some, tl.max(tl.where(is_below, u, float("-inf")), 0), 0.0)
+        rest = tl.sum(tl.exp(tl.where(is_below, u - closest, float("-inf"))), 0)
+        log_below = tl.where(some, tl.log(tl.where(rest > 0, rest, 1.0)) + closest, float("-inf"))
+        extra = above - k
+        root = tl.sqrt(extra * extra + tl.exp(log_above + log_below))
+        move = tl.where(
+            extra < 0,
+            log_below - tl.log(tl.where(extra < 0, root - extra, 1.0)),
+            tl.where(
+                extra > 0,
+                tl.log(tl.where(extra > 0, root + extra, 1.0)) - log_above,
+                (log_below - log_above) / 2,
+            ),
+        )
+        new = tl.minimum(tl.maximum(t + move, lowest), 1000.0)
+        same = tl.sum((inside & (x - new > 0)).to(tl.float64), 0) == above
+        done = same | (tl.abs(new - t) <= 1e-14 * (1 + tl.abs(new)))
+        t = new
+        step += 1
+    tl.store(distances + row * CAPACITY + at, (x - t).to(tl.float32))
+
+
+@triton.jit
+def starting_point(x, inside, rank):
+    """() the rank-th largest entry, by bisection between the least and 0, the largest."""
+    low = tl.min(tl.where(inside, x, 0.0), 0)
+    high = tl.zeros((), tl.float64)
+    for _halving in range(60):
+        middle = (low + high) / 2
+        reached = tl.sum((inside & (x >= middle)).to(tl.float64), 0)
+        low = tl.where(reached >= rank, middle, low)
+        high = tl.where(reached >= rank, high, middle)
+    return low

@@ -1,0 +1,278 @@
+"""Kernels that read rows of scores in chunks and collect the few entries that a selection needs.
+
+Floats are ordered by their bits: as an integer, flipped where negative, the larger float is the larger
+key. Of bfloat16 the upper 16 bits say all (PLACES). The k-th largest is found by fixing one bit of its
+key after the other. An entry outside the row, excluded, or NaN counts as -inf and is never collected.
+"""
+
+import triton
+import triton.language as tl
+
+RANK = tl.constexpr(0)
+SIMPLEX = tl.constexpr(1)
+ABOVE = tl.constexpr(2)
+OVERFLOW = tl.constexpr(1)
+NAN = tl.constexpr(2)
+NEVER = tl.constexpr(float("-inf"))
+AHEAD = tl.constexpr(4)  # chunks whose loads do not wait for each other
+BISECTIONS = tl.constexpr(22)
+MARGIN = tl.constexpr(1e-5)  # of a simplex threshold, above the error of a float32 sum of at most 1
+
+
+@triton.jit
+def keys_of(values, PLACES: tl.constexpr):
+    """Integers in the order of the values, -0 as 0."""
+    bits = (values + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> (32 - PLACES)
+
+
+@triton.jit
+def value_of(key, PLACES: tl.constexpr):
+    """The float of a key; -inf where it is below every float."""
+    bits = key << (32 - PLACES)
+    bits = tl.where(key < 0, bits ^ (0x7FFFFFFF & (-1 << (32 - PLACES))), bits)
+    value = bits.to(tl.float32, bitcast=True)
+    return tl.where(value == value, value, NEVER)
+
+
+@triton.jit
+def next_bit(best, place, PLACES: tl.constexpr):
+    """(int64) best with the bit set that is `place` below the highest."""
+    return best + (tl.full((), 1, tl.int64) << (PLACES - 1 - place))
+
+
+@triton.jit
+def lowest_key(PLACES: tl.constexpr):
+    return -(tl.full((), 1, tl.int64) << (PLACES - 1))
+
+
+@triton.jit
+def kth_largest(keys, k, PLACES: tl.constexpr):
+    """The largest key that at least k keys reach."""
+    best = lowest_key(PLACES)
+    for place in range(PLACES):
+        candidate = next_bit(best, place, PLACES)
+        reached = tl.sum((keys >= candidate.to(tl.int32)).to(tl.int32), 0)
+        best = tl.where(reached >= k, candidate, best)
+    return best.to(tl.int32)
+
+
+@triton.jit
+def power(base, exponent, LINEAR: tl.constexpr, SQUARES: tl.constexpr):
+    """base ** exponent of a base >= 0, 0 where it is 0."""
+    if LINEAR:
+        return base
+    if SQUARES:
+        return base * base
+    return tl.where(base > 0, tl.exp(exponent * tl.log(tl.where(base > 0, base, 1.0))), 0.0)
+
+
+@triton.jit
+def read(base, allowed, at, n, HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.constexpr):
+    """Entries of a row as float32, -inf where they cannot be chosen, and which are NaN."""
+    inside = at < n
+    raw = tl.load(base + at, mask=inside, other=NEVER).to(tl.float32)
+    is_nan = raw != raw
+    can = inside & (raw == raw)
+    if HAS_ALLOWED:
+        can = can & (tl.load(allowed + at, mask=inside, other=0) != 0)
+    if IS_POSITIVE:
+        can = can & (raw > 0)
+    return tl.where(can, raw, NEVER), is_nan
+
+
+@triton.jit
+def simplex_total(values, top, scale, tau, LINEAR: tl.constexpr, SQUARES: tl.constexpr):
+    """() the part of these entries in the sum of entmax at a threshold."""
+    excess = tl.maximum((values - top) * scale - tau, 0.0)
+    return tl.sum(power(excess, 1.0 / scale, LINEAR, SQUARES), 0)
+
+
+@triton.jit
+def collect_rows(
+    scores, floors, slack, allowed, columns, values, counts, found, status, n,
+    KIND: tl.constexpr, PLACES: tl.constexpr, PER_COLUMN: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.constexpr,
+    LINEAR: tl.constexpr, SQUARES: tl.constexpr,
+    GROUPS: tl.constexpr, WIDE: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """The entries of each row that reach its floor, ascending, the first ROOM of them; found[b]: all.
+
+    floors: RANK, a rank per row; SIMPLEX, a scale per row; ABOVE, a threshold, or one per column.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    base = scores + row * n
+    near = tl.load(slack)
+    scale, top, floor = 1.0, 0.0, 0.0
+    is_wanted = True
+    if KIND != ABOVE:
+        group = tl.arange(0, GROUPS)
+        maxima = tl.full((GROUPS,), NEVER, tl.float32)
+        for start in range(0, n, AHEAD * GROUPS):
+            for part in tl.static_range(AHEAD):
+                at = start + part * GROUPS + group
+                entries, _ = read(base, allowed, at, n, HAS_ALLOWED, IS_POSITIVE)
+                maxima = tl.maximum(maxima, entries)
+        if KIND == RANK:
+            k = tl.load(floors + row)
+            floor = value_of(kth_largest(keys_of(maxima, PLACES), k, PLACES), PLACES) - near
+            is_wanted = k > 0
+        else:
+            scale = tl.load(floors + row)
+            top = tl.max(maxima, 0)
+            top = tl.where(top > NEVER, top, 0.0)
+            low = tl.full((), -1.0, tl.float32)
+            high = tl.full((), 0.0, tl.float32)
+            for _halving in range(BISECTIONS):
+                middle = (low + high) / 2
+                is_low = simplex_total(maxima, top, scale, middle, LINEAR, SQUARES) >= 1
+                low = tl.where(is_low, middle, low)
+                high = tl.where(is_low, high, middle)
+            floor = low - MARGIN - near * scale
+    elif not PER_COLUMN:
+        floor = tl.load(floors)
+    count, has_nan = 0, 0
+    wide = tl.arange(0, WIDE)
+    for start in range(0, n, WIDE):
+        at = start + wide
+        entries, is_nan = read(base, allowed, at, n, HAS_ALLOWED, IS_POSITIVE)
+        if KIND == RANK:
+            hit = (entries >= floor) & is_wanted
+        elif KIND == SIMPLEX:
+            hit = (entries - top) * scale >= floor
+        elif PER_COLUMN:
+            hit = entries > tl.load(floors + at, mask=at < n, other=float("inf"))
+        else:
+            hit = entries > floor
+        hit = hit & (entries > NEVER)
+        marks = tl.sum(hit.to(tl.int32) + is_nan.to(tl.int32) * 65536, 0)  # both in one sum
+        hits = marks & 65535
+        has_nan = has_nan | (marks >> 16)
+        if hits > 0:
+            place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
+            fits = hit & (place < ROOM)
+            tl.store(columns + row * ROOM + place, at, mask=fits)
+            tl.store(values + row * ROOM + place, entries, mask=fits)
+        count += hits
+    finish(columns, values, counts, status, row, count, has_nan, ROOM)
+    tl.store(found + row, count)
+
+
+@triton.jit
+def finish(columns, values, counts, status, row, count, has_nan, ROOM: tl.constexpr):
+    """Zero what a list of `count` entries leaves free, and note how many there are."""
+    slot = tl.arange(0, ROOM)
+    tl.store(columns + row * ROOM + slot, tl.zeros((ROOM,), tl.int32), mask=slot >= count)
+    tl.store(values + row * ROOM + slot, tl.zeros((ROOM,), tl.float32), mask=slot >= count)
+    tl.store(counts + row, tl.minimum(count, ROOM))
+    flags = tl.where(count > ROOM, OVERFLOW, 0) | tl.where(has_nan > 0, NAN, 0)
+    tl.store(status + row, flags)
+
+
+@triton.jit
+def collect_long_rows(
+    scores, floors, slack, allowed, columns, values, counts, found, status, n,
+    KIND: tl.constexpr, PLACES: tl.constexpr, IS_EXACT: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.constexpr,
+    LINEAR: tl.constexpr, SQUARES: tl.constexpr,
+    WIDE: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """`collect_rows` of those rows that it found too many entries of, with the row's exact floor.
+
+    IS_EXACT: of RANK, as many entries as the rank says, of those at the floor the first ones.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(found + row) > ROOM:
+        base = scores + row * n
+        near = tl.load(slack)
+        wide = tl.arange(0, WIDE)
+        scale, top, floor = 1.0, 0.0, 0.0
+        key, left = 0, 0
+        if KIND == RANK:
+            k = tl.load(floors + row)
+            best = lowest_key(PLACES)
+            for bit in range(PLACES):
+                candidate = next_bit(best, bit, PLACES)
+                reached = 0
+                for start in range(0, n, WIDE):
+                    entries, _ = read(base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE)
+                    reaches = keys_of(entries, PLACES) >= candidate.to(tl.int32)
+                    reached += tl.sum((reaches & (entries > NEVER)).to(tl.int32), 0)
+                best = tl.where(reached >= k, candidate, best)
+            key = best.to(tl.int32)
+            floor = value_of(key, PLACES) - near
+            if IS_EXACT:
+                left = k
+                for start in range(0, n, WIDE):
+                    entries, _ = read(base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE)
+                    is_above = (keys_of(entries, PLACES) > key) & (entries > NEVER)
+                    left -= tl.sum(is_above.to(tl.int32), 0)
+        else:
+            scale = tl.load(floors + row)
+            maxima = tl.full((WIDE,), NEVER, tl.float32)
+            for start in range(0, n, WIDE):
+                entries, _ = read(base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE)
+                maxima = tl.maximum(maxima, entries)
+            top = tl.max(maxima, 0)
+            low = tl.full((), -1.0, tl.float32)
+            high = tl.full((), 0.0, tl.float32)
+            for _halving in range(BISECTIONS):
+                middle = (low + high) / 2
+                total = 0.0
+                for start in range(0, n, WIDE):
+                    entries, _ = read(base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE)
+                    total += simplex_total(entries, top, scale, middle, LINEAR, SQUARES)
+                low = tl.where(total >= 1, middle, low)
+                high = tl.where(total >= 1, high, middle)
+            floor = low - MARGIN - near * scale
+        count, ties = 0, 0
+        for start in range(0, n, WIDE):
+            at = start + wide
+            entries, _ = read(base, allowed, at, n, HAS_ALLOWED, IS_POSITIVE)
+            if KIND == SIMPLEX:
+                hit = (entries - top) * scale >= floor
+            elif IS_EXACT:
+                keys = keys_of(entries, PLACES)
+                tie = (keys == key) & (entries > NEVER)
+                rank = ties + tl.cumsum(tie.to(tl.int32), 0)
+                hit = (keys > key) | (tie & (rank <= left))
+                ties += tl.sum(tie.to(tl.int32), 0)
+            else:
+                hit = entries >= floor
+            hit = hit & (entries > NEVER)
+            place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
+            fits = hit & (place < ROOM)
+            tl.store(columns + row * ROOM + place, at, mask=fits)
+            tl.store(values + row * ROOM + place, entries, mask=fits)
+            count += tl.sum(hit.to(tl.int32), 0)
+        has_nan = tl.load(status + row) & NAN
+        finish(columns, values, counts, status, row, count, has_nan, ROOM)
+
+
+@triton.jit
+def choose_rows(
+    columns, values, counts, status, ranks, chosen_columns, chosen_values, chosen_counts, chosen_status,
+    PLACES: tl.constexpr, ROOM: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """The ranks[b] largest entries of each list, of equal ones the first, in their order."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, ROOM)
+    inside = slot < tl.load(counts + row)
+    column = tl.load(columns + row * ROOM + slot, mask=inside, other=0)
+    value = tl.load(values + row * ROOM + slot, mask=inside, other=0.0)
+    k = tl.load(ranks + row)
+    keys = tl.where(inside, keys_of(value, PLACES), lowest_key(PLACES).to(tl.int32))
+    threshold = kth_largest(keys, k, PLACES)
+    above = (keys > threshold) & inside
+    ties = (keys == threshold) & inside
+    left = k - tl.sum(above.to(tl.int32), 0)
+    chosen = above | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= left))
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    fits = chosen & (place < CAPACITY)
+    tl.store(chosen_columns + row * CAPACITY + place, column, mask=fits)
+    tl.store(chosen_values + row * CAPACITY + place, value, mask=fits)
+    count = tl.sum(chosen.to(tl.int32), 0)
+    has_nan = tl.load(status + row) & NAN
+    finish(
+        chosen_columns, chosen_values, chosen_counts, chosen_status, row, count, has_nan, CAPACITY
+    )

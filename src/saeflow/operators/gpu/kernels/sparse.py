@@ -1,0 +1,131 @@
+"""Kernels on lists and the matrices that their columns name rows of; sums are in float32."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rescore_lists(
+    x, W_enc, b_enc, b_dec, columns, counts, out, width, CAPACITY: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[b, e] = (x[b] - b_dec) . W_enc[column] + b_enc[column]."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    centred = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    centred -= tl.load(b_dec + at, mask=inside, other=0.0)
+    count = tl.load(counts + row)
+    slot = tl.arange(0, CAPACITY)
+    tl.store(out + row * CAPACITY + slot, tl.zeros((CAPACITY,), tl.float32), mask=slot >= count)
+    for e in range(count):
+        column = tl.load(columns + row * CAPACITY + e).to(tl.int64)
+        direction = tl.load(W_enc + column * width + at, mask=inside, other=0.0).to(tl.float32)
+        score = tl.sum(centred * direction, 0) + tl.load(b_enc + column)
+        tl.store(out + row * CAPACITY + e, score)
+
+
+@triton.jit
+def products_of_lists(
+    left, right, columns, counts, out, width, CAPACITY: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out[b, e] = left[b] . right[column]."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    mine = tl.load(left + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    count = tl.load(counts + row)
+    slot = tl.arange(0, CAPACITY)
+    tl.store(out + row * CAPACITY + slot, tl.zeros((CAPACITY,), tl.float32), mask=slot >= count)
+    for e in range(count):
+        column = tl.load(columns + row * CAPACITY + e).to(tl.int64)
+        direction = tl.load(right + column * width + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + row * CAPACITY + e, tl.sum(mine * direction, 0))
+
+
+@triton.jit
+def sum_of_list(
+    W_dec, columns, values, row, count, start, at, inside, width, CAPACITY: tl.constexpr
+):
+    """start plus the sum of values times rows of W_dec, in the order of entries."""
+    for e in range(count):
+        column = tl.load(columns + row * CAPACITY + e).to(tl.int64)
+        direction = tl.load(W_dec + column * width + at, mask=inside, other=0.0).to(tl.float32)
+        start += tl.load(values + row * CAPACITY + e) * direction
+    return start
+
+
+@triton.jit
+def decode_lists(
+    W_dec, b_dec, columns, values, counts, out, width,
+    CAPACITY: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[b] = b_dec + sum of values times rows of W_dec."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    start = tl.zeros((BLOCK,), tl.float32)
+    if HAS_BIAS:
+        start += tl.load(b_dec + at, mask=inside, other=0.0)
+    count = tl.load(counts + row)
+    total = sum_of_list(W_dec, columns, values, row, count, start, at, inside, width, CAPACITY)
+    tl.store(out + row * width + at, total, mask=inside)
+
+
+@triton.jit
+def decode_error_of_lists(
+    x, W_dec, b_dec, columns, values, counts, error, squares, products, width,
+    CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The error of a reconstruction, the sum of its squares, and its product with each entry's row."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    start = tl.load(b_dec + at, mask=inside, other=0.0).to(tl.float32)
+    count = tl.load(counts + row)
+    total = sum_of_list(W_dec, columns, values, row, count, start, at, inside, width, CAPACITY)
+    total -= tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(error + row * width + at, total, mask=inside)
+    tl.store(squares + row, tl.sum(total * total, 0))
+    slot = tl.arange(0, CAPACITY)
+    tl.store(
+        products + row * CAPACITY + slot, tl.zeros((CAPACITY,), tl.float32), mask=slot >= count
+    )
+    for e in range(count):
+        column = tl.load(columns + row * CAPACITY + e).to(tl.int64)
+        direction = tl.load(W_dec + column * width + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(products + row * CAPACITY + e, tl.sum(total * direction, 0))
+
+
+@triton.jit
+def gradients_of_weights(
+    centred, grad, unit_rows, order, offsets, values, value_grads, of_enc, of_b_enc, of_dec, squares, width,
+    CAPACITY: tl.constexpr, IS_ADDED: tl.constexpr, HAS_UNIT_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Both gradients of a latent's weights in one walk over its entries, in the order of rows."""
+    latent = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    where = latent * width + at
+    enc, dec = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    bias = tl.zeros((), tl.float32)
+    begin, end = tl.load(offsets + latent), tl.load(offsets + latent + 1)
+    for place in range(begin, end):
+        entry = tl.load(order + place).to(tl.int64)
+        row = entry // CAPACITY
+        value, value_grad = tl.load(values + entry), tl.load(value_grads + entry)
+        dec += value * tl.load(grad + row * width + at, mask=inside, other=0.0).to(tl.float32)
+        enc += value_grad * tl.load(centred + row * width + at, mask=inside, other=0.0).to(
+            tl.float32
+        )
+        bias += value_grad
+    if HAS_UNIT_ROWS:
+        direction = tl.load(unit_rows + where, mask=inside, other=0.0)
+        dec -= direction * tl.sum(dec * direction, 0)
+    if IS_ADDED:
+        enc += tl.load(of_enc + where, mask=inside, other=0.0)
+        dec += tl.load(of_dec + where, mask=inside, other=0.0)
+        bias += tl.load(of_b_enc + latent)
+    tl.store(of_enc + where, enc, mask=inside)
+    tl.store(of_dec + where, dec, mask=inside)
+    tl.store(of_b_enc + latent, bias)
+    tl.store(squares + latent, tl.sum(enc * enc, 0) + tl.sum(dec * dec, 0) + bias * bias)

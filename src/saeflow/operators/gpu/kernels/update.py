@@ -1,0 +1,34 @@
+"""The kernel of an update of weights, one row a program."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def update_rows(
+    weights, gradient, exp_avg, exp_avg_sq, shadow, numbers, skip, rise1, beta2, rise2, eps, width, count,
+    HAS_SHADOW: tl.constexpr, IS_UNIT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A step of Adam; numbers: what scales the gradient, the rate, and 1 / sqrt(1 - beta2^t).
+
+    rise1, rise2: 1 - beta, which a float32 would take from its beta with an error of 5e-5.
+    """
+    if tl.load(skip) == 0:
+        at = tl.arange(0, BLOCK)
+        where = tl.program_id(0).to(tl.int64) * width + at
+        inside = (at < width) & (where < count)
+        clip, rate, correction = tl.load(numbers), tl.load(numbers + 1), tl.load(numbers + 2)
+        g = tl.load(gradient + where, mask=inside, other=0.0) * clip
+        first = tl.load(exp_avg + where, mask=inside, other=0.0)
+        second = tl.load(exp_avg_sq + where, mask=inside, other=0.0)
+        first += rise1 * (g - first)
+        second = beta2 * second + rise2 * g * g
+        new = tl.load(weights + where, mask=inside, other=0.0)
+        new -= rate * first / (tl.sqrt(second) * correction + eps)
+        if IS_UNIT:
+            new = new / tl.sqrt(tl.sum(tl.where(inside, new * new, 0.0), 0))
+        tl.store(weights + where, new, mask=inside)
+        tl.store(exp_avg + where, first, mask=inside)
+        tl.store(exp_avg_sq + where, second, mask=inside)
+        if HAS_SHADOW:
+            tl.store(shadow + where, new.to(shadow.dtype.element_ty), mask=inside)

@@ -1,0 +1,196 @@
+"""Row operators on lists: sparsemax, entmax and the soft top-k of the entries that can count.
+
+They take the values (B, C) and counts (B,) of `Lists`, and give what the operator of the same name gives
+of the whole rows, if the entries left out would have got 0. Nothing is raised: what a row must hold is the
+caller's to see to.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from saeflow.operators import gpu
+
+FAR = 30.0
+"""Temperatures from the threshold at which a soft mask counts as 0 or 1: it is 5e-14 there."""
+BISECTIONS = 80  # of an entmax threshold in [-1, 0], beyond what float64 resolves
+
+
+def sparsemax(values: Tensor, counts: Tensor) -> Tensor:
+    """(B, C) probabilities max(values - tau, 0) that sum to 1 over the real entries of each row.
+
+    Args:
+        values: (B, C) float32 scores.
+        counts: (B,) entries that are real; a row of none gives zeros.
+
+    Returns:
+        (B, C), 0 where not real, differentiable in the values.
+
+    Source: Martins & Astudillo 2016 (arXiv:1602.02068), eq. 2.
+    """
+    return _Simplex.apply(values, counts, torch.full((), 2.0, device=values.device), 1.0)
+
+
+def entmax(values: Tensor, counts: Tensor, alpha: Tensor | float) -> Tensor:
+    """(B, C) probabilities max((alpha - 1) values - tau, 0)^(1 / (alpha - 1)), as `sparsemax`.
+
+    Args:
+        values, counts: as for `sparsemax`.
+        alpha: () or (B,), above 1; a number where it is known when kernels are launched.
+
+    Returns:
+        (B, C), 0 where not real, differentiable in the values and in alpha.
+
+    Source: Peters et al. 2019 (arXiv:1905.05702), Correia et al. 2019 (arXiv:1909.00015), prop. 1.
+    """
+    power = None if isinstance(alpha, Tensor) else 1 / (alpha - 1)
+    alpha = torch.as_tensor(alpha, dtype=torch.float32, device=values.device)
+    return _Simplex.apply(values, counts, alpha, power)
+
+
+def soft_topk(values: Tensor, counts: Tensor, k: Tensor, temperature: Tensor | float) -> Tensor:
+    """(B, C) mask F((values - b) / temperature) that sums to k over the real entries of each row.
+
+    Args:
+        values, counts: as for `sparsemax`.
+        k: (B,) real, 0 up to the number of real entries; above it every mask is 1.
+        temperature: above 0, a number or () on the device.
+
+    Returns:
+        (B, C), 0 where not real, differentiable in the values and k.
+
+    Source: LapSum, Struski et al. 2025 (arXiv:2503.06242), section 3.
+    """
+    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=values.device)
+    return _SoftTopK.apply(values, counts, k, temperature)
+
+
+def _real(values: Tensor, counts: Tensor) -> Tensor:
+    return torch.arange(values.shape[1], device=values.device) < counts[:, None]
+
+
+def _warps(capacity: int) -> int:
+    return max(1, min(16, capacity // 256))
+
+
+def _entmax_of_lists(values: Tensor, counts: Tensor, alpha: Tensor) -> Tensor:
+    """The plain form: bisection in float64."""
+    real = _real(values, counts)
+    scale = (alpha.double() - 1).expand(len(values))[:, None]
+    entries = values.double().masked_fill(~real, -torch.inf)
+    top = entries.amax(1, keepdim=True).nan_to_num(neginf=0)
+    entries = (entries - top) * scale
+    low = torch.full_like(top, -1.0)
+    high = torch.zeros_like(top)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        is_low = (entries - middle).clamp(min=0).pow(1 / scale).sum(1, keepdim=True) >= 1
+        low, high = torch.where(is_low, middle, low), torch.where(is_low, high, middle)
+    return (entries - low).clamp(min=0).pow(1 / scale).float()
+
+
+class _Simplex(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, counts: Tensor, alpha: Tensor, power: float | None
+    ) -> Tensor:
+        if gpu.runs_triton(values) and values.numel():
+            p = torch.empty_like(values)
+            scale = (alpha - 1).double().expand(len(values)).contiguous()
+            gpu.load("lists").simplex_lists[(len(values),)](
+                values.detach().contiguous(), counts, scale, p,
+                CAPACITY=values.shape[1], LINEAR=power == 1, SQUARES=power == 2,
+                num_warps=_warps(values.shape[1]),
+            )  # fmt: skip
+        else:
+            p = _entmax_of_lists(values.detach(), counts, alpha.detach())
+        ctx.save_for_backward(p, alpha)
+        ctx.is_linear = power == 1
+        return p
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        p, alpha = ctx.saved_tensors
+        if ctx.is_linear:
+            on = (p > 0).float()
+            mean = (on * grad).sum(1, keepdim=True) / on.sum(1, keepdim=True).clamp(min=1)
+            return on * (grad - mean), None, None, None
+        p, grad = p.double(), grad.double()
+        scale = (alpha.double() - 1).expand(len(p))[:, None]
+        q = torch.where(p > 0, p.clamp(min=1e-300) ** (1 - scale), 0)
+        r = q / q.sum(1, keepdim=True).clamp(min=1e-300)
+        grad_values = q * (grad - (r * grad).sum(1, keepdim=True))
+        grad_alpha = None
+        if ctx.needs_input_grad[2]:
+            h = -torch.special.xlogy(p, p)
+            by_alpha = (p - r) / scale**2 + (h - r * h.sum(1, keepdim=True)) / scale
+            grad_alpha = (grad * by_alpha).sum(1).sum_to_size(alpha.shape).to(alpha.dtype)
+        return grad_values.float(), None, grad_alpha, None
+
+
+def _distance_in_lists(values: Tensor, counts: Tensor, k: Tensor, temperature: Tensor) -> Tensor:
+    """(B, C) (values - b) / temperature; the plain form, from sorted sums of exponentials.
+
+    With j entries above b, the sum of the mask is j - A e^b / 2 + D e^-b / 2, where A sums e^-x over
+    those above and D sums e^x over the others: a quadratic in e^b.
+    """
+    real = _real(values, counts)
+    top = values.double().masked_fill(~real, -torch.inf).amax(1, keepdim=True).nan_to_num(neginf=0)
+    x = ((values.double() - top) / temperature.double()).masked_fill(~real, -torch.inf)
+    ordered = x.sort(dim=1, descending=True).values
+    is_entry = ordered > -torch.inf
+    above = torch.where(is_entry, -ordered, -torch.inf).logcumsumexp(1)
+    from_here = ordered.flip(1).logcumsumexp(1).flip(1)  # of this entry and those below
+    nothing = torch.full_like(top, -torch.inf)
+    log_above = torch.cat((nothing, above), 1)  # by how many entries are above b
+    log_below = torch.cat((from_here, nothing), 1)
+    number = torch.arange(1, values.shape[1] + 1, device=values.device)
+    at_entry = torch.where(is_entry, ordered, 0)
+    reached = number - (above + at_entry).exp() / 2 + (log_below[:, 1:] - at_entry).exp() / 2
+    k = k.double().view(-1, 1)
+    j = (is_entry & (reached < k)).sum(1, keepdim=True)
+    log_a, log_d = log_above.gather(1, j), log_below.gather(1, j)
+    extra = j - k
+    root = (extra.square() + (log_a + log_d).exp()).sqrt()
+    b = torch.where(
+        extra > 0,
+        (root + extra).log() - log_a,
+        torch.where(extra < 0, log_d - (root - extra).log(), (log_d - log_a) / 2),
+    )
+    least = x.masked_fill(~real, torch.inf).amin(1, keepdim=True).nan_to_num(posinf=0)
+    b = b.maximum(least - 1000).minimum(torch.full_like(b, 1000.0))
+    return torch.where(real, x - b, -torch.inf).float()
+
+
+class _SoftTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, counts: Tensor, k: Tensor, temperature: Tensor) -> Tensor:
+        if gpu.runs_triton(values) and values.numel():
+            distance = torch.empty_like(values)
+            gpu.load("lists").soft_lists[(len(values),)](
+                values.detach().contiguous(), counts, k.detach().double().contiguous(), temperature, distance,
+                CAPACITY=values.shape[1], num_warps=_warps(values.shape[1]),
+            )  # fmt: skip
+        else:
+            distance = _distance_in_lists(values.detach(), counts, k.detach(), temperature)
+        tail = _tail(distance)
+        ctx.save_for_backward(distance, temperature)
+        return torch.where(distance > 0, 1 - tail, tail)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        distance, temperature = ctx.saved_tensors
+        # f / sum f, also where every f is below float range; a row of nothing has no share
+        share = (-distance.abs()).softmax(1).nan_to_num(0.0)
+        mean = (share * grad).sum(1)
+        return _tail(distance) * (grad - mean[:, None]) / temperature, None, mean, None
+
+
+def _tail(distance: Tensor) -> Tensor:
+    """F(-|t|), exactly 0 from far away on."""
+    minus = -distance.abs()
+    return torch.where(minus > -FAR, minus.clamp(min=-FAR).exp() / 2, 0.0)

@@ -1,0 +1,252 @@
+"""Selections of a few entries of each row of scores, as lists of a fixed size.
+
+Each is one wide pass over the scores and a small solve. The maxima of groups of columns are a part of the
+row, so a threshold solved on them is a floor that every entry of the answer reaches; the entries that
+reach it, a few more than wanted, are collected in the order of columns, and the exact choice is made
+among them. A row with more of them than there is room for is solved by further readings of it, by a
+kernel whose programs return at once for every other row.
+"""
+
+import torch
+from torch import Tensor
+
+from saeflow.operators import gpu
+from saeflow.operators.gpu.lists import OVERFLOW, Lists
+
+MOST_GROUPS = 4096  # maxima that a program keeps in registers
+WIDE = 4096  # entries of a row that are looked at together
+RANK, SIMPLEX, ABOVE = 0, 1, 2  # kinds of a floor
+
+
+def topk(
+    scores: Tensor,
+    k: Tensor | int,
+    capacity: int,
+    *,
+    allowed: Tensor | None = None,
+    is_positive: bool = False,
+) -> Lists:
+    """The k largest entries of each row, of equal ones those with the lower column.
+
+    Args:
+        scores: (B, M) float32, bfloat16 or float16; -inf excludes an entry.
+        k: one for all rows, or (B,); integers of at least 0, on the device.
+        capacity: C, a power of two of at least the largest k.
+        allowed: (M,) bool, the columns that may be chosen, such as those of dead latents; None: all.
+        is_positive: choose positive entries only.
+
+    Returns:
+        Lists of min(k, number that may be chosen) entries; OVERFLOW where k is above the capacity.
+    """
+    ks = _per_row(k, scores, torch.int32)
+    if not _uses_triton(scores):
+        kept = _excluded(scores, allowed, is_positive)
+        order = kept.sort(dim=1, descending=True, stable=True).indices
+        ranks = torch.empty_like(order)
+        places = torch.arange(scores.shape[1], device=scores.device)
+        ranks.scatter_(1, order, places.expand_as(order))
+        mask = (ranks < ks[:, None]) & (kept > -torch.inf)
+        return Lists.from_mask(scores, mask, capacity)
+    room = max(128, 2 * capacity)
+    found = _collect(
+        scores, ks, room, kind=RANK, allowed=allowed, is_positive=is_positive, is_exact=True
+    )
+    return _choose(found, ks, capacity, _places(scores))
+
+
+def batch_topk(scores: Tensor, total: Tensor | int, capacity: int) -> Lists:
+    """The `total` largest entries of the whole batch, of equal ones those with the lower flat index.
+
+    Args:
+        scores: as for `topk`.
+        total: () integer, on the device.
+        capacity: C, a power of two, for as many entries as any row may keep.
+
+    Returns:
+        Lists of `total` entries together. OVERFLOW where a row's answer may have more than C.
+    """
+    rows = topk(scores, capacity, capacity)
+    total = torch.as_tensor(total, device=scores.device).long()
+    values = rows.values.masked_fill(~rows.real, -torch.inf)
+    ordered = values.view(-1).sort(descending=True).values
+    at = (total - 1).clamp(0, ordered.numel() - 1)
+    threshold = ordered.index_select(0, at.view(1))[0]
+    threshold = torch.where(total > 0, threshold, torch.inf)
+    above = values > threshold
+    ties = (values == threshold) & rows.real
+    rank = ties.view(-1).cumsum(0).view_as(ties)
+    chosen = rows.keep(above | (ties & (rank <= total - above.sum())))
+    is_full = (rows.counts == capacity) & (chosen.counts == capacity) & (capacity < rows.d_sae)
+    status = chosen.status | (OVERFLOW * is_full).int()
+    return Lists(chosen.columns, chosen.values, chosen.counts, status, rows.d_sae)
+
+
+def above(scores: Tensor, threshold: Tensor, capacity: int) -> Lists:
+    """The entries above a threshold.
+
+    Args:
+        scores: as for `topk`.
+        threshold: () or (M,) float32.
+        capacity: C, a power of two.
+    """
+    if not _uses_triton(scores):
+        mask = (_excluded(scores) > threshold) & (scores > -torch.inf)
+        return Lists.from_mask(scores, mask, capacity)
+    return _collect(scores, threshold.float().contiguous(), capacity, kind=ABOVE)
+
+
+def near_rank(scores: Tensor, k: Tensor | float, capacity: int, slack: Tensor | float) -> Lists:
+    """Entries whose soft top-k mask may be above 0, and a few more.
+
+    b is at least the 2 ceil(k)-th largest entry; every entry that reaches it, or comes within `slack`
+    of it, is taken.
+
+    Args:
+        scores: as for `topk`.
+        k: one for all rows, or (B,), real and at least 0, on the device.
+        capacity: C, a power of two.
+        slack: (), the distance below b from which on the mask is 0, plus the error of the scores.
+
+    Returns:
+        Lists of at least these entries; how many more is not determined.
+    """
+    ranks = 2 * torch.as_tensor(k, device=scores.device).ceil().clamp(min=1)
+    ranks = _per_row(ranks.clamp(max=scores.shape[1]), scores, torch.int32)
+    slack = _scalar(slack, scores)
+    if not _uses_triton(scores):
+        kept = _excluded(scores)
+        ordered = kept.sort(dim=1, descending=True).values
+        floor = ordered.gather(1, ranks[:, None].long() - 1) - slack
+        mask = (kept >= floor) & (kept > -torch.inf)
+        return Lists.from_mask(scores, mask, capacity)
+    return _collect(scores, ranks, capacity, kind=RANK, slack=slack)
+
+
+def near_simplex(
+    scores: Tensor, scale: Tensor | float, capacity: int, slack: Tensor | float
+) -> Lists:
+    """Entries to which entmax of 1 + scale may give a probability, and a few more.
+
+    Args:
+        scores: as for `topk`, finite or -inf.
+        scale: one for all rows, or (B,), above 0: alpha - 1, 1 for sparsemax.
+        capacity: C, a power of two.
+        slack: (), the error of the scores.
+
+    Returns:
+        Lists of at least these entries; how many more is not determined.
+    """
+    scales = _per_row(scale, scores, torch.float32)
+    slack = _scalar(slack, scores)
+    if not _uses_triton(scores):
+        kept = _excluded(scores).double()
+        top = kept.amax(1, keepdim=True)
+        tau = _simplex_floor((kept - top) * scales[:, None].double(), scales.double())
+        floor = top + tau[:, None] / scales[:, None] - slack
+        mask = (kept >= floor) & (kept > -torch.inf)
+        return Lists.from_mask(scores, mask, capacity)
+    power = None if isinstance(scale, Tensor) else 1 / scale
+    return _collect(scores, scales, capacity, kind=SIMPLEX, slack=slack, power=power)
+
+
+def _simplex_floor(entries: Tensor, scale: Tensor) -> Tensor:
+    """(B,) a lower bound of tau, by bisection, of scaled entries (B, n) with row maximum 0."""
+    low = torch.full_like(scale, -1.0)
+    high = torch.zeros_like(scale)
+    for _ in range(30):
+        middle = (low + high) / 2
+        total = (entries - middle[:, None]).clamp(min=0).pow(1 / scale[:, None]).sum(1)
+        low, high = torch.where(total >= 1, middle, low), torch.where(total < 1, middle, high)
+    return low
+
+
+def _uses_triton(scores: Tensor) -> bool:
+    return gpu.runs_triton(scores) and scores.numel() > 0
+
+
+def _collect(
+    scores: Tensor,
+    floors: Tensor,
+    room: int,
+    *,
+    kind: int,
+    slack: Tensor | None = None,
+    allowed: Tensor | None = None,
+    is_positive: bool = False,
+    is_exact: bool = False,
+    power: float | None = None,
+) -> Lists:
+    """The entries of each row that reach its floor, see the kernel; where too many, its exact floor."""
+    rows, (n_rows, n) = scores.detach().contiguous(), scores.shape
+    out = _room(scores, room)
+    found = torch.empty_like(out.counts)
+    slack = torch.zeros((), device=scores.device) if slack is None else slack
+    allowed_or_any = rows if allowed is None else allowed.view(torch.uint8)  # read only if given
+    widest = 1 << max(4, (n - 1).bit_length())
+    groups, wide = min(widest, max(1024, min(MOST_GROUPS, 2 * room))), min(widest, WIDE)
+    tensors = (rows, floors, slack, allowed_or_any, out.columns, out.values, out.counts)
+    arguments = (*tensors, found, out.status, n)
+    constants = {
+        "KIND": kind,
+        "PLACES": _places(scores),
+        "HAS_ALLOWED": allowed is not None,
+        "IS_POSITIVE": is_positive,
+        "LINEAR": power == 1,
+        "SQUARES": power == 2,
+        "WIDE": wide,
+        "ROOM": room,
+    }
+    warps = 8 if groups > 1024 else 4
+    kernels = gpu.load("selection")
+    kernels.collect_rows[(n_rows,)](
+        *arguments, **constants, GROUPS=groups, PER_COLUMN=floors.ndim == 1, num_warps=warps
+    )
+    if kind != ABOVE:
+        kernels.collect_long_rows[(n_rows,)](
+            *arguments, **constants, IS_EXACT=is_exact, num_warps=8
+        )
+    return out
+
+
+def _choose(found: Lists, ranks: Tensor, capacity: int, places: int) -> Lists:
+    """The ranks[b] largest entries of each list."""
+    out = _room(found.values, capacity, found.d_sae)
+    tensors = (found.columns, found.values, found.counts, found.status, ranks)
+    chosen = (out.columns, out.values, out.counts, out.status)
+    gpu.load("selection").choose_rows[(len(ranks),)](
+        *tensors, *chosen,
+        PLACES=places, ROOM=found.capacity, CAPACITY=capacity, num_warps=max(1, min(8, found.capacity // 256)),
+    )  # fmt: skip
+    return out
+
+
+def _room(rows: Tensor, capacity: int, d_sae: int | None = None) -> Lists:
+    """Lists whose entries are not yet written."""
+    n_rows = len(rows)
+    columns = torch.empty(n_rows, capacity, dtype=torch.int32, device=rows.device)
+    values = torch.empty(n_rows, capacity, device=rows.device)
+    counts, status = torch.empty(2, n_rows, dtype=torch.int32, device=rows.device)
+    return Lists(columns, values, counts, status, d_sae or rows.shape[1])
+
+
+def _places(scores: Tensor) -> int:
+    """Upper bits of a float32 that tell the scores apart."""
+    return 16 if scores.dtype == torch.bfloat16 else 32
+
+
+def _per_row(value: Tensor | float, scores: Tensor, dtype: torch.dtype) -> Tensor:
+    value = torch.as_tensor(value, device=scores.device).to(dtype)
+    return value.expand(len(scores)).contiguous()
+
+
+def _scalar(value: Tensor | float, scores: Tensor) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float32, device=scores.device)
+
+
+def _excluded(scores: Tensor, allowed: Tensor | None = None, is_positive: bool = False) -> Tensor:
+    """(B, M) float32 scores, -inf where an entry may not be chosen."""
+    kept = scores.detach().float()
+    out = kept.isnan() | (kept <= 0 if is_positive else torch.zeros_like(kept, dtype=torch.bool))
+    if allowed is not None:
+        out = out | ~allowed
+    return kept.masked_fill(out, -torch.inf)

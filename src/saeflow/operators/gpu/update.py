@@ -1,0 +1,104 @@
+"""One update of all weights in one pass over each: clipping, Adam, unit rows, a bfloat16 copy."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from saeflow.operators import gpu
+
+BLOCK = 1024  # numbers of a vector that one program updates
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A parameter and what its update needs, all laid out alike: (n,), or (M, d) by rows.
+
+    Attributes:
+        parameter, exp_avg, exp_avg_sq: float32; written.
+        gradient: float32.
+        shadow: a bfloat16 copy of the parameter, written; None: no copy.
+        is_unit: whether each row is to have unit norm again.
+    """
+
+    parameter: Tensor
+    gradient: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    shadow: Tensor | None = None
+    is_unit: bool = False
+
+
+@torch.no_grad()
+def update(
+    parts: Sequence[Part],
+    norm: Tensor,
+    step: Tensor,
+    lr: Tensor,
+    skip: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    largest_norm: float,
+) -> None:
+    """Scale the gradient of this norm down to the largest, take a step of Adam, make rows unit.
+
+    Args:
+        parts: written in place.
+        norm: () float32, of the whole gradient.
+        step: () float32, steps taken so far; one more afterwards, written in place.
+        lr: () float32.
+        skip: () bool; true: nothing is written.
+        betas, eps: Adam's.
+        largest_norm: of a gradient.
+
+    Source: Kingma & Ba 2015 (arXiv:1412.6980), with torch.optim.Adam's order of operations.
+    """
+    step.add_(~skip)
+    beta1, beta2 = betas
+    taken = step.double().clamp(min=1)
+    rate = lr.double() / (1 - beta1**taken)
+    correction = (1 - beta2**taken).rsqrt()
+    clip = (largest_norm / (norm.double() + 1e-6)).clamp(max=1)
+    numbers = torch.stack((clip, rate, correction)).float()
+    for part in parts:
+        if gpu.runs_triton(part.parameter) and part.parameter.numel():
+            _launch(part, numbers, skip, beta1, beta2, eps)
+        else:
+            _update(part, numbers, skip, beta1, beta2, eps)
+
+
+def _update(
+    part: Part, numbers: Tensor, skip: Tensor, beta1: float, beta2: float, eps: float
+) -> None:
+    """The plain form."""
+    clip, rate, correction = numbers.unbind()
+    gradient = part.gradient * clip
+    first = part.exp_avg + (1 - beta1) * (gradient - part.exp_avg)
+    second = beta2 * part.exp_avg_sq + (1 - beta2) * gradient.square()
+    new = part.parameter - rate * first / (second.sqrt() * correction + eps)
+    if part.is_unit:
+        new = new / torch.linalg.vector_norm(new, dim=1, keepdim=True)
+    written = [(part.parameter, new), (part.exp_avg, first), (part.exp_avg_sq, second)]
+    if part.shadow is not None:
+        written.append((part.shadow, new.to(part.shadow.dtype)))
+    for old, now in written:
+        old.copy_(torch.where(skip, old, now))
+
+
+def _launch(
+    part: Part, numbers: Tensor, skip: Tensor, beta1: float, beta2: float, eps: float
+) -> None:
+    tensors = (part.parameter, part.gradient, part.exp_avg, part.exp_avg_sq)
+    shadow = part.parameter if part.shadow is None else part.shadow
+    if not all(tensor.is_contiguous() for tensor in (*tensors, shadow)):
+        raise ValueError("update: expected contiguous tensors, got a transposed one")
+    count = part.parameter.numel()
+    width = part.parameter.shape[-1] if part.parameter.ndim == 2 else min(BLOCK, count)
+    block = 1 << max(4, (width - 1).bit_length())
+    constants = {"HAS_SHADOW": part.shadow is not None, "IS_UNIT": part.is_unit, "BLOCK": block}
+    gpu.load("update").update_rows[(-(-count // width),)](
+        *tensors, shadow, numbers, skip.view(torch.uint8), 1 - beta1, beta2, 1 - beta2, eps, width, count,
+        num_warps=max(1, min(16, block // 256)), **constants,
+    )  # fmt: skip

@@ -1,0 +1,97 @@
+"""Row operators on lists, against the operators of whole rows in float64, values and gradients."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from saeflow.operators import entmax as entmax_of_rows
+from saeflow.operators import soft_topk as soft_topk_of_rows
+from saeflow.operators import sparsemax as sparsemax_of_rows
+from saeflow.operators.gpu import on_lists
+
+COUNTS = [32, 20, 7, 1, 0]
+KS = [3.5, 20.0, 0.0, 0.4, 0.0]
+Operator = Callable[..., Tensor]
+
+
+def lists_of_every_kind(path: str) -> tuple[Tensor, Tensor]:
+    """(5, 32) values, 0 where not real: any, ties with -0, far apart, one entry, none; and counts."""
+    values = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    values[1] = (values[1] * 2).round() / 2
+    values[1, :4] = -0.0
+    values[2] *= 1e3
+    counts = torch.tensor(COUNTS, dtype=torch.int32)
+    return values.masked_fill(torch.arange(32) >= counts[:, None], 0).to(path), counts.to(path)
+
+
+def compare(of_lists: Operator, of_rows: Operator, others: list[Tensor], path: str) -> None:
+    """Values, and the gradients of the values and of `others`, which each row has one of."""
+    values, counts = lists_of_every_kind(path)
+    weights = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).to(path)
+    leaves = [values.requires_grad_(), *(t.to(path).requires_grad_() for t in others)]
+    got = of_lists(leaves[0], counts, *leaves[1:])
+    assert got.dtype == torch.float32
+    grads = torch.autograd.grad((got * weights).sum(), leaves)
+    for row, count in enumerate(COUNTS):
+        assert not got[row, count:].any()
+        assert not grads[0][row, count:].any()
+        assert all(grad.isfinite().all() for grad in grads)
+        if count == 0:
+            continue
+        exact = values.detach()[row, :count].double().cpu().requires_grad_()
+        own = [t.detach()[row].double().cpu().requires_grad_() for t in leaves[1:]]
+        expected = of_rows(exact, *own)
+        torch.testing.assert_close(got[row, :count].double().cpu(), expected, rtol=1e-5, atol=1e-6)
+        loss = (expected * weights[row, :count].double().cpu()).sum()
+        for ours, reference in zip(grads, torch.autograd.grad(loss, [exact, *own]), strict=True):
+            mine = ours[row].reshape(-1)[: reference.numel()].view_as(reference)
+            torch.testing.assert_close(mine.double().cpu(), reference, rtol=2e-4, atol=1e-5)
+
+
+def test_sparsemax(path: str) -> None:
+    compare(on_lists.sparsemax, sparsemax_of_rows, [], path)
+
+
+@pytest.mark.parametrize("alpha", [1.5, 1.2])
+def test_entmax_of_a_known_alpha(alpha: float, path: str) -> None:
+    compare(
+        lambda values, counts: on_lists.entmax(values, counts, alpha),
+        lambda row: entmax_of_rows(row, alpha),
+        [],
+        path,
+    )
+
+
+def test_entmax_of_an_alpha_for_each_row_with_its_gradient(path: str) -> None:
+    compare(on_lists.entmax, entmax_of_rows, [torch.tensor([1.7, 1.3, 1.5, 1.9, 1.2])], path)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.03])
+def test_soft_topk_with_the_gradient_of_k(temperature: float, path: str) -> None:
+    compare(
+        lambda values, counts, k: on_lists.soft_topk(values, counts, k, temperature),
+        lambda row, k: soft_topk_of_rows(row, k, temperature),
+        [torch.tensor(KS)],
+        path,
+    )
+
+
+def test_soft_masks_of_near_entries_at_the_papers_temperature(path: str) -> None:
+    """Values 1e-4 apart, as far as the mask is wide, around 4."""
+    steps = torch.arange(64) * 1e-4
+    values = (4 - steps).repeat(2, 1).to(path)
+    counts = torch.tensor([64, 64], dtype=torch.int32, device=path)
+    k = torch.tensor([7.3, 30.0], device=path)
+    mask = on_lists.soft_topk(values, counts, k, torch.tensor(1e-4, device=path))
+    expected = soft_topk_of_rows(values.double().cpu(), k.double().cpu(), 1e-4)
+    torch.testing.assert_close(mask.double().cpu(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(mask.sum(1), k, rtol=1e-5, atol=0)
+
+
+def test_a_k_above_the_number_of_entries_takes_all(path: str) -> None:
+    values = torch.tensor([[3.0, 1, 2, 0]], device=path)
+    counts = torch.tensor([3], dtype=torch.int32, device=path)
+    mask = on_lists.soft_topk(values, counts, torch.tensor([5.0], device=path), 0.1)
+    assert mask.tolist() == [[1, 1, 1, 0]]

@@ -1,0 +1,162 @@
+"""Selections as lists of a fixed size, against sorted rows; on plain torch and on Triton's kernels."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import brentq
+from torch import Tensor
+
+from saeflow.operators.gpu import selection
+from saeflow.operators.gpu.lists import NAN, OVERFLOW, Lists
+
+ODD = 4603  # columns: more than are looked at together, a multiple of no block
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def scores_of_every_kind(dtype: torch.dtype, path: str) -> Tensor:
+    """(6, ODD): continuous, one value throughout, many ties with -0, none positive, few finite, NaN."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(6, ODD, generator=generator)
+    rows[1] = 0
+    rows[2] = rows[2].round() * rows[2].sign()
+    rows[2, ::3] = -0.0
+    rows[3] = -rows[3].abs() - 0.1
+    rows[4, 5:-2] = -torch.inf
+    rows[5, 400] = torch.nan
+    return rows.to(dtype).to(path)
+
+
+def largest(row: np.ndarray, k: int) -> list[int]:
+    """Independent reference: columns of the k largest by a stable sort; -inf and NaN are none."""
+    order = np.argsort(-np.where(np.isnan(row), -np.inf, row), kind="stable")
+    return sorted(int(i) for i in order[:k] if row[i] > -np.inf)
+
+
+def entries(lists: Lists) -> list[list[int]]:
+    """The columns of each row, once the rest of the list is known to be empty."""
+    assert not lists.columns[~lists.real].any()
+    assert not lists.values[~lists.real].any()
+    rows = zip(lists.columns.tolist(), lists.counts.tolist(), strict=True)
+    return [columns[:count] for columns, count in rows]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_topk_chooses_what_a_stable_sort_chooses(dtype: torch.dtype, path: str) -> None:
+    scores = scores_of_every_kind(dtype, path)
+    found = selection.topk(scores, torch.tensor(9, device=path), 16)
+    assert entries(found) == [largest(row, 9) for row in scores.float().cpu().numpy()]
+    assert found.status.tolist() == [0, 0, 0, 0, 0, NAN]
+    taken = scores.float().gather(1, found.columns.long())
+    assert torch.equal(found.values, taken.where(found.real, 0))
+
+
+def test_a_k_of_its_own_for_each_row_and_one_that_does_not_fit(path: str) -> None:
+    scores = scores_of_every_kind(torch.bfloat16, path)
+    k = torch.tensor([0, 1, 16, 5, 12, 17], device=path)
+    found = selection.topk(scores, k, 16)
+    wanted = zip(scores.float().cpu().numpy(), k.tolist(), strict=True)
+    assert entries(found) == [largest(row, n)[:16] for row, n in wanted]
+    assert found.status.tolist() == [0, 0, 0, 0, 0, NAN | OVERFLOW]
+
+
+def test_only_allowed_and_only_positive_entries_are_chosen(path: str) -> None:
+    scores = scores_of_every_kind(torch.float32, path)
+    allowed = torch.arange(ODD, device=path) % 40 == 3
+    found = selection.topk(scores, 20, 32, allowed=allowed, is_positive=True)
+    possible = scores.masked_fill(~allowed | (scores <= 0), -torch.inf)
+    assert entries(found) == [largest(row, 20) for row in possible.cpu().numpy()]
+    assert found.counts[1] == found.counts[3] == 0
+
+
+def test_a_million_columns(path: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.randn(1, 2**20 - 3, generator=generator).to(path, torch.bfloat16)
+    found = selection.topk(scores, 3, 4)
+    assert entries(found) == [largest(row, 3) for row in scores.float().cpu().numpy()]
+
+
+def test_entries_above_a_threshold_and_the_first_of_those_that_do_not_fit(path: str) -> None:
+    scores = scores_of_every_kind(torch.bfloat16, path)
+    for threshold in (torch.tensor(0.5), torch.linspace(0, 2, ODD)):
+        found = selection.above(scores, threshold.to(path), 1024)
+        hits = (scores.float() > threshold.to(path)).cpu()
+        assert entries(found) == [row.nonzero()[:, 0].tolist()[:1024] for row in hits]
+        is_full = hits.sum(1) > 1024
+        assert ((found.status & OVERFLOW) > 0).tolist() == is_full.tolist()
+        assert found.status[5] & NAN
+
+
+@pytest.mark.parametrize("total", [0, 1, 60, 100000])
+def test_batch_topk_takes_the_largest_of_all_rows(total: int, path: str) -> None:
+    scores = torch.randn(4, 300, generator=torch.Generator().manual_seed(2))
+    scores[2] = scores[2].round()
+    scores[3] = -torch.inf
+    flat = np.argsort(-scores.numpy().reshape(-1), kind="stable")[:total]
+    expected = [sorted(int(i) % 300 for i in flat if i // 300 == row) for row in range(3)] + [[]]
+    found = selection.batch_topk(scores.to(path), torch.tensor(total, device=path), 512)
+    assert entries(found) == expected
+    assert not found.status.any()
+
+
+def test_batch_topk_says_which_row_may_have_more(path: str) -> None:
+    scores = torch.randn(3, 200, generator=torch.Generator().manual_seed(3))
+    scores[1] += 10
+    found = selection.batch_topk(scores.to(path), 40, 32)
+    assert found.counts[1] == 32
+    assert found.status.tolist() == [0, OVERFLOW, 0]
+
+
+@pytest.mark.parametrize("slack", [0.0, 0.3])
+def test_near_rank_has_every_entry_within_the_slack(slack: float, path: str) -> None:
+    scores = scores_of_every_kind(torch.float32, path)
+    k = torch.tensor([1.5, 0, 3, 2.2, 4, 7], device=path)
+    found = selection.near_rank(scores, k, 512, slack)
+    for row, got, of_row in zip(scores.cpu().numpy(), entries(found), k.tolist(), strict=True):
+        finite = np.where(np.isnan(row), -np.inf, row)
+        floor = np.sort(finite)[::-1][2 * max(1, int(np.ceil(of_row))) - 1] - slack
+        needed = [int(i) for i in np.flatnonzero((finite >= floor) & (finite > -np.inf))]
+        assert set(needed[:512]) <= set(got)
+    assert found.status[1] == OVERFLOW
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5, 0.3])
+@pytest.mark.parametrize("is_known", [True, False])
+def test_near_simplex_has_the_support(scale: float, is_known: bool, path: str) -> None:
+    scores = scores_of_every_kind(torch.float32, path)[[0, 2, 3, 4]] * 3
+    scores[3, :5] = torch.tensor([2e4, 2e4 + 0.25, 2e4 - 3, 1e4, 0], device=path)
+    given = scale if is_known else torch.full((4,), scale, device=path)
+    found = selection.near_simplex(scores, given, 1024, 0.0)
+    for row, got in zip(scores.double().cpu().numpy(), entries(found), strict=True):
+        finite = (row[row > -np.inf] - row.max()) * scale
+        total = lambda tau, e=finite: (np.maximum(e - tau, 0) ** (1 / scale)).sum() - 1  # noqa: E731
+        tau = brentq(total, -1.0, 0.0, xtol=1e-12)
+        support = np.flatnonzero((row - row.max()) * scale > tau)
+        assert set(support.tolist()) <= set(got)
+        assert len(got) <= 2 * len(support) + 60
+
+
+def test_near_simplex_solves_again_a_row_with_too_many_near_its_floor(path: str) -> None:
+    scores = torch.full((1, 4000), -0.5, device=path)  # groups alone would take all of them
+    scores[0, 17::40] = 0.1
+    found = selection.near_simplex(scores, 1.0, 128, 0.0)
+    assert entries(found) == [list(range(17, 4000, 40))]
+    assert not found.status.any()
+
+
+def test_lists_keep_and_transpose_and_return_to_rows(path: str) -> None:
+    scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(4)).to(path)
+    lists = Lists.from_mask(scores, scores > 0.3, 32)
+    kept = lists.keep(lists.values > 1, 4)
+    hits = [row.nonzero()[:, 0].tolist() for row in (scores > 1).cpu()]
+    assert entries(kept) == [row[:4] for row in hits]
+    assert ((kept.status & OVERFLOW) > 0).tolist() == [len(row) > 4 for row in hits]
+    order, offsets = lists.transposed
+    dense = lists.dense()
+    assert torch.equal(dense, scores.where(scores > 0.3, 0))
+    for column in range(50):
+        places = order[offsets[column] : offsets[column + 1]]
+        rows = dense[:, column].nonzero()[:, 0]
+        assert torch.equal(places // 32, rows)
+        assert torch.equal(lists.values.view(-1)[places], dense[rows, column])
+    assert offsets[-1] == lists.counts.sum()
+    assert lists.with_values(lists.values * 2).transposed is lists.transposed

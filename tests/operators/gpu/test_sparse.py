@@ -1,0 +1,95 @@
+"""Products with lists, against dense matrices and autograd."""
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from torch import Tensor
+
+from saeflow.operators.gpu import sparse
+from saeflow.operators.gpu.lists import Lists
+
+B, M, D, C = 6, 24, 20, 16  # D is no power of two
+
+
+def normal(*shape: int, seed: int, path: str) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(path)
+
+
+@pytest.fixture
+def lists(path: str) -> Lists:
+    """Rows of 0 to C entries, columns of 0 to B."""
+    mask = torch.rand(B, M, generator=torch.Generator().manual_seed(0)) < 0.3
+    mask[1], mask[2, :C], mask[:, 5] = False, True, False
+    mask[2, C:] = False
+    return Lists.from_mask(normal(B, M, seed=1, path=path), mask.to(path), C)
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_decoding_matches_scipy(lists: Lists, dtype: torch.dtype, path: str) -> None:
+    W_dec, b_dec = normal(M, D, seed=2, path=path).to(dtype), normal(D, seed=3, path=path)
+    rows = scipy.sparse.csr_matrix(lists.dense().cpu().numpy())
+    expected = rows @ W_dec.float().cpu().numpy()
+    np.testing.assert_allclose(sparse.decode(lists, W_dec).cpu(), expected, rtol=1e-5, atol=1e-5)
+    with_bias = sparse.decode(lists, W_dec, b_dec).cpu().numpy()
+    np.testing.assert_allclose(with_bias, expected + b_dec.cpu().numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_chosen_scores_are_those_of_the_dense_product(lists: Lists, path: str) -> None:
+    x, W_enc = normal(B, D, seed=4, path=path), normal(M, D, seed=5, path=path)
+    b_enc, b_dec = normal(M, seed=6, path=path), normal(D, seed=7, path=path)
+    scores = sparse.rescore(x, W_enc, b_enc, b_dec, lists)
+    dense = (x - b_dec) @ W_enc.t() + b_enc
+    close(scores, dense.gather(1, lists.columns.long()).where(lists.real, 0))
+    products = sparse.row_products(x, W_enc, lists)
+    close(products, (x @ W_enc.t()).gather(1, lists.columns.long()).where(lists.real, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_error_and_all_its_gradients(lists: Lists, dtype: torch.dtype, path: str) -> None:
+    W_dec = normal(M, D, seed=8, path=path).to(dtype)
+    x, b_dec = normal(B, D, seed=9, path=path), normal(D, seed=10, path=path)
+    dense = lists.dense().requires_grad_()
+    x_hat = dense @ W_dec.float() + b_dec
+    x_hat.retain_grad()
+    squares = (x_hat - x).square().sum(1)
+    squares.sum().backward()
+    got = sparse.decode_error(lists, W_dec, b_dec, x)
+    close(got.squares, squares.detach())
+    close(2 * got.error, x_hat.grad)
+    expected = dense.grad.gather(1, lists.columns.long()).where(lists.real, 0)
+    close(2 * got.products, expected)
+
+
+@pytest.mark.parametrize("is_unit", [False, True])
+def test_weight_gradients_are_autograds(lists: Lists, is_unit: bool, path: str) -> None:
+    """Of a loss whose gradients at the latents and at x_hat are given."""
+    W_dec = torch.nn.functional.normalize(normal(M, D, seed=11, path=path))
+    centred, grad = normal(B, D, seed=12, path=path), normal(B, D, seed=13, path=path)
+    value_grads = normal(B, C, seed=14, path=path).where(lists.real, 0)
+    W_enc, b_enc, W = (
+        t.clone().requires_grad_() for t in (W_dec, torch.zeros(M, device=path), W_dec)
+    )
+    pre_acts = centred @ W_enc.t() + b_enc
+    loss = (pre_acts * lists.with_values(value_grads).dense()).sum()
+    loss = loss + ((lists.dense() @ W) * grad).sum()
+    expected = list(torch.autograd.grad(loss, (W_enc, b_enc, W)))
+    if is_unit:
+        expected[2] = expected[2] - (expected[2] * W_dec).sum(1, keepdim=True) * W_dec
+    unit_rows = W_dec if is_unit else None
+    got = sparse.weight_gradients(centred, grad, lists, value_grads, unit_rows)
+    for ours, reference in zip(got, expected, strict=False):
+        close(ours, reference)
+    sums = [t.square().reshape(M, -1).sum(1) for t in expected]
+    torch.testing.assert_close(got.squares, sum(sums), rtol=1e-4, atol=1e-4)
+    first = [part.clone() for part in got]
+    again = sparse.weight_gradients(centred, grad, lists, value_grads, unit_rows)
+    assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
+    twice = sparse.weight_gradients(centred, grad, lists, value_grads, unit_rows, into=got)
+    for ours, reference in zip(twice, expected, strict=False):
+        close(ours, 2 * reference)
+    torch.testing.assert_close(twice.squares, 4 * sum(sums), rtol=1e-4, atol=1e-4)
