@@ -82,7 +82,28 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def files_below(folder: Path) -> list[Path]:
+    """Every file below `folder`, sorted; links to folders are followed, but not into a folder that holds them.
+
+    Raises:
+        UserError: a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"{error.filename}: cannot be read ({error.strerror}). Fix its permissions."
+        )
+
+    found = []
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        here = Path(place)
+        above = {one.resolve() for one in (here, *here.parents)}
+        folders[:] = [name for name in folders if (here / name).resolve() not in above]
+        found += [path for name in names if (path := here / name).is_file()]
+    return sorted(found)
+
+
 def folder_digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below `folder`, keyed by its path relative to it."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = files_below(folder)
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}

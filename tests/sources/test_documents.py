@@ -1,11 +1,14 @@
 """Documents come whole, in order and lazily from every kind of text."""
 
 import json
+import re
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from saeflow.errors import UserError
@@ -55,14 +58,8 @@ def test_a_text_file_is_cut_at_blank_lines_into_passages(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_data_set_is_read_through_the_datasets_library(
-    streaming: bool, parquet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    text = {
-        "dataset": str(parquet), "name": None, "revision": "0" * 40, "split": "train",
-        "column": "story", "streaming": streaming,
-    }  # fmt: skip
+def test_a_data_set_is_read_through_the_datasets_library(streaming: bool, parquet: Path) -> None:
+    text = hub_set(parquet, streaming=streaming)
     assert list(read_documents(text)) == STORIES
     with pytest.raises(UserError, match=r"no column 'text' of text\. Columns: id, story"):
         list(read_documents(text | {"column": "text"}))
@@ -92,8 +89,118 @@ def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, parquet: Path) ->
     with pytest.raises(UserError, match=r"damaged or no Parquet file"):
         list(read_documents(files(path)))
     (tmp_path / "a.jsonl").write_text('{"story": 7}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl, line 1: no column 'story' of text"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl, line 1: expected text in column 'story', found a JSON int"
+    ):
         list(read_documents(files(tmp_path / "a.jsonl")))
+    (tmp_path / "a.jsonl").write_text('{"text": "7"}\n')
+    with pytest.raises(
+        UserError, match=r"a\.jsonl, line 1: no column 'story' of text. Columns: text"
+    ):
+        list(read_documents(files(tmp_path / "a.jsonl")))
+
+
+CELLS = {
+    "token ids": [[1, 2], [3]],
+    "chat messages": [[{"role": "user", "content": "Hello"}], []],
+    "structs": [{"text": "Hello"}, {"text": ""}],
+    "bytes": [b"Hello", b""],
+    "whole numbers": [1, 2],
+    "numbers": [0.5, 2.0],
+    "booleans": [True, False],
+}
+
+
+def hub_set(folder: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "dataset": str(folder), "name": None, "revision": "0" * 40, "split": "train",
+        "column": "story", "streaming": False, **changes,
+    }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_what_is_not_text_is_refused_in_every_format(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    table = pa.table({"story": CELLS[name], "plain": ["a", "b"]})
+    pq.write_table(table, folder / "a.parquet")
+    expected = r"expected text in column 'story', found .*there are also: plain"
+    texts = [files(folder / "a.parquet"), hub_set(folder), hub_set(folder, streaming=True)]
+    if name != "bytes":
+        (tmp_path / "a.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in table.to_pylist())
+        )
+        texts.append(files(tmp_path / "a.jsonl"))
+    for text in texts:
+        with pytest.raises(UserError, match=expected):
+            list(read_documents(text))
+
+
+def test_nulls_are_left_out_and_counted_in_every_format(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    rows = ["one", None, "two", None]
+    pq.write_table(pa.table({"story": rows}), folder / "a.parquet")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"story": r}) + "\n" for r in rows))
+    texts = {
+        "a.parquet, row 2": files(folder / "a.parquet"),
+        "a.jsonl, line 2": files(tmp_path / "a.jsonl"),
+        "set, row 2": hub_set(folder),
+    }
+    for place, text in texts.items():
+        caplog.clear()
+        assert list(read_documents(text)) == ["one", "two"]
+        assert f"2 documents: null, left out; the first is {tmp_path}" in caplog.text
+        assert place in caplog.text
+
+
+def test_text_of_any_type_of_arrow_is_read(tmp_path: Path) -> None:
+    kinds = [
+        pa.string(),
+        pa.large_string(),
+        pa.string_view(),
+        pa.dictionary(pa.int8(), pa.string()),
+    ]
+    for kind in kinds:
+        pq.write_table(pa.table({"story": pa.array(["a", "b", "a"], kind)}), tmp_path / "a.parquet")
+        assert list(read_documents(files(tmp_path / "a.parquet"))) == ["a", "b", "a"]
+
+
+def test_half_a_surrogate_pair_is_left_out_and_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = ["whole \U0001f600", "half \ud83d", "lost \ufffd"]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"story": r}) + "\n" for r in rows))
+    assert list(read_documents(files(tmp_path / "a.jsonl"))) == [rows[0], rows[2]]
+    assert "1 documents: half of a surrogate pair, left out; the first is" in caplog.text
+    assert re.search(r"with U\+FFFD, .*a\.jsonl, line 3", caplog.text)
+
+
+@pytest.mark.parametrize("codec", ["snappy", "zstd", "none"])
+def test_a_rotten_parquet_page_is_one_line(codec: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"story": [f"{i} " * 50 for i in range(5000)]})
+    pq.write_table(table, path, compression=codec, use_dictionary=False, write_page_checksum=True)
+    held = bytearray(path.read_bytes())
+    held[len(held) // 2] ^= 1
+    path.write_bytes(held)
+    with pytest.raises(UserError, match=r"a\.parquet, after row \d+: damaged or no Parquet file"):
+        list(read_documents(files(path)))
+
+
+def test_a_column_of_text_that_is_no_utf_8_is_one_line(tmp_path: Path) -> None:
+    cells = pa.array([b"good", b"caf\xe9"], pa.binary())
+    column = pa.StringArray.from_buffers(2, cells.buffers()[1], cells.buffers()[2])
+    pq.write_table(pa.table({"story": column}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet, row 2: expected UTF-8"):
+        list(read_documents(files(tmp_path / "a.parquet")))
 
 
 def test_digests_name_what_was_read(parquet: Path) -> None:

@@ -164,8 +164,8 @@ def test_a_config_of_another_model_is_one_line(
     changes: dict[str, Any], message: str, local: Path, out: Path
 ) -> None:
     change_json(local / "config.json", **changes)
-    fetch_model({"folder": str(local)}, HOOKS, out)
     with pytest.raises(UserError, match=message):
+        fetch_model({"folder": str(local)}, HOOKS, out)
         load_model(out, "cpu")
 
 

@@ -3,15 +3,16 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from saeflow.errors import UserError
-from saeflow.files import file_digest
+from saeflow.files import file_digest, files_below
 from saeflow.sources import BUNDLED, english, hub
+from saeflow.sources.text_files import COMPRESSED, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -19,25 +20,70 @@ PASSAGE_CHARACTERS = 4000
 """A .txt file is cut into documents at the first blank line after this many characters."""
 _PARQUET_ROWS = 1024
 
+Cell = tuple[str, int, str | None]
+"""Where a document stands: its file and what it counts, the number there; and its text, None for a null."""
+
 
 def read_documents(text: Mapping[str, Any]) -> Iterator[str]:
     """Documents in a fixed order, read as they are asked for.
 
     Args:
-        text: {bundled: english | python} | {files, column} | {dataset, name, revision, split, column, streaming}.
+        text: {bundled: english | python} | {files, column, encoding} |
+            {dataset, name, revision, split, column, streaming}.
 
     Raises:
-        UserError: a file is missing or damaged, or has no such column.
+        UserError: a file is missing or damaged, has no such column, or one that does not hold text.
     """
     if "bundled" in text:
         yield from english.documents(text["bundled"])
-    elif "files" in text:
-        for path in map(Path, text["files"]):
-            if not path.is_file():
-                raise UserError(f"text.files: no such file: {path}. Mend the path.")
-            yield from _READERS[path.suffix](path, text["column"])
     else:
-        yield from _dataset(text)
+        yield from _only_text(_files(text) if "files" in text else _dataset(text))
+
+
+def _only_text(cells: Iterable[Cell]) -> Iterator[str]:
+    """The documents among some cells; what is left out, and what was lost before, is counted in the log."""
+    counts: dict[str, int] = {}
+    first: dict[str, str] = {}
+
+    def count(what: str, where: str) -> None:
+        counts[what] = counts.get(what, 0) + 1
+        first.setdefault(what, where)
+
+    try:
+        for place, number, document in cells:
+            if document is None:
+                count("null, left out", f"{place} {number}")
+                continue
+            try:
+                document.encode()
+            except UnicodeEncodeError:  # which no tokenizer takes
+                count("half of a surrogate pair, left out", f"{place} {number}")
+                continue
+            for sign, what in _SIGNS.items():
+                if sign in document:
+                    count(what, f"{place} {number}")
+            yield document
+    finally:
+        for what, number in counts.items():
+            logger.warning("text: %d documents: %s; the first is %s", number, what, first[what])
+
+
+_SIGNS = {
+    "\ufffd": "with U+FFFD, in the place of characters that were lost before",
+    "\ufeff": "with U+FEFF, a byte order mark, inside",
+}
+
+
+def _files(text: Mapping[str, Any]) -> Iterator[Cell]:
+    for path in map(Path, text["files"]):
+        if not path.is_file():
+            raise UserError(f"text.files: no such file: {path}. Fix the path.")
+        suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+        if suffix == ".parquet":
+            yield from _parquet(path, text["column"])
+        else:
+            read = _jsonl if suffix == ".jsonl" else _text
+            yield from read(path, text["column"], text.get("encoding"))
 
 
 def documents_digests(text: Mapping[str, Any]) -> dict[str, str]:
@@ -48,8 +94,7 @@ def documents_digests(text: Mapping[str, Any]) -> dict[str, str]:
         return {path: file_digest(Path(path)) for path in text["files"]}
     local = Path(text["dataset"])
     if local.is_dir():
-        files = sorted(path for path in local.rglob("*") if path.is_file())
-        return {str(path): file_digest(path) for path in files}
+        return {str(path): file_digest(path) for path in files_below(local)}
     return {f"dataset:{text['dataset']}": text["revision"]}
 
 
@@ -67,7 +112,7 @@ def is_evaluation(document: str, share: float) -> bool:
 
     Equal documents go to the same split; the same document always does, whatever lies around it.
     """
-    digest = hashlib.sha256(document.encode("utf-8", "replace")).digest()
+    digest = hashlib.sha256(document.encode()).digest()
     return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
@@ -76,60 +121,108 @@ def _no_column(where: str, column: str, found: Any) -> UserError:
     return UserError(f"{where}: no column {column!r} of text. Columns: {names}. Set text.column.")
 
 
-def _text(path: Path, column: str) -> Iterator[str]:
+def _not_text(where: str, column: str, found: str, columns: Iterable[str] = ()) -> UserError:
+    """The error for a column that holds something else than text."""
+    others = ", ".join(name for name in columns if name != column)
+    return UserError(
+        f"{where}: expected text in column {column!r}, found {found}. Set text.column to a column of text"
+        f"{f' (there are also: {others})' if others else ''}, or write its text into one first (such as chat "
+        "messages joined, token ids decoded)."
+    )
+
+
+def _text(path: Path, column: str, encoding: str | None) -> Iterator[Cell]:
     """Passages of whole paragraphs; memory is bounded by the longest paragraph."""
+    place = f"{path}, passage"
     lines: list[str] = []
-    size = 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if not line.strip() and size >= PASSAGE_CHARACTERS:
-                yield "".join(lines).strip()
-                lines, size = [], 0
-            lines.append(line)
-            size += len(line)
+    size, number = 0, 1
+    for line in read_lines(path, encoding):
+        if not line.strip() and size >= PASSAGE_CHARACTERS:
+            yield place, number, "".join(lines).strip()
+            lines, size, number = [], 0, number + 1
+        lines.append(line)
+        size += len(line)
     if rest := "".join(lines).strip():
-        yield rest
+        yield place, number, rest
 
 
-def _jsonl(path: Path, column: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: expected one JSON object a line, found {error}. Mend the file."
-                ) from None
-            if not isinstance(row, dict) or not isinstance(row.get(column), str):
-                raise _no_column(f"{path}, line {number}", column, row)
-            yield row[column]
+def _jsonl(path: Path, column: str, encoding: str | None) -> Iterator[Cell]:
+    place = f"{path}, line"
+    for number, line in enumerate(read_lines(path, encoding), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{place} {number}: expected one JSON object a line, found {error}. Fix the file."
+            ) from None
+        if not isinstance(row, dict) or column not in row:
+            raise _no_column(f"{place} {number}", column, row if isinstance(row, dict) else ())
+        cell = row[column]
+        if cell is not None and not isinstance(cell, str):
+            raise _not_text(f"{place} {number}", column, f"a JSON {type(cell).__name__}", row)
+        yield place, number, cell
 
 
-def _parquet(path: Path, column: str) -> Iterator[str]:
+def _parquet(path: Path, column: str) -> Iterator[Cell]:
     import pyarrow.parquet as parquet
-    from pyarrow.lib import ArrowInvalid
+    from pyarrow.lib import ArrowException
 
+    place, number = f"{path}, row", 0
     try:
-        with parquet.ParquetFile(path) as file:
-            if column not in file.schema_arrow.names:
-                raise _no_column(str(path), column, file.schema_arrow.names)
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            schema = file.schema_arrow
+            if schema.names.count(column) != 1:
+                raise _no_column(str(path), column, schema.names)
+            kind = schema.field(column).type
+            if not _is_text(kind):
+                raise _not_text(str(path), column, str(kind), _text_columns(schema))
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    if value is not None:
-                        yield str(value)
-    except ArrowInvalid as error:
-        raise UserError(f"{path}: damaged or no Parquet file ({error}). Mend the file.") from None
+                for cell in batch.column(0):
+                    number += 1
+                    yield place, number, cell.as_py()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{place} {number}: expected UTF-8, found {error.reason} in a column of text. Write the file again."
+        ) from None
+    except (ArrowException, OSError) as error:
+        said = hub.last_line(str(error))
+        raise UserError(
+            f"{path}, after row {number}: damaged or no Parquet file ({said}). Download or write it again."
+        ) from None
 
 
-_READERS = {".txt": _text, ".jsonl": _jsonl, ".parquet": _parquet}
+def _is_text(kind: Any) -> bool:
+    """Whether a pyarrow type is one of text; a column of nulls alone has no other type."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    known = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    return any(is_kind(kind) for is_kind in known)
 
 
-def _dataset(text: Mapping[str, Any]) -> Iterator[str]:
+def _text_columns(schema: Any) -> list[str]:
+    return [name for name in schema.names if _is_text(schema.field(name).type)]
+
+
+def _dataset(text: Mapping[str, Any]) -> Iterator[Cell]:
     name, column = text["dataset"], text["column"]
     rows = hub.open_dataset(text, "text", "text: {files: [...]}")
-    for row in hub.rows_of(rows, text, "text"):
-        if not isinstance(row.get(column), str):
-            raise _no_column(name, column, row)
-        yield row[column]
+    if rows.features:
+        if column not in rows.features:
+            raise _no_column(name, column, rows.features)
+        schema = rows.features.arrow_schema
+        if not _is_text(schema.field(column).type):
+            found = str(rows.features[column])
+            raise _not_text(name, column, found, _text_columns(schema))
+        rows = rows.select_columns([column])
+    place = f"{name}, row"
+    for number, row in enumerate(hub.rows_of(rows, text, "text"), start=1):
+        if column not in row:
+            raise _no_column(f"{place} {number}", column, row)
+        cell = row[column]
+        if cell is not None and not isinstance(cell, str):
+            raise _not_text(f"{place} {number}", column, f"a {type(cell).__name__}", row)
+        yield place, number, cell

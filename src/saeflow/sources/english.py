@@ -6,6 +6,7 @@ Files are parsed with `ast`, never imported. The text depends on the Python vers
 import ast
 import hashlib
 import sysconfig
+import tokenize
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -43,9 +44,18 @@ def _english() -> Iterator[str]:
 
 def _source() -> Iterator[str]:
     for path in _modules():
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if len(text) >= MIN_CHARACTERS:
+        text = _decoded(path)
+        if text is not None and len(text) >= MIN_CHARACTERS:
             yield text
+
+
+def _decoded(path: Path) -> str | None:
+    """A module's text in the encoding it declares; None for the few files that are no Python source."""
+    try:
+        with tokenize.open(path) as file:
+            return file.read()
+    except (SyntaxError, UnicodeDecodeError):
+        return None
 
 
 def _library() -> Path:

@@ -213,9 +213,15 @@ def config_shape(path: Path) -> Shape:
     """Read model type and number of blocks from a config.json.
 
     Raises:
-        UserError: the file is missing or says neither.
+        UserError: the file is missing or says neither, or the weights are quantised.
     """
-    shape = _shape_of(read_json(path))
+    config = read_json(path)
+    if isinstance(config, dict) and config.get("quantization_config") is not None:
+        raise UserError(
+            f"{path}: expected plain weights, found quantised ones (quantization_config). Save the model "
+            "dequantised, or give the one it was made from."
+        )
+    shape = _shape_of(config)
     if shape is None:
         raise UserError(
             f"{path}: expected the config.json of a causal language model or of CLIP, with model_type and "

@@ -355,13 +355,7 @@ def load_model(folder: Path, device: str) -> "nn.Module":
 
     dtype = read_json(folder / LOADING)["dtype"] if (folder / LOADING).exists() else "float32"
     with _pinned_files(folder, weights=True) as (local, files):
-        config = read_json(files / "config.json")
-        if config.get("quantization_config") is not None:
-            raise UserError(
-                f"{local}: expected plain weights, found quantised ones (quantization_config in config.json). Save "
-                "the model dequantised, or give the one it was made from."
-            )
-        is_clip = config.get("model_type") in VISION_LAYOUTS
+        is_clip = read_json(files / "config.json").get("model_type") in VISION_LAYOUTS
         architecture: Any = CLIPModel if is_clip else AutoModelForCausalLM
         advice = "Run the step that fetches it again, or give another model."
         with _one_line(f"{local}: the model cannot be loaded", advice):

@@ -15,6 +15,7 @@ from saeflow.sources.base import Column
 from saeflow.sources.documents import documents_digests, is_evaluation, read_documents
 from saeflow.sources.layouts import check_hook_points
 from saeflow.sources.model_source import ModelSource
+from saeflow.sources.text_files import check_encoding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +27,10 @@ _LOG_EVERY_S = 30
 
 
 def check(name: str, params: Mapping[str, Any], folder: Path) -> None:
-    """Check hook points as far as they can be told before the model is fetched."""
+    """Check hook points as far as they can be told before the model is fetched, and the text's encoding."""
     check_hook_points(name, params, folder)
+    if encoding := params.get("text", {}).get("encoding"):
+        check_encoding(encoding)
 
 
 def external_inputs(params: Mapping[str, Any]) -> dict[str, str]:
