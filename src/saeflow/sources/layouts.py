@@ -230,9 +230,13 @@ def config_shape(path: Path) -> Shape:
     return shape
 
 
-def _shape_of(config: Mapping[str, Any]) -> Shape | None:
+def _shape_of(config: Any) -> Shape | None:
+    if not isinstance(config, dict):
+        return None
     is_clip = config.get("model_type") in VISION_LAYOUTS
     part = config.get("vision_config" if is_clip else "text_config") or config
+    if not isinstance(part, dict):
+        return None
     n_blocks = part.get("num_hidden_layers", part.get("n_layer", 12 if is_clip else None))
     if not isinstance(n_blocks, int) or "model_type" not in config:
         return None
