@@ -160,9 +160,9 @@ class AdaptiveK(PerInputK):
 
     def adapt(self, loss: Tensor) -> None:
         """c after a step with this probe loss."""
-        before = self.probe_losses[0].clone()
-        if before >= 0:
-            self.deviation.mul_(torch.where(loss < 0.95 * before, 0.8, 1.2)).clamp_(C_LOW, C_HIGH)
+        before = self.probe_losses[0]
+        adapted = self.deviation * torch.where(loss < 0.95 * before, 0.8, 1.2)
+        self.deviation.copy_(torch.where(before >= 0, adapted.clamp(C_LOW, C_HIGH), self.deviation))
         self.probe_losses.copy_(torch.cat((self.probe_losses[1:], loss[None])))
 
     @torch.no_grad()

@@ -75,16 +75,13 @@ class BatchTopK(SAE):
 
     @torch.no_grad()
     def end_step(self, fwd: Forward) -> None:
-        positive = fwd.values[fwd.values > 0]
-        least = positive.min() if len(positive) else positive.new_tensor(torch.inf)
-        least = self.ranks.smallest(least)
-        if least.isinf():
-            return
+        least = self.ranks.smallest(torch.where(fwd.values > 0, fwd.values, torch.inf).amin())
+        is_some = least.isfinite()
         decay = self.threshold_decay
         weight = decay * self.threshold_weight + (1 - decay)
         step = (1 - decay) / weight
-        self.threshold.add_(step * (least - self.threshold))
-        self.threshold_weight.copy_(weight)
+        self.threshold.add_(torch.where(is_some, step * (least - self.threshold), 0))
+        self.threshold_weight.copy_(torch.where(is_some, weight, self.threshold_weight))
 
     def fold_scale(self, scale: float) -> None:
         super().fold_scale(scale)

@@ -67,8 +67,7 @@ class PAnneal(FollowsDensity):
         self.is_before_jump = self.jumps_at(step + self.WINDOW, total) > self.jumps
         if step and self.jumps > self.jumps_at(step - 1, total):
             at_old, at_new = self.recent.sum(1)
-            if at_old > 0 and at_new > 0:
-                self.factor.mul_(at_old / at_new)
+            self.factor.mul_(torch.where((at_old > 0) & (at_new > 0), at_old / at_new, 1))
 
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         return pre_acts.relu()
@@ -81,12 +80,12 @@ class PAnneal(FollowsDensity):
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         penalty = self.ranks.over_both(sum_of_powers(fwd.values, self.p_after(self.jumps)))
         penalty = penalty / self.ranks.rows(fwd.x)
-        return super().losses(fwd, dead) | {"penalty": self.weight * penalty}
+        return super().losses(fwd, dead) | {"penalty": self.weight.to(penalty.dtype) * penalty}
 
     @property
-    def weight(self) -> float:
-        """The penalty's weight now."""
-        return self.l1 * float(self.factor)
+    def weight(self) -> Tensor:
+        """() the penalty's weight now, in float64."""
+        return self.l1 * self.factor
 
     @torch.no_grad()
     def end_step(self, fwd: Forward) -> None:
@@ -98,7 +97,7 @@ class PAnneal(FollowsDensity):
             self.recent[row, self.n_steps % self.WINDOW] = penalty
 
     def facts(self, fwd: Forward) -> dict[str, float]:
-        return {"l1_weight": self.weight, "p": self.p_after(self.jumps)}
+        return {"l1_weight": float(self.weight), "p": self.p_after(self.jumps)}
 
 
 def sum_of_powers(values: Tensor, p: float) -> Tensor:

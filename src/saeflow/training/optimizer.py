@@ -64,13 +64,21 @@ class Optimizer(torch.optim.Adam):
                 [g for p, g in self._gradients() if ranks.of_batch > 1 or not self._is_divided(p)]
             )
 
-    def update(self, norm: Tensor) -> None:
-        """Scale a gradient of this norm down to the largest, take a step, make decoder rows unit."""
+    def update(self, norm: Tensor, skip: Tensor) -> None:
+        """Scale a gradient of this norm down to the largest, take a step, make decoder rows unit.
+
+        Args:
+            norm: () of the whole gradient.
+            skip: () bool; true: weights and moments stay as they are.
+        """
         gradients = self._gradients()
         if not native.serves(*(parameter for parameter, _ in gradients)):
             clip_grads_with_norm_([p for p, _ in gradients], self.largest_norm, norm)
+            self.found_inf = skip.float()  # torch's fused Adam then writes nothing
             self.step()
             self.sae.project_weights()
+            return
+        if bool(skip):
             return
         (group,) = self.param_groups
         (beta1, beta2), epsilon = group["betas"], group["eps"]

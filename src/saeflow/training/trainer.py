@@ -32,6 +32,7 @@ from saeflow.training.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
+from saeflow.training.finite import NotFinite, Watch
 from saeflow.training.live import Live
 from saeflow.training.memory import keep_freed_memory
 from saeflow.training.optimizer import Optimizer
@@ -228,6 +229,7 @@ class Run:
                 self.sae.initialise(next(batches).cpu(), generator)
         self.sae.join(self.ranks)
         self.sae.to(self.device).train()
+        self.watch = Watch(self.device)
         self.silent = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=self.device)
         if not config.training.train_decoder:
             self.sae.freeze_decoder()
@@ -279,9 +281,14 @@ class Run:
         began = time.monotonic()
         fwd, losses, lr = self.one_step(self.inputs(self.ranks.own_rows(x)))
         self.step += 1
+        is_logged = self.step % config.log_every_steps == 0 or self.step == self.total
+        if is_logged:
+            self.check()  # waits for the device, so that the speed is that of its work
+            if self.device.type != "cpu":
+                self.sae.settle()
         self.busy += waited + time.monotonic() - began
         self.busy_steps += 1
-        if self.step % config.log_every_steps == 0 or self.step == self.total:
+        if is_logged:
             self.log(fwd, losses, lr, self.busy_steps * config.batch_size / self.busy)
             self.busy, self.busy_steps = 0.0, 0
 
@@ -297,16 +304,17 @@ class Run:
         except ValueError as error:  # an operator met NaN
             if all(bool(values.isfinite().all()) for values in (x, *sae.parameters())):
                 raise
-            self.refuse(x, str(error))
+            self.refuse(NotFinite(self.step, str(error), not bool(x.isfinite().all())))
         loss = torch.stack(list(losses.values())).sum()
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.share()
         norm = self.optimizer.measure()
-        if not bool((loss + norm).isfinite()):  # before the weights see it
-            terms = {**losses, "gradient norm": norm}
-            self.refuse(x, ", ".join(f"{name} {float(t.detach()):g}" for name, t in terms.items()))
-        self.optimizer.update(norm)
+        terms = {"loss": loss, **losses, "gradient norm": norm}
+        cannot_be_taken = self.watch.look(self.step, x, terms)
+        if self.device.type == "cpu":  # where nothing is waited for
+            self.check()
+        self.optimizer.update(norm, cannot_be_taken)
         sae.end_step(fwd)
         self.silent.add_(self.ranks.rows(x)).masked_fill_(self.ranks.any_row(fwd.fired()), 0)
         return fwd, {name: term.detach() for name, term in {"loss": loss, **losses}.items()}, lr
@@ -317,17 +325,21 @@ class Run:
             group["lr"] = lr
         return lr
 
-    def refuse(self, x: Tensor, found: str) -> NoReturn:
+    def check(self) -> None:
+        """Stop if a step could not be taken since the last check; none after it was."""
+        if (found := self.watch.read()) is not None:
+            self.refuse(found)
+
+    def refuse(self, found: NotFinite) -> NoReturn:
         """Stop at a step that cannot be taken; the weights are still those before it."""
         last = checkpoints(self.folder)
         kept = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
-        if bool(x.isfinite().all()):
-            advice = "Lower lr, or look at the options."
-        else:
-            found, advice = f"the batch is not finite; {found}", "Look at the store."
+        terms, advice = found.terms, "Lower lr, or look at the options."
+        if found.is_of_batch:
+            terms, advice = f"the batch is not finite; {terms}", "Look at the store."
         raise UserError(
-            f"saes.{self.config.entry}: the loss is not finite at step {self.step} (batch {self.step} of "
-            f"{self.config.name}; {found}); {kept}. {advice}"
+            f"saes.{self.config.entry}: the loss is not finite at step {found.step} (batch {found.step} of "
+            f"{self.config.name}; {terms}); {kept}. {advice}"
         )
 
     def log(self, fwd: Forward, losses: Mapping[str, Tensor], lr: float, speed: float) -> None:
@@ -348,6 +360,7 @@ class Run:
 
     def checkpoint(self) -> None:
         """Write all state, and the steps so far for whoever watches."""
+        self.check()
         tensors = self.weights("sae.")
         for name, parameter in self.sae.named_parameters():
             for key, part in self.optimizer.state.get(parameter, {}).items():

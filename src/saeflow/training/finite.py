@@ -1,0 +1,57 @@
+"""Steps whose loss or gradient is not finite: found on the device, named when the host asks."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class NotFinite(NamedTuple):
+    """The first step that could not be taken."""
+
+    step: int
+    terms: str  # of the loss, and the gradient's norm, with their values
+    is_of_batch: bool  # whether its batch already was not finite
+
+
+class Watch:
+    """What the device knows of the first such step; looking at a step does not wait for it.
+
+    Args:
+        device: of the tensors that are looked at.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.names: list[str] = []
+        self.values = torch.zeros(0, device=device)
+
+    @torch.no_grad()
+    def look(self, step: int, x: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
+        """Whether a step, or one before it, cannot be taken.
+
+        Args:
+            step: its number.
+            x: its batch.
+            terms: () each.
+
+        Returns:
+            () bool, on the device.
+        """
+        values = torch.stack([x.sum(), *(term.detach().float() for term in terms.values())])
+        if self.names != list(terms):
+            self.names, self.values = list(terms), torch.zeros_like(values)
+        is_first = (self.step < 0) & ~values.isfinite().all()
+        self.values.copy_(torch.where(is_first, values, self.values))
+        self.step.copy_(torch.where(is_first, step, self.step))
+        return self.step >= 0
+
+    def read(self) -> NotFinite | None:
+        """The first step that could not be taken; None where all could. Waits for the device."""
+        step = int(self.step)
+        if step < 0:
+            return None
+        batch, *values = self.values.tolist()
+        terms = (f"{name} {value:g}" for name, value in zip(self.names, values, strict=True))
+        return NotFinite(step, ", ".join(terms), not abs(batch) < float("inf"))
