@@ -1,5 +1,6 @@
 """SAEs to and from other libraries' files (SAELens, dictionary_learning), to the Hugging Face hub, and for other benchmarks."""
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ FORMATS: dict[str, ModuleType] = {
     "dictionary_learning": dictionary_learning,
 }
 HUB = "hub"
+logger = logging.getLogger(__name__)
 
 
 def export_sae(
@@ -78,7 +80,16 @@ def import_sae(folder: Path, library: str, about: Mapping[str, Any], out: Path) 
         UserError: an unknown library, an SAE that is damaged, incomplete or of an unknown kind, or one of
             another hook point.
     """
-    named = ours(_format(library).facts(folder))
+    facts = _format(library).facts(folder)
+    try:
+        named = ours(facts)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    if named is None and (other := facts.get("hook_name") or facts.get("submodule_name")):
+        logger.warning(
+            "%s: its config says that it is of %s, a name that saeflow cannot compare with %s.", folder, other,
+            about["hook_point"],
+        )  # fmt: skip
     if named is not None and named != about["hook_point"]:
         raise UserError(
             f"{folder}: expected an SAE of {about['hook_point']}, found one that its config says is of {named}. "

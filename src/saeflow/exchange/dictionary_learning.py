@@ -91,6 +91,13 @@ def read(folder: Path) -> Plain:
             f"{folder / WEIGHTS}: tensors do not fit each other ({error}). Export it again."
         ) from None
     plain = plain.check(folder / WEIGHTS)
+    said = {"activation_dim": plain.d_in, "dict_size": plain.d_sae, "k": plain.k}
+    for key, held in said.items():
+        found = trainer.get(key)
+        if held is not None and found is not None and (type(found) is not int or found != held):
+            raise UserError(
+                f"{path}: trainer.{key}: expected {held} as in {WEIGHTS}, found {found!r}. Export the SAE again."
+            )
     if name == "AutoEncoder":
         return with_unit_decoder(plain)  # as the library does when it loads one
     return without_input_bias(plain) if name == "JumpReluAutoEncoder" else plain
@@ -149,6 +156,8 @@ _GATED = (
     "mag_bias",
     "r_mag",
 )
+_COUNTS = ("k", "threshold", "group_sizes")
+"""Tensors that some classes save and that their encoder in use need not read."""
 _READERS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Tensor]], Plain]]] = {
     "AutoEncoder": (("encoder.weight", "encoder.bias", "decoder.weight", "bias"), _relu),
     "AutoEncoderTopK": ((*_TOPK, "k"), _topk),
@@ -176,4 +185,9 @@ def _tensors(path: Path, names: tuple[str, ...]) -> dict[str, Tensor]:
         raise UserError(f"{path}: expected a dictionary of tensors. Export the SAE again.")
     if missing := [name for name in names if name not in tensors]:
         raise UserError(f"{path}: {', '.join(missing)} missing. Export the SAE again.")
+    if unknown := sorted(str(name) for name in tensors if name not in (*names, *_COUNTS)):
+        raise UserError(
+            f"{path}: expected {', '.join(names)}, found {', '.join(unknown)} as well. Give a folder whose "
+            "trainer.dict_class says what its tensors are."
+        )
     return {name: tensors[name].to(torch.float32) for name in names}

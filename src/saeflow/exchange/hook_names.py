@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from saeflow.errors import UserError
+
 _KINDS = "resid_pre|resid_post|mlp_out|attn_out"
 
 
@@ -24,10 +26,18 @@ def theirs(hook_point: str) -> dict[str, Any]:
 
 
 def ours(facts: Mapping[str, Any]) -> str | None:
-    """The hook point that another library's config names; None where it names none that saeflow knows."""
+    """The hook point that another library's config names; None where it names none, or not in its own names.
+
+    Raises:
+        UserError: a place of TransformerLens where saeflow reads no activations.
+    """
     name = facts.get("hook_name")
     if isinstance(name, str) and (found := re.fullmatch(rf"blocks\.(\d+)\.hook_({_KINDS})", name)):
         return f"blocks.{found[1]}.{found[2]}"
+    if isinstance(name, str) and re.match(r"(blocks\.\d+\.|hook_|ln_final)", name):
+        raise UserError(
+            f"hook_name: expected one of blocks.N.hook_({_KINDS}), found {name}, where saeflow reads no activations."
+        )
     name = facts.get("submodule_name")
     if isinstance(name, str) and (found := re.fullmatch(rf"({_KINDS})_layer_(\d+)", name)):
         return f"blocks.{found[2]}.{found[1]}"

@@ -1,4 +1,8 @@
-"""SAELens's folders: cfg.json and sae_weights.safetensors (sae_lens/saes, version 6)."""
+"""SAELens's folders: cfg.json and sae_weights.safetensors (sae_lens 3 to 6).
+
+Versions 3 to 5 describe a TopK SAE as `standard` with activation_fn_str topk (sae_lens/sae.py there); version 6
+renames their fields when it loads them (loading/pretrained_sae_loaders.py: handle_pre_6_0_config).
+"""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -30,10 +34,24 @@ _TENSORS: dict[str, dict[str, str]] = {
     "gated": {"b_gate": "b_enc", "r_mag": "r_mag", "b_mag": "b_mag"},
 }
 _SHARED = {"W_enc": "W_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
-_PLAIN_VALUES = {
-    "normalize_activations": "none", "reshape_activations": "none", "activation_fn": "relu",
-    "finetuning_scaling_factor": False,
+_RENAMED = {
+    "activation_fn": "activation_fn_str", "hook_point": "hook_name", "hook_point_head_index": "hook_head_index",
 }  # fmt: skip
+"""Older names of a field, and the name that it has here."""
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "normalize_activations": ("none", None, False),
+    "reshape_activations": ("none", None),
+    "hook_head_index": (None,),
+}
+"""Fields that change what the SAE does, and their values that do not."""
+_SCALES = ("scaling_factor", "finetuning_scaling_factor")
+"""Factors of the latents before the decoder, under their two names."""
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float64": torch.float64,
+}
 
 
 def write(plain: Plain, folder: Path, metadata: Mapping[str, Any]) -> None:
@@ -63,58 +81,148 @@ def read(folder: Path) -> Plain:
     """Read an SAE that SAELens saved; what it encodes and decodes stays the same.
 
     Raises:
-        UserError: a file is missing or damaged, a key or tensor is missing, or the SAE does something to its
-            inputs that saeflow's have no place for.
+        UserError: a file is missing or damaged, a key or tensor is missing, or the SAE does something that
+            saeflow's have no place for.
     """
     path = folder / CONFIG
-    config = read_json(path)
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: expected the config of a SAELens SAE, found another file.")
-    if missing := [
-        key
-        for key in ("architecture", "d_in", "d_sae", "apply_b_dec_to_input")
-        if key not in config
-    ]:
-        raise UserError(
-            f"{path}: {', '.join(missing)} missing. Save the SAE with SAELens 6 or newer."
-        )
-    architecture = config["architecture"]
-    if not isinstance(architecture, str) or architecture not in _KINDS:
-        raise UserError(
-            f"{path}: architecture: expected one of {', '.join(_KINDS)}, found {architecture!r}. For those of "
-            "training, save the inference SAE."
-        )
-    for key, expected in _PLAIN_VALUES.items():
-        if (found := config.get(key, expected)) != expected:
-            raise UserError(
-                f"{path}: {key}: expected {expected!r}, found {found!r}. Fold it into the weights with SAELens first."
-            )
+    config = _config(path)
+    architecture, k = _architecture(path, config)
     names = _SHARED | _TENSORS[architecture]
-    tensors = _tensors(folder / WEIGHTS, names)
+    tensors = _tensors(folder / WEIGHTS, names, _dtype(path, config))
+    scale = tensors.pop("scale", None)
     plain = Plain(
-        **{own: tensors[name] for name, own in names.items()},
-        kind=_KINDS[architecture],
-        k=config.get("k"),
-    )
-    plain = plain.check(folder / WEIGHTS)
+        **{own: tensors[name] for name, own in names.items()}, kind=_KINDS[architecture], k=k
+    ).check(folder / WEIGHTS)
     if (plain.d_in, plain.d_sae) != (config["d_in"], config["d_sae"]):
         raise UserError(
             f"{path}: expected d_in {plain.d_in} and d_sae {plain.d_sae} as in {WEIGHTS}, found "
             f"{config['d_in']!r} and {config['d_sae']!r}. Export the SAE again."
         )
-    if config.get("rescale_acts_by_decoder_norm"):
+    if scale is not None and not bool((scale == 1).all()):
+        plain = _with_scaled_latents(plain, scale, path, config)
+    if _flag(path, config, "rescale_acts_by_decoder_norm", False):
+        if architecture != "topk":
+            raise UserError(
+                f"{path}: rescale_acts_by_decoder_norm: expected it with the architecture topk alone, found "
+                f"{architecture}. Export the SAE again."
+            )
         plain = with_unit_decoder(plain)
-    if not config["apply_b_dec_to_input"]:
+    if not _flag(path, config, "apply_b_dec_to_input", True):
         plain = without_input_bias(plain)
     return plain
 
 
+def _config(path: Path) -> dict[str, Any]:
+    """A config under the names of fields of SAELens 5.
+
+    Raises:
+        UserError: it is none, or a field asks for what saeflow has no place for.
+    """
+    given = read_json(path)
+    if not isinstance(given, dict):
+        raise UserError(f"{path}: expected the config of a SAELens SAE, found another file.")
+    metadata = given.get("metadata")
+    config: dict[str, Any] = dict(metadata) if isinstance(metadata, dict) else {}
+    for key, value in given.items():
+        name = _RENAMED.get(key, str(key))
+        if key != name and given.get(name, value) != value:
+            raise UserError(
+                f"{path}: expected one value of {key} and {name}, its later name, found {value!r} and "
+                f"{given[name]!r}. Delete one."
+            )
+        config[name] = value
+    if missing := [key for key in ("d_in", "d_sae") if key not in config]:
+        raise UserError(f"{path}: {', '.join(missing)} missing. Give a folder that SAELens saved.")
+    for key, neutral in _NEUTRAL.items():
+        found = config.get(key)
+        if not any(type(found) is type(value) and found == value for value in neutral):
+            raise UserError(
+                f"{path}: {key}: expected {neutral[0]!r}, found {found!r}. Fold it into the weights with SAELens "
+                "first, if that can be done."
+            )
+    kwargs = config.get("model_from_pretrained_kwargs") or {}
+    if not isinstance(kwargs, dict) or kwargs.get("center_writing_weights"):
+        raise UserError(
+            f"{path}: model_from_pretrained_kwargs: expected none that changes activations, found {kwargs!r}. "
+            "Hugging Face's model does not centre what its blocks write."
+        )
+    return config
+
+
+def _architecture(path: Path, config: Mapping[str, Any]) -> tuple[str, int | None]:
+    """One of _KINDS, and the k of topk.
+
+    Raises:
+        UserError: an architecture or activation that saeflow has no place for, or both contradict each other.
+    """
+    architecture = config.get("architecture", "standard")
+    if not isinstance(architecture, str) or architecture not in _KINDS:
+        raise UserError(
+            f"{path}: architecture: expected one of {', '.join(_KINDS)}, found {architecture!r}. For those of "
+            "training, save the inference SAE."
+        )
+    kwargs = config.get("activation_fn_kwargs") or {}
+    activation = config.get("activation_fn_str")
+    known = {"standard": ("relu", "topk"), "topk": ("topk",)}.get(architecture, ("relu",))
+    if activation is None:  # as in version 6, where the architecture says it
+        activation = known[0]
+    if not isinstance(activation, str) or activation not in known:
+        raise UserError(
+            f"{path}: activation_fn_str: expected {' or '.join(known)} with the architecture {architecture}, found "
+            f"{activation!r}. saeflow has no other."
+        )
+    if activation != "topk":
+        return architecture, None
+    if not isinstance(kwargs, dict) or kwargs.keys() - {"k"}:
+        raise UserError(
+            f"{path}: activation_fn_kwargs: expected k alone, found {kwargs!r}. saeflow applies relu and no other "
+            "function to the latents that topk keeps."
+        )
+    counts = [holder["k"] for holder in (config, kwargs) if holder.get("k") is not None]
+    if not counts or any(type(count) is not int or count != counts[0] for count in counts):
+        raise UserError(
+            f"{path}: k: expected one whole number, found {' and '.join(map(repr, counts)) or 'none'}. "
+            "Export the SAE again."
+        )
+    return "topk", counts[0]
+
+
+def _flag(path: Path, config: Mapping[str, Any], key: str, default: bool) -> bool:
+    found = config.get(key, default)
+    if not isinstance(found, bool):
+        raise UserError(f"{path}: {key}: expected true or false, found {found!r}.")
+    return found
+
+
+def _dtype(path: Path, config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that SAELens rounds the weights to."""
+    found = config.get("dtype", "float32")
+    name = found.removeprefix("torch.") if isinstance(found, str) else ""
+    if name not in _DTYPES:
+        raise UserError(f"{path}: dtype: expected one of {', '.join(_DTYPES)}, found {found!r}.")
+    return _DTYPES[name]
+
+
+def _with_scaled_latents(
+    plain: Plain, scale: Tensor, path: Path, config: Mapping[str, Any]
+) -> Plain:
+    """An SAE whose latents are multiplied by `scale` (d_sae) before the decoder: its rows take the factors."""
+    if not _flag(path, config, "finetuning_scaling_factor", False):
+        raise UserError(
+            f"{path}: finetuning_scaling_factor: expected true, since {WEIGHTS} holds factors that are not 1, found "
+            "false. Export the SAE again."
+        )
+    if scale.shape != (plain.d_sae,) or not bool(scale.isfinite().all()):
+        raise UserError(
+            f"{path.parent / WEIGHTS}: scaling factors: expected {plain.d_sae} finite numbers, found shape "
+            f"{list(scale.shape)}. Export the SAE again."
+        )
+    return replace(plain, W_dec=plain.W_dec * scale[:, None])
+
+
 def facts(folder: Path) -> dict[str, Any]:
     """What the config says of the SAE's place in its model."""
-    config = read_json(folder / CONFIG)
-    held = config if isinstance(config, dict) else {}
-    metadata = held.get("metadata")
-    return {**held, **(metadata if isinstance(metadata, dict) else {})}
+    return _config(folder / CONFIG)
 
 
 def with_unit_decoder(plain: Plain) -> Plain:
@@ -138,17 +246,28 @@ def without_input_bias(plain: Plain) -> Plain:
     return replace(plain, b_enc=b_enc.float(), b_mag=b_mag)
 
 
-def _tensors(path: Path, names: Mapping[str, str]) -> dict[str, Tensor]:
+def _tensors(path: Path, names: Mapping[str, str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The named tensors in float32, rounded as SAELens rounds them; `scale` where there are factors."""
     try:
         tensors = load_file(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Export the SAE again.") from None
     except SafetensorError as error:
         raise UserError(f"{path}: damaged ({error}). Export the SAE again.") from None
+    if "log_threshold" in tensors and "threshold" in names and "threshold" not in tensors:
+        tensors["threshold"] = tensors.pop("log_threshold").to(dtype).exp()
+    factors = [name for name in _SCALES if name in tensors]
+    if len(factors) == 1:
+        tensors["scale"] = tensors.pop(factors[0])
     if missing := [name for name in names if name not in tensors]:
         raise UserError(f"{path}: {', '.join(missing)} missing. Export the SAE again.")
-    if unknown := sorted(tensors.keys() - names.keys()):
+    if unknown := sorted(tensors.keys() - names.keys() - {"scale"}):
         raise UserError(
             f"{path}: expected {', '.join(names)}, found {', '.join(unknown)} as well. Fold it into the others first."
         )
-    return {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
+    if whole := [name for name, tensor in tensors.items() if not tensor.is_floating_point()]:
+        raise UserError(
+            f"{path}: expected floating-point numbers, found {tensors[whole[0]].dtype} in {whole[0]}. Save the SAE "
+            "without quantisation."
+        )
+    return {name: tensor.to(dtype).to(torch.float32) for name, tensor in tensors.items()}
