@@ -2,6 +2,7 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,64 @@ def test_replace_folder_swaps_whole_folders(tmp_path: Path) -> None:
     replace_folder(tmp_path / "new", tmp_path / "old")
     assert os.listdir(tmp_path) == ["old"]
     assert os.listdir(tmp_path / "old") == ["new"]
+
+
+def checkout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A git checkout whose one file stands for the package; its commit."""
+    package = folder / "src" / "saeflow"
+    package.mkdir(parents=True)
+    (package / "errors.py").write_text("x = 1\n")
+    git = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(provenance, "PACKAGE", package)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    return head.stdout.strip()
+
+
+def test_a_checkout_of_another_user_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = checkout(tmp_path, monkeypatch)
+    assert provenance._git_state() == {"commit": commit, "dirty": False}
+    monkeypatch.setattr(os, "environ", {**os.environ, "GIT_TEST_ASSUME_DIFFERENT_OWNER": "1"})
+    refused = ["git", "-C", str(tmp_path), "rev-parse", "HEAD"]
+    assert subprocess.run(refused, check=False, env=os.environ, capture_output=True).returncode
+    if os.geteuid() == 0:  # an owner of its own, which no variable pretends
+        for path in (tmp_path, *tmp_path.rglob("*")):
+            os.chown(path, 65534, 65534)
+    assert provenance._git_state() == {"commit": commit, "dirty": False}
+    (tmp_path / "src/saeflow/errors.py").write_text("x = 2\n")
+    assert provenance._git_state() == {"commit": commit, "dirty": True}
+
+
+def test_variables_of_another_repository_s_hook_do_not_lead_astray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    checkout(other, monkeypatch)
+    (tmp_path / "own").mkdir()
+    commit = checkout(tmp_path / "own", monkeypatch)
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    assert provenance._git_state()["commit"] == commit
+
+
+def test_a_copy_inside_another_checkout_has_no_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkout(tmp_path, monkeypatch)
+    copied = tmp_path / "copied" / "saeflow"
+    copied.mkdir(parents=True)
+    (copied / "errors.py").write_text("x = 1\n")
+    monkeypatch.setattr(provenance, "PACKAGE", copied)
+    assert provenance._git_state() == {"commit": None, "dirty": None}
+
+
+def test_a_checkout_that_git_cannot_read_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkout(tmp_path, monkeypatch)
+    (tmp_path / ".git" / "HEAD").write_text("no ref\n")
+    for _ in range(2):
+        assert provenance._git_state()["commit"] is None
+    assert caplog.text.count("records name no commit") == 1

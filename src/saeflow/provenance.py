@@ -8,7 +8,9 @@ and times. A killed job leaves its partial folder; the same job started again fi
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
+import logging
 import os
 import platform
 import shutil
@@ -32,6 +34,8 @@ from saeflow.files import (
     replace_folder,
     write_json,
 )
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 RECORD = "provenance.json"
@@ -264,28 +268,45 @@ def code_digest() -> str:
 
 
 def _git_state() -> dict[str, Any]:
-    """The commit the code came from and whether the tree differs from it, if git knows."""
-    command = ["git", "-C", str(PACKAGE)]
-    options: dict[str, Any] = {"capture_output": True, "text": True, "check": True}
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    """The commit the code came from and whether the tree differs from it.
+
+    None where the code is in no git checkout, or is not one of its files. Where git cannot say, a warning does.
+    """
+    unknown = {"commit": None, "dirty": None}
+    if not any((parent / ".git").exists() for parent in PACKAGE.parents):
+        return unknown
     try:
-        commit = subprocess.run([*command, "rev-parse", "HEAD"], env=environment, **options)
-        status = subprocess.run(
-            [
-                *command,
-                "status",
-                "--porcelain",
-                "--untracked-files=no",
-                "--",
-                ":/",
-                ":!/.snakemake",
-            ],
-            env=environment,
-            **options,
+        if not _git("ls-files", "--", str(PACKAGE / "errors.py")):
+            return unknown  # a copy inside another project's checkout
+        commit = _git("rev-parse", "HEAD")
+        status = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!/.snakemake")
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        _warn_once(
+            f"records name no commit of {PACKAGE}: git cannot tell it ({said.strip().splitlines()[0]})"
         )
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
+        return unknown
+    return {"commit": commit, "dirty": bool(status)}
+
+
+def _git(*command: str) -> str:
+    """What git says of the package's checkout, whoever owns it and whichever repository called this program.
+
+    Raises:
+        OSError: there is no git.
+        subprocess.CalledProcessError: git refuses.
+    """
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    done = subprocess.run(
+        ["git", "-C", str(PACKAGE), "-c", "safe.directory=*", "-c", "core.fsmonitor=false", *command],
+        env={**environment, "GIT_OPTIONAL_LOCKS": "0"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return done.stdout.strip()
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    logger.warning("%s", text)
 
 
 def _lock_digest() -> str | None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from saeflow.errors import UserError
+from saeflow.sources.base import Block
 from saeflow.stores import content, finalise, merge, open_store, verify, write_part
 from saeflow.stores.blocks import BlockFile
 from saeflow.stores.permutation import Permutation
@@ -219,3 +220,58 @@ def test_a_truncated_block_is_named(
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(UserError, match=r"a/00000003\.safetensors"):
         merge_part([part], store_params, source_params)
+
+
+class Flat:
+    """A source whose rows are made by hand: (contexts, rows, d_in)."""
+
+    hook_points = ("a",)
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows, self.rows_per_context = rows, rows.shape[1]
+        self.d_in, self.columns = {"a": rows.shape[2]}, {}
+
+    def n_contexts(self, split: str) -> int:
+        return len(self.rows)
+
+    def block(self, split: str, start: int, stop: int) -> Any:
+        return Block({"a": self.rows[start:stop].flatten(0, 1)}, {})
+
+
+@pytest.mark.parametrize(
+    ("rows", "limit", "message"),
+    [
+        (torch.zeros(6, 4, 3), None, "train a: all 24 activations are zero"),
+        (torch.zeros(6, 4, 3), 10, "train a: half of the activations or more are zero"),
+        (torch.full((6, 4, 3), 1e-41), None, "train a: all 24 activations are zero"),  # subnormal
+        (torch.full((6, 4, 3), 2.5), None, "train a: all 24 activations are equal"),
+        (
+            torch.cat([torch.zeros(4, 4, 3), torch.randn(2, 4, 3)]), 10, "half of the activations or more are zero"
+        ),
+    ],
+)  # fmt: skip
+def test_activations_that_an_sae_cannot_learn_from_are_named(
+    rows: torch.Tensor, limit: float | None, message: str, tmp_path: Path, store_params: dict[str, Any]
+) -> None:  # fmt: skip
+    source = Flat(rows)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "out").mkdir()
+    write_part(source, "train", 0, 1, store_params, tmp_path / "part")
+    params = {"hook_points": ["a"], "max_norm_multiple": limit}
+    with pytest.raises(UserError, match=message) as caught:
+        finalise([tmp_path / "part"], "lm", params, "train", store_params, {}, tmp_path / "out")
+    assert str(caught.value).startswith("stores.lm: ")
+
+
+def test_zeros_among_other_activations_are_kept(
+    tmp_path: Path, store_params: dict[str, Any]
+) -> None:
+    rows = torch.cat([torch.zeros(4, 4, 3), torch.ones(2, 4, 3)])
+    (tmp_path / "part").mkdir()
+    (tmp_path / "out").mkdir()
+    write_part(Flat(rows), "train", 0, 1, store_params, tmp_path / "part")
+    params = {"hook_points": ["a"], "max_norm_multiple": None}
+    finalise([tmp_path / "part"], "lm", params, "train", store_params, {}, tmp_path / "out")
+    store = open_store(tmp_path / "out" / "a.zarr")
+    assert store.rows == 24
+    assert store.scale == pytest.approx((8 / 24) ** 0.5)

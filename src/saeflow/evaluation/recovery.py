@@ -78,9 +78,7 @@ def spearman(pairs: Counter[tuple[int, int]]) -> float | None:
 
 
 def _weighted_ranks(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    from scipy.stats import rankdata
-
-    distinct = rankdata(values, method="dense") - 1
+    _, distinct = np.unique(values, return_inverse=True)
     mass = np.bincount(distinct, weights=weights)
     return (np.cumsum(mass) - (mass - 1) / 2)[distinct]
 

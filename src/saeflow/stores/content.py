@@ -43,6 +43,12 @@ def in_pieces(windows: Iterable[Rows]) -> Iterator[Rows]:
         yield rest
 
 
+_LEAST_SCALE = float(np.finfo(np.float32).tiny)
+"""Activations are divided by their scale in float32."""
+_LEAST_SPREAD = 1e-12
+"""Of the variance in the mean square, above the rounding of sums in float64."""
+
+
 @dataclass
 class Content:
     """What a store holds, summed up row by row: digests of its arrays, moments of its activations.
@@ -77,6 +83,16 @@ class Content:
             "mean": (self._sum / self._rows).tolist(),
             "scale": math.sqrt(self._squares / self._rows / self.d_in),
         }
+
+    def problem(self) -> str | None:
+        """Say why the rows have no scale or no variance, or return None."""
+        power = self._squares / self._rows
+        if math.sqrt(power / self.d_in) < _LEAST_SCALE:
+            return f"all {self._rows} activations are zero"
+        spread = power - float(np.square(self._sum / self._rows).sum())
+        if self._rows > 1 and spread <= _LEAST_SPREAD * power:
+            return f"all {self._rows} activations are equal"
+        return None
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each array's values, in row order, little-endian."""

@@ -117,6 +117,13 @@ def _write_store(
     dtype = DTYPES[params["dtype"]]
     raw_rows = blocks[0].facts["rows"]
     median = median_norm(blocks)
+    label = f"{facts['split']} {facts['hook_point']}"
+    if limit is not None and median == 0:
+        raise UserError(
+            f"stores.{facts['source']}: {label}: half of the activations or more are zero, so that max_norm_multiple "
+            "times their median norm would drop all the others. Choose another hook point, or set "
+            f"sources.{facts['source']}.max_norm_multiple to null."
+        )
     largest = math.inf if limit is None else limit * median
     rows = sum(int((block.read(NORM) <= largest).sum()) for block in blocks)
     names = [name for name in blocks[0].layout if name not in (PLACE, NORM)]
@@ -135,7 +142,6 @@ def _write_store(
     }
     d_in = layout[ACTIVATIONS][1][1]
     content = Content(dtype, d_in)
-    label = f"{facts['split']} {facts['hook_point']}"
     try:
         for piece in in_pieces(_windows(blocks, largest, label)):
             content.add(piece)
@@ -146,6 +152,11 @@ def _write_store(
     finally:
         for writer in writers.values():
             writer.abort()
+    if problem := content.problem():
+        raise UserError(
+            f"stores.{facts['source']}: {label}: {problem}, and an SAE has nothing to learn from them. Choose another "
+            "hook point, or look at the model's weights."
+        )
     attributes = {
         "format": STORE_FORMAT, "format_version": STORE_VERSION, **facts, "dtype": dtype.name,
         "rows": rows, "d_in": d_in, "raw_rows": raw_rows, "dropped_rows": raw_rows - rows,

@@ -6,6 +6,7 @@ spread over `torch.get_num_threads()` threads by rows, so results do not depend 
 """
 
 import importlib
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 PIECES = 4  # per thread, so that a thread that is held up delays the others little
 is_on = os.environ.get("SAEFLOW_NATIVE", "1") != "0"
@@ -31,11 +34,20 @@ def serves(*tensors: Tensor | None) -> bool:
 
 @cache
 def _module(name: str) -> ModuleType | None:
-    """A module of kernels, imported at its first use; None without numba."""
+    """A module of kernels, imported at its first use; None without a numba that works."""
     try:
         return importlib.import_module(f"{__name__}.{name}")
-    except ImportError:
-        return None
+    except ModuleNotFoundError as error:
+        if error.name not in ("numba", "llvmlite"):
+            raise
+    except (ImportError, RuntimeError) as error:
+        # A numba that does not fit numpy; or no place that can be written for compiled kernels: the package's folder
+        # and the user's cache are both read-only (numba/core/caching.py).
+        logger.warning(
+            "compiled CPU kernels cannot be used, plain torch does their work, more slowly: %s. To keep them, set "
+            "NUMBA_CACHE_DIR to a folder that can be written.", error
+        )  # fmt: skip
+    return None
 
 
 @cache
