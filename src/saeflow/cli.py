@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ from saeflow.config import IMPORTED, ROOT, SPLITS, SAEConfig, load_params, score
 from saeflow.errors import UserError
 from saeflow.files import file_digest
 from saeflow.plan import Plan
+
+if TYPE_CHECKING:
+    from saeflow.evaluation import Bench
 
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
@@ -517,7 +520,10 @@ def clean(
     runtime: RuntimeJson,
     threads: Threads,
     folder: SourceFolder,
-    stores: Annotated[Path, typer.Option(help="The source's stores: train/ and evaluation/.")],
+    held_out: Annotated[Path, typer.Option(help="The source's evaluation split.")],
+    train: Annotated[
+        Path, typer.Option(help="Training split that SAEs learn from, with its mean.")
+    ],
     labelled: Annotated[Path, typer.Option(help="Folder of its labelled sets, where it has any.")],
     out: Out,
     key: Key = "",
@@ -533,7 +539,8 @@ def clean(
             name="clean",
             inputs=[
                 *_model_folders(folder, values),
-                *(stores / split for split in SPLITS),
+                train,
+                held_out,
                 *sets.values(),
             ],
             params={
@@ -559,7 +566,7 @@ def clean(
         from saeflow.evaluation.splice import write_clean
         from saeflow.stores import open_store
 
-        mean = open_store(stores / "train" / f"{hook_point}.zarr").mean
+        mean = open_store(train / f"{hook_point}.zarr").mean
         write_clean(
             values, folder, hook_point, mean, metrics["ce_contexts"], machine["device"], job.path
         )
@@ -608,28 +615,28 @@ def evaluate(
     ]
     if not left:
         return  # without waiting for torch, like `train`
-    from saeflow.evaluation import Bench, evaluate_sae
+    from saeflow.evaluation import Bench, benches, evaluate_sae
     from saeflow.saes import load, read_config
 
     metrics, machine = _json("--evaluation", evaluation), _machine(runtime, threads)
-    bench: Bench | None = None
+    measured_on: list[Bench] = []
     refused: list[UserError] = []
     for folder, made, name in left:
         try:
             provenance.check(folder)
             config = read_config(folder)
-            if bench is None:
+            if not measured_on:
                 store = (config["source"], config["hook_point"])
-                found = Bench(results, *store, metrics, machine["device"])
-                for path in found.inputs:  # once for all
+                found = benches(results, *store, metrics, machine["device"])
+                for path in _read_by(found):  # once for all
                     provenance.check(path)
-                bench = found
+                measured_on = found
             with (
                 _interruptible(),
                 provenance.job(
                     made,
                     name="evaluate",
-                    inputs=[folder, *bench.inputs],
+                    inputs=[folder, *_read_by(measured_on)],
                     params=metrics,
                     key=name,
                     seed=config["seed"],
@@ -637,11 +644,16 @@ def evaluate(
                     checked=False,
                 ) as job,
             ):
-                evaluate_sae(load(folder), config, bench, job.path)
+                evaluate_sae(load(folder), config, measured_on, job.path)
         except UserError as error:  # the others are measured all the same
             refused.append(error)
     if refused:
         raise refused[0]
+
+
+def _read_by(benches: "list[Bench]") -> list[Path]:
+    """The result folders that some benches read, each once."""
+    return list(dict.fromkeys(path for bench in benches for path in bench.inputs))
 
 
 @app.command()
@@ -729,24 +741,24 @@ def baselines(
     key: Key = "",
 ) -> None:
     """Measure what any SAE must beat: identity, mean, PCA."""
-    from saeflow.evaluation import Bench, evaluate_baselines
+    from saeflow.evaluation import benches, evaluate_baselines
 
     metrics, machine = _json("--evaluation", evaluation), _machine(runtime, threads)
     source, _, hook_point = store.partition("/")
-    bench = Bench(results, source, hook_point, metrics, machine["device"])
+    measured_on = benches(results, source, hook_point, metrics, machine["device"])
     pca_ranks = _json("--ranks", ranks)
     with (
         _interruptible(),
         provenance.job(
             out,
             name="baselines",
-            inputs=bench.inputs,
+            inputs=_read_by(measured_on),
             params={**metrics, "pca_ranks": pca_ranks},
             key=key,
             device=machine["device"],
         ) as job,
     ):
-        evaluate_baselines(pca_ranks, bench, job.path)
+        evaluate_baselines(pca_ranks, measured_on, job.path)
 
 
 @app.command()

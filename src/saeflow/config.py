@@ -22,7 +22,7 @@ from saeflow.schema import ROOT, conform, listed
 
 PACKAGE = Path(__file__).parent
 SPLITS = ("train", "evaluation")
-RESERVED = {"baselines", "clean", "dimension", "identity", "mean", "pca"}
+RESERVED = {"baselines", "clean", "dimension", "identity", "mean", "on", "pca"}
 """Names that the evaluation gives to its own rows and folders."""
 
 
@@ -256,6 +256,9 @@ def validate(params: Any) -> dict[str, Any]:
     if not runs:
         raise UserError("saes: expected an entry that is trained, found none. Add one.")
     trained_on = {run.source for run in runs}
+    places = {(run.source, run.hook_point) for run in runs}
+    places |= {(taken.source, taken.hook_point) for taken in imports(params)}
+    _check_on(params, places)
     for name, scoring in params["complexity"].items():
         for store in scoring.get("probe_at", ()):
             if store not in stores or store.partition("/")[0] not in trained_on:
@@ -320,6 +323,54 @@ def _check_source(name: str, source: Mapping[str, Any]) -> None:
     hook_points = source["hook_points"]
     if len(set(hook_points)) < len(hook_points):
         raise UserError(f"{where}.hook_points: one is given twice: {listed(hook_points)}.")
+
+
+def _check_on(params: Mapping[str, Any], places: set[tuple[str, str]]) -> None:
+    """Check `evaluation.also_on`, and that sources have the splits that are read.
+
+    Args:
+        places: (source, hook point) of every SAE.
+    """
+    on, own = params["evaluation"].get("also_on", {}), {source for source, _ in places}
+    for name, others in on.items():
+        where = f"evaluation.also_on.{name}"
+        if name not in own:
+            raise UserError(
+                f"{where}: expected a source that has SAEs ({listed(own)}), found {name}."
+            )
+        source = params["sources"][name]
+        for other in others:
+            if other == name or other not in params["sources"]:
+                known = listed(set(params["sources"]) - {name})
+                raise UserError(f"{where}: expected another source ({known}), found {other}.")
+            found = params["sources"][other]
+            if "model" not in source or source["model"] != found.get("model"):
+                raise UserError(
+                    f"{where}: expected a source of the same model as {name}, found {other}, whose rows another "
+                    f"model (or none) makes. Give sources.{other} the model of sources.{name}, or take it out."
+                )
+            points = {hook_point for held, hook_point in places if held == name}
+            if lacking := points - set(found["hook_points"]):
+                raise UserError(
+                    f"{where}: expected a source with the hook points of the SAEs of {name}, found {other} without "
+                    f"{listed(lacking)}. Add it to sources.{other}.hook_points."
+                )
+    for name in own:
+        if params["stores"][name]["train_rows"] < 2:
+            raise UserError(
+                f"stores.{name}.train_rows: expected 2 or more, as SAEs are trained on it, found "
+                f"{params['stores'][name]['train_rows']}."
+            )
+        if params["sources"][name].get("evaluation_share") == 1:
+            raise UserError(
+                f"sources.{name}.evaluation_share: expected below 1, as SAEs are trained on the rest, found 1."
+            )
+    for name in {other for others in on.values() for other in others} - own:
+        if params["stores"][name]["train_rows"]:
+            raise UserError(
+                f"stores.{name}.train_rows: expected 0, as no SAE is trained on {name}, found "
+                f"{params['stores'][name]['train_rows']}."
+            )
 
 
 def _scenes(source: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

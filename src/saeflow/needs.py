@@ -148,13 +148,13 @@ class Needs:
         disk = rows * width * _itemsize(store["dtype"])
         seconds = contexts * one.flops / self.rates.forward_gflops / 1e9
         seconds += 2 * disk / self.rates.store_write_gb_s / 1e9
-        jobs = 2 * self.plan.params["runtime"]["extraction_jobs"]
+        jobs = len(splits) * (self.plan.params["runtime"]["extraction_jobs"] + 1)  # and their merge
         block = store["block_contexts"] * one.rows * width * _FLOAT
         batch = params.get("forward_batch", 1) * one.rows * max(one.widths.values()) * _FLOAT * 20
         yield Need(
-            "extract", f"{source}: {rows:,} rows x {width} {store['dtype']}", jobs + 2, disk,
+            "extract", f"{source}: {rows:,} rows x {width} {store['dtype']}", jobs, disk,
             _PROCESS + weights + 2 * block + batch,
-            (seconds + (jobs + 2) * self.rates.job_s) / 3600,
+            (seconds + jobs * self.rates.job_s) / 3600,
         )  # fmt: skip
 
     def _scores(self, source: str, complexity: str) -> Need:
@@ -172,14 +172,13 @@ class Needs:
         runs = self.plan.runs.values()
         return [run for run in runs if (run.source, run.hook_point) == (source, hook_point)]
 
-    def _groups_of(self, runs: list[SAEConfig]) -> int:
-        """Jobs that train some runs, and as many that evaluate them."""
-        names = {run.name for run in runs}
-        return sum(names.issuperset(group) for group in self.plan.training_groups)
+    def _groups_of(self, place: str, groups: list[list[str]]) -> int:
+        """Jobs that train or evaluate the runs of a store, of such groups."""
+        return sum(group[0].startswith(place) for group in groups)
 
     def _training(self, source: str, hook_point: str) -> Need:
         runs, width = self._of_store(source, hook_point), self.passes[source].widths[hook_point]
-        jobs = self._groups_of(runs)
+        jobs = self._groups_of(f"{source}/{hook_point}/", self.plan.training_groups)
         row_bytes = width * _itemsize(self.plan.params["stores"][source]["dtype"])
         ranks = self.plan.params["runtime"]["ranks"]
         disk = memory = seconds = 0.0
@@ -201,20 +200,31 @@ class Needs:
 
     def _evaluation(self, source: str, hook_point: str) -> Need:
         """Every SAE and the baselines; the model's clean side runs once for all of them."""
-        runs, one = self._of_store(source, hook_point), self.passes[source]
-        chosen, rows = self.plan.evaluation(source), self.plan.rows(source)["evaluation"]
-        has_model, is_vision = self.plan.has_model(source), self.plan.is_vision(source)
+        plan, runs, one = self.plan, self._of_store(source, hook_point), self.passes[source]
+        others = plan.others(source)
+        has_model, is_vision = plan.has_model(source), plan.is_vision(source)
         width = one.widths[hook_point]
-        contexts = chosen["ce_contexts"] if has_model and not is_vision else 0
-        seconds = contexts * one.flops_whole / self.rates.forward_gflops / 1e9
+        chosen = plan.evaluation(source)["ce_contexts"] if has_model and not is_vision else 0
+        rows, contexts, seconds = 0, 0, 0.0
+        for name in (source, *others):
+            whole, to_hook = self.passes[name].flops_whole, self.passes[name].flops
+            contexts += chosen
+            rows += plan.rows(name)["evaluation"]
+            through_model = chosen * (whole + len(runs) * (whole - to_hook))
+            seconds += through_model / self.rates.forward_gflops / 1e9
         for run in runs:
             seconds += 3 * rows * 2 * width * run.d_sae / self.rates.product_gflops / 1e9
-            spliced = one.flops_whole - one.flops
-            seconds += contexts * spliced / self.rates.forward_gflops / 1e9
-        jobs = self._groups_of(runs) + 1 + has_model + self.plan.has_dimension(source)
-        largest = max(run.d_sae for run in runs)
+        dimensions = [name for name in (source, *others) if plan.has_dimension(name)]
+        clean_sides = [side for side in plan.clean_sides() if side[:2] == (source, hook_point)]
+        place = f"{source}/{hook_point}/"
+        apart = [*plan.seeds, *plan.pages, *plan.interpreted]
+        jobs = self._groups_of(place, plan.evaluation_groups) + 1 + has_model + len(clean_sides)
+        jobs += len(dimensions) + sum(name.startswith(place) for name in apart)
+        largest = max((run.d_sae for run in runs), default=0)
         memory = _PROCESS + (one.weights if has_model else 0) + 2 * width * largest * _FLOAT
-        what = f"{_saes(runs)} on {rows:,} rows"
+        what = f"{_saes(runs)} on {rows:,} rows" + (
+            f" of {', '.join((source, *others))}" if others else ""
+        )
         what += f", {contexts:,} contexts through the model" if contexts else ""
         seconds += jobs * self.rates.job_s
         return Need("evaluate", what, jobs, 0, memory, seconds / 3600)

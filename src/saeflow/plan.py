@@ -63,7 +63,26 @@ class Plan:
     @cached_property
     def sources(self) -> list[str]:
         """Sources that an SAE is trained or evaluated on."""
-        return sorted({source for source, _ in self.stores})
+        own = {source for source, _ in self.stores}
+        return sorted(own | {other for source in own for other in self.others(source)})
+
+    def others(self, source: str) -> list[str]:
+        """Sources on whose evaluation split the SAEs of a source are measured too."""
+        return list(self.params["evaluation"].get("also_on", {}).get(source, ()))
+
+    def splits(self, source: str) -> list[str]:
+        """The splits that are extracted: of a source that is only evaluated on, no training split."""
+        is_own = any(source == own for own, _ in self.stores)
+        return ["train", "evaluation"] if is_own else ["evaluation"]
+
+    def clean_sides(self) -> list[tuple[str, str, str]]:
+        """(source, hook point, other) of what `others` need of the model in the loop: of texts, their clean side."""
+        return [
+            (source, hook_point, other)
+            for source, hook_point in self.stores
+            for other in self.others(source)
+            if not self.is_vision(other)
+        ]
 
     @cached_property
     def probes(self) -> list[tuple[str, str, str]]:
@@ -153,7 +172,7 @@ class Plan:
     def rows(self, source: str) -> dict[str, int]:
         """Rows asked for, by split."""
         store = self.params["stores"][source]
-        return {"train": store["train_rows"], "evaluation": store["evaluation_rows"]}
+        return {split: store[f"{split}_rows"] for split in self.splits(source)}
 
     def store(self, source: str) -> dict[str, Any]:
         """How the stores of a source are written."""
@@ -167,12 +186,17 @@ class Plan:
         return asdict(self.runs[run])
 
     def evaluation(self, source: str) -> dict[str, Any]:
-        """What of `evaluation` concerns a source: images only where it sees any."""
-        apart = ("pca_ranks", "latents", "interpretability")
+        """What of `evaluation` concerns the SAEs of a source: images only where it sees any."""
+        apart = ("pca_ranks", "latents", "interpretability", "also_on")
         every = {k: v for k, v in self.params["evaluation"].items() if k not in apart}
         if not self.is_vision(source):
             every = {k: v for k, v in every.items() if k not in _OF_IMAGES}
-        return {**every, "dimension": self.dimension() if self.has_dimension(source) else None}
+        every["dimension"] = self.dimension() if self.has_dimension(source) else None
+        on = {
+            other: {"dimension": self.dimension() if self.has_dimension(other) else None}
+            for other in self.others(source)
+        }
+        return every | ({"also_on": on} if on else {})
 
     def row_policy(self) -> dict[str, Any]:
         """What of `evaluation` says which rows are measured."""
@@ -299,6 +323,14 @@ class Plan:
         return job_key("clean", slice_, code=code, libraries=_MODEL, after=after)
 
     @_once
+    def key_clean_on(self, source: str, hook_point: str, other: str) -> str:
+        code = (*_SHARED, "sources", "evaluation/splice")
+        slice_ = [hook_point, self.params["evaluation"]["ce_contexts"], self.source(other)]
+        after = [self.key_inputs(other), *self._after_model(other)]
+        after += [self.key_store(source, "train"), self.key_store(other, "evaluation")]
+        return job_key("clean", slice_, code=code, libraries=_MODEL, after=after)
+
+    @_once
     def key_labelled(self, source: str, name: str) -> str:
         code = (*_SHARED, "sources")
         after = self._after_model(source)
@@ -319,11 +351,21 @@ class Plan:
         after += [self.key_dimension(source, hook_point)] if self.has_dimension(source) else []
         return after
 
+    def _after_others(self, source: str, hook_point: str) -> list[str]:
+        after = []
+        for other in self.others(source):
+            after += [self.key_store(other, "evaluation"), self.key_inputs(other)]
+            after += [self.key_dimension(other, hook_point)] if self.has_dimension(other) else []
+            if not self.is_vision(other):
+                after += [self.key_clean_on(source, hook_point, other)]
+        return after
+
     @_once
     def key_evaluation(self, run: str) -> str:
         code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation")
         config = self.evaluated[run]
         after = [self.key_sae(run), *self._after_stores(config.source, config.hook_point)]
+        after += self._after_others(config.source, config.hook_point)
         slice_ = self.evaluation(config.source)
         return job_key("evaluation", slice_, code=code, libraries=_TABLE, after=after)
 
@@ -350,7 +392,7 @@ class Plan:
     def key_baselines(self, source: str, hook_point: str) -> str:
         code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation")
         slice_ = [self.evaluation(source), self.pca_ranks()]
-        after = self._after_stores(source, hook_point)
+        after = self._after_stores(source, hook_point) + self._after_others(source, hook_point)
         return job_key("baselines", slice_, code=code, libraries=_TABLE, after=after)
 
     @_once

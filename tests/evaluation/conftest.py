@@ -1,7 +1,7 @@
 """One thread for every test, a store held in memory, and a results folder with real stores, a model and SAEs."""
 
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from saeflow.config import SAEConfig, TrainingConfig
+from saeflow.config import SPLITS, SAEConfig, TrainingConfig
 from saeflow.evaluation.splice import write_clean
 from saeflow.sources import open_source, prepare_inputs
 from saeflow.stores import finalise, open_store, write_part
@@ -69,9 +69,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def make_stores(results: Path, name: str, params: Mapping[str, Any]) -> None:
+def make_stores(
+    results: Path, name: str, params: Mapping[str, Any], splits: Sequence[str] = SPLITS
+) -> None:
     source = open_source(params, results / "sources" / name, "cpu")
-    for split in ("train", "evaluation"):
+    for split in splits:
         part, folder = results / "parts" / name / split, results / "stores" / name / split
         part.mkdir(parents=True)
         folder.mkdir(parents=True)

@@ -1,5 +1,6 @@
 """Real stores, a real model in the loop and real SAEs, from folders to tables."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,15 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from saeflow.errors import UserError
-from saeflow.evaluation import Bench, evaluate_baselines, evaluate_sae
+from saeflow.evaluation import Bench, benches, evaluate_baselines, evaluate_sae
 from saeflow.evaluation.recovery import Recovery
+from saeflow.evaluation.splice import write_clean
 from saeflow.evaluation.tables import collect
 from saeflow.saes import load, read_config
 from saeflow.sources.hook_points import splice
+from saeflow.stores import open_store
 
-from .conftest import EVALUATION, HOOK_POINT, train_sae
+from .conftest import EVALUATION, HOOK_POINT, TEXT, make_stores, train_sae
 
 
 def wide(folder: Path) -> pd.DataFrame:
@@ -27,7 +30,7 @@ def wide(folder: Path) -> pd.DataFrame:
 
 def test_baselines_of_text_go_through_the_model(results: Path, tmp_path: Path) -> None:
     bench = Bench(results, "tiny", HOOK_POINT, EVALUATION, "cpu")
-    evaluate_baselines([3, 6], bench, tmp_path)
+    evaluate_baselines([3, 6], [bench], tmp_path)
     table = wide(tmp_path)
     identity, mean, pca3, pca6 = (
         table.loc[f"tiny/{HOOK_POINT}/{name}"]
@@ -50,7 +53,7 @@ def test_baselines_of_text_go_through_the_model(results: Path, tmp_path: Path) -
 
 def test_baselines_of_synthetic_data_have_no_recovery(results: Path, tmp_path: Path) -> None:
     bench = Bench(results, "synthetic", "features", EVALUATION, "cpu")
-    evaluate_baselines([2, 400], bench, tmp_path)
+    evaluate_baselines([2, 400], [bench], tmp_path)
     table = wide(tmp_path)
     assert list(table.index) == [
         "synthetic/features/identity/k12", "synthetic/features/mean/k0", "synthetic/features/pca/k2",
@@ -127,7 +130,7 @@ def test_trained_saes_go_from_folder_to_tables(results: Path, tmp_path: Path, va
         out = tmp_path / source
         out.mkdir()
         bench = Bench(results, source, hook_point, EVALUATION, "cpu")
-        evaluate_sae(load(sae), read_config(sae), bench, out)
+        evaluate_sae(load(sae), read_config(sae), [bench], out)
         folders.append((out, sae))
     tables = tmp_path / "tables"
     tables.mkdir()
@@ -183,6 +186,77 @@ def test_metrics_of_a_trained_sae_match_a_plain_loop(results: Path) -> None:
     assert got["cosine"] == pytest.approx(((x * x_hat).sum(1) / norms).mean(), rel=1e-6)
     assert got["l0_mean"] == pytest.approx((z > 1e-6).sum(1).mean(), rel=1e-2)
     assert got["dead_fraction"] == pytest.approx(((z > 1e-6).sum(0) == 0).mean(), abs=0.05)
+
+
+@pytest.fixture(scope="module")
+def another_source(results: Path) -> Path:
+    """Other text for the model of `tiny`: an evaluation split, and its clean side for SAEs of `tiny`."""
+    folder = results / "sources" / "another"
+    (folder / "inputs").mkdir(parents=True)
+    (folder / "model").symlink_to(results / "sources/tiny/model")
+    ids = np.random.default_rng(1).integers(0, 12, (8, 16)).astype(np.int32)
+    np.save(folder / "inputs/evaluation.npy", ids)
+    make_stores(results, "another", TEXT, ["evaluation"])
+    clean = results / "evaluations/tiny" / HOOK_POINT / "on/another"
+    clean.mkdir(parents=True)
+    mean = open_store(results / "stores/tiny/train" / f"{HOOK_POINT}.zarr").mean
+    write_clean(TEXT, folder, HOOK_POINT, mean, EVALUATION["ce_contexts"], "cpu", clean)
+    return results
+
+
+def test_an_sae_is_measured_on_another_sources_rows(another_source: Path, tmp_path: Path) -> None:
+    """FVU from the other store's rows, cross-entropies from plain runs of the model on its texts."""
+    results = another_source
+    evaluation = EVALUATION | {"also_on": {"another": {"dimension": None}}}
+    both = benches(results, "tiny", HOOK_POINT, evaluation, "cpu")
+    folder = train_sae(results, "tiny", HOOK_POINT, "topk")
+    evaluate_sae(load(folder), read_config(folder), both, tmp_path)
+    (tmp_path / "baselines").mkdir()
+    evaluate_baselines([3], both, tmp_path / "baselines")
+    (tmp_path / "tables").mkdir()
+    collect([tmp_path, tmp_path / "baselines"], [folder], [], tmp_path / "tables")
+    table = pd.read_csv(tmp_path / "tables/metrics.csv")
+    keys = ["run", "evaluated_on"]
+    found = table.pivot(index=keys, columns="metric", values="value")
+    own, other = (found.loc[(read_config(folder)["name"], on)] for on in ("tiny", "another"))
+    assert own.rows == 12 * 15
+    x = open_store(results / "stores/another/evaluation" / f"{HOOK_POINT}.zarr").read(0, 120)
+    train = open_store(results / "stores/tiny/train" / f"{HOOK_POINT}.zarr")
+    x = x[torch.linalg.vector_norm(x.double(), dim=1) <= 10 * train.median_norm]
+    assert other.rows == len(x)
+    sae = load(folder)
+    with torch.no_grad():
+        error = (x - sae(x)).double().square().sum()
+    assert other.fvu == pytest.approx(float(error / (x - x.mean(0)).double().square().sum()))
+    ids = torch.tensor(np.load(results / "sources/another/inputs/evaluation.npy"))
+    ids = ids[[i * 8 // 6 for i in range(6)]].long()
+    model = LlamaForCausalLM.from_pretrained(results / "sources/tiny/model")
+
+    def loss(replace: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        def kept(x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x[:, :1], replace(x[:, 1:])], dim=1)
+
+        with torch.no_grad(), splice(model, HOOK_POINT, kept):
+            return float(model(input_ids=ids, labels=ids).loss)
+
+    assert other.ce_clean == pytest.approx(loss(lambda x: x), abs=2e-6)
+    assert other.ce_spliced == pytest.approx(loss(sae), abs=2e-6)
+    mean = train.mean.float()  # of the rows that the SAE was trained on
+    assert other.ce_mean == pytest.approx(loss(lambda x: mean.expand_as(x)), abs=2e-6)
+    pca = found.loc[(f"tiny/{HOOK_POINT}/pca/k3", "another")]
+    basis = pca_basis(train.read(0, train.rows), 3)
+    centred = (x - mean).double()
+    rest = (centred - centred @ basis @ basis.T).square().sum()
+    assert pca.fvu == pytest.approx(float(rest / (x - x.mean(0)).double().square().sum()), rel=1e-4)
+    summary = pd.read_csv(tmp_path / "tables/summary.csv")
+    assert set(summary["evaluated_on"]) == {"tiny", "another"}
+    assert f"## tiny on another, {HOOK_POINT}" in (tmp_path / "tables/summary.md").read_text()
+
+
+def pca_basis(rows: torch.Tensor, k: int) -> torch.Tensor:
+    """(d, k) leading directions of rows."""
+    x = rows.double() - rows.double().mean(0)
+    return torch.linalg.svd(x, full_matrices=False).Vh[:k].T
 
 
 @pytest.mark.parametrize("batch_size", [5, 37, 1000])

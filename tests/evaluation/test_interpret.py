@@ -254,7 +254,7 @@ def test_without_detection_there_is_a_table_without_lines(text: Any, tmp_path: P
 
 def test_a_store_whose_rows_are_all_left_out_is_refused(text: Any, tmp_path: Path) -> None:
     sae, config, bench = text
-    strict = Bench(bench._stores.parents[1], "tiny", HOOK_POINT, EVALUATION | {"max_norm_multiple": 1e-6}, "cpu")  # fmt: skip
+    strict = Bench(bench._train.parents[2], "tiny", HOOK_POINT, EVALUATION | {"max_norm_multiple": 1e-6}, "cpu")  # fmt: skip
     with pytest.raises(UserError, match="none of its 600 rows is left"):
         interpret(sae, config, strict, SETTINGS, tmp_path)
 

@@ -52,7 +52,9 @@ def write_run(root: Path, values: dict[str, Any], metrics: dict[str, float]) -> 
     for folder in folders:
         folder.mkdir(parents=True)
     bins = {"l0": [(8.0, 9.0, 1000)]}
-    write_evaluation(folders[0], [(identify(values), Evaluation(POLICY | metrics, bins))])
+    write_evaluation(
+        folders[0], [(identify(values), Evaluation(values["source"], POLICY | metrics, bins))]
+    )
     (folders[1] / "config.json").write_text(json.dumps(values))
     (folders[1] / "steps.csv").write_text("step,tokens_seen,loss,k\n0,10,3.5,64\n9,100,1.25,8\n")
     return folders

@@ -66,6 +66,7 @@ onstart:
 
 wildcard_constraints:
     source="[a-z0-9._-]+",
+    other="[a-z0-9._-]+",
     hook_point="[A-Za-z0-9._-]+",
     complexity="[a-z0-9._-]+",
     labelled="[a-z0-9._-]+",
@@ -91,7 +92,7 @@ INPUTS = [
 STORES = [
     f"results/stores/{source}/{split}/{RECORD}"
     for source in plan.sources
-    for split in ("train", "evaluation")
+    for split in plan.splits(source)
 ]
 SAES = [f"results/saes/{run}/{RECORD}" for run in plan.runs]
 IMPORTS = [f"results/saes/{run}/{RECORD}" for run in plan.imports]
@@ -162,6 +163,19 @@ def evaluation_inputs(source, hook_point):
     folder = f"results/evaluations/{source}/{hook_point}/dimension"
     dimension = [f"{folder}/{RECORD}"] if plan.has_dimension(source) else []
     return [*splits, *model, *dimension]
+
+
+def other_inputs(source, hook_point):
+    """The records of what an SAE of one store is measured on beside it: `evaluation.also_on`."""
+    found = []
+    for other in plan.others(source):
+        found += [f"results/stores/{other}/evaluation/{RECORD}"]
+        found += [f"results/sources/{other}/inputs/{RECORD}"]
+        if not plan.is_vision(other):
+            found += [f"results/evaluations/{source}/{hook_point}/on/{other}/{RECORD}"]
+        if plan.has_dimension(other):
+            found += [f"results/evaluations/{other}/{hook_point}/dimension/{RECORD}"]
+    return found
 
 
 def is_current(folder, key):
@@ -266,4 +280,5 @@ def evaluating_inputs(runs):
     """The records of what evaluating some runs of one store reads."""
     store = plan.evaluated[runs[0]]
     saes = [f"results/saes/{run}/{RECORD}" for run in runs]
-    return saes + evaluation_inputs(store.source, store.hook_point)
+    place = (store.source, store.hook_point)
+    return saes + evaluation_inputs(*place) + other_inputs(*place)

@@ -51,9 +51,38 @@ rule evaluate_clean:
     shell:
         "python -m saeflow clean --source {params.source:q} --hook-point {wildcards.hook_point}"
         " --evaluation {params.evaluation:q} --threads {threads} --key {params.key}"
-        " --folder results/sources/{wildcards.source} --stores results/stores/{wildcards.source}"
+        " --folder results/sources/{wildcards.source}"
+        " --held-out results/stores/{wildcards.source}/evaluation --train results/stores/{wildcards.source}/train"
         " --labelled results/evaluations/{wildcards.source}/labelled"
         " --out results/evaluations/{wildcards.source}/{wildcards.hook_point}/clean 2>&1 | tee {log}"
+
+
+rule evaluate_clean_on:
+    input:
+        model=lambda w: f"results/sources/{w.other}/model/provenance.json",
+        inputs="results/sources/{other}/inputs/provenance.json",
+        train="results/stores/{source}/train/provenance.json",
+        held_out="results/stores/{other}/evaluation/provenance.json",
+    output:
+        record="results/evaluations/{source}/{hook_point}/on/{other}/provenance.json",
+    log:
+        "logs/evaluate_clean_on/{source}_{hook_point}_{other}.log",
+    conda:
+        "../../envs/model.yaml"
+    threads: threads("evaluate")
+    resources:
+        gpu=gpus(),
+    params:
+        key=lambda w: plan.key_clean_on(w.source, w.hook_point, w.other),
+        source=lambda w: json.dumps(plan.source(w.other)),
+        evaluation=lambda w: json.dumps(plan.evaluation(w.other)),
+    shell:
+        "python -m saeflow clean --source {params.source:q} --hook-point {wildcards.hook_point}"
+        " --evaluation {params.evaluation:q} --threads {threads} --key {params.key}"
+        " --folder results/sources/{wildcards.other}"
+        " --held-out results/stores/{wildcards.other}/evaluation --train results/stores/{wildcards.source}/train"
+        " --labelled results/evaluations/{wildcards.other}/labelled"
+        " --out results/evaluations/{wildcards.source}/{wildcards.hook_point}/on/{wildcards.other} 2>&1 | tee {log}"
 
 
 rule estimate_dimension:
@@ -163,7 +192,7 @@ rule interpret_sae:
 
 rule evaluate_baselines:
     input:
-        lambda w: evaluation_inputs(w.source, w.hook_point),
+        lambda w: evaluation_inputs(w.source, w.hook_point) + other_inputs(w.source, w.hook_point),
     output:
         metrics="results/evaluations/{source}/{hook_point}/baselines/metrics.csv",
         histograms="results/evaluations/{source}/{hook_point}/baselines/histograms.csv",

@@ -3,7 +3,7 @@
 import importlib
 from typing import Any
 
-__all__ = ["Bench", "collect_latents", "evaluate_baselines", "evaluate_sae"]
+__all__ = ["Bench", "benches", "collect_latents", "evaluate_baselines", "evaluate_sae"]
 
 
 def __getattr__(name: str) -> Any:

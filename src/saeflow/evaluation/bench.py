@@ -1,9 +1,10 @@
 """Measure SAEs and baselines of one store: the same rows, the same functions, one table."""
 
 import io
+import itertools
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,11 @@ class Bench:
 
     Args:
         results: the results folder.
-        source, hook_point: name the store.
+        source, hook_point: name the store that the SAEs are trained on: its training split gives the norm limit,
+            the mean row and what baselines are fitted to.
         evaluation: `evaluation` of the parameters.
         device: where SAEs and the model run.
+        on: the source whose held-out rows are measured, of the same model; None for `source`.
     """
 
     def __init__(
@@ -52,22 +55,28 @@ class Bench:
         hook_point: str,
         evaluation: Mapping[str, Any],
         device: str,
+        on: str | None = None,
     ) -> None:
         self.source = source
+        self.on = on or source
         self.hook_point = hook_point
         self.evaluation = evaluation
         self.device = device
         self.batch_size: int = evaluation["batch_size"]
-        self._stores = results / "stores" / source
+        evaluations = results / "evaluations" / source / hook_point
+        self._train = results / "stores" / source / "train"
+        self._held_out = results / "stores" / self.on / "evaluation"
         self._model = results / "sources" / source / "model"
-        self._inputs = results / "sources" / source / "inputs"
-        self._clean = results / "evaluations" / source / hook_point / "clean"
-        self._dimension = results / "evaluations" / source / hook_point / "dimension"
+        self._inputs = results / "sources" / self.on / "inputs"
+        self._clean = evaluations / "clean"
+        if self.on != source and not self.is_vision:
+            self._clean = evaluations / "on" / self.on
+        self._dimension = results / "evaluations" / self.on / hook_point / "dimension"
 
     @property
     def inputs(self) -> list[Path]:
         """The result folders that a measurement reads."""
-        found = [self._stores / "train", self._stores / "evaluation"]
+        found = [self._train, self._held_out]
         found += [self._model, self._clean] if self._model.exists() else [self._inputs]
         if self.is_vision and self._inputs not in found:
             found.append(self._inputs)
@@ -80,6 +89,16 @@ class Bench:
         """The result folders that hold what contexts are: tokens or pixels."""
         return [self._inputs]
 
+    @property
+    def subfolder(self) -> str:
+        """The folder of what is measured on another source, in a run's own; empty for its own source."""
+        return "" if self.on == self.source else self.on
+
+    @property
+    def where(self) -> str:
+        """Where rows are from, as a log line says it."""
+        return f" on {self.on}" if self.subfolder else ""
+
     @cached_property
     def is_vision(self) -> bool:
         """Whether the rows are tokens of images."""
@@ -88,12 +107,12 @@ class Bench:
     @cached_property
     def train(self) -> Any:
         """The training split's store."""
-        return open_store(self._stores / "train" / f"{self.hook_point}.zarr")
+        return open_store(self._train / f"{self.hook_point}.zarr")
 
     @cached_property
     def held_out(self) -> Any:
         """The evaluation split's store."""
-        return open_store(self._stores / "evaluation" / f"{self.hook_point}.zarr")
+        return open_store(self._held_out / f"{self.hook_point}.zarr")
 
     @cached_property
     def contexts(self) -> int:
@@ -104,7 +123,7 @@ class Bench:
 
     @cached_property
     def source_params(self) -> Mapping[str, Any]:
-        """The parameters that the source's stores were made with."""
+        """The parameters that the measured rows were made with."""
         return dict(self.held_out.attrs["source_params"])
 
     @cached_property
@@ -265,11 +284,11 @@ class Bench:
                     sae, self.held_out, self.selection, self.statistics, self.batch_size, self.device,
                     own_k, per_context.sums, self.contexts, settings,
                 )  # fmt: skip
-        if self.labelled_sets is not None:
+        if self.labelled_sets is not None and self.on == self.source:  # they are their own images
             accuracies, lines = self.labelled_sets.evaluate(sae, top_n=is_trained)
             metrics |= accuracies
             tables["classification"] = lines
-        return Evaluation(metrics, measured.histograms, tables), measured, per_image
+        return Evaluation(self.on, metrics, measured.histograms, tables), measured, per_image
 
     def words(self, sae: Any) -> tuple[dict[str, np.ndarray], np.ndarray, dict[str, Any]]:
         """Of a text source: the logit lens where decoder rows reach the lm head, token ids, facts of a page."""
@@ -350,26 +369,46 @@ class Bench:
             )
 
 
-def evaluate_sae(sae: Any, config: Mapping[str, Any], bench: Bench, folder: Path) -> None:
+def benches(
+    results: Path, source: str, hook_point: str, evaluation: Mapping[str, Any], device: str
+) -> list[Bench]:
+    """The bench of a store, and one for each source of `also_on`, which says what is particular to that source."""
+    chosen = {key: value for key, value in evaluation.items() if key != "also_on"}
+    others = evaluation.get("also_on", {})
+    return [
+        Bench(results, source, hook_point, chosen, device),
+        *(
+            Bench(results, source, hook_point, chosen | own, device, on)
+            for on, own in others.items()
+        ),
+    ]
+
+
+def evaluate_sae(
+    sae: Any, config: Mapping[str, Any], benches: Sequence[Bench], folder: Path
+) -> None:
     """Measure one trained SAE and write its tables.
 
     Args:
         sae: as `saeflow.load` returns it.
         config: its config.json.
-        bench: of the source and hook point it was trained on.
+        benches: of the source and hook point it was trained on, the first measures on this source itself.
         folder: written: metrics.csv, histograms.csv, the tables of EXTRA that the source has, and concept
-            cards of images.
+            cards of images, those of another source in a folder of its name.
 
     Raises:
         UserError: the SAE was trained on other activations, or a measurement has no value.
     """
-    bench.check_fits(config)
-    sae = sae.to(bench.device).eval()
-    found, measured, per_image = bench.measure(sae, is_trained=True)
-    logger.info("%s: %s", config["name"], _brief(found.metrics))
-    write_evaluation(folder, [(identify(config), found)])
-    if per_image is not None:
-        bench.write_cards(sae, measured, per_image, folder)
+    results = []
+    for bench in benches:
+        bench.check_fits(config)
+        sae = sae.to(bench.device).eval()
+        found, measured, per_image = bench.measure(sae, is_trained=True)
+        logger.info("%s%s: %s", config["name"], bench.where, _brief(found.metrics))
+        results.append((identify(config), found))
+        if per_image is not None:
+            bench.write_cards(sae, measured, per_image, folder / bench.subfolder)
+    write_evaluation(folder, results)
 
 
 def collect_latents(
@@ -411,19 +450,21 @@ def collect_latents(
     return arrays, facts | more
 
 
-def evaluate_baselines(ranks: list[int], bench: Bench, folder: Path) -> None:
+def evaluate_baselines(ranks: list[int], benches: Sequence[Bench], folder: Path) -> None:
     """Measure identity, mean and PCA of a store and write their tables.
 
     Args:
         ranks: of PCA; those that are not below the store's width are left out.
-        bench: of the store.
+        benches: of the store: baselines are fitted to its training split.
         folder: written: metrics.csv and histograms.csv.
     """
     results = []
-    for baseline in baselines(bench.train, ranks, bench.batch_size, bench.device):
+    own = benches[0]
+    fitted = baselines(own.train, ranks, own.batch_size, own.device)
+    for baseline, bench in itertools.product(fitted, benches):
         found, _, _ = bench.measure(baseline.to(bench.device).eval(), is_trained=False)
         name = f"{bench.source}/{bench.hook_point}/{baseline.variant}/k{baseline.width}"
-        logger.info("%s: %s", name, _brief(found.metrics))
+        logger.info("%s%s: %s", name, bench.where, _brief(found.metrics))
         ids = {
             "run": name,
             "source": bench.source,

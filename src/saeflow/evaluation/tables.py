@@ -7,6 +7,7 @@ Bytes depend on the numbers only: numbers have 12 significant digits, runs are i
 import csv
 import json
 import math
+import operator
 import re
 import shutil
 import statistics
@@ -21,6 +22,8 @@ from saeflow.files import atomic_file, read_json, write_json
 IDS = (
     "run", "source", "hook_point", "entry", "variant", "schedule", "d_sae", "k", "seed", "tokens",
 )  # fmt: skip
+MEASURED_IDS = (*IDS, "evaluated_on")
+"""Of a table of measurements: also the source whose rows were measured, the SAE's own or one of `evaluation.also_on`."""
 METRICS = "metrics.csv"
 HISTOGRAMS = "histograms.csv"
 COMPLEXITY_COLUMNS = (
@@ -65,8 +68,8 @@ OF_LATENTS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 """Columns, beside the id columns (the target k is `k_target`), of tables about what latents mean."""
 CARDS = "cards"
-METRIC_COLUMNS = (*IDS, "metric", "value")
-HISTOGRAM_COLUMNS = (*IDS, "histogram", "left", "right", "count")
+METRIC_COLUMNS = (*MEASURED_IDS, "metric", "value")
+HISTOGRAM_COLUMNS = (*MEASURED_IDS, "histogram", "left", "right", "count")
 POLICY = ("rows", "excluded_rows_fraction", "first_position_excluded", "max_norm_multiple")
 SUMMARISED = (
     "l0_mean", "nmse", "fvu", "explained_variance", "cosine", "relative_norm", "dead_fraction",
@@ -129,8 +132,9 @@ def _describe(schedule: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found of one run."""
+    """What was found of one run on one source."""
 
+    evaluated_on: str
     metrics: Mapping[str, float]
     histograms: Mapping[str, Any]
     """By name: (left, right, count) of each bin."""
@@ -143,12 +147,12 @@ def write_evaluation(folder: Path, results: Iterable[tuple[Mapping[str, Any], Ev
 
     Args:
         folder: where the files go.
-        results: id columns of each run, and what was found.
+        results: id columns of each run, and what was found; a run comes once for each source it is measured on.
     """
     metrics, histograms = [], []
     extra: dict[str, list[Row]] = {name: [] for name in EXTRA}
     for ids, found in results:
-        known = {key: number(ids[key]) for key in IDS}
+        known = {key: number(ids[key]) for key in IDS} | {"evaluated_on": found.evaluated_on}
         metrics += [
             {**known, "metric": name, "value": number(float(value))}
             for name, value in found.metrics.items()
@@ -168,7 +172,7 @@ def write_evaluation(folder: Path, results: Iterable[tuple[Mapping[str, Any], Ev
     write_csv(folder / METRICS, METRIC_COLUMNS, metrics)
     write_csv(folder / HISTOGRAMS, HISTOGRAM_COLUMNS, histograms)
     for name, rows in extra.items():
-        write_csv(folder / f"{name}.csv", (*IDS, *EXTRA[name]), rows)
+        write_csv(folder / f"{name}.csv", (*MEASURED_IDS, *EXTRA[name]), rows)
 
 
 def write_lines(path: Path, config: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> None:
@@ -182,6 +186,12 @@ def write_lines(path: Path, config: Mapping[str, Any], lines: Iterable[Mapping[s
     known = {name: number(value) for name, value in with_target(identify(config)).items()}
     rows = [known | {name: number(value) for name, value in line.items()} for line in lines]
     write_csv(path, (*with_target(dict.fromkeys(IDS)), *OF_LATENTS[path.name]), rows)
+
+
+def measurement(row: Mapping[Any, Any]) -> str:
+    """The name of a measurement: the run's, with the source where that is not its own."""
+    own = row["evaluated_on"] == row["source"]
+    return str(row["run"]) if own else f"{row['run']} on {row['evaluated_on']}"
 
 
 def with_target(ids: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,7 +237,7 @@ def collect(
         saes: folders of trained SAEs (config.json, steps.csv).
         probes: folders of complexity probes (predictions.csv, quality.json).
         folder: written: metrics.csv and histograms.csv (all runs), metrics.json (run -> metric ->
-            value), summary.csv, summary.md and summary.tex (one line per setting, mean and sample
+            value; `RUN on SOURCE` of another source than its own), summary.csv, summary.md and summary.tex (one line per setting, mean and sample
             standard deviation over seeds), training.csv (the logged steps of all runs), options.csv,
             complexity.csv and probes.csv (scores, predictions and quality of all probes), stability.csv.
         stabilities: folders with the stability.csv of a setting.
@@ -243,14 +253,14 @@ def collect(
     write_csv(folder / HISTOGRAMS, HISTOGRAM_COLUMNS, histograms)
     for name, columns in EXTRA.items():
         rows = _all_runs(folder / f"{name}.csv" for folder in folders)
-        write_csv(folder / f"{name}.csv", (*IDS, *columns), rows)
+        write_csv(folder / f"{name}.csv", (*MEASURED_IDS, *columns), rows)
     accuracies = read_csv(folder / "classification.csv")
     _write_text(folder / "classification.md", classification_markdown(accuracies))
     _write_text(folder / "classification.tex", classification_latex(accuracies))
     _copy_cards(folders, folder / CARDS)
     by_run: dict[str, dict[str, float]] = {}
     for row in metrics:
-        by_run.setdefault(row["run"], {})[row["metric"]] = float(row["value"])
+        by_run.setdefault(measurement(row), {})[row["metric"]] = float(row["value"])
     write_json(folder / "metrics.json", by_run)
     lines = summarise(metrics)
     write_csv(folder / "summary.csv", _summary_columns(), lines)
@@ -271,14 +281,16 @@ def collect(
 
 
 def _copy_cards(evaluations: Iterable[Path], folder: Path) -> None:
-    """Concept cards of the runs that have them, in folders named after the runs."""
+    """Concept cards of the runs that have them, in folders named after the measurements."""
     folder.mkdir()
     for evaluation in evaluations:
-        if (evaluation / "cards.json").exists():
-            run = read_csv(evaluation / METRICS)[0]["run"]
-            (folder / run).mkdir(parents=True)
-            for path in evaluation.glob("cards.*"):
-                shutil.copyfile(path, folder / run / path.name)
+        for cards in sorted(evaluation.rglob("cards.json")):
+            name = read_csv(evaluation / METRICS)[0]["run"]
+            if cards.parent != evaluation:  # of a source of evaluation.also_on
+                name += f" on {cards.parent.name}"
+            (folder / name).mkdir(parents=True)
+            for path in cards.parent.glob("cards.*"):
+                shutil.copyfile(path, folder / name / path.name)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -356,7 +368,7 @@ def setting_of(row: Mapping[str, str]) -> str:
 
 def _summary_columns() -> list[str]:
     spread = [f"{metric}_{part}" for metric in SUMMARISED for part in ("mean", "sd")]
-    ids = [column for column in IDS if column not in ("run", "seed")]
+    ids = [column for column in MEASURED_IDS if column not in ("run", "seed")]
     return [*ids, "setting", "seeds", *POLICY, "ce_first_position_kept", "ce_tokens", *spread]
 
 
@@ -368,14 +380,18 @@ def summarise(metrics: Iterable[Row]) -> list[Row]:
     runs: dict[str, Row] = {}
     values: dict[str, dict[str, str]] = {}
     for row in metrics:
-        runs.setdefault(row["run"], row)
-        values.setdefault(row["run"], {})[row["metric"]] = row["value"]
+        runs.setdefault(measurement(row), row)
+        values.setdefault(measurement(row), {})[row["metric"]] = row["value"]
     groups: dict[tuple[str, ...], list[str]] = {}
-    for run, row in runs.items():
-        key = (row["source"], row["hook_point"], row["entry"], setting_of(row))
-        groups.setdefault(key, []).append(run)
+    for name, row in runs.items():
+        key = (*(row[column] for column in _PANEL), row["entry"], setting_of(row))
+        groups.setdefault(key, []).append(name)
     lines = [_summary_line(groups[key], runs, values) for key in sorted(groups, key=_group_order)]
-    return sorted(lines, key=lambda line: (line["source"], line["hook_point"], _is_baseline(line)))
+    panel = operator.itemgetter(*_PANEL)
+    return sorted(lines, key=lambda line: (panel(line), _is_baseline(line)))
+
+
+_PANEL = ("source", "hook_point", "evaluated_on")
 
 
 def _group_order(key: tuple[str, ...]) -> list[list[tuple[int, float, str]]]:
@@ -390,7 +406,7 @@ def _summary_line(
     group: list[str], runs: Mapping[str, Row], values: Mapping[str, Mapping[str, str]]
 ) -> Row:
     first = runs[group[0]]
-    line = {column: first[column] for column in IDS if column not in ("run", "seed")}
+    line = {column: first[column] for column in MEASURED_IDS if column not in ("run", "seed")}
     line |= {"setting": setting_of(first), "seeds": str(len(group))}
     for name in (*POLICY, "ce_first_position_kept", "ce_tokens"):
         line[name] = values[group[0]].get(name, "")
@@ -402,10 +418,12 @@ def _summary_line(
 
 
 def _sections(lines: list[Row]) -> list[tuple[str, list[Row], list[str]]]:
-    """Title, lines and printed metrics of each (source, hook point)."""
+    """Title, lines and printed metrics of each source, hook point and source evaluated on."""
     sections: dict[str, list[Row]] = {}
     for line in lines:
-        sections.setdefault(f"{line['source']}, {line['hook_point']}", []).append(line)
+        where = line["source"]
+        where += "" if line["evaluated_on"] == where else f" on {line['evaluated_on']}"
+        sections.setdefault(f"{where}, {line['hook_point']}", []).append(line)
     return [
         (title, held, [name for name in PRINTED if any(line[f"{name}_mean"] for line in held)])
         for title, held in sections.items()
@@ -449,7 +467,7 @@ def _cell(line: Mapping[str, str], name: str, plus_minus: str) -> str:
 
 
 def as_markdown(lines: list[Row]) -> str:
-    """The summary as one Markdown table per source and hook point, with its row policy."""
+    """The summary as one Markdown table per source, hook point and source evaluated on, with its row policy."""
     parts = []
     for title, held, names in _sections(lines):
         head = [*_HEAD, *(PRINTED[name] for name in names)]

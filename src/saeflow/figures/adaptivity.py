@@ -65,7 +65,7 @@ def stroke(one: read.Series, series: list[read.Series]) -> dict[str, Any]:
 
 
 def _objects(
-    ax: Axes, held: pd.DataFrame, panel: tuple[str, str], legend: dict[str, Any]
+    ax: Axes, held: pd.DataFrame, panel: read.Panel, legend: dict[str, Any]
 ) -> pd.DataFrame:
     found = []
     ax.set_title(read.panel_title(panel))

@@ -60,7 +60,7 @@ def controls(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
         f"Of {rows['run'].nunique()} SAEs, a control is worse by more than its interval: {counted}. "
         f"{captions.budget_sentence(runs)} {captions.rows_sentence(runs)}"
     )
-    return Drawing(figure, rows.drop(columns=["setting", "series"]), caption)
+    return Drawing(figure, rows.drop(columns=["setting", "series", "trained"]), caption)
 
 
 def _relative(table: pd.DataFrame) -> pd.DataFrame:
@@ -78,7 +78,7 @@ def _relative(table: pd.DataFrame) -> pd.DataFrame:
     return held.drop(columns=["metric", "difference", "difference_low", "difference_high"])
 
 
-def _panel(ax: Axes, rows: pd.DataFrame, panel: tuple[str, str]) -> None:
+def _panel(ax: Axes, rows: pd.DataFrame, panel: read.Panel) -> None:
     runs = sorted(rows["run"].unique(), key=natural)
     for place, run in enumerate(runs):
         held = rows[rows["run"] == run].set_index("control")

@@ -110,9 +110,7 @@ def _draw(steps: pd.DataFrame, terms: list[str]) -> Figure:
     return figure
 
 
-def _block(
-    part: SubFigure, panel: tuple[str, str], block: list[read.Series], terms: list[str]
-) -> None:
+def _block(part: SubFigure, panel: read.Panel, block: list[read.Series], terms: list[str]) -> None:
     terms = [
         term for term in terms if any(series.rows[term].fillna(0).ne(0).any() for series in block)
     ]

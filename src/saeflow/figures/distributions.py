@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from saeflow.errors import UserError
-from saeflow.evaluation.tables import IDS
+from saeflow.evaluation.tables import MEASURED_IDS
 from saeflow.figures import captions, style
 from saeflow.figures import tables as read
 from saeflow.figures.drawing import Drawing
@@ -31,7 +31,7 @@ def l0_histograms(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
     """
     rows, bins = _rows(tables, options, "l0", "l0_histograms")
 
-    def finish(ax: Axes, panel: tuple[str, str], ridges: list[_Ridge]) -> None:
+    def finish(ax: Axes, panel: read.Panel, ridges: list[_Ridge]) -> None:
         low, high = _l0_limits(read.one_panel(bins, panel))
         if high / low > 8:
             style.l0_axis(ax, low, high)
@@ -66,7 +66,7 @@ def firing_rates(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
     """
     rows, bins = _rows(tables, options, "log10_firing_rate", "firing_rates")
 
-    def finish(ax: Axes, panel: tuple[str, str], ridges: list[_Ridge]) -> None:
+    def finish(ax: Axes, panel: read.Panel, ridges: list[_Ridge]) -> None:
         held = read.one_panel(bins, panel)
         low = float(np.floor(held["left"].min())) if len(held) else -4.0
         ax.set_xlim(low, 0)
@@ -122,7 +122,7 @@ def _closing(rows: pd.DataFrame) -> str:
 
 def _data(rows: pd.DataFrame, bins: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     """The bins of every run, with the metrics that are drawn beside them."""
-    columns = [*IDS, "setting", "histogram", "left", "right", "count"]
+    columns = [*MEASURED_IDS, "setting", "histogram", "left", "right", "count"]
     return bins[columns].merge(rows[["run", *metrics]], on="run", how="left", validate="m:1")
 
 
@@ -176,7 +176,7 @@ def _place(rows: pd.DataFrame) -> list[_Ridge]:
 def _ridges(
     rows: pd.DataFrame,
     bins: pd.DataFrame,
-    finish: Callable[[Axes, tuple[str, str], list[_Ridge]], None],
+    finish: Callable[[Axes, read.Panel, list[_Ridge]], None],
     shift: float,
     pad: float,
 ) -> Figure:

@@ -28,7 +28,9 @@ def k_complexity(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
     keys = ["source", "hook_point", "context"]
     scores = tables.complexity[tables.complexity["split"] == "evaluation"]
     scores = scores.groupby([*keys, "complexity"])[["score"]].mean().reset_index()
-    choosing = tables.contexts[tables.contexts["k_hat"].notna()]
+    contexts = tables.contexts
+    own = contexts["evaluated_on"] == contexts["source"]  # other sources' contexts have no scores
+    choosing = contexts[contexts["k_hat"].notna() & own]
     rows = choosing.merge(scores, on=keys)
     rows = rows[rows.groupby("run")["l0"].transform("std") > 1e-6]
     if rows.empty:
@@ -46,7 +48,7 @@ def k_complexity(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
     legend: dict[str, Line2D] = {}
     parts = []
     for ax, (source, hook_point, name) in zip(axes, panels, strict=False):
-        held = read.one_panel(rows, (source, hook_point))
+        held = read.one_panel(rows, read.Panel(source, hook_point, source))
         held = held[held["complexity"] == name]
         series = read.series_of(held)
         for one in series:

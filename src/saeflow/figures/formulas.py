@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.lines import Line2D
 
 from saeflow.errors import UserError
-from saeflow.evaluation.tables import IDS
+from saeflow.evaluation.tables import MEASURED_IDS
 from saeflow.figures import captions, style
 from saeflow.figures import tables as read
 from saeflow.figures.drawing import Drawing
@@ -68,7 +68,7 @@ def ev_formulas(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
         f"difference, {_spread(rows, widest):.3g}, is that of: {FORMULAS[widest][0]}. "
         f"{captions.budget_sentence(rows)} {captions.rows_sentence(rows)}"
     )
-    data = rows[[*IDS, "explained_variance", *shown]]
+    data = rows[[*MEASURED_IDS, "explained_variance", *shown]]
     return Drawing(figure, data, caption)
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from saeflow.errors import UserError
-from saeflow.evaluation.tables import IDS
+from saeflow.evaluation.tables import MEASURED_IDS
 from saeflow.figures import captions, style
 from saeflow.figures import tables as read
 from saeflow.figures.drawing import Drawing
@@ -144,7 +144,7 @@ def metric_name(metric: str) -> str:
 
 
 def _draw(
-    rows: pd.DataFrame, panels: Sequence[tuple[tuple[str, str], str]], wide: bool = False
+    rows: pd.DataFrame, panels: Sequence[tuple[read.Panel, str]], wide: bool = False
 ) -> tuple[Figure, pd.DataFrame]:
     """Draw panels of (source and hook point, metric); returns the plotted numbers too."""
     columns = 1 if len(panels) == 1 and not wide else 2
@@ -175,8 +175,8 @@ def _data(rows: pd.DataFrame, metrics: list[str]) -> pd.DataFrame:
     columns = ["l0_mean", *metrics]
     extra = ["true_l0_mean"] if "true_l0_mean" in rows and "mmcs" in metrics else []
     extra += [column for column in ("low", "high") if column in rows]
-    own = rows[[*IDS, "setting", *extra, *columns]]
-    keys = ["source", "hook_point", "entry", "setting"]
+    own = rows[[*MEASURED_IDS, "setting", *extra, *columns]]
+    keys = [*read.Panel._fields, "entry", "setting"]
     return own.merge(read.over_seeds(rows, columns), on=keys, how="left", validate="m:1")
 
 

@@ -1,5 +1,6 @@
 """The papers' tables, from the tables of all runs: as CSV, Markdown and LaTeX."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from saeflow.figures.sizes import METRICS, l0_sentence, sized
 _NAMES = {
     "d_sae": "latents", "l0_mean": "L0", "nmse": "NMSE", "fvu": "FVU", "ce_degradation": "CE degradation",
     "zero_shot": "zero-shot accuracy", "r2": "R²", "rmse": "RMSE", "pearson": "Pearson", "spearman": "Spearman",
-    "hook_point": "hook point", "tokens_per_s": "tokens/s", "against_topk": "time against TopK", "hours_of_1e9": "hours for 1 G tokens",
+    "hook_point": "hook point", "evaluated_on": "evaluated on", "tokens_per_s": "tokens/s", "against_topk": "time against TopK", "hours_of_1e9": "hours for 1 G tokens",
     "score_scale": "score scale", "k": "k", "guide": "guided by", "guide_l0": "its L0", "guide_nmse": "its NMSE",
 }  # fmt: skip
 
@@ -25,12 +26,16 @@ class Table:
     """What a function of TABLES returns.
 
     Attributes:
-        data: as it is written to CSV.
+        data: as it is written to CSV; `evaluated_on` is left out where every SAE is measured on its own source.
         caption: one paragraph of plain text.
     """
 
     data: pd.DataFrame
     caption: str
+
+    def __post_init__(self) -> None:
+        if "evaluated_on" in self.data and (self.data["evaluated_on"] == self.data["source"]).all():
+            object.__setattr__(self, "data", self.data.drop(columns="evaluated_on"))
 
     @property
     def words(self) -> int:
@@ -85,14 +90,15 @@ def dictionary_size(tables: read.Tables, options: Mapping[str, Any]) -> Table:
     """NMSE and cross-entropy degradation by size of the dictionary (Sparsemax SAE, text)."""
     rows = sized(tables, options, "table_dictionary_size")
     metrics = ["l0_mean", *(metric for metric in METRICS if metric in rows)]
-    data = rows.groupby(["source", "line", "d_sae"], as_index=False)[metrics].mean()
+    keys = ["source", "evaluated_on", "line", "d_sae"]
+    data = rows.groupby(keys, as_index=False)[metrics].mean()
     data = data.rename(columns={"line": "entry"})
     data["entry"] = data["entry"].str.rstrip("/")
     caption = (
         f"Error and rise of the model's cross-entropy (nats/token) by number of latents. Mean L0: {l0_sentence(rows)}. "
         f"{captions.budget_sentence(rows)} {captions.rows_sentence(rows, cross_entropy=True)}"
     )
-    return Table(_ordered(data, ["source", "entry", "d_sae"]), caption)
+    return Table(_ordered(data, ["source", "evaluated_on", "entry", "d_sae"]), caption)
 
 
 def top_n(tables: read.Tables, options: Mapping[str, Any]) -> Table:
@@ -135,16 +141,18 @@ def ablation(tables: read.Tables, options: Mapping[str, Any]) -> Table:
     cells = chosen[chosen["option"].isin(wanted)].pivot(
         index="run", columns="option", values="chosen"
     )
-    rows = tables.wide.merge(cells.reset_index(), on="run", suffixes=("", "_option"))
+    cells = cells.rename_axis(index="trained").reset_index()
+    rows = tables.wide.merge(cells, on="trained", suffixes=("", "_option"))
     rows = read.of_one_size(rows)
     read.check_budgets(tables, rows, options)
     metrics = [name for name in ("l0_mean", "nmse", "ce_degradation", "zero_shot") if name in rows]
-    data = rows.groupby(["source", "entry", "setting", *wanted], as_index=False)[metrics].mean()
+    keys = ["source", "evaluated_on", "entry", "setting", *wanted]
+    data = rows.groupby(keys, as_index=False)[metrics].mean()
     caption = (
         "Architecture (mlp: encoder and decoder of their own; shared: cross-attention over shared concepts) and activation "
         f"(weights, scores: two forms of sparsemax; relu). {captions.budget_sentence(rows)} {captions.rows_sentence(rows)}"
     )
-    by = ["source", "architecture", "activation", "score_scale", "setting"]
+    by = ["source", "evaluated_on", "architecture", "activation", "score_scale", "setting"]
     return Table(_ordered(data, by), caption)
 
 
@@ -155,15 +163,17 @@ def guided_k(tables: read.Tables, options: Mapping[str, Any]) -> Table:
     ]
     if guides.empty:
         raise _refuse("table_guided_k", "an entry with options: {k: {mean_l0_of: RUN}}")
-    wide = tables.wide.set_index("run")
+    wide = tables.wide.set_index(["trained", "evaluated_on"])
     runs = [*guides["run"], *guides["chosen"]]
-    read.check_budgets(tables, tables.wide[tables.wide["run"].isin(runs)], options)
+    shown = tables.wide[tables.wide["trained"].isin(runs)]
+    read.check_budgets(tables, shown, options)
     metrics = [name for name in ("nmse", "ce_degradation", "zero_shot") if name in wide]
     lines = []
     for run, guide in zip(guides["run"], guides["chosen"], strict=True):
-        for name in (guide, run):
-            row = wide.loc[name]
-            own = {"source": row["source"], "entry": row["entry"], "setting": row["setting"]}
+        for on, name in itertools.product(wide.loc[run].index, (guide, run)):
+            row = wide.loc[(name, on)]
+            own = {"source": row["source"], "evaluated_on": on}
+            own |= {"entry": row["entry"], "setting": row["setting"]}
             known = {
                 "k": row["k"],
                 "l0_mean": row["l0_mean"],
@@ -172,7 +182,7 @@ def guided_k(tables: read.Tables, options: Mapping[str, Any]) -> Table:
             lines.append({**own, "role": "guide" if name == guide else "guided", **known})
     caption = (
         "SAEs that find their own sparsity (guide), and TopK trained with k at the guide's mean L0 on training activations, rounded "
-        f"(guided). {captions.budget_sentence(tables.wide[tables.wide['run'].isin(runs)])}"
+        f"(guided). {captions.budget_sentence(shown)}"
     )
     return Table(pd.DataFrame(lines), caption)
 

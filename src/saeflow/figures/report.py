@@ -280,10 +280,10 @@ def _values(values: Iterable[Any]) -> str:
 
 
 def _sections(summary: Sequence[Row]) -> list[dict[str, Any]]:
-    """One table per source and hook point: SAEs first, then baselines."""
-    panels: dict[tuple[str, str], list[Row]] = {}
+    """One table per panel: SAEs first, then baselines."""
+    panels: dict[read.Panel, list[Row]] = {}
     for line in summary:
-        panels.setdefault((line["source"], line["hook_point"]), []).append(line)
+        panels.setdefault(read.Panel(*(line[name] for name in read.Panel._fields)), []).append(line)
     sections = []
     for panel, lines in panels.items():
         shown = [

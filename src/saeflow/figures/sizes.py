@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from saeflow.errors import UserError
-from saeflow.evaluation.tables import IDS
+from saeflow.evaluation.tables import MEASURED_IDS
 from saeflow.figures import captions, style
 from saeflow.figures import tables as read
 from saeflow.figures.drawing import Drawing
@@ -70,7 +70,7 @@ def dictionary_size(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
         f"{captions.budget_sentence(rows)} {captions.rows_sentence(rows, cross_entropy=True)}"
     )
     shown = [metric for metric in METRICS if metric in rows]
-    return Drawing(figure, rows[[*IDS, "setting", "l0_mean", *shown]], caption)
+    return Drawing(figure, rows[[*MEASURED_IDS, "setting", "l0_mean", *shown]], caption)
 
 
 def sized(tables: read.Tables, options: Mapping[str, Any], figure: str) -> pd.DataFrame:
@@ -84,7 +84,7 @@ def sized(tables: read.Tables, options: Mapping[str, Any], figure: str) -> pd.Da
         f"{entry}/{re.sub(r'^d[0-9]+-?', '', setting)}"
         for entry, setting in zip(rows["entry"], rows["setting"], strict=True)
     ]
-    keys = ["source", "hook_point", "line"]
+    keys = [*read.Panel._fields, "line"]
     if len(rows):
         rows = rows[rows.groupby(keys)["d_sae"].transform("nunique") > 1]
     if rows.empty:

@@ -36,7 +36,8 @@ def stability(tables: read.Tables, options: Mapping[str, Any]) -> Drawing:
             "saes `seed: [0, 1]`, or take stability out of figures.names in params.yaml."
         )
     keys = ["source", "hook_point", "entry", "setting"]
-    shown = tables.wide.merge(rows[keys].drop_duplicates(), on=keys)
+    own = tables.wide[tables.wide["evaluated_on"] == tables.wide["source"]]
+    shown = own.merge(rows[keys].drop_duplicates(), on=keys)
     read.check_budgets(tables, shown, options)
     panels = read.panels_of(rows)
     held = [read.one_panel(rows, panel) for panel in panels]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -17,6 +17,7 @@ from saeflow.evaluation.tables import (
     EXTRA,
     HISTOGRAM_COLUMNS,
     IDS,
+    MEASURED_IDS,
     METRIC_COLUMNS,
     OF_LATENTS,
     OPTION_COLUMNS,
@@ -24,6 +25,7 @@ from saeflow.evaluation.tables import (
     PROBE_COLUMNS,
     STABILITY,
     STABILITY_COLUMNS,
+    measurement,
     natural,
     setting_of,
     with_target,
@@ -32,7 +34,9 @@ from saeflow.figures import style
 
 UNTRAINED = ("identity", "mean", "pca")
 TYPES: dict[str, type] = {
-    **dict.fromkeys((*IDS, "metric", "histogram", "complexity", "split", "set", "protocol"), str),
+    **dict.fromkeys(
+        (*MEASURED_IDS, "metric", "histogram", "complexity", "split", "set", "protocol"), str
+    ),
     **dict.fromkeys(
         (
             "labels",
@@ -56,12 +60,22 @@ TYPES: dict[str, type] = {
 MEASURED = ("value", "left", "right", "count", "step", "tokens_seen")
 
 
+class Panel(NamedTuple):
+    """Runs that are compared with each other: of one store, measured on one source's rows."""
+
+    source: str
+    hook_point: str
+    evaluated_on: str
+
+
 @dataclass(frozen=True)
 class Tables:
     """The tables of one folder, one line per run and metric (or bin, or logged step).
 
     To the id columns are added `setting` (the run's name without its seed) and `series` (the setting
-    without its k: what one line of a front goes through).
+    without its k: what one line of a front goes through). Where a run was measured on another source than its own,
+    `run` says so too (`measurement`), so that it names one line of a table of measurements; `trained` is its name
+    without that.
     """
 
     metrics: pd.DataFrame
@@ -86,13 +100,13 @@ class Tables:
     @cached_property
     def wide(self) -> pd.DataFrame:
         """One line per run: id columns and a column per metric."""
-        ids = [*IDS, "setting", "series"]
+        ids = [*MEASURED_IDS, "trained", "setting", "series"]
         values = self.metrics.pivot(index="run", columns="metric", values="value").reset_index()
         known = self.metrics[ids].drop_duplicates("run")
         return known.merge(values, on="run", how="left", validate="1:1")
 
-    def panels(self, metric: str) -> list[tuple[str, str]]:
-        """(source, hook point) of the SAEs that have a metric, in order of name."""
+    def panels(self, metric: str) -> list[Panel]:
+        """The panels of the SAEs that have a metric, in order of name."""
         rows = self.metrics[
             (self.metrics["metric"] == metric) & ~self.metrics["variant"].isin(UNTRAINED)
         ]
@@ -114,7 +128,10 @@ def load_tables(folder: Path) -> Tables:
         training=_runs(folder / "training.csv", (*training_ids, "step", "tokens_seen"), kinds),
         complexity=_read(folder / "complexity.csv", COMPLEXITY_COLUMNS),
         probes=_read(folder / "probes.csv", PROBE_COLUMNS),
-        **{name: _runs(folder / f"{name}.csv", (*IDS, *EXTRA[name]), kinds) for name in EXTRA},
+        **{
+            name: _runs(folder / f"{name}.csv", (*MEASURED_IDS, *EXTRA[name]), kinds)
+            for name in EXTRA
+        },
         stability=_read(folder / STABILITY, STABILITY_COLUMNS),
         options=options,
         **{
@@ -150,6 +167,9 @@ def _runs(path: Path, columns: tuple[str, ...], kinds: Mapping[str, str]) -> pd.
         series[row["run"]] = _series(setting, row, k, kinds.get(str(row["run"])))
     table["setting"] = table["run"].map(settings).astype(str)
     table["series"] = table["run"].map(series).astype(str)
+    if "evaluated_on" in table:
+        table["trained"] = table["run"]
+        table["run"] = [measurement(row) for row in table[[*MEASURED_IDS]].to_dict("records")]
     return table
 
 
@@ -192,9 +212,12 @@ def _series(setting: str, row: Mapping[Any, Any], k: str, kind: str | None) -> s
     return f"{row['entry']}/" + re.sub(rf"(^|-)k{row[k]:g}(?=-|$)", "", setting)
 
 
-def one_panel(table: pd.DataFrame, panel: tuple[str, str]) -> pd.DataFrame:
-    """The rows of one (source, hook point)."""
-    return table[(table["source"] == panel[0]) & (table["hook_point"] == panel[1])]
+def one_panel(table: pd.DataFrame, panel: Panel) -> pd.DataFrame:
+    """The rows of one panel."""
+    held = (table["source"] == panel.source) & (table["hook_point"] == panel.hook_point)
+    if "evaluated_on" in table:
+        held &= table["evaluated_on"] == panel.evaluated_on
+    return table[held]
 
 
 def is_sae(table: pd.DataFrame) -> pd.Series:
@@ -202,28 +225,33 @@ def is_sae(table: pd.DataFrame) -> pd.Series:
     return ~table["variant"].isin(UNTRAINED)
 
 
-def panel_title(panel: tuple[str, str]) -> str:
+def panel_title(panel: Panel) -> str:
     """A panel's name; the synthetic sources' one hook point goes without saying."""
-    return panel[0] if panel[1] == "features" else f"{panel[0]}, {panel[1]}"
+    source = panel.source
+    if panel.evaluated_on != source:
+        source += f" on {panel.evaluated_on}"
+    return source if panel.hook_point == "features" else f"{source}, {panel.hook_point}"
 
 
-def panels_of(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    """The (source, hook point) pairs of some rows, in order of name."""
-    return sorted(set(zip(rows["source"], rows["hook_point"], strict=True)))
+def panels_of(rows: pd.DataFrame) -> list[Panel]:
+    """The panels of some rows, in order of name; rows of a table without measurements are of their own source."""
+    on = rows["evaluated_on"] if "evaluated_on" in rows else rows["source"]
+    return sorted(
+        {Panel(*held) for held in zip(rows["source"], rows["hook_point"], on, strict=True)}
+    )
 
 
-def metric_label(metric: str, panel: tuple[str, str]) -> str:
+def metric_label(metric: str, panel: Panel) -> str:
     """A metric's name with its unit; rows of a synthetic source are samples, not tokens."""
     label = style.metric_label(metric)
-    return label.replace("token", "sample") if panel[1] == "features" else label
+    return label.replace("token", "sample") if panel.hook_point == "features" else label
 
 
 def check_budgets(tables: Tables, rows: pd.DataFrame, options: Mapping[str, Any]) -> None:
     """Refuse to compare runs whose training or evaluation differs in size.
 
     Args:
-        rows: lines of `Tables.wide` that one figure shows; runs of one (source, hook point) are
-            compared with each other.
+        rows: lines of `Tables.wide` that one figure shows; runs of one panel are compared with each other.
         options: `figures` of the parameters; `allow_unequal_budgets` draws them all the same.
 
     SAEs of other libraries, whose training is not known, are shown beside the others all the same.
@@ -234,10 +262,11 @@ def check_budgets(tables: Tables, rows: pd.DataFrame, options: Mapping[str, Any]
     if options["allow_unequal_budgets"]:
         return
     batches = _batch_sizes(tables.training)
-    for (source, hook_point), held in rows.groupby(["source", "hook_point"]):
+    for panel in panels_of(rows):
+        held = one_panel(rows, panel)
         saes = held[is_sae(held) & held["tokens"].notna()]
-        where = f"{source}/{hook_point}"
-        by_run = saes.set_index("run")
+        where = f"{panel.source}/{panel.hook_point}"
+        by_run = saes.set_index("trained")
         _refuse_unequal(where, "training tokens", by_run["tokens"].to_dict())
         known = {run: batches[run] for run in by_run.index if run in batches}
         _refuse_unequal(where, "tokens per update", known)
@@ -336,9 +365,9 @@ def over_seeds(rows: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """Mean and sample standard deviation of some columns over the seeds of each setting.
 
     Returns:
-        One line per (entry, setting), `COLUMN_seed_mean` and `COLUMN_seed_sd` (NaN for one seed).
+        One line per (panel, entry, setting), `COLUMN_seed_mean` and `COLUMN_seed_sd` (NaN for one seed).
     """
-    grouped = rows.groupby(["source", "hook_point", "entry", "setting"], sort=False)[columns]
+    grouped = rows.groupby([*Panel._fields, "entry", "setting"], sort=False)[columns]
     mean = grouped.mean().add_suffix("_seed_mean")
     return mean.join(grouped.std(ddof=1).add_suffix("_seed_sd")).reset_index()
 
