@@ -11,6 +11,7 @@ import yaml
 
 from saeflow.config import SAEConfig, TrainingConfig, expand_runs, load_params, read_yaml, validate
 from saeflow.errors import UserError
+from saeflow.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 PARAMS = read_yaml(ROOT / "params.yaml")
@@ -41,7 +42,7 @@ def test_shipped_parameters_are_valid(path: Path) -> None:
     ("path", "value", "message"),
     [
         ("saess", {}, "unknown key saess"),
-        ("evaluation/batch", 3, "evaluation: unknown key batch. Known keys: batch_size"),
+        ("evaluation/batch", 3, "evaluation: unknown key batch. Known keys: also_on, batch_size"),
         ("sources/smollm2/layer", 3, "sources.smollm2: unknown key layer"),
         ("sources/smollm2/text", {"bundled": "english", "x": 1}, "sources.smollm2.text"),
         (
@@ -114,6 +115,36 @@ def test_shipped_parameters_are_valid(path: Path) -> None:
                 "options": PARAMS["saes"]["adaptive-k"]["options"] | {"form": "per_context"},
             },
             "saes.adaptive-k.options.form: per_context trains on one row a context, of images the CLS",
+        ),
+        (
+            "evaluation/also_on",
+            {"smollm2": ["scenes"]},
+            "evaluation.also_on.smollm2: expected a source of the same model as smollm2, found scenes",
+        ),
+        (
+            "evaluation/also_on",
+            {"synthetic": ["varying"]},
+            "also_on.synthetic: expected a source of the same model as synthetic, found varying, whose rows",
+        ),
+        (
+            "evaluation/also_on",
+            {"smollm2": ["elsewhere"]},
+            "evaluation.also_on.smollm2: expected another source (python, scenes, synthetic, varying), found",
+        ),
+        (
+            "evaluation/also_on",
+            {"elsewhere": ["smollm2"]},
+            "evaluation.also_on.elsewhere: expected a source that has SAEs (python, scenes, smollm2",
+        ),
+        (
+            "stores/smollm2/train_rows",
+            0,
+            "stores.smollm2.train_rows: expected 2 or more, as SAEs are trained on it, found 0",
+        ),
+        (
+            "sources/smollm2/evaluation_share",
+            1,
+            "sources.smollm2.evaluation_share: expected below 1, as SAEs are trained on the rest",
         ),
         ("sources/scenes/hook_points", ["blocks.2.resid_post"], "sources.scenes.hook_points"),
         (
@@ -296,3 +327,21 @@ def test_the_dataclass_and_the_schema_name_the_same_fields() -> None:
 def test_a_run_survives_json() -> None:
     run = expand_runs(PARAMS)[0]
     assert SAEConfig.from_dict(dataclasses.asdict(run)) == run
+
+
+def test_a_source_that_is_only_evaluated_on_has_the_hook_points_and_no_training_rows() -> None:
+    params = copy.deepcopy(PARAMS)
+    params["sources"]["news"] = params["sources"]["python"] | {"evaluation_share": 1}
+    params["stores"]["news"] = params["stores"]["python"] | {"train_rows": 0}
+    params["evaluation"]["also_on"] = {"smollm2": ["news"]}
+    validate(params)
+    assert Plan(params).splits("news") == ["evaluation"]
+    params["stores"]["news"]["train_rows"] = 100
+    with pytest.raises(
+        UserError, match=r"stores\.news\.train_rows: expected 0, as no SAE is trained"
+    ):
+        validate(params)
+    params["stores"]["news"]["train_rows"] = 0
+    params["sources"]["news"]["hook_points"] = ["blocks.3.resid_post"]
+    with pytest.raises(UserError, match=r"found news without blocks\.19\.resid_post"):
+        validate(params)

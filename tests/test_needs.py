@@ -82,10 +82,12 @@ def test_presets_are_planned_without_the_hub(
     assert "sum " in as_text(Needs(Plan(load_params(preset)), Rates.read(RATES), tmp_path))
 
 
-def test_as_many_jobs_are_counted_as_snakemake_starts(
-    tmp_path: Path,
-) -> None:
-    project = Project(tmp_path, SYNTHETIC)
+@pytest.mark.parametrize(
+    "name", ["synthetic", "sparsemax-text", "adaptivek-text", "softsae-vision"]
+)
+def test_as_many_jobs_are_counted_as_snakemake_starts(name: str, tmp_path: Path) -> None:
+    params = SYNTHETIC if name == "synthetic" else load_params(ROOT / f"presets/{name}.yaml")
+    project = Project(tmp_path, params)
     needs = Needs(Plan(load_params(tmp_path / "params.yaml")), Rates.read(RATES), tmp_path)
     started = project.run("snakemake", "--cores", "2", "-n", "--quiet", "rules", "all")
     assert sum(need.jobs for need in needs.steps()) == sum(job_counts(started).values())

@@ -147,3 +147,9 @@ def test_groups_hold_every_run_once() -> None:
                 len({(plan.evaluated[r].source, plan.evaluated[r].hook_point) for r in group}) == 1
             )
     assert plan.evaluation_groups[: len(plan.training_groups)] == plan.training_groups
+
+
+def test_another_source_to_evaluate_on_concerns_the_saes_of_one_source() -> None:
+    changed = changed_by("evaluation/also_on", {"smollm2": ["python"]})
+    assert kinds(changed) == {"evaluation", "baselines", "tables", "figure", "report", "latents"}
+    assert not {job for job in changed if job.split(":")[-1].split("/")[0] in ("python", "scenes")}

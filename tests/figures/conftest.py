@@ -16,6 +16,9 @@ from safetensors.numpy import save_file
 
 from saeflow.evaluation.tables import (
     EXTRA,
+    HISTOGRAM_COLUMNS,
+    MEASURED_IDS,
+    METRIC_COLUMNS,
     OF_LATENTS,
     OPTION_COLUMNS,
     STABILITY_COLUMNS,
@@ -57,6 +60,11 @@ def write(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) ->
         writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def measured(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of measurements on each run's own source."""
+    return [{"evaluated_on": row["source"]} | row for row in rows]
 
 
 def _fvu(l0: float, quality: float) -> float:
@@ -341,12 +349,8 @@ class Bench:
 
     def write(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "metrics.csv", [*IDS, "metric", "value"], self.metrics)
-        write(
-            folder / "histograms.csv",
-            [*IDS, "histogram", "left", "right", "count"],
-            self.histograms,
-        )
+        write(folder / "metrics.csv", METRIC_COLUMNS, measured(self.metrics))
+        write(folder / "histograms.csv", HISTOGRAM_COLUMNS, measured(self.histograms))
         ids = ["k_target" if column == "k" else column for column in IDS]
         steps = ["step", "tokens_seen", "loss", "reconstruction", "auxk", "l1", "l1_weight",
                  "threshold", "k", "l0", "dead", "lr",
@@ -355,7 +359,7 @@ class Bench:
         write(folder / "complexity.csv", COMPLEXITY, self.complexity)
         write(folder / "probes.csv", PROBES, self.probes)
         for name, columns in EXTRA.items():
-            write(folder / f"{name}.csv", [*IDS, *columns], self.extra[name])
+            write(folder / f"{name}.csv", [*MEASURED_IDS, *columns], measured(self.extra[name]))
         write(folder / "stability.csv", STABILITY_COLUMNS, self.stability)
         for name, columns in OF_LATENTS.items():
             write(
