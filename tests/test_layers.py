@@ -10,8 +10,8 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "saeflow"
 LAYERS = (
     "errors", "device", "files", "progress", "plugins", "options", "schema", "config", "provenance", "plan", "operators",
-    "sources", "stores", "complexity", "saes", "preflight", "training", "evaluation", "exchange", "figures", "needs", "cli",
-    "__main__",
+    "sources", "stores", "complexity", "saes", "preflight", "training", "evaluation", "exchange", "figures", "needs", "rehearsal",
+    "cli", "__main__",
 )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ StoreJson = Annotated[str, typer.Option(help="One entry of `stores`, as JSON.")]
 EvaluationJson = Annotated[str, typer.Option(help="`evaluation`, as JSON.")]
 RuntimeJson = Annotated[str, typer.Option(envvar="SAEFLOW_RUNTIME", help="`runtime`, as JSON.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+Mark = Annotated[str, typer.Option(help="Printed in the page's head, such as REHEARSAL.")]
 SourceFolder = Annotated[Path, typer.Option(help="The source's folder: model/ and inputs/.")]
 Split = Annotated[str, typer.Option(help="train or evaluation.")]
 
@@ -175,6 +176,39 @@ def plan(
     from saeflow.needs import Needs, Rates, as_text
 
     typer.echo(as_text(Needs(Plan(load_params(params)), Rates.read(rates), results)))
+
+
+@app.command()
+def rehearse(
+    params: Annotated[list[Path], typer.Argument(help="Parameter files.")],
+    out: Annotated[
+        Path, typer.Option(help="Written: a folder of each, with its own results and report.")
+    ] = Path("rehearsals"),
+    cores: Annotated[int, typer.Option(min=0, help="CPU cores for the jobs; 0: all of them.")] = 0,
+    every_run: Annotated[
+        bool,
+        typer.Option(
+            help="Train every run; otherwise the first and the last of each sweep of numbers."
+        ),
+    ] = False,
+) -> None:
+    """Run a parameter file's whole workflow in minutes: small random models, local data, everything scaled down."""
+    from saeflow.rehearsal import RehearsalFailed
+    from saeflow.rehearsal import rehearse as rehearse_one
+
+    if len({path.stem for path in params}) < len(params):
+        raise UserError("params: expected files of different names, found one twice.")
+    for path in params:
+        try:
+            said = rehearse_one(
+                path, out / path.stem, cores or len(os.sched_getaffinity(0)), every_run=every_run
+            )
+        except UserError as error:
+            raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+        except RehearsalFailed as failure:
+            sys.stderr.write(f"error: {path}: {failure}\n")
+            raise typer.Exit(1) from None
+        typer.echo(said)
 
 
 @app.command()
@@ -665,6 +699,7 @@ def latents(
     runtime: RuntimeJson,
     threads: Threads,
     out: Out,
+    mark: Mark = "",
     key: Key = "",
 ) -> None:
     """Write a page with a card for every latent of an SAE."""
@@ -683,13 +718,14 @@ def latents(
             out,
             name="latents",
             inputs=list(dict.fromkeys([sae, *bench.inputs, *bench.shown])),
-            params={**metrics, "latents": chosen},
+            params={**metrics, "latents": chosen, "mark": mark},
             key=key,
             device=machine["device"],
         ) as job,
     ):
         arrays, facts = collect_latents(load(sae), config, bench, chosen, job.path)
-        write_page(arrays, {**facts, "before": chosen["before"]}, job.path / "latents.html")
+        shown = {**facts, "before": chosen["before"], "mark": mark}
+        write_page(arrays, shown, job.path / "latents.html")
 
 
 @app.command("interpret")
@@ -854,6 +890,7 @@ def report(
     page: Annotated[
         list[str] | None, typer.Option(help="Runs with a page of latent cards, to link to.")
     ] = None,
+    mark: Mark = "",
     key: Key = "",
 ) -> None:
     """Write the report: tables, figures and where everything came from."""
@@ -861,9 +898,11 @@ def report(
 
     folders = [results / "figures" / name for name in names]
     pages = {run: results / "evaluations" / "latents" / run for run in page or []}
-    write_report(results / "tables", folders, _records(results, folders), out, pages)
+    write_report(results / "tables", folders, _records(results, folders), out, pages, mark)
     inputs = [results / "tables", *folders, *pages.values()]
-    provenance.record_file(out, name="report", inputs=inputs, params={"names": names}, key=key)
+    provenance.record_file(
+        out, name="report", inputs=inputs, params={"names": names, "mark": mark}, key=key
+    )
 
 
 def _records(results: Path, figures: list[Path]) -> list[Path]:

@@ -390,7 +390,7 @@ def _stores(params: Mapping[str, Any]) -> list[str]:
     return [f"{name}/{hook}" for name, s in params["sources"].items() for hook in s["hook_points"]]
 
 
-_COUNTS = {"k", "k_schedule", "k_min", "k_max", "target_l0", "target_schedule"}
+COUNTS = {"k", "k_schedule", "k_min", "k_max", "target_l0", "target_schedule"}
 """Options that count latents."""
 
 
@@ -402,7 +402,7 @@ def _check_run(run: SAEConfig, params: Mapping[str, Any]) -> None:
             f"{where}.store: no such store: {run.source}/{run.hook_point}. Known: {listed(_stores(params))}."
         )
     options = run.options
-    for key in _COUNTS & set(options):
+    for key in COUNTS & set(options):
         for text, k in _numbers(key, options[key]):
             if not 1 <= k <= run.d_sae:
                 raise UserError(

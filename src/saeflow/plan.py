@@ -234,6 +234,11 @@ class Plan:
     def pca_ranks(self) -> list[int]:
         return list(self.params["evaluation"]["pca_ranks"])
 
+    @property
+    def mark(self) -> str:
+        """What is printed across figures and at the head of pages; empty for nothing."""
+        return str(self.params["figures"].get("mark", ""))
+
     def figure(self) -> dict[str, Any]:
         return {k: v for k, v in self.params["figures"].items() if k != "names"}
 
@@ -374,7 +379,7 @@ class Plan:
         code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation", "figures")
         config = self.evaluated[run]
         after = [self.key_sae(run), *self._after_stores(config.source, config.hook_point)]
-        slice_ = [self.latents(), self.evaluation(config.source)]
+        slice_ = [self.latents(), self.evaluation(config.source), self.mark]
         libraries = (*_TABLE, "jinja2")
         return job_key("latents", slice_, code=code, libraries=libraries, after=after)
 

@@ -159,9 +159,11 @@ rule show_latents:
         key=lambda w: plan.key_latents(w.run),
         evaluation=lambda w: json.dumps(plan.evaluation(plan.evaluated[w.run].source)),
         settings=lambda w: json.dumps(plan.latents()),
+        mark=plan.mark,
     shell:
         "python -m saeflow latents --sae results/saes/{wildcards.run} --results results"
         " --evaluation {params.evaluation:q} --settings {params.settings:q} --threads {threads}"
+        " --mark={params.mark:q}"
         " --key {params.key} --out results/evaluations/latents/{wildcards.run} 2>&1 | tee {log}"
 
 

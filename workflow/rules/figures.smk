@@ -66,6 +66,7 @@ rule write_report:
         key=plan.key_report(),
         names=config["figures"]["names"],
         pages=[f"--page={run}" for run in plan.pages],
+        mark=plan.mark,
     shell:
         "python -m saeflow report {params.names} {params.pages} --results results --key {params.key}"
-        " --out {output.html} 2>&1 | tee {log}"
+        " --mark={params.mark:q} --out {output.html} 2>&1 | tee {log}"

@@ -1,6 +1,7 @@
 """Figures and the report, from the tables alone: no model is loaded, no metric computed."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,8 @@ def draw(figure: str, tables: Path, options: Mapping[str, Any], folder: Path) ->
     Args:
         figure: a key of FIGURES or TABLES.
         tables: folder with the tables that `collect` wrote.
-        options: `figures` of the parameters without the names.
+        options: `figures` of the parameters without the names; `mark`, where it is there, is printed across a
+            figure and at the head of its caption.
         folder: written: FIGURE.csv (the numbers), caption.md, and of a figure .svg, .pdf, .png (300 dpi), of
             a table .md and .tex.
 
@@ -71,9 +73,10 @@ def draw(figure: str, tables: Path, options: Mapping[str, Any], folder: Path) ->
         raise UserError(
             f"figures.names: unknown figure {figure!r}. Known: {', '.join([*FIGURES, *TABLES])}. Mend params.yaml."
         )
-    texts = {}
+    texts, mark = {}, options.get("mark", "")
     if figure in TABLES:
         table = TABLES[figure](known, options)
+        table = replace(table, caption=style.marked(table.caption, mark))
         data, texts["caption.md"] = table.data, table.caption + "\n"
         texts |= {f"{figure}.md": table.markdown(), f"{figure}.tex": table.latex()}
         folder.mkdir(parents=True, exist_ok=True)
@@ -81,8 +84,8 @@ def draw(figure: str, tables: Path, options: Mapping[str, Any], folder: Path) ->
         with style.context():
             drawing = FIGURES[figure](known, options)
             folder.mkdir(parents=True, exist_ok=True)
-            style.save(drawing.figure, folder / figure)
-        data, texts["caption.md"] = drawing.data, drawing.caption + "\n"
+            style.save(drawing.figure, folder / figure, mark)
+        data, texts["caption.md"] = drawing.data, style.marked(drawing.caption, mark) + "\n"
     with atomic_file(folder / f"{figure}.csv") as staged:
         data.to_csv(staged, index=False, lineterminator="\n", float_format="%.12g")
     for name, text in texts.items():

@@ -23,13 +23,14 @@ def write_page(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], out: 
     Args:
         arrays: what `write_latents` found.
         facts: run, d_sae, unit (what a row is) and bins, lowest of the histogram; of text strings (by token id)
-            and before (tokens of an example before its strongest); of images pictures (PNG, by context) and grid (patches down and across).
+            and before (tokens of an example before its strongest); mark, printed in the head, where there is one; of images pictures (PNG, by context) and grid (patches down and across).
         out: written: one HTML file.
     """
     packed, header = _packed(arrays, facts)
     render = template("latents.html.j2").render
     shown = {
         "run": facts["run"],
+        "mark": facts.get("mark", ""),
         "about": (
             f"{facts['d_sae']:,} latents on {int(arrays['rows'][0]):,} held-out {facts['unit']}. Each card shows "
             "where the latent is strongest, one example a context, with its activation as colour; how strong it "

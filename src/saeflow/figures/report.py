@@ -89,6 +89,7 @@ def write_report(
     records: list[Path],
     out: Path,
     pages: Mapping[str, Path] | None = None,
+    mark: str = "",
 ) -> None:
     """Write the report.
 
@@ -98,6 +99,7 @@ def write_report(
         records: provenance records of the results that the figures were made from.
         out: written: one HTML file. Its links to the figures' files are relative to it.
         pages: folders of the runs' pages of latent cards.
+        mark: printed in the report's head, such as REHEARSAL.
 
     Raises:
         UserError: a table, a figure or a record is missing or damaged.
@@ -105,6 +107,7 @@ def write_report(
     found = sorted((_record(path, out.parent) for path in records), key=_record_order)
     summary = read_csv(tables / "summary.csv")
     page = template("report.html.j2").render(
+        mark=mark,
         sources=_sources(found),
         saes=_saes(found),
         sections=_sections(summary),

@@ -26,6 +26,7 @@ TEXT_WIDTH = 7.0  # inches, the whole page
 PNG_DPI = 300
 INK = "#222222"
 FAINT = "#BBBBBB"
+MARK = "#C00000"
 
 RC = {
     "axes.axisbelow": True,
@@ -229,10 +230,22 @@ def legend_columns(labels: list[str], width: float) -> int:
     return -(-len(labels) // -(-len(labels) // fitting))
 
 
-def save(figure: Figure, stem: Path) -> None:
-    """Write STEM.svg, .pdf and .png: the same figure gives the same bytes."""
+def marked(caption: str, mark: str) -> str:
+    """A caption with the mark before it, where there is one."""
+    return f"{mark}. {caption}" if mark else caption
+
+
+def save(figure: Figure, stem: Path, mark: str = "") -> None:
+    """Write STEM.svg, .pdf and .png, with a mark across them: the same figure gives the same bytes."""
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # placed once, so that all three formats are alike
+    if mark:
+        width, height = figure.get_size_inches()
+        # Letters of DejaVu Sans are about 0.7 of their size wide; 72 points are an inch.
+        size = min(0.8 * 72 * width / (0.7 * len(mark)), 0.6 * 72 * height)
+        figure.text(
+            0.5, 0.5, mark, size=size, color=MARK, alpha=0.25, ha="center", va="center", zorder=1000
+        )
     # The canvases' own methods: savefig would draw everything a second time to place it again.
     FigureCanvasSVG(figure).print_svg(
         stem.with_suffix(".svg"), metadata={"Date": None, "Creator": "saeflow"}

@@ -47,7 +47,7 @@ def train_clip(options: Mapping[str, Any], folder: Path, workers: int) -> None:
     """
     import torch
     from torch.nn.functional import cross_entropy, normalize
-    from transformers import CLIPImageProcessorPil, CLIPModel
+    from transformers import CLIPModel
 
     images, captions, is_single = _pairs(options, workers)
     tokenizer = make_tokenizer(captions)
@@ -91,6 +91,14 @@ def train_clip(options: Mapping[str, Any], folder: Path, workers: int) -> None:
         losses.append(loss.item())
     last = losses[-max(1, steps // 20) :]
     logger.info("contrastive loss %.3f at the start, %.3f at the end", losses[0], np.mean(last))
+    save_clip(model, tokenizer, folder)
+    write_json(folder / "steps.json", {"loss": losses})
+
+
+def save_clip(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write a CLIP for images of scenes' size, with tokenizer and preprocessing."""
+    from transformers import CLIPImageProcessorPil
+
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     CLIPImageProcessorPil(
@@ -99,7 +107,6 @@ def train_clip(options: Mapping[str, Any], folder: Path, workers: int) -> None:
         image_mean=list(MEAN),
         image_std=list(STD),
     ).save_pretrained(folder)
-    write_json(folder / "steps.json", {"loss": losses})
 
 
 def clip_config(options: Mapping[str, Any], **text: Any) -> Any:
