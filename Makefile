@@ -8,7 +8,7 @@ BENCHMARKS ?= steps operators training stores extraction evaluation latents rate
 QUIET := --disable-pip-version-check -q --progress-bar off
 PIP := $(BIN)/python -m pip install $(QUIET)
 
-.PHONY: setup demo full test check bench torture truth
+.PHONY: setup demo full rehearse test check bench torture truth
 
 setup: .venv/ready
 
@@ -35,6 +35,10 @@ demo: setup
 full: setup
 	snakemake --cores $(CORES) all --config 'seeds=[0,1,2]'
 	@echo "The report: $(CURDIR)/results/report.html"
+
+# Every preset's whole workflow, scaled down to this machine: all entries, tables and figures, no GPU and no hub.
+rehearse: setup
+	saeflow rehearse presets/*.yaml
 
 check: setup
 	ruff format --check .

@@ -188,7 +188,7 @@ def rehearse(
     every_run: Annotated[
         bool,
         typer.Option(
-            help="Train every run; otherwise the first and the last of each sweep of numbers."
+            help="Train every run, not only the first and the last value of each sweep of numbers."
         ),
     ] = False,
 ) -> None:

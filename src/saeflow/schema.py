@@ -10,7 +10,6 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import jsonschema
 import yaml
 
 from saeflow.errors import UserError
@@ -66,6 +65,8 @@ def _is_finite(checker: Any, value: Any) -> bool:
 @functools.cache
 def _validator() -> Any:
     """A validator to which 1.0 is no integer, and neither infinity nor NaN a number."""
+    import jsonschema  # a tenth of a second, which no job of the workflow needs
+
     schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
     draft = jsonschema.Draft202012Validator
     types = draft.TYPE_CHECKER.redefine_many({"integer": _is_whole, "number": _is_finite})

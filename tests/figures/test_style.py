@@ -1,9 +1,11 @@
 """Colours: one per variant, told apart by everyone."""
 
 import itertools
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from saeflow.figures import style
 
@@ -90,3 +92,26 @@ def test_style_leaves_the_users_settings_alone() -> None:
     with style.context():
         assert mpl.rcParams["svg.hashsalt"] == "saeflow"
     assert dict(mpl.rcParams) == before
+
+
+def test_a_mark_is_printed_across_all_three_formats(tmp_path: Path) -> None:
+    def red(path: Path) -> float:
+        """Share of pixels that the mark tints."""
+        pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        return float((pixels[..., 0] - pixels[..., 1:].max(-1) > 30).mean())
+
+    sizes = {}
+    for mark in ("", "REHEARSAL"):
+        with style.context():
+            figure = style.new_figure(style.TEXT_WIDTH, 2)
+            figure.subplots().plot([0, 1], [0, 1], color="black")
+            style.save(figure, tmp_path / f"m{mark}", mark)
+        sizes[mark] = [(tmp_path / f"m{mark}{kind}").stat().st_size for kind in (".svg", ".pdf")]
+    assert red(tmp_path / "m.png") == 0
+    assert 0.02 < red(tmp_path / "mREHEARSAL.png") < 0.4
+    assert all(with_ > without for without, with_ in zip(*sizes.values(), strict=True))
+
+
+def test_a_caption_names_the_mark_first() -> None:
+    assert style.marked("FVU against L0.", "REHEARSAL") == "REHEARSAL. FVU against L0."
+    assert style.marked("FVU against L0.", "") == "FVU against L0."

@@ -72,7 +72,11 @@ def test_the_same_stand_in_is_the_same_bytes(tmp_path: Path) -> None:
             name=None, classes=[], count=5,
         )  # fmt: skip
     one, two = (
-        {p.relative_to(tmp_path / n).as_posix(): p.read_bytes() for p in (tmp_path / n).rglob("*") if p.is_file()}
+        {
+            p.relative_to(tmp_path / n).as_posix(): p.read_bytes()
+            for p in (tmp_path / n).rglob("*")
+            if p.is_file()
+        }
         for n in ("one", "two")
     )
     assert one == two

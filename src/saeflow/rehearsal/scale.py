@@ -62,7 +62,7 @@ def rehearsal_of(params: Mapping[str, Any], *, every_run: bool = False) -> Rehea
     Args:
         params: what `load_params` returns.
         every_run: keep every value of every sweep; by default a sweep of numbers keeps its first and its last
-            value, and those of runs that others refer to.
+            value and those of runs that others refer to, and one entry of each variant its several seeds.
 
     Raises:
         UserError: a model whose family cannot be told without fetching it.
@@ -87,18 +87,27 @@ def rehearsal_of(params: Mapping[str, Any], *, every_run: bool = False) -> Rehea
 
 
 def _thin(params: dict[str, Any]) -> None:
-    """Of each sweep of numbers, keep the first and the last value and those that a reference to a run needs."""
+    """Of each sweep of numbers, keep the first and the last value and those that a reference to a run needs.
+
+    Several seeds stay at one entry of each variant.
+    """
     named = set(_strings({key: params[key] for key in ("evaluation", "saes")}))
     runs = expand_runs(params)
     referred = [run for run in runs if run.name in named or run.name.split("/", 2)[2] in named]
     if params["seeds"]:
         params["seeds"] = _ends(params["seeds"], {run.seed for run in referred})
+    several: set[str] = set()  # variants of which an entry has several seeds
     for entry, values in params["saes"].items():
         if "import" in values:
             continue
         own = [run for run in referred if run.entry == entry]
-        for axis in ("d_sae", "seed"):
-            values[axis] = _ends(values[axis], {getattr(run, axis) for run in own})
+        values["d_sae"] = _ends(values["d_sae"], {run.d_sae for run in own})
+        seeds = _ends(values["seed"], {run.seed for run in own})
+        if isinstance(seeds, list) and values["variant"] in several:
+            seeds = [seed for seed in seeds if seed == seeds[0] or seed in {r.seed for r in own}]
+        elif isinstance(seeds, list) and len(seeds) > 1:
+            several.add(values["variant"])
+        values["seed"] = seeds
         options = values["options"]
         for name in options:
             needed = [run.options[name] for run in own]
@@ -253,7 +262,7 @@ def _runtime(runtime: Mapping[str, Any]) -> dict[str, Any]:
         **runtime,
         "device": "cpu",
         "threads": dict.fromkeys(runtime["threads"], 1),
-        "extraction_jobs": min(runtime["extraction_jobs"], 2),
+        "extraction_jobs": 1,
         "saes_per_job": max(runtime["saes_per_job"], 64),
         "ranks": {**runtime["ranks"], "count": 1},
         "logging": {"tensorboard": False},

@@ -46,6 +46,11 @@ _TOKENIZERS: dict[str, tuple[str | None, str, bool]] = {
 
 def write_stand_ins(stand_ins: Iterable[StandIn], folder: Path) -> None:
     """Write the stand-ins that are not there yet, each whole or not at all."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()  # of files that are written at once
+    transformers.utils.logging.disable_progress_bar()
     for one in stand_ins:
         path = folder / one.path
         if path.exists():
