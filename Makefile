@@ -8,7 +8,7 @@ BENCHMARKS ?= steps operators training stores extraction evaluation latents rate
 QUIET := --disable-pip-version-check -q --progress-bar off
 PIP := $(BIN)/python -m pip install $(QUIET)
 
-.PHONY: setup demo full rehearse test check bench torture truth
+.PHONY: setup demo full rehearse test check bench bench-gpu torture truth
 
 setup: .venv/ready
 
@@ -55,6 +55,11 @@ test: check
 bench: setup
 	snakemake --cores $(CORES) results/stores/smollm2/train/provenance.json
 	for name in $(BENCHMARKS); do python benchmarks/$$name.py || exit 1; done
+
+# All that a GPU decides, in about four minutes, on a bare machine with torch, Triton and a GPU. WHEELS=FOLDER holds
+# wheels of what that machine lacks, and of peers that are to be measured too.
+bench-gpu:
+	$(PYTHON) benchmarks/gpu.py $(if $(WHEELS),--wheels $(WHEELS))
 
 # Kills, rotten files, full disks, wrong clocks and broken hubs; about an hour.
 torture: setup

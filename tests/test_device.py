@@ -37,6 +37,5 @@ def test_a_hidden_gpu_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_records_name_the_card() -> None:
     assert label("cuda") == f"cuda ({torch.cuda.get_device_name()})"

@@ -33,6 +33,9 @@ class Case:
     dead: float  # share of the latents that count as dead
     steps: int  # of a training loop; 0: single steps are timed
     threads: int
+    device: str = "cpu"
+    precision: str = "fp32"  # bf16: of matrix products
+    repeats: int = 1  # steps timed together, without waiting between them
 
     @property
     def n_dead(self) -> int:
@@ -46,9 +49,20 @@ class Case:
         mean = torch.randn(self.d_in, generator=generator)
         x = torch.randn(self.batch, self.d_in, generator=generator) * widths @ turn
         x = x / x.square().mean().sqrt() + mean
-        x /= x.square().mean().sqrt()
+        x = (x / x.square().mean().sqrt()).to(self.device)
         while True:
             yield x
+
+    def autocast(self) -> Any:
+        """The context in which a library runs its step."""
+        return torch.autocast(
+            torch.device(self.device).type, torch.bfloat16, self.precision == "bf16"
+        )
+
+    def wait(self) -> None:
+        """Until the device has done all it was asked."""
+        if self.device != "cpu":
+            torch.cuda.synchronize()
 
 
 Work = Callable[[], object]
@@ -81,22 +95,24 @@ def run(build: Build, case: Case, requests: Any, answers: Any) -> None:
     torch.manual_seed(0)
     batches = case.batches()
     x = next(batches)
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     sum(x @ x.t() for _ in range(3))  # starts torch's threads, whose memory is not the step's
     Path("/proc/self/clear_refs").write_text("5")  # the peak of memory counts from here
     before = memory("VmRSS:")
     work = build(case, batches)
-    for _ in range(1 if case.steps else 2):
+    for _ in range(1 if case.steps else 2 if case.device == "cpu" else 5):
         work()
     print(json.dumps({"peak": memory("VmHWM:") - before}), file=answers, flush=True)
-    weights = torch.randn(case.d_sae, case.d_in).t()
-    out = torch.empty(case.batch, case.d_sae)
+    weights = torch.randn(case.d_sae, case.d_in, device=case.device, dtype=dtype).t()
+    out = torch.empty(case.batch, case.d_sae, device=case.device, dtype=dtype)
+    rows = x.to(dtype)
 
     def product() -> object:
-        return torch.mm(x, weights, out=out)
+        return torch.mm(rows, weights, out=out)
 
     product()
     while requests.readline().strip() == b"go":
-        times = [seconds(product), seconds(work), seconds(product)]
+        times = [seconds(each, case) for each in (product, work, product)]
         print(
             json.dumps({"before": times[0], "work": times[1], "after": times[2]}),
             file=answers,
@@ -104,10 +120,14 @@ def run(build: Build, case: Case, requests: Any, answers: Any) -> None:
         )
 
 
-def seconds(work: Work) -> float:
+def seconds(work: Work, case: Case) -> float:
+    """Of one call, the mean of the case's repeats."""
+    case.wait()
     began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+    for _ in range(case.repeats):
+        work()
+    case.wait()
+    return (time.perf_counter() - began) / case.repeats
 
 
 def memory(field: str) -> float:

@@ -32,7 +32,7 @@ def build(case: Case, batches: Iterator[Tensor]) -> Work:
         "dict_size": case.d_sae,
         "layer": 0,
         "lm_name": "",
-        "device": "cpu",
+        "device": case.device,
         "lr": 1e-6,
     }
     if case.variant in ("topk", "batch_topk", "matryoshka"):
@@ -45,7 +45,7 @@ def build(case: Case, batches: Iterator[Tensor]) -> Work:
 
         def loop() -> None:
             data = itertools.islice(batches, case.steps)
-            trainSAE(data, [dict(configuration)], case.steps, device="cpu")
+            trainSAE(data, [dict(configuration)], case.steps, device=case.device)
 
         return loop
     training = trainer(**options)
@@ -54,7 +54,8 @@ def build(case: Case, batches: Iterator[Tensor]) -> Work:
     def step() -> None:
         if case.n_dead:
             training.num_tokens_since_fired[: case.n_dead] = 10**9
-        training.update(next(numbers), next(batches))
+        with case.autocast():
+            training.update(next(numbers), next(batches))
 
     return step
 

@@ -19,14 +19,13 @@ from saeflow.training.checkpoints import delete_checkpoints
 from saeflow.training.memory import keep_freed_memory
 from saeflow.training.trainer import Run, advance
 
-RUNTIME = {"device": "cpu", "precision": "fp32", "checkpoint_every_s": 60}
 ROWS = 1 << 17
 FOREVER = 10**9
 CONSTANT = {"kind": "constant"}
 
 
-def options(case: Case) -> tuple[str, dict[str, Any]]:
-    """The variant and its options."""
+def options_of(case: Case) -> dict[str, dict[str, Any]]:
+    """Options by what a case may be named."""
     k = {"k": case.k, "k_schedule": CONSTANT, "auxk_weight": 1 / 32}
     penalty = {"l1": 1.0, "l1_schedule": CONSTANT}
     soft = {
@@ -37,7 +36,7 @@ def options(case: Case) -> tuple[str, dict[str, Any]]:
         "architecture": "shared", "activation": "weights", "query": "identity", "max_rate": None,
         "loss": "squared", "l1": 0.0, "l1_schedule": CONSTANT, "score_scale": 20.0,
     }  # fmt: skip
-    of = {
+    return {
         "topk": k,
         "batch_topk": {**k, "threshold_start_step": 0},
         "matryoshka": {
@@ -61,7 +60,6 @@ def options(case: Case) -> tuple[str, dict[str, Any]]:
         "sparsemax": attention,
         "sparsemax, mlp": {**attention, "architecture": "mlp"},
     }  # fmt: skip
-    return case.variant.split(",")[0], of[case.variant]
 
 
 class InMemory:
@@ -72,7 +70,9 @@ class InMemory:
     def __init__(self, case: Case, rows: Iterator[Tensor]) -> None:
         self.d_in, self.rows = case.d_in, rows
 
-    def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Tensor]:
+    def batches(
+        self, batch_size: int, seed: int, start_batch: int = 0, *, pin: bool = False
+    ) -> Iterator[Tensor]:
         while True:
             yield next(self.rows)
 
@@ -80,10 +80,11 @@ class InMemory:
         return self
 
 
-def make_run(case: Case, store: Any, folder: Path) -> Run:
-    variant, chosen = options(case)
+def make_run(case: Case, store: Any, folder: Path, lr: float = 1e-6) -> Run:
+    variant, chosen = case.variant.split(",")[0], options_of(case)[case.variant]
+    runtime = {"device": case.device, "precision": case.precision, "checkpoint_every_s": 60}
     training = TrainingConfig(
-        tokens=(case.steps or FOREVER) * case.batch, batch_size=case.batch, input_scale="raw", lr=1e-6,
+        tokens=(case.steps or FOREVER) * case.batch, batch_size=case.batch, input_scale="raw", lr=lr,
         betas=(0.9, 0.999), lr_warmup_steps=0, lr_decay_fraction=0.0, grad_clip=1.0, dead_after_tokens=FOREVER,
         train_decoder=True, log_every_steps=100,
     )  # fmt: skip
@@ -91,7 +92,7 @@ def make_run(case: Case, store: Any, folder: Path) -> Run:
         name=f"drawn/drawn/{variant}/0", entry=variant, variant=variant, source="drawn", hook_point="drawn",
         d_sae=case.d_sae, seed=0, options=chosen, training=training,
     )  # fmt: skip
-    return Run(store, config, RUNTIME, folder)
+    return Run(store, config, runtime, folder)
 
 
 @torch.no_grad()
@@ -127,7 +128,7 @@ def build(case: Case, batches: Iterator[Tensor]) -> Work:
 
     def step() -> None:
         run.silent[: case.n_dead] = 2 * FOREVER
-        run.one_step(next(batches))
+        run.take(next(batches), 0.0)
 
     return step
 

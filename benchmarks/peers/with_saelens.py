@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def build(case: Case, batches: Iterator[Tensor]) -> Work:
-    size = {"d_in": case.d_in, "d_sae": case.d_sae}
+    size = {"d_in": case.d_in, "d_sae": case.d_sae, "device": case.device}
     if case.variant == "topk":
         sae = TopKTrainingSAE(TopKTrainingSAEConfig(**size, k=case.k))
     elif case.variant == "topk, sparse option":
@@ -50,6 +50,8 @@ def build(case: Case, batches: Iterator[Tensor]) -> Work:
             train_batch_size_samples=case.batch,
             lr=1e-6,
             lr_end=1e-6,
+            device=case.device,
+            autocast=case.precision == "bf16",
             logger=LoggingConfig(log_to_wandb=False),
         ),
         sae,

@@ -22,7 +22,7 @@ from saeflow.operators import (
     topk_sparse,
 )
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+needs_gpu = pytest.mark.gpu
 OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "keep_topk": lambda x: keep_topk(x, 32),
     "keep_topk, k by row": lambda x: keep_topk(x, torch.arange(len(x), device=x.device) % 50),

@@ -21,7 +21,7 @@ from saeflow.stores import Store, batches, open_store
 from saeflow.stores.batches import on_device, read_ahead
 
 THREAD = "saeflow-batches"
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+needs_gpu = pytest.mark.gpu
 
 
 def running() -> list[threading.Thread]:
@@ -271,7 +271,7 @@ def test_impossible_batches_are_refused(store: Store) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_gpu
 def test_pinned_batches_hold_the_same_rows(store: Store) -> None:
     plain = take(store, 150, 10, seed=0)
     pinned = store.batches(10, seed=0, pin=True)
