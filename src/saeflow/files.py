@@ -86,7 +86,7 @@ def files_below(folder: Path) -> list[Path]:
     """Every file below `folder`, sorted; links to folders are followed, but not into a folder that holds them.
 
     Raises:
-        UserError: a folder cannot be read.
+        UserError: a folder cannot be read, or a link points to nothing.
     """
 
     def refuse(error: OSError) -> None:
@@ -99,7 +99,10 @@ def files_below(folder: Path) -> list[Path]:
         here = Path(place)
         above = {one.resolve() for one in (here, *here.parents)}
         folders[:] = [name for name in folders if (here / name).resolve() not in above]
-        found += [path for name in names if (path := here / name).is_file()]
+        found += [here / name for name in names]
+    for path in found:
+        if not path.is_file():
+            raise UserError(f"{path}: expected a file, found a link to nothing. Delete or fix it.")
     return sorted(found)
 
 

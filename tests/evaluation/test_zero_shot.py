@@ -22,7 +22,8 @@ from saeflow.evaluation.zero_shot import (
 )
 from saeflow.saes.topk import TopK
 from saeflow.sources.models import fetch_model, load_model, load_tokenizer
-from saeflow.sources.vision import image_facts, load_preprocessing, normalised, prepare_labelled
+from saeflow.sources.preprocessing import load_preprocessing, normalised
+from saeflow.sources.vision import image_facts, prepare_labelled
 
 WIDTH, D_SAE = 32, 48
 TRAINED = {

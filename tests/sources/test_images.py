@@ -1,32 +1,38 @@
 """Images of every mode, broken ones, folders and data sets, against PIL and the library's own processor."""
 
 import io
+import os
+import resource
+import struct
+import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from transformers import CLIPImageProcessorPil
 
 from saeflow.errors import UserError
 from saeflow.sources import external_digest
-from saeflow.sources.images import (
-    NO_LABEL,
-    Item,
-    Preprocessing,
-    Unreadable,
-    as_rgb,
-    images_digests,
-    prepare_image,
-    read_images,
-    ready_images,
-)
+from saeflow.sources.decoding import Ready, Unreadable, as_rgb, prepare_image, ready_images
+from saeflow.sources.images import NO_LABEL, Item, images_digests, read_images
+from saeflow.sources.preprocessing import Preprocessing
 
 SIZE = 32
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
 PREPROCESSING = Preprocessing(
-    shorter_side=SIZE, height=SIZE, width=SIZE, resample=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4),
-    patch=8,
+    size=SIZE, crop=(SIZE, SIZE), height=SIZE, width=SIZE, resample=3, factor=1 / 255, mean=(0.5, 0.4, 0.3),
+    std=(0.2, 0.3, 0.4), patch=8,
 )  # fmt: skip
 RNG = np.random.default_rng(0)
 
@@ -175,6 +181,174 @@ def dataset(tmp_path: Path) -> Path:
         tmp_path / "data" / "train-00000-of-00001.parquet"
     )
     return tmp_path / "data"
+
+
+@pytest.mark.parametrize("place", ["", "cat"])
+@pytest.mark.parametrize("suffix", [".jfif", ".JPE", ".avif", ".tiff"])
+def test_images_of_any_suffix_are_read(suffix: str, place: str, tmp_path: Path) -> None:
+    (tmp_path / place).mkdir(exist_ok=True)
+    (tmp_path / place / f"a{suffix}").write_bytes(encoded(picture(9, 9), "JPEG"))
+    assert [item.id for item in read_images({"folder": str(tmp_path)})[1]] == [
+        f"{place}/a{suffix}".lstrip("/")
+    ]
+
+
+def test_what_is_left_out_of_a_folder_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = make_folder(tmp_path / "set", {"dog": 3, "cat": 2, ".ipynb_checkpoints": 2})
+    (folder / "dog" / "._0.png").write_bytes(b"")
+    (folder / "dog" / "notes.txt").write_text("no image")
+    (folder / "dog" / "README").write_text("no image")
+    for number in range(4):
+        picture(9, 9).save(folder / f"{number}.png")
+    classes, items = read_images({"folder": str(folder)})
+    found = list(items)
+    assert classes == ["cat", "dog"]
+    assert sorted(item.label for item in found) == [NO_LABEL] * 4 + [0, 0, 1, 1, 1]
+    assert "5 files are left out (.txt: 1, hidden: 3, no suffix: 1)" in caplog.text
+    assert "4 images lie beside the class folders: they have no class" in caplog.text
+
+
+def test_links_are_followed_and_digested(tmp_path: Path) -> None:
+    real = make_folder(tmp_path / "real", {"a": 2})
+    folder = make_folder(tmp_path / "set", {"dog": 1})
+    (folder / "dog" / "more").symlink_to(real / "a")
+    (real / "a" / "again").symlink_to(folder)  # round in a circle
+    before = images_digests({"folder": str(folder)})
+    assert len(list(read_images({"folder": str(folder)})[1])) == 3
+    picture(9, 9).save(real / "a" / "0 $(x);.png")
+    assert images_digests({"folder": str(folder)}) != before
+    (folder / "gone.png").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"gone\.png: expected a file, found a link to nothing"):
+        read_images({"folder": str(folder)})
+
+
+def test_a_name_that_is_no_utf_8_is_written_as_text(tmp_path: Path) -> None:
+    place = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(place)
+    with open(place + b"/\xe9.png", "wb") as file:
+        file.write(encoded(picture(9, 9)))
+    classes, items = read_images({"folder": str(tmp_path)})
+    assert classes == ["caf\\xe9"]
+    assert [(item.id, item.label) for item in items] == [("caf\\xe9/\\xe9.png", 0)]
+
+
+def test_class_folders_that_are_numbers_stand_in_their_order(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "set", {str(number): 1 for number in range(12)})
+    classes, items = read_images({"folder": str(folder)})
+    assert classes == [str(number) for number in range(12)]
+    assert all(item.id.split("/")[0] == str(item.label) for item in items)
+
+
+def labelled_parquet(folder: Path, labels: Any, images: Any = None) -> dict[str, Any]:
+    folder.mkdir()
+    images = images or [{"bytes": encoded(picture(9, 9)), "path": None} for _ in labels]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    cells = pa.array(images, kind if isinstance(images[0], dict) else None)
+    pq.write_table(pa.table({"image": cells, "label": labels}), folder / "data.parquet")
+    return dataset_params(folder)
+
+
+@pytest.mark.parametrize("labels", [list(range(12)), [str(n) for n in range(12)], [*range(-3, 9)]])
+def test_whole_numbers_are_classes_in_their_order(labels: list[Any], tmp_path: Path) -> None:
+    classes, items = read_images(labelled_parquet(tmp_path / "set", labels[::-1]))
+    assert classes == [str(label) for label in labels]
+    assert [item.label for item in items] == list(range(12))[::-1]
+
+
+def test_a_null_label_is_no_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    classes, items = read_images(labelled_parquet(tmp_path / "set", [3, None, 1, None]))
+    assert classes == ["1", "3"]
+    assert [item.label for item in items] == [1, NO_LABEL, 0, NO_LABEL]
+    assert "2 images have no label" in caplog.text
+
+
+@pytest.mark.parametrize("labels", [[0.5, 1.0], [[1], [2]], [{"a": 1}, {"a": 2}], [b"a", b"b"]])
+def test_labels_that_are_no_classes_are_refused(labels: list[Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected whole numbers or text in column 'label', found"):
+        read_images(labelled_parquet(tmp_path / "set", labels))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_cells_without_an_image_are_counted(streaming: bool, tmp_path: Path) -> None:
+    good = encoded(picture(9, 9))
+    (tmp_path / "outside.png").write_bytes(good)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "inside.png").write_bytes(good)
+    (tmp_path / "set" / "inside.png").rename(tmp_path / "set" / "inside.bin")
+    paths = ["gone.png", "https://example.org/a.png", tmp_path / "outside.png", tmp_path / "set" / "inside.bin"]  # fmt: skip
+    cells = [{"bytes": good, "path": None}, None, *({"bytes": None, "path": str(p)} for p in paths)]
+    params = labelled_parquet(tmp_path / "data", [0] * 6, cells)
+    (tmp_path / "data" / "data.parquet").rename(tmp_path / "set" / "data.parquet")
+    params |= {"dataset": str(tmp_path / "set"), "label_column": None, "streaming": streaming}
+    found = [item.content for item in read_images(params)[1]]
+    assert found[0] == found[5] == good
+    assert [str(why) for why in found[1:5]] == [
+        "a null",
+        "gone.png is outside the data set's folder, so that no digest covers it",
+        "an address, https://example.org/a.png: download the images first",
+        f"{tmp_path}/outside.png is outside the data set's folder, so that no digest covers it",
+    ]
+    assert prepare_image(Item("a", 0, "a null"), PREPROCESSING) == "a null"
+
+
+def test_a_column_that_holds_no_images_is_refused(tmp_path: Path) -> None:
+    params = labelled_parquet(tmp_path / "set", [1, 2], [7, 8])
+    with pytest.raises(UserError, match="column 'image' does not hold images, but Value"):
+        read_images(params)
+
+
+def test_exif_that_is_no_number_is_a_reason_not_an_end() -> None:
+    """Text where a number belongs, in every tag that is about the picture's shape."""
+    found = []
+    for tag in range(0x0100, 0x0140):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        exif[tag] = "text"
+        try:
+            content = encoded(picture(20, 20), "JPEG", exif=exif)
+        except (TypeError, ValueError, struct.error):  # Pillow does not write it
+            continue
+        found.append(prepare_image(Item("a", 0, content), PREPROCESSING))
+        assert isinstance(found[-1], str | Ready)
+    assert len(found) > 20
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_exif_that_is_cut_off_or_random_is_a_reason_not_an_end() -> None:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 3, "a picture"
+    whole = exif.tobytes()
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        held = bytearray(whole)
+        for at in rng.integers(6, len(held), 3):
+            held[at] = rng.integers(256)
+        content = encoded(picture(8, 8), "JPEG", exif=bytes(held[: rng.integers(8, len(held) + 1)]))
+        assert isinstance(prepare_image(Item("a", 0, content), PREPROCESSING), str | Ready)
+
+
+def test_a_thin_image_needs_no_more_memory_than_another() -> None:
+    content = encoded(Image.new("RGB", (1, 65000), (5, 80, 200)), "PNG")
+    large = replace(PREPROCESSING, size=224, crop=(224, 224), height=224, width=224)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = prepare_image(Item("a", 0, content), large)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert isinstance(found, Ready)
+    assert (found.pixels == (5, 80, 200)).all()
+    assert found.pixels.shape == (224, 224, 3)
+    assert grown < 100_000  # kB; resized whole, it would be 9.8 GB
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_an_image_that_says_it_is_huge_is_not_decoded() -> None:
+    header = encoded(Image.new("L", (8, 8)), "PNG")
+    size = struct.pack(">II", 10_000, 10_000)
+    chunk = b"IHDR" + size + header[24:29]
+    huge = header[:12] + chunk + struct.pack(">I", zlib.crc32(chunk)) + header[33:]
+    found = prepare_image(Item("a", 0, huge), PREPROCESSING)
+    assert found == "10000 x 10000 pixels, more than 67108864 in all"
 
 
 @pytest.mark.parametrize("streaming", [False, True])

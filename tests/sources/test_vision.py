@@ -14,7 +14,8 @@ from saeflow.errors import UserError
 from saeflow.sources import check_source, open_source, prepare_inputs
 from saeflow.sources.hook_points import capture, hook, resume_at, run_from, splice
 from saeflow.sources.models import fetch_model, load_model
-from saeflow.sources.vision import load_preprocessing, normalised, prepare_labelled
+from saeflow.sources.preprocessing import load_preprocessing, normalised
+from saeflow.sources.vision import prepare_labelled
 
 BLOCKS = 3
 TRAINED = {
@@ -268,7 +269,7 @@ def test_a_labelled_set_has_so_many_of_each_class(model: Path, tmp_path: Path) -
         ({"templates": ["a photo"]}, "expected one {} for the class in each, found 'a photo'"),
         ({"templates": ["{} of {}"]}, "expected one {}"),
         ({"templates": ["a {0}"]}, "expected one {}"),
-        ({"class_names": ["one"]}, "expected the classes one, found"),
+        ({"class_names": ["one"]}, "expected the classes a, b, found one"),
     ],
 )
 def test_a_labelled_set_that_makes_no_sense(
@@ -277,6 +278,38 @@ def test_a_labelled_set_that_makes_no_sense(
     folder = make_set(tmp_path / "set", {"a": 3, "b": 3})
     with pytest.raises(UserError, match=message):
         prepare_labelled(labelled(folder, **changes), model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("classes", "names", "message"),
+    [
+        (["cat", "dog"], ["dog", "cat"], "names of the classes in another order"),
+        (["0", "2"], ["no", "yes"], "with gaps between"),
+        (["class2", "class10"], ["two", "ten"], "another order as text than by their numbers"),
+    ],
+)
+def test_class_names_whose_order_is_in_doubt_are_refused(
+    classes: list[str], names: list[str], message: str, model: Path, tmp_path: Path
+) -> None:
+    folder = make_set(tmp_path / "set", dict.fromkeys(classes, 3))
+    with pytest.raises(UserError, match=message):
+        prepare_labelled(labelled(folder, class_names=names), model, tmp_path)
+
+
+def test_class_names_follow_the_numbers_of_the_classes(model: Path, tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", {str(number): 2 for number in range(12)})
+    picture = folder / "0" / "0.png"
+    picture.rename(folder / "beside.png")
+    names = [f"name {number}" for number in range(12)]
+    given = labelled(folder, class_names=names, per_class={"train": 1, "test": 1})
+    prepare_labelled(given, model, tmp_path)
+    classes = json.loads((tmp_path / "images.json").read_text())["classes"]
+    assert classes == names
+    table = (tmp_path / "test.csv").read_text().splitlines()[1:]
+    assert len(table) == 12
+    for line in table:
+        _, place, label = line.split(",")
+        assert classes[int(label)] == f"name {place.split('/')[0]}"
 
 
 def test_sets_without_classes_or_with_different_ones(model: Path, tmp_path: Path) -> None:

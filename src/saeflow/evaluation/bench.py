@@ -308,7 +308,7 @@ class Bench:
 
     def pictures(self, settings: Mapping[str, int]) -> tuple[dict[str, Any], dict[str, int]]:
         """Of a vision source: facts of a page, and settings with the patches that an image shows."""
-        from saeflow.sources.vision import load_preprocessing
+        from saeflow.sources.preprocessing import load_preprocessing
 
         down, across = load_preprocessing(self._model).grid
         if self.source_params["tokens"] == "cls":
@@ -324,7 +324,7 @@ class Bench:
         settings = self.evaluation["concept_cards"]
         if settings is None or self.labelled_sets is None:
             return
-        from saeflow.sources.vision import load_preprocessing
+        from saeflow.sources.preprocessing import load_preprocessing
 
         settings = dict(settings, among=per_image.among)
         write_cards(

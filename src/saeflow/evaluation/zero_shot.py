@@ -39,7 +39,8 @@ from saeflow.progress import progress
 from saeflow.sources.hook_points import HookPoint, capture, resume_at, run_from
 from saeflow.sources.layouts import EMBEDDING
 from saeflow.sources.models import load_config, load_model, load_tokenizer
-from saeflow.sources.vision import POSITIONS, image_facts, load_preprocessing, normalised
+from saeflow.sources.preprocessing import load_preprocessing, normalised
+from saeflow.sources.vision import POSITIONS, image_facts
 
 logger = logging.getLogger(__name__)
 

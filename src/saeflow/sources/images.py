@@ -1,34 +1,32 @@
-"""Images one after the other: from a data set, a folder or generated scenes, decoded on worker processes.
+"""Images one after the other: files and labels from a data set, a folder or generated scenes.
 
-Whatever an image is (grey, palette, alpha, 16 bits, CMYK, animated, turned by EXIF), it comes out as RGB of
-the model's size; what cannot be read is named, counted and skipped, up to a stated share.
+Everything under a folder and every cell of a data set is an image, or named, counted or refused.
 """
 
-import io
 import logging
-import multiprocessing
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from saeflow.errors import UserError
-from saeflow.files import folder_digests, json_digest
+from saeflow.files import files_below, folder_digests, json_digest
 from saeflow.sources import hub, scenes
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+SUFFIXES = {
+    ".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
+    ".jxl", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
+}  # fmt: skip
+"""Of files that are images, also those that Pillow may have no decoder for."""
 NO_LABEL = -1
-_AT_ONCE = 8
-"""Images a worker is handed at once."""
-_WHITE = (255, 255, 255, 255)
+_MOST_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -37,44 +35,18 @@ class Item:
 
     id: str
     label: int  # number of its class, NO_LABEL where it has none
-    content: bytes | tuple[Mapping[str, Any], int]  # the file, or parameters and number of a scene
+    content: bytes | str | tuple[Mapping[str, Any], int]
+    """The file, why there is none, or parameters and number of a scene."""
 
     @property
     def identity(self) -> bytes:
         """What makes two images the same."""
         if isinstance(self.content, bytes):
             return self.content
+        if isinstance(self.content, str):
+            return self.id.encode()
         params, number = self.content
         return f"{params['seed']} {number}".encode()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preprocessing:
-    """What a CLIP model wants of an image: the shorter side resized, the centre cut out."""
-
-    shorter_side: int
-    height: int
-    width: int
-    resample: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    patch: int
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches down and across."""
-        return self.height // self.patch, self.width // self.patch
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A decoded image."""
-
-    pixels: np.ndarray  # (height, width, 3) uint8
-    cover: np.ndarray | None = (
-        None  # (down, across) int16: class of the object on each patch of a scene
-    )
-    objects: int = 0
 
 
 Images = tuple[list[str] | None, Iterator[Item]]
@@ -114,30 +86,75 @@ def images_digests(images: Mapping[str, Any]) -> dict[str, str]:
 def _folder(folder: Path) -> Images:
     """Images of a folder: its subfolders are the classes; without any, images have none."""
     if not folder.is_dir():
-        raise UserError(f"images.folder: no such folder: {folder}. Mend the path.")
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    places = [(folder / name, label) for label, name in enumerate(classes)] or [(folder, NO_LABEL)]
-    found = [
-        (path, label)
-        for place, label in places
-        for path in sorted(place.rglob("*"))
-        if path.suffix.lower() in SUFFIXES and path.is_file()
-    ]
+        raise UserError(f"images.folder: no such folder: {folder}. Fix the path.")
+    found: list[tuple[Path, str | None]] = []
+    left_out: Counter[str] = Counter()
+    for path in files_below(folder):
+        parts = path.relative_to(folder).parts
+        suffix = path.suffix.lower()
+        if any(_is_hidden(part) for part in parts):
+            left_out["hidden"] += 1
+        elif suffix not in SUFFIXES:
+            left_out[suffix or "no suffix"] += 1
+        else:
+            found.append((path, parts[0] if len(parts) > 1 else None))
+    if left_out:
+        kinds = ", ".join(f"{kind}: {count}" for kind, count in sorted(left_out.items()))
+        logger.warning("%s: %d files are left out (%s)", folder, left_out.total(), kinds)
     if not found:
         raise UserError(
             f"{folder}: expected images ({', '.join(sorted(SUFFIXES))}) in it or in one subfolder a class, "
-            "found none. Mend images.folder."
+            "found none. Fix images.folder."
         )
+    places = [path.name for path in folder.iterdir() if path.is_dir() and not _is_hidden(path.name)]
+    classes = in_order(_printable(place) for place in places)
+    beside = sum(place is None for _, place in found)
+    if classes and beside:
+        logger.warning(
+            "%s: %d images lie beside the class folders: they have no class", folder, beside
+        )
+    number_of = {name: number for number, name in enumerate(classes)}
     order = np.random.default_rng(0).permutation(len(found))  # classes mixed, always alike
     items = (
-        Item(found[i][0].relative_to(folder).as_posix(), found[i][1], found[i][0].read_bytes())
-        for i in order
+        Item(
+            _printable(path.relative_to(folder).as_posix()),
+            NO_LABEL if place is None else number_of[_printable(place)],
+            _file_content(path),
+        )
+        for path, place in (found[i] for i in order)
     )
     return classes or None, items
 
 
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder is one that programs keep for themselves."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _printable(name: str) -> str:
+    """A file's name as text, also where it is no UTF-8."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
+def _file_content(path: Path) -> bytes | str:
+    try:
+        if (size := path.stat().st_size) > _MOST_BYTES:
+            return f"a file of {size} bytes"
+        return path.read_bytes()
+    except OSError as error:
+        return str(error.strerror)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes in a fixed order: whole numbers by value, others as text."""
+    found = sorted(names)
+    if all(re.fullmatch(r"-?[0-9]+", name) for name in found):
+        return sorted(found, key=int)
+    return found
+
+
 def _dataset(images: Mapping[str, Any]) -> Images:
-    from datasets import ClassLabel, Image
+    from datasets import Image
 
     name, column, label_column = images["dataset"], images["image_column"], images["label_column"]
     rows = hub.open_dataset(images, "images", "images: {folder: PATH}")
@@ -148,171 +165,95 @@ def _dataset(images: Mapping[str, Any]) -> Images:
                 f"{name}: no column {wanted!r}. Columns: {', '.join(features)}. Set image_column and "
                 "label_column."
             )
-    rows = rows.cast_column(column, Image(decode=False))
+    classes, number_of = _classes(rows, features, images)
+    with hub.hub_errors(
+        f"{name}: column {column!r} does not hold images, but {features.get(column)}",
+        "Set image_column to a column of images.",
+    ):
+        try:
+            rows = rows.cast_column(column, Image(decode=False))
+        except TypeError as error:
+            raise ValueError(str(error)) from None
     if images["shuffle_seed"] is not None:
         rows = rows.shuffle(seed=images["shuffle_seed"])
-    classes, number_of = None, None
-    if label_column is not None:
-        kind = features.get(label_column)
-        if isinstance(kind, ClassLabel):
-            classes = list(kind.names)
-        elif not images["streaming"]:
-            classes = sorted({str(value) for value in rows.unique(label_column)})
-            number_of = {value: i for i, value in enumerate(classes)}
-        else:
-            raise UserError(
-                f"{name}: the classes of column {label_column!r} are not named in the data set. Set streaming: "
-                "false, so that they can be listed."
-            )
     return classes, _dataset_items(rows, images, number_of)
 
 
-def _dataset_items(
-    rows: Any, images: Mapping[str, Any], number_of: Mapping[str, int] | None
-) -> Iterator[Item]:
-    label_column = images["label_column"]
-    for number, row in enumerate(hub.rows_of(rows, images, "images")):
-        cell = row[images["image_column"]]
-        content = cell["bytes"] or Path(cell["path"]).read_bytes()
-        value = NO_LABEL if label_column is None else row[label_column]
-        label = NO_LABEL if value is None else number_of[str(value)] if number_of else int(value)
-        yield Item(f"{images['split']}-{number}", label, content)
+def _classes(
+    rows: Any, features: Mapping[str, Any], images: Mapping[str, Any]
+) -> tuple[list[str] | None, Mapping[Any, int]]:
+    """Names of a data set's classes, and the number of each value of its label column."""
+    from datasets import ClassLabel
 
-
-# On the worker processes.
-
-
-def prepare_image(item: Item, preprocessing: Preprocessing) -> Ready | str:
-    """Decode one image, or say why it cannot be."""
-    from PIL import Image, UnidentifiedImageError
-
-    if not isinstance(item.content, bytes):
-        return _prepare_scene(*item.content, preprocessing)
-    try:
-        with Image.open(io.BytesIO(item.content)) as image:
-            return Ready(_fit(as_rgb(image), preprocessing))
-    except UnidentifiedImageError:
-        return "no image format that is known"
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        return str(error)
-
-
-def as_rgb(image: Any) -> Any:
-    """The first frame of a PIL image of any mode, upright, on white, as RGB."""
-    from PIL import Image, ImageOps
-
-    image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith(("I", "F")):  # 16 bits and more: what PIL would cut off at 255
-        values = np.asarray(image, dtype=np.float64)
-        most = 65535 if image.mode.startswith("I") else max(1.0, float(values.max()))
-        return Image.fromarray((values / most * 255).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _fit(image: Any, preprocessing: Preprocessing) -> np.ndarray:
-    """(height, width, 3) uint8: the shorter side resized, the centre cut out."""
-    wanted, (width, height) = preprocessing.shorter_side, image.size
-    short, long = min(width, height), max(width, height)
-    longer = int(wanted * long / short)
-    size = (wanted, longer) if width <= height else (longer, wanted)
-    resized = image.resize(size, resample=preprocessing.resample)
-    left, top = (
-        (have - want) // 2
-        for have, want in zip(
-            resized.size, (preprocessing.width, preprocessing.height), strict=True
+    name, column = images["dataset"], images["label_column"]
+    if column is None:
+        return None, {}
+    kind = features.get(column)
+    if isinstance(kind, ClassLabel):
+        return list(kind.names), {NO_LABEL: NO_LABEL} | {i: i for i in range(len(kind.names))}
+    if images["streaming"]:
+        raise UserError(
+            f"{name}: the classes of column {column!r} are not named in the data set. Set streaming: "
+            "false, so that they can be listed."
         )
-    )
-    box = (left, top, left + preprocessing.width, top + preprocessing.height)
-    return np.asarray(resized.crop(box))
+    if not re.match("u?int|bool|string|large_string", str(getattr(kind, "dtype", ""))):
+        raise UserError(
+            f"{name}: expected whole numbers or text in column {column!r}, found {kind}. Set label_column to a "
+            "column of classes."
+        )
+    names = {value: str(value) for value in rows.unique(column) if value is not None}
+    classes = in_order(names.values())
+    return classes, {value: classes.index(own) for value, own in names.items()}
 
 
-def _prepare_scene(
-    params: Mapping[str, Any], number: int, preprocessing: Preprocessing
-) -> Ready | str:
-    from PIL import Image
-
-    scene = scenes.draw_scene(params, number)
-    picture, owner = scenes.render(scene)
-    pixels = _fit(Image.fromarray(picture), preprocessing)
-    labels = np.array([*map(scene.label_of, scene.things), NO_LABEL], np.int16)
-    return Ready(pixels, _cover(labels[owner], preprocessing.grid), len(scene.things))
-
-
-def _cover(labels: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """(down, across) int16: what covers most of each patch, if it covers a quarter of it."""
-    down, across = grid
-    found = np.full(grid, NO_LABEL, np.int16)
-    for row, band in enumerate(np.array_split(labels, down)):
-        for column, patch in enumerate(np.array_split(band, across, axis=1)):
-            seen, counts = np.unique(patch[patch != NO_LABEL], return_counts=True)
-            if len(seen) and counts.max() >= patch.size / 4:
-                found[row, column] = seen[counts.argmax()]
-    return found
-
-
-def _prepare_all(items: Sequence[Item], preprocessing: Preprocessing) -> list[Ready | str]:
-    return [prepare_image(item, preprocessing) for item in items]
+def _dataset_items(
+    rows: Any, images: Mapping[str, Any], number_of: Mapping[Any, int]
+) -> Iterator[Item]:
+    column = images["label_column"]
+    unlabelled = 0
+    try:
+        for number, row in enumerate(hub.rows_of(rows, images, "images")):
+            label = NO_LABEL
+            if column is not None and row[column] is not None:
+                if row[column] not in number_of:
+                    raise UserError(
+                        f"{images['dataset']}, row {number + 1}: label {row[column]} is none of its {len(number_of)} "
+                        "classes. Fix the data set."
+                    )
+                label = number_of[row[column]]
+            unlabelled += column is not None and label == NO_LABEL
+            content = _cell_content(row[images["image_column"]], images)
+            yield Item(f"{images['split']}-{number}", label, content)
+    finally:
+        if unlabelled:
+            logger.warning("%s: %d images have no label", images["dataset"], unlabelled)
 
 
-# On the process that asks.
+def _cell_content(cell: Any, images: Mapping[str, Any]) -> bytes | str:
+    """The file in a cell of an image column, or why there is none."""
+    if cell is None or not (cell.get("bytes") or cell.get("path")):
+        return "a null"
+    if cell.get("bytes"):
+        return bytes(cell["bytes"])
+    path = str(cell["path"])
+    if re.match("https?://", path):
+        return f"an address, {path}: download the images first"
+    if "://" in path:  # inside an archive, or on the hub
+        from datasets.utils.file_utils import xopen
 
-
-def ready_images(
-    items: Iterator[Item], preprocessing: Preprocessing, workers: int
-) -> Iterator[tuple[Item, Ready | str]]:
-    """Each image in order with what it became, decoded ahead by worker processes.
-
-    Memory holds a few handfuls of images for each worker, whatever their number.
-    """
-    work: Callable[[Sequence[Item]], list[Ready | str]] = partial(
-        _prepare_all, preprocessing=preprocessing
-    )
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context) as pool:
-        waiting: deque[tuple[list[Item], Future[list[Ready | str]]]] = deque()
         try:
-            while True:
-                while len(waiting) < 3 * workers and (group := list(islice(items, _AT_ONCE))):
-                    waiting.append((group, pool.submit(work, group)))
-                if not waiting:
-                    return
-                group, future = waiting.popleft()
-                yield from zip(group, future.result(), strict=True)
-        finally:
-            pool.shutdown(cancel_futures=True)
+            with xopen(path, "rb") as file:
+                return bytes(file.read())
+        except (OSError, ValueError, RuntimeError) as error:
+            return str(error)
+    if Path(images["dataset"]).is_dir() and not _is_pinned(Path(path), Path(images["dataset"])):
+        return f"{path} is outside the data set's folder, so that no digest covers it"
+    return _file_content(Path(path))
 
 
-class Unreadable:
-    """Images that cannot be read: named in the log, counted, refused beyond a share.
+def _is_pinned(path: Path, folder: Path) -> bool:
+    """Whether a file belongs to a local data set: in its folder, or taken out of an archive there."""
+    from datasets import config
 
-    Args:
-        share: the largest share of unreadable images.
-        wanted: images asked for.
-    """
-
-    def __init__(self, share: float, wanted: int) -> None:
-        self.share, self.wanted = share, wanted
-        self.seen = 0
-        self.ids: list[str] = []
-
-    def add(self, item: Item, why: str | None) -> None:
-        """Count an image; `why` says what is wrong with it.
-
-        Raises:
-            UserError: there are too many unreadable ones.
-        """
-        self.seen += 1
-        if why is None:
-            return
-        self.ids.append(item.id)
-        logger.warning("%s: cannot be read, left out (%s)", item.id, why)
-        if len(self.ids) > self.share * max(self.seen, self.wanted):
-            raise UserError(
-                f"images: {len(self.ids)} of {self.seen} cannot be read, more than unreadable_share "
-                f"({self.share:g}) of them; the last is {item.id} ({why}). Mend the images, or raise "
-                "unreadable_share."
-            )
+    roots = (folder, Path(config.HF_DATASETS_CACHE), Path(config.DOWNLOADED_DATASETS_PATH))
+    return any(path.resolve().is_relative_to(root.resolve()) for root in roots)

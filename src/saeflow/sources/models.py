@@ -8,7 +8,6 @@ Libraries are shown these files alone, so that nothing is read that no digest co
 import functools
 import logging
 import math
-import re
 import shutil
 import subprocess
 import sys
@@ -23,13 +22,13 @@ from saeflow.errors import UserError
 from saeflow.files import file_digest, read_json, write_json
 from saeflow.sources import gguf_files, hub
 from saeflow.sources.layouts import (
-    LAYOUTS,
     VISION_LAYOUTS,
     Shape,
     check_shape,
     config_shape,
     gguf_shape,
 )
+from saeflow.sources.loading import check_weights, one_line
 from saeflow.sources.shapes import check_config
 
 if TYPE_CHECKING:
@@ -45,9 +44,6 @@ LOADING = "loading.json"
 """Where the dtype stands in which a model is run, if it is not float32."""
 _NOT_MODEL = (LINK, LOADING, "provenance.json")
 _ADAPTER = "adapter_config.json"
-_NO_WEIGHT = re.compile(
-    r"(^|\.)(position_ids|inv_freq|(attn|attention)\.(masked_)?bias)$"  # masks and positions of older checkpoints
-)
 
 
 def pinned(model: Mapping[str, Any]) -> dict[str, str]:
@@ -207,95 +203,21 @@ def _convert_gguf(files: Sequence[Path], hook_points: Iterable[str], folder: Pat
         file = gguf_files.put_together(files, Path(alone))
         location = {"pretrained_model_name_or_path": alone, "gguf_file": file.name}
         advice = "Download it again, or give the model's own folder (model: {folder: PATH})."
-        with _one_line(f"{name}: the GGUF file cannot be converted", advice):
+        with one_line(f"{name}: the GGUF file cannot be converted", advice):
             model, info = AutoModelForCausalLM.from_pretrained(
                 **location, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )
-        _check_weights(model, info, name)
-        with _one_line(f"{name}: the GGUF file cannot be read a second time", advice):
+        check_weights(model, info, name)
+        with one_line(f"{name}: the GGUF file cannot be read a second time", advice):
             gguf_files.check_read_whole(file, name, model)
         # The weights are plain float32 now; save_pretrained would look for a quantiser that writes GGUF.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        with _one_line(f"{name}: the tokenizer in it cannot be read", advice):
+        with one_line(f"{name}: the tokenizer in it cannot be read", advice):
             tokenizer: Any = AutoTokenizer.from_pretrained(**location, trust_remote_code=False)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _one_line(failure: str, advice: str) -> Iterator[None]:
-    """Turn what model libraries raise at bad files into one line.
-
-    Raises:
-        UserError: in place of their errors.
-    """
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
-
-    foreign = (SafetensorError, StrictDataclassError)
-    found: Exception
-    try:
-        yield
-        return
-    except UserError:
-        raise
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        *foreign,
-    ) as error:
-        found = error
-    except Exception as error:
-        if type(error) is not Exception:  # tokenizers raises bare ones
-            raise
-        found = error
-    raise UserError(f"{failure} ({hub.last_line(str(found))}). {advice}") from found
-
-
-def _check_weights(model: Any, info: Mapping[str, Any], where: Path) -> None:
-    """Check that a model's weights are those of its files: none made up, none left out.
-
-    Weights of parts that the model does not have, such as another head, are only named in the log.
-
-    Args:
-        model: as transformers loaded it.
-        info: what transformers says of its loading.
-        where: its files, for messages.
-
-    Raises:
-        UserError: weights are missing, or the model's own parts have no place for some.
-    """
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(
-            f"{where}: weights are missing in its files: {_some(missing)}. Download or save the model again."
-        )
-    unexpected = sorted(key for key in info["unexpected_keys"] if not _NO_WEIGHT.search(key))
-    layouts = [
-        table[model.config.model_type]
-        for table in (LAYOUTS, VISION_LAYOUTS)
-        if model.config.model_type in table
-    ]
-    decoders = [model.get_submodule(layout.decoder) for layout in layouts]
-    own = {name for module in (model, *decoders) for name, _ in module.named_children()}
-    if left_out := [key for key in unexpected if own.intersection(key.split("."))]:
-        raise UserError(
-            f"{where}: its files hold weights that the model its config.json describes has no place for: "
-            f"{_some(left_out)}. Fix config.json (such as attention_bias, num_hidden_layers), or give the model "
-            "that belongs to it."
-        )
-    if unexpected:
-        logger.warning("%s: weights of parts that are not used: %s", where, _some(unexpected))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" ... ({len(names)} in all)" if len(names) > 3 else "")
 
 
 def model_folder(folder: Path, *, weights: bool) -> Path:
@@ -328,7 +250,7 @@ def model_folder(folder: Path, *, weights: bool) -> Path:
 
 
 @contextmanager
-def _pinned_files(folder: Path, *, weights: bool) -> Iterator[tuple[Path, Path]]:
+def pinned_files(folder: Path, *, weights: bool) -> Iterator[tuple[Path, Path]]:
     """Where a fetched model lies, for messages, and a folder that holds its pinned files alone."""
     local = model_folder(folder, weights=weights)
     link = folder / LINK
@@ -354,11 +276,11 @@ def load_model(folder: Path, device: str) -> "nn.Module":
     from transformers import AutoModelForCausalLM, CLIPModel
 
     dtype = read_json(folder / LOADING)["dtype"] if (folder / LOADING).exists() else "float32"
-    with _pinned_files(folder, weights=True) as (local, files):
+    with pinned_files(folder, weights=True) as (local, files):
         is_clip = read_json(files / "config.json").get("model_type") in VISION_LAYOUTS
         architecture: Any = CLIPModel if is_clip else AutoModelForCausalLM
         advice = "Run the step that fetches it again, or give another model."
-        with _one_line(f"{local}: the model cannot be loaded", advice):
+        with one_line(f"{local}: the model cannot be loaded", advice):
             is_spread = device.startswith("cuda") and not _fits(
                 files, getattr(torch, dtype), device
             )
@@ -371,7 +293,7 @@ def load_model(folder: Path, device: str) -> "nn.Module":
                 **({} if is_clip else {"trust_remote_code": False}),
                 **({"device_map": "auto"} if is_spread else {}),
             )
-    _check_weights(model, info, local)
+    check_weights(model, info, local)
     module: nn.Module = model if is_spread else model.to(device)
     return module.eval().requires_grad_(False)
 
@@ -398,8 +320,8 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     with (
-        _pinned_files(folder, weights=False) as (local, files),
-        _one_line(
+        pinned_files(folder, weights=False) as (local, files),
+        one_line(
             f"{local}: the tokenizer cannot be loaded",
             "Add the tokenizer's files (tokenizer.json) to the model's folder, as the installed libraries write them.",
         ),
@@ -439,6 +361,6 @@ def load_config(folder: Path) -> Any:
     from transformers import AutoConfig
 
     local = model_folder(folder, weights=False)
-    with _one_line(f"{local}: its config.json cannot be read", "Give another model."):
+    with one_line(f"{local}: its config.json cannot be read", "Give another model."):
         config = AutoConfig.from_pretrained(local, trust_remote_code=False, local_files_only=True)
     return config if config.model_type in VISION_LAYOUTS else config.get_text_config()

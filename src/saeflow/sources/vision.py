@@ -8,8 +8,9 @@ import csv
 import hashlib
 import logging
 import math
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
@@ -20,19 +21,11 @@ import numpy as np
 from saeflow.errors import UserError
 from saeflow.files import read_json, write_json
 from saeflow.sources.base import Column
-from saeflow.sources.images import (
-    NO_LABEL,
-    Images,
-    Item,
-    Preprocessing,
-    Ready,
-    Unreadable,
-    images_digests,
-    read_images,
-    ready_images,
-)
+from saeflow.sources.decoding import Ready, Unreadable, ready_images
+from saeflow.sources.images import NO_LABEL, Images, Item, images_digests, read_images
 from saeflow.sources.layouts import EMBEDDING, check_hook_points
 from saeflow.sources.model_source import ModelSource
+from saeflow.sources.preprocessing import Preprocessing, load_preprocessing, normalised
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,42 +55,6 @@ def external_inputs(params: Mapping[str, Any]) -> dict[str, str]:
 def open_source(params: Mapping[str, Any], folder: Path, device: str) -> "VisionSource":
     """Open the model and the pixels in `folder`."""
     return VisionSource(params, folder, device)
-
-
-def load_preprocessing(model: Path) -> Preprocessing:
-    """What a fetched CLIP model wants of an image.
-
-    Raises:
-        UserError: its preprocessor_config.json is missing or says something else.
-    """
-    from transformers import CLIPImageProcessorPil
-
-    from saeflow.sources.models import load_config, model_folder
-
-    vision = load_config(model).vision_config
-    local = model_folder(model, weights=False)
-    try:
-        processor: Any = CLIPImageProcessorPil.from_pretrained(local, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{local}: no preprocessing for images ({error}). Add the model's preprocessor_config.json."
-        ) from None
-    size, crop = processor.size, processor.crop_size
-    found = Preprocessing(
-        shorter_side=int(size["shortest_edge"] if "shortest_edge" in size else size["height"]),
-        height=int(crop["height"]),
-        width=int(crop["width"]),
-        resample=int(processor.resample),
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-        patch=int(vision.patch_size),
-    )
-    if (found.height, found.width) != (vision.image_size, vision.image_size):
-        raise UserError(
-            f"{local}: expected images of {vision.image_size} pixels (config.json), found a crop of "
-            f"{found.height} x {found.width} (preprocessor_config.json). Mend one of them."
-        )
-    return found
 
 
 def rows_per_context(params: Mapping[str, Any], preprocessing: Preprocessing) -> int:
@@ -161,8 +118,7 @@ def prepare_labelled(
     """
     preprocessing = load_preprocessing(model)
     found = {split: read_images(labelled[split]) for split in ("train", "test")}
-    named: list[str] | None = labelled["class_names"]
-    classes = named or found["train"][0] or []
+    classes = found["train"][0] or []
     for split, (own, _) in found.items():
         where = f"labelled_sets: {split}"
         if own is None:
@@ -170,11 +126,13 @@ def prepare_labelled(
                 f"{where}: expected images with classes, found none. Give label_column, or a folder with "
                 "one subfolder a class."
             )
-        if len(own) != len(classes) or (named is None and own != classes):
+        if own != classes:
             raise UserError(
-                f"{where}: expected the classes {_some(classes)}, found {_some(own)}. Train and test (and "
-                "class_names) must have the same classes in the same order."
+                f"{where}: expected the classes {_some(classes)}, found {_some(own)}. Train and test must have the "
+                "same classes in the same order."
             )
+    if labelled["class_names"] is not None:
+        classes = _named(classes, labelled["class_names"])
     for template in labelled["templates"]:
         if template.count("{}") != 1 or template.count("{") != 1 or template.count("}") != 1:
             raise UserError(
@@ -196,6 +154,44 @@ def prepare_labelled(
     write_json(
         folder / FACTS, {"classes": names, **totals, "templates": list(labelled["templates"])}
     )
+
+
+def _named(classes: list[str], names: list[str]) -> list[str]:
+    """Names given to classes by their order, where that order is beyond doubt.
+
+    Raises:
+        UserError: too few or too many names, or classes that can be counted in two ways.
+    """
+    where = "labelled_sets.class_names"
+    if len(names) != len(classes):
+        raise UserError(
+            f"{where}: expected the classes {_some(classes)}, found {_some(names)}. Give a name for each class, in "
+            "their order."
+        )
+    if sorted(names) == sorted(classes) and names != classes:
+        raise UserError(
+            f"{where}: they are the names of the classes in another order: {_some(names)}, not {_some(classes)}. "
+            "Set class_names: null."
+        )
+    if all(re.fullmatch(r"-?[0-9]+", name) for name in classes):
+        values = [int(name) for name in classes]
+        if values != list(range(values[0], values[0] + len(values))):
+            raise UserError(
+                f"{where}: the classes are the numbers {_some(classes)}, with gaps between, so that a name cannot be told "
+                "by its place. Name the classes in the data, or give images of all of them."
+            )
+    elif sorted(classes, key=_natural) != classes:
+        raise UserError(
+            f"{where}: the classes {_some(classes)} have another order as text than by their numbers. Pad the numbers "
+            "with zeros (class_02), or set class_names: null."
+        )
+    return names
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """A key that sorts the numbers inside names by value."""
+    parts = re.split(r"([0-9]+)", name)
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
 def _always(split: str, item: Item) -> str:
@@ -233,6 +229,7 @@ def write_images(
     unreadable = Unreadable(unreadable_share, sum(n or 0 for n in wanted.values()))
     counts = [0] * len(classes or [])
     logged = time.monotonic()
+    unlabelled = 0
 
     def takes(item: Item) -> bool:
         if per_class is not None and (item.label == NO_LABEL or counts[item.label] >= per_class):
@@ -244,8 +241,14 @@ def write_images(
         full = all(writer.is_full for writer in writers.values())
         return full or (per_class is not None and all(n >= per_class for n in counts))
 
-    offered = (item for item in takewhile(lambda _: not done(), items) if takes(item))
-    for item, ready in ready_images(offered, preprocessing, workers):
+    def offered() -> Iterator[Item]:
+        nonlocal unlabelled
+        for item in takewhile(lambda _: not done(), items):
+            unlabelled += per_class is not None and item.label == NO_LABEL
+            if takes(item):
+                yield item
+
+    for item, ready in ready_images(offered(), preprocessing, workers):
         unreadable.add(item, ready if isinstance(ready, str) else None)
         if isinstance(ready, Ready) and takes(item):  # decoding runs ahead of what is still wanted
             writers[split_of(item)].add(item, ready)
@@ -257,6 +260,8 @@ def write_images(
     for writer in writers.values():
         writer.close()
     logger.info("%s; %d unreadable", ", ".join(map(str, writers.values())), len(unreadable.ids))
+    if unlabelled:
+        logger.warning("%d images without a class are left out", unlabelled)
     return counts, unreadable.ids
 
 
@@ -330,15 +335,6 @@ class PixelWriter:
             objects = np.array([ready.objects for ready in self._truth], np.int32)
             np.save(self._folder / f"{self.split}_cover.npy", covers)
             np.save(self._folder / f"{self.split}_objects.npy", objects)
-
-
-def normalised(pixels: np.ndarray, preprocessing: Preprocessing) -> "Tensor":
-    """Pixels (n, height, width, 3) uint8 as the model takes them: (n, 3, height, width) float32."""
-    import torch
-
-    x = torch.from_numpy(np.array(pixels)).permute(0, 3, 1, 2).float().div_(255)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (preprocessing.mean, preprocessing.std))
-    return x.sub_(mean).div_(std)
 
 
 class VisionSource(ModelSource):

@@ -1,0 +1,92 @@
+"""What model libraries say of files: their errors as one line, their reports of weights as a check."""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from saeflow.errors import UserError
+from saeflow.sources import hub
+from saeflow.sources.layouts import LAYOUTS, VISION_LAYOUTS
+
+logger = logging.getLogger(__name__)
+
+_NO_WEIGHT = re.compile(
+    r"(^|\.)(position_ids|inv_freq|(attn|attention)\.(masked_)?bias)$"  # masks and positions of older checkpoints
+)
+
+
+@contextmanager
+def one_line(failure: str, advice: str) -> Iterator[None]:
+    """Turn what model libraries raise at bad files into one line.
+
+    Raises:
+        UserError: in place of their errors.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    foreign = (SafetensorError, StrictDataclassError)
+    found: Exception
+    try:
+        yield
+        return
+    except UserError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        *foreign,
+    ) as error:
+        found = error
+    except Exception as error:
+        if type(error) is not Exception:  # tokenizers raises bare ones
+            raise
+        found = error
+    raise UserError(f"{failure} ({hub.last_line(str(found))}). {advice}") from found
+
+
+def check_weights(model: Any, info: Mapping[str, Any], where: Path) -> None:
+    """Check that a model's weights are those of its files: none made up, none left out.
+
+    Weights of parts that the model does not have, such as another head, are only named in the log.
+
+    Args:
+        model: as transformers loaded it.
+        info: what transformers says of its loading.
+        where: its files, for messages.
+
+    Raises:
+        UserError: weights are missing, or the model's own parts have no place for some.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(
+            f"{where}: weights are missing in its files: {_some(missing)}. Download or save the model again."
+        )
+    unexpected = sorted(key for key in info["unexpected_keys"] if not _NO_WEIGHT.search(key))
+    layouts = [
+        table[model.config.model_type]
+        for table in (LAYOUTS, VISION_LAYOUTS)
+        if model.config.model_type in table
+    ]
+    decoders = [model.get_submodule(layout.decoder) for layout in layouts]
+    own = {name for module in (model, *decoders) for name, _ in module.named_children()}
+    if left_out := [key for key in unexpected if own.intersection(key.split("."))]:
+        raise UserError(
+            f"{where}: its files hold weights that the model its config.json describes has no place for: "
+            f"{_some(left_out)}. Fix config.json (such as attention_bias, num_hidden_layers), or give the model "
+            "that belongs to it."
+        )
+    if unexpected:
+        logger.warning("%s: weights of parts that are not used: %s", where, _some(unexpected))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" ... ({len(names)} in all)" if len(names) > 3 else "")

@@ -1,0 +1,210 @@
+"""From an upright RGB image to what a CLIP model takes, as the model's own Hugging Face processor would do it.
+
+Resizing and cropping are done once, to uint8 pixels; rescaling and normalising each time the model runs. Settings
+that CLIP's processors do not have are refused.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from saeflow.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PROCESSORS = {"CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"}  # fmt: skip
+_SETTINGS = {
+    "crop_size", "default_to_square", "do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize",
+    "image_mean", "image_std", "resample", "rescale_factor", "size", "use_square_size",
+}  # fmt: skip
+_WITHOUT_EFFECT = {
+    "_image_processor_type", "_processor_class", "_valid_processor_keys", "device", "disable_grouping",
+    "feature_extractor_type", "image_processor_type", "input_data_format", "processor_class", "return_tensors",
+}  # fmt: skip
+_BILINEAR = 2
+_FILTERS = range(6)
+"""PIL's numbers of resampling filters."""
+_SIZES = ("shortest_edge", "longest_edge", "height", "width", "max_height", "max_width")
+MOST_RESIZED = 1 << 24
+"""Pixels; of a larger resized image only the centre that is cut out is computed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """What a CLIP model wants of an image."""
+
+    size: int | tuple[int, int] | None
+    """Pixels of the shorter side, or (height, width), to resize to; None does not resize."""
+    crop: tuple[int, int] | None
+    """(height, width) to cut out of the centre, zeros around what is smaller; None does not crop."""
+    height: int
+    width: int
+    resample: int
+    """PIL's number of the filter."""
+    factor: float | None
+    """What pixels (0..255) are multiplied with; None leaves them."""
+    mean: tuple[float, ...] | None
+    """Of each channel; None does not normalise."""
+    std: tuple[float, ...] | None
+    patch: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return self.height // self.patch, self.width // self.patch
+
+
+def load_preprocessing(model: Path) -> Preprocessing:
+    """Read what a fetched CLIP model wants of an image.
+
+    Raises:
+        UserError: its preprocessor_config.json is missing, does not fit the model, or asks for something else than
+            CLIP's processors do.
+    """
+    from transformers import CLIPImageProcessorPil
+
+    from saeflow.sources.loading import one_line
+    from saeflow.sources.models import load_config, pinned_files
+
+    vision = load_config(model).vision_config
+    advice = "Add or fix the model's preprocessor_config.json."
+    with (
+        pinned_files(model, weights=False) as (local, files),
+        one_line(f"{local}: no preprocessing for images", advice),
+    ):
+        raw, _ = CLIPImageProcessorPil.get_image_processor_dict(files, local_files_only=True)
+        kind = raw.get("image_processor_type", raw.get("feature_extractor_type"))
+        if kind is not None and kind not in _PROCESSORS:
+            raise UserError(
+                f"{local}: expected an image processor of CLIP ({', '.join(sorted(_PROCESSORS))}), found {kind!r}. "
+                "Give a CLIP model whose preprocessor_config.json is CLIP's."
+            )
+        known = _SETTINGS | _WITHOUT_EFFECT
+        unknown = {
+            key: value
+            for key, value in raw.items()
+            if key not in known
+            and value not in (None, False)
+            and (key, value) != ("data_format", "channels_first")
+        }
+        if unknown:
+            raise UserError(
+                f"{local}: its preprocessor_config.json asks for {unknown}, which CLIP's image processors do not do. "
+                "Take it out, or give another model."
+            )
+        found = _preprocessing(
+            CLIPImageProcessorPil.from_pretrained(files, local_files_only=True),
+            int(vision.patch_size),
+            local,
+        )
+    if (found.height, found.width) != (vision.image_size, vision.image_size):
+        raise UserError(
+            f"{local}: expected images of {vision.image_size} pixels (config.json), found a crop of "
+            f"{found.height} x {found.width} (preprocessor_config.json). Fix one of them."
+        )
+    return found
+
+
+def _preprocessing(processor: Any, patch: int, where: Path) -> Preprocessing:
+    size: int | tuple[int, int] | None = None
+    if processor.do_resize:
+        edges = {name: edge for name in _SIZES if (edge := getattr(processor.size, name, None))}
+        if edges.keys() == {"shortest_edge"}:
+            size = int(edges["shortest_edge"])
+        elif edges.keys() == {"height", "width"}:
+            size = int(edges["height"]), int(edges["width"])
+        else:
+            raise UserError(
+                f"{where}: size: expected shortest_edge, or height and width (preprocessor_config.json), found {edges}. "
+                "Fix it."
+            )
+    crop = None
+    if processor.do_center_crop:
+        crop = int(processor.crop_size.height), int(processor.crop_size.width)
+    out = crop or size
+    if not isinstance(out, tuple):
+        raise UserError(
+            f"{where}: its images come out in different sizes (preprocessor_config.json: do_resize "
+            f"{processor.do_resize}, do_center_crop {processor.do_center_crop}, size {size}). Set a crop, or a size "
+            "with height and width."
+        )
+    resample = _BILINEAR if processor.resample is None else int(processor.resample)
+    if resample not in _FILTERS:
+        raise UserError(
+            f"{where}: resample: expected a filter of PIL, 0 to {_FILTERS[-1]} (preprocessor_config.json), found "
+            f"{resample}. Fix it."
+        )
+    mean = std = None
+    if processor.do_normalize:
+        mean, std = _channels(processor.image_mean), _channels(processor.image_std)
+        if len(mean) != 3 or len(std) != 3 or 0 in std:
+            raise UserError(
+                f"{where}: expected image_mean and image_std of three channels, std above 0 "
+                f"(preprocessor_config.json), found {mean} and {std}. Fix them."
+            )
+    return Preprocessing(
+        size=size, crop=crop, height=out[0], width=out[1], resample=resample,
+        factor=float(processor.rescale_factor) if processor.do_rescale else None,
+        mean=mean, std=std, patch=patch,
+    )  # fmt: skip
+
+
+def _channels(value: Any) -> tuple[float, ...]:
+    return (float(value),) * 3 if isinstance(value, int | float) else tuple(map(float, value))
+
+
+def fit(image: Any, preprocessing: Preprocessing) -> np.ndarray:
+    """Resize and crop an RGB image of PIL: (height, width, 3) uint8.
+
+    Memory does not depend on the shape of what a long, thin image is resized to.
+    """
+    size = _resized(image.size, preprocessing.size)
+    resample, crop = preprocessing.resample, preprocessing.crop
+    if crop is None:
+        return np.asarray(image.resize(size, resample=resample))
+    left, top = (size[0] - crop[1]) // 2, (size[1] - crop[0]) // 2
+    if preprocessing.size is None:
+        done = image
+    elif size[0] * size[1] <= MOST_RESIZED:
+        done = image.resize(size, resample=resample)
+    else:
+        box = (max(left, 0), max(top, 0), min(left + crop[1], size[0]), min(top + crop[0], size[1]))
+        across, down = image.size[0] / size[0], image.size[1] / size[1]
+        source = (box[0] * across, box[1] * down, min(box[2] * across, image.size[0]), min(box[3] * down, image.size[1]))  # fmt: skip
+        done = image.resize((box[2] - box[0], box[3] - box[1]), resample=resample, box=source)
+        left, top = left - box[0], top - box[1]
+    return np.asarray(done.crop((left, top, left + crop[1], top + crop[0])))
+
+
+def _resized(size: tuple[int, int], wanted: int | tuple[int, int] | None) -> tuple[int, int]:
+    """(width, height) of an image after resizing."""
+    width, height = size
+    if wanted is None:
+        return size
+    if isinstance(wanted, tuple):
+        return wanted[1], wanted[0]
+    longer = int(wanted * max(size) / min(size))
+    return (wanted, longer) if width <= height else (longer, wanted)
+
+
+def normalised(pixels: np.ndarray, preprocessing: Preprocessing) -> "Tensor":
+    """Pixels (n, height, width, 3) uint8 as the model takes them: (n, 3, height, width) float32.
+
+    A table of all 256 values holds the arithmetic of transformers' numpy functions, bit for bit.
+    """
+    import torch
+
+    values = np.arange(256, dtype=np.uint8)
+    if preprocessing.factor is not None:
+        values = (values.astype(np.float64) * preprocessing.factor).astype(np.float32)
+    table = np.repeat(values.astype(np.float32)[None], 3, axis=0)  # (channel, value)
+    if preprocessing.mean is not None and preprocessing.std is not None:
+        mean, std = (np.array(v, np.float32) for v in (preprocessing.mean, preprocessing.std))
+        table = (table - mean[:, None]) / std[:, None]
+    out = np.empty((len(pixels), 3, *pixels.shape[1:3]), np.float32)
+    for channel in range(3):
+        np.take(table[channel], pixels[..., channel], out=out[:, channel], mode="clip")
+    return torch.from_numpy(out)
