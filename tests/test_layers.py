@@ -9,7 +9,7 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "saeflow"
 LAYERS = (
-    "errors", "device", "files", "progress", "plugins", "options", "schema", "config", "provenance", "plan", "operators",
+    "errors", "device", "files", "local_files", "progress", "plugins", "options", "schema", "config", "provenance", "plan", "operators",
     "sources", "stores", "complexity", "saes", "preflight", "training", "evaluation", "exchange", "figures", "needs", "rehearsal",
     "cli", "__main__",
 )  # fmt: skip

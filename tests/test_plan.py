@@ -1,11 +1,15 @@
 """A changed parameter changes the keys of the jobs that depend on it, and of no other."""
 
 import copy
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from saeflow.config import ROOT, read_yaml
+from saeflow.local_files import content_digests
 from saeflow.plan import Plan
 
 PARAMS = read_yaml(ROOT / "params.yaml")
@@ -153,3 +157,65 @@ def test_another_source_to_evaluate_on_concerns_the_saes_of_one_source() -> None
     changed = changed_by("evaluation/also_on", {"smollm2": ["python"]})
     assert kinds(changed) == {"evaluation", "baselines", "tables", "figure", "report", "latents"}
     assert not {job for job in changed if job.split(":")[-1].split("/")[0] in ("python", "scenes")}
+
+
+@pytest.fixture
+def own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with a text and a model's folder of the user's own, made a while ago."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    for name in ("text.txt", "model/config.json", "model/model.safetensors"):
+        write(tmp_path / name, name)
+    return tmp_path
+
+
+def write(path: Path, content: str) -> None:
+    """Write a file as it was written an hour ago, a little later each time."""
+    before = path.stat().st_mtime if path.exists() else time.time() - 3600
+    path.write_text(content)
+    os.utime(path, (before + 1, before + 1))
+
+
+def with_own_data() -> dict[str, Any]:
+    params = copy.deepcopy(PARAMS)
+    source = params["sources"]["smollm2"]
+    source |= {"model": {"folder": "model"}, "text": {"files": ["text.txt"], "column": "text"}}
+    return params
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("text.txt", "inputs"), ("model/model.safetensors", "model")]
+)
+def test_changed_data_changes_the_keys_of_what_reads_it(
+    own_data: Path, name: str, first: str
+) -> None:
+    before = keys(with_own_data())
+    write(own_data / name, "as long as"[: len(name)].ljust(len(name)))  # of the same size
+    after = keys(with_own_data())
+    changed = {job for job in before if before[job] != after[job]}
+    assert f"{first}:smollm2" in changed
+    assert {"store:smollm2:train", "tables", "report"} <= changed
+    assert ("model:smollm2" in changed) == (first == "model")
+    assert not any(
+        job.split(":")[-1].startswith(("python", "synthetic", "scenes")) for job in changed
+    )
+    assert any("sae:smollm2" in job for job in changed)
+
+
+def test_unchanged_data_is_read_once(own_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = keys(with_own_data())
+    monkeypatch.setattr("saeflow.local_files.file_digest", lambda path: pytest.fail(f"read {path}"))
+    assert keys(with_own_data()) == before
+    (own_data / "text.txt").touch()
+    with pytest.raises(pytest.fail.Exception, match=r"read text\.txt"):
+        keys(with_own_data())
+
+
+def test_a_file_that_changed_just_now_is_read_again(own_data: Path) -> None:
+    path = own_data / "text.txt"
+    path.write_text("first")
+    state = path.stat()
+    first = content_digests({"files": ["text.txt"]})
+    path.write_text("other")
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))  # within one tick of a coarse clock
+    assert content_digests({"files": ["text.txt"]}) != first

@@ -16,6 +16,7 @@ import yaml
 
 from saeflow.errors import UserError
 from saeflow.files import json_digest
+from saeflow.local_files import content_digests
 from saeflow.options import with_options
 from saeflow.plugins import module_file
 from saeflow.schema import ROOT, conform, listed
@@ -544,10 +545,12 @@ def job_key(
 
     Args:
         rule: its name.
-        params: the job's own slice of the parameters.
+        params: the job's own slice of the parameters; local files that it names count by their content.
         code: subpackages it runs.
         libraries: packages whose pinned version can change its result.
         after: keys of the jobs it builds on.
     """
     parts = [rule, params, source_digest(*code), pins_digest(*libraries), sorted(after)]
+    if contents := content_digests(params):
+        parts.append(contents)
     return json_digest(parts)[:20]

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from saeflow.config import ImportConfig, SAEConfig, expand_runs, imports, job_key, scorer_file
@@ -293,13 +292,8 @@ class Plan:
     @_once
     def key_import(self, run: str) -> str:
         one = self.imports[run]
-        files = {
-            path.name: file_digest(path)
-            for path in sorted(Path(one.folder).iterdir())
-            if path.is_file()
-        }
         code = (*_SHARED, "exchange", "saes", "operators")
-        return job_key("import", [asdict(one), files], code=code, libraries=_NUMERIC, after=[])
+        return job_key("import", asdict(one), code=code, libraries=_NUMERIC, after=[])
 
     @_once
     def key_sae(self, run: str) -> str:
