@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from saeflow.operators.auxk import auxk_loss, residual_share, select_auxk
-from saeflow.operators.sparse import decode_sparse, gather_pre_acts
+from saeflow.operators.products import decode_sparse, gather_pre_acts
 
 B, D, M = 7, 6, 40
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from saeflow.operators.batch_topk import batch_topk_sparse
+from saeflow.operators.products import decode_sparse, gather_pre_acts
 from saeflow.operators.soft_topk import soft_topk
-from saeflow.operators.sparse import SparseLatents, decode_sparse, gather_pre_acts
+from saeflow.operators.sparse import SparseLatents
 from saeflow.operators.sparsemax import sparsemax
 from saeflow.operators.topk import keep_topk, topk_sparse
 

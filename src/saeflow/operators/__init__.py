@@ -2,13 +2,14 @@
 
 from saeflow.operators.auxk import auxk_loss, residual_share, select_auxk
 from saeflow.operators.batch_topk import batch_topk, batch_topk_sparse
-from saeflow.operators.entmax import entmax, entmax_sparse
+from saeflow.operators.entmax import entmax, entmax_of, entmax_sparse
 from saeflow.operators.geometric_median import geometric_median
 from saeflow.operators.jumprelu import jumprelu, step
-from saeflow.operators.pre_acts import is_exact, lowered, pre_acts, rounding
-from saeflow.operators.soft_topk import soft_topk, soft_topk_sparse
-from saeflow.operators.sparse import SparseLatents, decode_sparse, gather_columns, gather_pre_acts
-from saeflow.operators.sparsemax import sparsemax, sparsemax_sparse
+from saeflow.operators.pre_acts import lowered, pre_acts, rounding
+from saeflow.operators.products import decode_sparse, gather_columns, gather_pre_acts
+from saeflow.operators.soft_topk import soft_topk, soft_topk_of, soft_topk_sparse
+from saeflow.operators.sparse import SparseLatents, room
+from saeflow.operators.sparsemax import sparsemax, sparsemax_of, sparsemax_sparse
 from saeflow.operators.topk import keep_topk, topk_indices, topk_sparse
 
 __all__ = [
@@ -18,21 +19,24 @@ __all__ = [
     "batch_topk_sparse",
     "decode_sparse",
     "entmax",
+    "entmax_of",
     "entmax_sparse",
     "gather_columns",
     "gather_pre_acts",
     "geometric_median",
-    "is_exact",
     "jumprelu",
     "keep_topk",
     "lowered",
     "pre_acts",
     "residual_share",
+    "room",
     "rounding",
     "select_auxk",
     "soft_topk",
+    "soft_topk_of",
     "soft_topk_sparse",
     "sparsemax",
+    "sparsemax_of",
     "sparsemax_sparse",
     "step",
     "topk_indices",

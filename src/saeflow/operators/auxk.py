@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from saeflow.operators.sparse import SparseLatents
+from saeflow.operators.gpu import selection
+from saeflow.operators.sparse import SparseLatents, room
 from saeflow.operators.topk import keep_topk, topk_sparse
 
 
@@ -42,19 +43,25 @@ def auxk_loss(
     return residual_share(residual, keep_topk(acts.relu(), k_aux) @ directions)
 
 
-def select_auxk(pre_acts: Tensor, dead: Tensor, k_aux: int) -> SparseLatents:
+def select_auxk(
+    pre_acts: Tensor, dead: Tensor, k_aux: int, most: int | None = None
+) -> SparseLatents:
     """The k_aux largest dead pre-activations of each row, of those that a relu leaves positive.
 
     For the sparse path: choose here without gradient, give the choice to `gather_pre_acts` and
     what it decodes to to `residual_share`, so that no (B, d_sae) gradient is built.
 
     Args, Raises: as `auxk_loss`.
+        most: see `sparse.room`.
 
     Returns:
         At most min(k_aux, number dead) entries per row of (B, d_sae), all positive: the others
         add nothing to the reconstruction or to a gradient.
     """
     _check_dead(pre_acts, dead)
+    if (capacity := room(pre_acts, most)) is not None:
+        chosen = selection.topk(pre_acts, k_aux, capacity, allowed=dead, is_positive=True)
+        return SparseLatents.of(chosen)
     columns = dead.nonzero()[:, 0]
     if len(columns) == 0:
         nothing = pre_acts.new_empty(0)
@@ -77,7 +84,7 @@ def residual_share(
         (), differentiable in e_hat; the residual is taken as a constant.
     """
     residual = residual.detach()
-    mean = total(residual.sum(0)) / total(residual.new_tensor(len(residual)))
+    mean = total(residual.sum(0)) / total(residual.new_full((), len(residual)))
     spread = total((residual - mean).square().sum())
     is_defined = (spread > 0) & spread.isfinite()
     residual = residual.where(is_defined, 0)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saeflow.operators import gpu, native
+from saeflow.operators.gpu import selection
 from saeflow.operators.rows import (
     as_rows,
     blocks,
@@ -18,7 +19,7 @@ from saeflow.operators.rows import (
     refuse_row,
     refuse_rows,
 )
-from saeflow.operators.sparse import SparseLatents
+from saeflow.operators.sparse import SparseLatents, room
 from saeflow.operators.topk import keep_positions, topk_sparse
 
 SAMPLE, ROOM = 64, 256  # rows that the first floor is guessed from; spare entries a row
@@ -49,13 +50,16 @@ def batch_topk(values: Tensor, k: float) -> Tensor:
     return keep_positions(values, _choose(values, k).flat)
 
 
-def batch_topk_sparse(values: Tensor, k: float) -> SparseLatents:
+def batch_topk_sparse(values: Tensor, k: float, most: int | None = None) -> SparseLatents:
     """`batch_topk` of a (B, n) matrix as sparse latents: round(B * k) entries, rows of any length.
 
     Args, Raises: as `batch_topk`, with one leading dimension. Differentiable in the values.
+        most: see `sparse.room`; then nothing is raised for what a row holds, and the values are constants.
     """
     if values.ndim != 2:
         raise ValueError(f"values must be (B, n), got {tuple(values.shape)}")
+    if (capacity := room(values, most)) is not None:
+        return SparseLatents.of(selection.batch_topk(values, round(len(values) * k), capacity))
     return _choose(values, k).taken_from(values)
 
 

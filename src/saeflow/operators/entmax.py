@@ -7,8 +7,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saeflow.operators import gpu, native
+from saeflow.operators.gpu import on_lists, selection
+from saeflow.operators.pre_acts import ROUNDED, is_exact, lowered
 from saeflow.operators.rows import SomeEntries, as_rows, blocks, refuse_rows
-from saeflow.operators.sparse import SparseLatents
+from saeflow.operators.sparse import SparseLatents, room
 from saeflow.operators.sparsemax import (
     native_simplex,
     simplex_candidates,
@@ -48,11 +50,39 @@ def entmax(scores: Tensor, alpha: float | Tensor) -> Tensor:
     return _Entmax.apply(scores, alpha.expand(scores.shape[:-1]))
 
 
-def entmax_sparse(scores: Tensor, alpha: float | Tensor) -> SparseLatents:
-    """The scores (B, n) to which `entmax` gives a probability; not differentiable.
+def entmax_of(latents: SparseLatents, alpha: float | Tensor) -> SparseLatents:
+    """`entmax` of the entries of each row, if those that are absent would get 0."""
+    if (lists := latents.lists) is None:
+        return latents.map_rows(lambda rows: entmax(rows, alpha))
+    return latents.with_values(on_lists.entmax(lists.values, lists.counts, alpha).view(-1))
+
+
+def entmax_sparse(
+    scores: Tensor,
+    alpha: float | Tensor,
+    margin: Tensor | float = 0.0,
+    most: int | None = None,
+) -> SparseLatents:
+    """The scores (B, n) to which `entmax` gives a probability, or may; not differentiable.
 
     Args, Raises: as `entmax`, with one leading dimension.
+        margin: how far scores may lie from exact ones, see `pre_acts.rounding`.
+        most: see `sparse.room`; then some others come with them, and nothing is raised for what a row holds.
     """
+    if (capacity := room(scores, most)) is not None:
+        scale = alpha.detach() - 1 if isinstance(alpha, Tensor) else alpha - 1
+        lists = selection.near_simplex(scores, scale, capacity, ROUNDED * margin)
+        return SparseLatents.of(lists)
+    chosen = _support(scores, alpha)
+    if is_exact(margin):
+        return chosen
+    p = entmax_of(chosen, alpha).values
+    scale = torch.as_tensor(alpha).detach() - 1
+    tau = chosen.with_values(chosen.values - p**scale / scale).least()
+    return SparseLatents.from_rows_above(scores, lowered(tau, margin))
+
+
+def _support(scores: Tensor, alpha: float | Tensor) -> SparseLatents:
     alpha = torch.as_tensor(alpha, dtype=torch.float64).detach().expand(len(scores))
     return simplex_support(scores, alpha - 1, lambda rows: entmax(rows, alpha))
 

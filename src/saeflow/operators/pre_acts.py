@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+ROUNDED = 4
+"""Times `rounding`, what `lowered` takes from a threshold of six root mean squares: few latents reach that."""
+
 
 def pre_acts(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
     """a = (x - b_dec) W_enc + b_enc.

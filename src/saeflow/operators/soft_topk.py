@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saeflow.operators import gpu, native
-from saeflow.operators.pre_acts import is_exact, lowered
+from saeflow.operators.gpu import on_lists, selection
+from saeflow.operators.pre_acts import ROUNDED, is_exact, lowered
 from saeflow.operators.rows import (
     AllEntries,
     Entries,
@@ -24,7 +25,7 @@ from saeflow.operators.rows import (
     refuse_row,
     refuse_rows,
 )
-from saeflow.operators.sparse import SparseLatents
+from saeflow.operators.sparse import SparseLatents, room
 from saeflow.operators.topk import topk_sparse
 
 FAR, FAR_DOUBLE = 30.0, 80.0
@@ -71,17 +72,25 @@ def soft_topk(values: Tensor, k: float | Tensor, temperature: float) -> Tensor:
 
 
 def soft_topk_sparse(
-    values: Tensor, k: Tensor, temperature: float, margin: Tensor | float = 0.0
+    values: Tensor,
+    k: Tensor,
+    temperature: float,
+    margin: Tensor | float = 0.0,
+    most: int | None = None,
 ) -> SparseLatents:
     """The entries of values (B, n) whose mask is above 0, or may be where values are rounded.
 
     Args:
         values, k, temperature: as for `soft_topk`, with k (B,).
         margin: how far values may lie from exact ones, see `pre_acts.rounding`.
+        most: see `sparse.room`; then some others come with them, and the values are constants.
 
     Returns:
         The entries, with the gradient of `values`.
     """
+    if (capacity := room(values, most)) is not None:
+        far = FAR * temperature + ROUNDED * margin
+        return SparseLatents.of(selection.near_rank(values, k.detach(), capacity, far))
     if is_exact(margin):
         return SparseLatents.from_mask(values, soft_topk(values, k, temperature) > 0)
     ranks = (2 * k.detach().ceil().long()).clamp(
@@ -89,6 +98,14 @@ def soft_topk_sparse(
     )  # b is at least the last of these
     least = topk_sparse(values.detach(), ranks).least()
     return SparseLatents.from_rows_above(values, lowered(least, margin) - FAR * temperature)
+
+
+def soft_topk_of(latents: SparseLatents, k: Tensor, temperature: float) -> SparseLatents:
+    """`soft_topk` of the entries of each row, if those that are absent would get 0."""
+    if (lists := latents.lists) is None:
+        return latents.map_rows(lambda rows: soft_topk(rows, k, temperature))
+    mask = on_lists.soft_topk(lists.values, lists.counts, k, temperature)
+    return latents.with_values(mask.view(-1))
 
 
 def _threshold(

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saeflow.operators import gpu, native
+from saeflow.operators.gpu import on_lists, selection
+from saeflow.operators.pre_acts import ROUNDED, is_exact, lowered
 from saeflow.operators.rows import (
     GROUP,
     AllEntries,
@@ -20,7 +22,7 @@ from saeflow.operators.rows import (
     refuse_row,
     refuse_rows,
 )
-from saeflow.operators.sparse import SparseLatents
+from saeflow.operators.sparse import SparseLatents, room
 
 SLOTS = 1024  # of a row's support, for which the kernel has room
 PROBLEMS = ("", "hold NaN", "hold inf", "are all -inf")  # by the kernel's numbers
@@ -87,11 +89,32 @@ def simplex_candidates(
     return candidates, entries, solve(entries, scale, tau)
 
 
-def sparsemax_sparse(scores: Tensor) -> SparseLatents:
-    """The scores (B, n) to which `sparsemax` gives a probability; not differentiable.
+def sparsemax_of(latents: SparseLatents) -> SparseLatents:
+    """`sparsemax` of the entries of each row, if those that are absent would get 0."""
+    if (lists := latents.lists) is None:
+        return latents.map_rows(sparsemax)
+    return latents.with_values(on_lists.sparsemax(lists.values, lists.counts).view(-1))
+
+
+def sparsemax_sparse(
+    scores: Tensor, margin: Tensor | float = 0.0, most: int | None = None
+) -> SparseLatents:
+    """The scores (B, n) to which `sparsemax` gives a probability, or may; not differentiable.
 
     Args, Raises: as `sparsemax`, with one leading dimension.
+        margin: how far scores may lie from exact ones, see `pre_acts.rounding`.
+        most: see `sparse.room`; then some others come with them, and nothing is raised for what a row holds.
     """
+    if (capacity := room(scores, most)) is not None:
+        return SparseLatents.of(selection.near_simplex(scores, 1.0, capacity, ROUNDED * margin))
+    chosen = _support(scores)
+    if is_exact(margin):
+        return chosen
+    tau = chosen.with_values(chosen.values - sparsemax_of(chosen).values).least()
+    return SparseLatents.from_rows_above(scores, lowered(tau, margin))
+
+
+def _support(scores: Tensor) -> SparseLatents:
     return simplex_support(scores, torch.ones(len(scores), dtype=torch.float64), sparsemax)
 
 
@@ -104,7 +127,7 @@ def simplex_support(
         counts = torch.empty(len(rows), dtype=torch.int64)
         slots = torch.empty(len(rows), min(SLOTS, rows.shape[1]), dtype=torch.int32)
         if _solve_natively("simplex.support_rows", rows, scale, counts, slots):
-            chosen = SparseLatents.room(counts)
+            chosen = SparseLatents.room_for(counts)
             native.call("simplex.pack", rows, slots, *chosen)
             return SparseLatents(*chosen, rows.shape[1])
     return SparseLatents.from_mask(scores, operator(scores) > 0)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saeflow.operators import gpu, native
+from saeflow.operators.gpu import selection
 from saeflow.operators.rows import (
     SomeEntries,
     as_rows,
@@ -21,7 +22,7 @@ from saeflow.operators.rows import (
     refuse_row,
     refuse_rows,
 )
-from saeflow.operators.sparse import SparseLatents
+from saeflow.operators.sparse import SparseLatents, room
 
 
 def keep_topk(values: Tensor, k: int | Tensor) -> Tensor:
@@ -74,13 +75,16 @@ def topk_indices(values: Tensor, k: int | Tensor) -> tuple[Tensor, Tensor]:
     return indices, values.gather(-1, indices).masked_fill(~real, 0)
 
 
-def topk_sparse(values: Tensor, k: int | Tensor) -> SparseLatents:
+def topk_sparse(values: Tensor, k: int | Tensor, most: int | None = None) -> SparseLatents:
     """`keep_topk` of a (B, n) matrix as sparse latents: exactly k entries a row, zeros included.
 
     Args, Raises: as `keep_topk`, with one leading dimension. Differentiable in the values.
+        most: see `sparse.room`; then nothing is raised for what a row holds, and the values are constants.
     """
     if values.ndim != 2:
         raise ValueError(f"values must be (B, n), got {tuple(values.shape)}")
+    if (capacity := room(values, most)) is not None:
+        return SparseLatents.of(selection.topk(values, k, capacity))
     return _choose(values, k).taken_from(values)
 
 
@@ -89,7 +93,7 @@ def _choose(values: Tensor, k: int | Tensor) -> SparseLatents:
     rows = as_rows(values, "values")
     counts = _counts(k, values).clamp(max=rows.shape[1])
     if native.serves(rows):
-        offsets, columns, kept = SparseLatents.room(counts)
+        offsets, columns, kept = SparseLatents.room_for(counts)
         arrays = (rows, counts, offsets[1:], columns, kept)
         for bad in native.spread("selection.topk_rows", len(rows), *arrays):
             refuse_row(bad, "values hold NaN")

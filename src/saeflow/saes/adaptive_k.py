@@ -115,6 +115,10 @@ class AdaptiveK(PerInputK):
         self.ridge = probe["ridge"] * (float(probe["scale"]) / scale) ** 2
         self.examples, self.scores = inputs(probe["examples"]), probe["scores"]
 
+    @property
+    def most_k(self) -> int:
+        return self.k_max
+
     def begin_step(self, step: int, total: int) -> None:
         self.step = step
         self.is_joint = step >= round(self.phase_ratio * total)

@@ -24,6 +24,7 @@ from saeflow.operators import (
     keep_topk,
     pre_acts,
     residual_share,
+    room,
     rounding,
     select_auxk,
 )
@@ -69,9 +70,7 @@ class Forward:
     def fired(self) -> Tensor:
         """(d_sae,) bool: latents that are not zero somewhere in the batch."""
         if isinstance(self.latents, SparseLatents):
-            fired = torch.zeros(self.latents.d_sae, dtype=torch.bool, device=self.x.device)
-            fired[self.latents.columns[self.latents.values.detach() != 0]] = True
-            return fired
+            return self.latents.fired()
         return (self.latents.detach() != 0).any(0)
 
 
@@ -117,6 +116,16 @@ class SAE(nn.Module):
     def is_sparse(self) -> bool:
         """Whether a step is faster on the sparse path: few latents are active."""
         return False
+
+    @property
+    def most(self) -> int:
+        """Latents that a row is expected to use at most, where a GPU makes room for the same number in each."""
+        return self.d_sae
+
+    @property
+    def room(self) -> int | None:
+        """`most`, None where ranks share selections: those need what each row has."""
+        return self.most if self.ranks.size == 1 else None
 
     def settle(self) -> None:
         """Decide the path of the steps to come from what the last ones measured: a wait for the device."""
@@ -284,9 +293,10 @@ class SAE(nn.Module):
         weights = self.W_enc, self.b_enc, self.b_dec
         return gather_pre_acts(x, *weights, chosen, is_rounded=is_rounded)
 
-    def gather_columns(self, x: Tensor, pre_acts: Tensor, columns: Tensor) -> Tensor:
-        """Whole columns (n,) of `pre_activations(x)`, (B, n), with gradient."""
-        return gather_columns(x, self.W_enc, self.b_enc, self.b_dec, pre_acts, columns)
+    def gather_columns(self, fwd: Forward, columns: Tensor) -> Tensor:
+        """Whole columns (n,) of exact pre-activations, (B, n), with gradient."""
+        known = None if fwd.is_rounded else fwd.pre_acts
+        return gather_columns(fwd.x, self.W_enc, self.b_enc, self.b_dec, known, columns)
 
     def decode_selected(self, latents: SparseLatents) -> Tensor:
         """`decode`, of latents on the sparse path."""
@@ -299,12 +309,17 @@ class SAE(nn.Module):
     def auxk(self, fwd: Forward, dead: Tensor) -> Tensor:
         """How well dead latents (d_sae,) rebuild the residual (Gao et al. 2024)."""
         residual, k_aux = (fwd.x - fwd.x_hat).detach(), self.d_in // 2
+        if self.ranks.size == 1 and room(fwd.pre_acts, k_aux) is not None:
+            chosen = select_auxk(fwd.pre_acts.detach(), dead, k_aux, k_aux)
+            chosen = self.gather(fwd.x, chosen, fwd.is_rounded)
+            share = residual_share(residual, decode_sparse(chosen.relu(), self.W_dec))
+            return share.where(dead.any(), 0)
         columns = dead.nonzero()[:, 0]
         if int(self.ranks.over_latents(residual.new_tensor(len(columns)))) == 0:
             return residual.new_zeros(())
         if self.ranks.of_latents == 1 and len(columns) <= AUXK_DENSE_BELOW * k_aux:
             if fwd.is_sparse:
-                acts = self.gather_columns(fwd.x, fwd.pre_acts, columns)
+                acts = self.gather_columns(fwd, columns)
             else:
                 acts = fwd.pre_acts.index_select(1, columns)
             e_hat = keep_topk(acts.relu(), k_aux) @ self.W_dec[columns]

@@ -7,6 +7,8 @@ from saeflow.operators import SparseLatents, batch_topk, batch_topk_sparse
 from saeflow.saes.base import SAE, Forward, Options, check_count, check_k, check_weight
 from saeflow.saes.schedules import make_schedule
 
+MOST = 8  # times k, latents of one input: a GPU makes room for these
+
 
 class BatchTopK(SAE):
     """k latents an input on average in training; in use, the latents above a threshold.
@@ -51,6 +53,10 @@ class BatchTopK(SAE):
     def is_sparse(self) -> bool:
         return True
 
+    @property
+    def most(self) -> int:
+        return MOST * round(self.k + 1)
+
     def begin_step(self, step: int, total: int) -> None:
         self.k = self.schedule(step, total)
         k_changed = step > 0 and self.k != self.schedule(step - 1, total)
@@ -66,9 +72,9 @@ class BatchTopK(SAE):
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
         if self.training:
-            chosen = batch_topk_sparse(pre_acts, self.k * self.ranks.of_batch)
+            chosen = batch_topk_sparse(pre_acts, self.k * self.ranks.of_batch, self.room)
             return self.ranks.largest_of_batch(chosen, round(self.ranks.rows(pre_acts) * self.k))
-        return SparseLatents.from_above(pre_acts, self.threshold)
+        return SparseLatents.from_above(pre_acts, self.threshold, self.room)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         return super().losses(fwd, dead) | {"auxk": self.auxk_weight * self.auxk(fwd, dead)}

@@ -9,6 +9,8 @@ from saeflow.saes.base import SAE, Forward
 
 SPARSE_BELOW = 0.15
 """Share of active latents under which the sparse path is faster (benchmarks/steps.py)."""
+MOST = 8
+"""Times the mean, latents of one input: a GPU makes room for these."""
 _FIRST_ROWS = 64  # that the first step's path is decided from
 
 
@@ -36,6 +38,11 @@ class FollowsDensity(SAE):
         if self.known is None:
             self.known = float(self.density)
         return 0 <= self.known < SPARSE_BELOW
+
+    @property
+    def most(self) -> int:
+        known = 1.0 if self.known is None or self.known < 0 else self.known
+        return min(round(MOST * known * self.d_sae) + MOST, self.d_sae)
 
     def settle(self) -> None:
         self.density.copy_(self.measured)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from saeflow.errors import UserError
-from saeflow.operators import SparseLatents, entmax, entmax_sparse
+from saeflow.operators import SparseLatents, entmax, entmax_of, entmax_sparse
 from saeflow.saes.base import Forward
 from saeflow.saes.sparsemax import Sparsemax
 
@@ -47,11 +47,11 @@ class Entmax(Sparsemax):
     def probabilities(self, scores: Tensor) -> Tensor:
         return entmax(scores, self.alpha)
 
-    def support(self, scores: Tensor) -> SparseLatents:
-        return entmax_sparse(scores, self.alpha)
+    def probabilities_of(self, scores: SparseLatents) -> SparseLatents:
+        return entmax_of(scores, self.alpha)
 
-    def excess(self, probabilities: Tensor) -> Tensor:
-        return probabilities ** (self.alpha - 1) / (self.alpha - 1)
+    def support(self, scores: Tensor, margin: Tensor | float) -> SparseLatents:
+        return entmax_sparse(scores, self.alpha, margin, self.room)
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         return super().facts(fwd) | {"alpha": float(torch.as_tensor(self.alpha).detach())}

@@ -40,7 +40,9 @@ class Gated(FollowsDensity):
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
-        return SparseLatents.from_above(pre_acts, lowered(pre_acts.new_zeros(()), margin))
+        return SparseLatents.from_above(
+            pre_acts, lowered(pre_acts.new_zeros(()), margin), self.room
+        )
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         b_enc, r_mag, b_mag = (v[selected.columns] for v in (self.b_enc, self.r_mag, self.b_mag))

@@ -77,7 +77,7 @@ class JumpReLU(FollowsDensity):
     ) -> SparseLatents:
         """Also those below their threshold that the kernel of its gradient reaches."""
         near = self.theta - (self.bandwidth / 2 if self.training else 0)
-        return SparseLatents.from_above(pre_acts, lowered(near, margin))
+        return SparseLatents.from_above(pre_acts, lowered(near, margin), self.room)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         theta = self.theta[selected.columns]

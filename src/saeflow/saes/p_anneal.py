@@ -75,7 +75,9 @@ class PAnneal(FollowsDensity):
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
-        return SparseLatents.from_above(pre_acts, lowered(pre_acts.new_zeros(()), margin))
+        return SparseLatents.from_above(
+            pre_acts, lowered(pre_acts.new_zeros(()), margin), self.room
+        )
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         penalty = self.ranks.over_both(sum_of_powers(fwd.values, self.p_after(self.jumps)))

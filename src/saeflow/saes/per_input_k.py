@@ -4,7 +4,15 @@ from abc import abstractmethod
 
 from torch import Tensor
 
-from saeflow.operators import SparseLatents, keep_topk, soft_topk, soft_topk_sparse, topk_sparse
+from saeflow.operators import (
+    SparseLatents,
+    keep_topk,
+    soft_topk,
+    soft_topk_of,
+    soft_topk_sparse,
+    topk_sparse,
+)
+from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
 
 
@@ -31,6 +39,15 @@ class PerInputK(FollowsDensity):
         return self.training and self.temperature > 0
 
     @property
+    @abstractmethod
+    def most_k(self) -> int:
+        """The largest k_hat there can be, rounded up."""
+
+    @property
+    def most(self) -> int:
+        return max(4 * self.most_k, super().most) if self.is_soft else self.most_k
+
+    @property
     def is_sparse(self) -> bool:
         return not self.is_soft or super().is_sparse
 
@@ -50,8 +67,8 @@ class PerInputK(FollowsDensity):
             return selected.with_values(selected.values.detach())
         return selected
 
-    def gather_columns(self, x: Tensor, pre_acts: Tensor, columns: Tensor) -> Tensor:
-        acts = super().gather_columns(x, pre_acts, columns)
+    def gather_columns(self, fwd: Forward, columns: Tensor) -> Tensor:
+        acts = super().gather_columns(fwd, columns)
         return acts.detach() if self.training and self.is_fixed else acts
 
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
@@ -67,15 +84,15 @@ class PerInputK(FollowsDensity):
         assert condition is not None
         if self.is_soft:
             v = pre_acts.relu()
-            return soft_topk_sparse(v, condition, self.temperature, margin)
+            return soft_topk_sparse(v, condition, self.temperature, margin, self.room)
         k = condition.floor().long()
-        return self.ranks.largest_of_rows(topk_sparse(pre_acts, k), k)
+        return self.ranks.largest_of_rows(topk_sparse(pre_acts, k, self.room), k)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         v = selected.with_values(selected.values.relu())
         if self.is_soft:
             assert condition is not None
             k, temperature = condition, self.temperature
-            mask = v.map_rows(lambda rows: soft_topk(rows, k, temperature))
+            mask = soft_topk_of(v, k, temperature)
             return v.with_values(v.values * mask.values)
         return v

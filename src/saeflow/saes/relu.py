@@ -30,7 +30,9 @@ class ReLU(FollowsDensity):
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
-        return SparseLatents.from_above(pre_acts, lowered(pre_acts.new_zeros(()), margin))
+        return SparseLatents.from_above(
+            pre_acts, lowered(pre_acts.new_zeros(()), margin), self.room
+        )
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         penalty = self.ranks.over_both(fwd.values.sum()) / self.ranks.rows(fwd.x)

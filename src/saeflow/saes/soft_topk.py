@@ -1,5 +1,7 @@
 """SoftSAE: a network decides how many latents each input uses, through a soft top-k (arXiv:2605.06610)."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
@@ -88,6 +90,10 @@ class SoftTopK(PerInputK):
             self.hidden.weight.copy_(torch.cat((self.W_dec[:width], more)))
             bound = width**-0.5
             self.output.weight.uniform_(-bound, bound, generator=generator)
+
+    @property
+    def most_k(self) -> int:
+        return min(math.ceil(min(self.k_max, self.d_sae)), self.d_sae)
 
     def begin_step(self, step: int, total: int) -> None:
         self.k = self.schedule(step, total)

@@ -11,11 +11,10 @@ from saeflow.operators import (
     decode_sparse,
     gather_pre_acts,
     geometric_median,
-    is_exact,
-    lowered,
     pre_acts,
     rounding,
     sparsemax,
+    sparsemax_of,
     sparsemax_sparse,
 )
 from saeflow.saes.base import (
@@ -29,6 +28,7 @@ from saeflow.saes.base import (
 from saeflow.saes.schedules import make_schedule
 
 RATE_DECAY = 0.99
+MOST = 1024  # concepts of one input: a GPU makes room for these
 
 
 class Sparsemax(SAE):
@@ -180,13 +180,17 @@ class Sparsemax(SAE):
         """(B, n) scores to their projection on the simplex."""
         return sparsemax(scores)
 
-    def support(self, scores: Tensor) -> SparseLatents:
-        """Those of the scores that have a probability; without gradient."""
-        return sparsemax_sparse(scores)
+    def probabilities_of(self, scores: SparseLatents) -> SparseLatents:
+        """The same of a list of scores, if those that are absent have none."""
+        return sparsemax_of(scores)
 
-    def excess(self, probabilities: Tensor) -> Tensor:
-        """How far above the threshold the scores of some probabilities are."""
-        return probabilities
+    def support(self, scores: Tensor, margin: Tensor | float) -> SparseLatents:
+        """Those of the scores that have a probability, or may within a margin; without gradient."""
+        return sparsemax_sparse(scores, margin, self.room)
+
+    @property
+    def most(self) -> int:
+        return MOST
 
     def allowed(self, pre_acts: Tensor) -> Tensor:
         """Scores, -inf where a latent fires too often to be used."""
@@ -210,18 +214,14 @@ class Sparsemax(SAE):
     ) -> SparseLatents:
         scores = self.allowed(pre_acts)
         if self.activation == "relu":
-            return SparseLatents.from_above(scores, 0)
-        chosen = self.support(scores)
-        if is_exact(margin) or self.activation != "weights":
-            return chosen
-        p = chosen.map_rows(self.probabilities).values
-        thresholds = chosen.with_values(chosen.values - self.excess(p)).least()
-        return SparseLatents.from_rows_above(scores, lowered(thresholds, margin))
+            return SparseLatents.from_above(scores, 0, self.room)
+        return self.support(scores, margin)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         assert condition is not None
-        is_weights = self.activation == "weights"
-        z = selected.map_rows(self.probabilities) if is_weights else selected
+        z = selected if self.activation == "relu" else self.probabilities_of(selected)
+        if self.activation == "scores":
+            z = z.with_values(selected.values * (z.values.detach() > 0))
         return z.with_values(z.values * condition[z.rows])
 
     # Training.
@@ -251,8 +251,7 @@ class Sparsemax(SAE):
         if self.max_rate is None:
             return
         if isinstance(fwd.latents, SparseLatents):
-            active = fwd.latents.columns[fwd.latents.values != 0]
-            counts = torch.bincount(active, minlength=self.d_sae)
+            counts = fwd.latents.count()
         else:
             counts = (fwd.latents != 0).sum(0)
         counts = self.ranks.over_batch(counts)

@@ -28,6 +28,10 @@ class TopK(SAE):
     def is_sparse(self) -> bool:
         return True
 
+    @property
+    def most(self) -> int:
+        return self.k
+
     def begin_step(self, step: int, total: int) -> None:
         self.k = round(self.schedule(step, total))
 
@@ -37,7 +41,7 @@ class TopK(SAE):
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
-        return self.ranks.largest_of_rows(topk_sparse(pre_acts, self.k), self.k)
+        return self.ranks.largest_of_rows(topk_sparse(pre_acts, self.k, self.room), self.k)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         return super().losses(fwd, dead) | {"auxk": self.auxk_weight * self.auxk(fwd, dead)}

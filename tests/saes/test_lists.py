@@ -1,0 +1,64 @@
+"""Latents in rows of the same room, as on a GPU: every variant gives what it gives with rows as long as they are."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from saeflow.operators import sparse
+from saeflow.saes import SAE, build
+
+from .test_variants import BATCH, CASES, D_IN, D_SAE, STEP, STEPS
+
+
+def made(case: str) -> SAE:
+    variant, options = CASES[case]
+    sae = build(variant, D_IN, D_SAE, options).train()
+    generator = torch.Generator().manual_seed(1)
+    sae.initialise(torch.randn(64, D_IN, generator=generator), generator)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    sae.begin_step(STEP, STEPS)
+    return sae
+
+
+def step_of(
+    sae: SAE, x: Tensor, dead: Tensor, is_bf16: bool
+) -> tuple[dict[str, Tensor], list[Tensor | None], Tensor]:
+    """Losses, gradients and L0 of a step on the sparse path."""
+    sae.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, is_bf16):
+        fwd = sae.run(x, is_sparse=True)
+    losses = sae.losses(fwd, dead)
+    torch.stack(list(losses.values())).sum().backward()
+    sae.end_step(fwd)
+    return losses, [p.grad for p in sae.parameters()], torch.cat((fwd.l0(), fwd.fired().long()))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_rows_of_the_same_room_change_nothing(
+    case: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(2))
+    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    dead[5:25] = precision == "fp32"  # their choice is by rounded scores on one side alone
+    expected, found, is_bf16 = made(case), made(case), precision == "bf16"
+    losses, gradients, counts = step_of(expected, x, dead, is_bf16)
+    monkeypatch.setattr(sparse, "is_padded", True)
+    padded_losses, padded_gradients, padded_counts = step_of(found, x, dead, is_bf16)
+    torch.testing.assert_close(padded_losses, losses, rtol=1e-4, atol=1e-5)
+    for (name, _), one, other in zip(
+        expected.named_parameters(), padded_gradients, gradients, strict=True
+    ):
+        if other is None:
+            assert one is None, name
+        else:
+            torch.testing.assert_close(
+                one, other, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    torch.testing.assert_close(padded_counts, counts)
+    for (name, one), other in zip(found.named_buffers(), expected.buffers(), strict=True):
+        torch.testing.assert_close(
+            one, other, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
