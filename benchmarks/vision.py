@@ -83,7 +83,7 @@ def extraction(root: Path) -> pd.DataFrame:
         prepare_s.append((time.perf_counter() - began) / rest * PHOTOGRAPHS)
     body: Any = source.model.get_submodule("vision_model")
     body.encoder.layers = body.encoder.layers[:11]
-    given = source.model_input(source.inputs("train"))
+    given = source.model_input(torch.from_numpy(np.array(source.inputs("train"))))
     parts = PHOTOGRAPHS // BATCH
 
     @torch.inference_mode()

@@ -118,7 +118,10 @@ def plain_accuracies(folder: Path, sae: TopK, block: int) -> dict[tuple[str, str
     text = torch.stack(texts).detach()
     labels = {s: np.load(folder / f"labelled/{s}_labels.npy") for s in ("train", "test")}
     latents: dict[str, list[Tensor]] = {"train": [], "test": []}
-    given = {s: normalised(np.load(folder / f"labelled/{s}.npy"), preprocessing) for s in latents}
+    given = {
+        s: normalised(torch.from_numpy(np.load(folder / f"labelled/{s}.npy")), preprocessing)
+        for s in latents
+    }
     for split in latents:
 
         def keep(x: Tensor, split: str = split) -> Tensor:
@@ -178,7 +181,10 @@ def test_an_identity_leaves_the_accuracy_alone(folder: Path, hook_point: str) ->
     sets = loop(folder, hook_point, tokens)
     metrics, lines = sets.evaluate(torch.nn.Identity(), top_n=False)
     model: Any = CLIPModel.from_pretrained(folder / "model")
-    pixels = normalised(np.load(folder / "labelled/test.npy"), load_preprocessing(folder / "model"))
+    pixels = normalised(
+        torch.from_numpy(np.load(folder / "labelled/test.npy")),
+        load_preprocessing(folder / "model"),
+    )
     text = class_features(
         model,
         load_tokenizer(folder / "model"),

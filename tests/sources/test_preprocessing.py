@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
@@ -65,7 +66,7 @@ def test_every_setting_gives_the_processors_own_pixels(name: str, tmp_path: Path
     for shape in SHAPES:
         image = picture(*shape)
         expected = processor(images=image, return_tensors="np")["pixel_values"]
-        got = normalised(fit(image, found)[None], found).numpy()
+        got = normalised(torch.from_numpy(fit(image, found)[None]), found).numpy()
         assert np.array_equal(got, expected.astype(np.float32)), shape
 
 

@@ -139,7 +139,7 @@ def test_rows_are_the_librarys_hidden_states(model: Path, tokens: str, positions
     source = opened(model, {"train": 60, "evaluation": 40}, tokens=tokens)
     loaded: Any = load_model(model, "cpu")
     block = source.block("train", 0, 3)
-    given = normalised(source.inputs("train")[:4], source.preprocessing)
+    given = normalised(torch.from_numpy(np.array(source.inputs("train")[:4])), source.preprocessing)
     hidden = loaded.vision_model(given, output_hidden_states=True).hidden_states[2][:3]
     part = {"all": hidden, "cls": hidden[:, :1], "patches": hidden[:, 1:]}[tokens]
     got = block.activations["vision.blocks.1.resid_post"]
@@ -198,7 +198,7 @@ def test_the_embedding_is_one_row_an_image(model: Path) -> None:
     assert source.d_in == {"vision.embedding": 32}
     block = source.block("train", 0, 12)
     loaded: Any = load_model(model, "cpu")
-    given = normalised(source.inputs("train")[:4], source.preprocessing)
+    given = normalised(torch.from_numpy(np.array(source.inputs("train")[:4])), source.preprocessing)
     expected = loaded.get_image_features(given).pooler_output
     torch.testing.assert_close(block.activations["vision.embedding"][:4], expected)
     with pytest.raises(UserError, match=r"expected cls with vision.embedding"):

@@ -36,6 +36,7 @@ from saeflow.errors import UserError
 from saeflow.files import read_json, write_json
 from saeflow.operators import SparseLatents
 from saeflow.progress import progress
+from saeflow.sources.copies import Copies
 from saeflow.sources.hook_points import HookPoint, capture, resume_at, run_from
 from saeflow.sources.layouts import EMBEDDING
 from saeflow.sources.models import load_config, load_model, load_tokenizer
@@ -123,6 +124,7 @@ def write_labelled(
     if hook_point != EMBEDDING and resume_at(model, hook_point) is None:
         names.append(str(HookPoint.parse(hook_point).block_input))
     facts: dict[str, Any] = {}
+    copies = Copies(device)
     for name, images in labelled.items():
         known = image_facts(images)
         text = class_features(model, tokenizer, known["classes"], known["templates"])
@@ -136,7 +138,8 @@ def write_labelled(
             size = source["forward_batch"]
             starts = range(0, len(pixels), size)
             for number, start in enumerate(progress(starts, f"{name}: {split}", "batch")):
-                given = normalised(pixels[start : start + size], preprocessing).to(device)
+                stored = copies.to_device(torch.from_numpy(np.array(pixels[start : start + size])))
+                given = normalised(stored, preprocessing)
                 found = capture(model, names, given)
                 parts = {"activation": found[hook_point], "labels": labels[start : start + size]}
                 if len(names) > 1:

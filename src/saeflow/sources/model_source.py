@@ -44,8 +44,8 @@ class ModelSource:
         self.forward_batch = int(params["forward_batch"])
         self._inputs: dict[str, np.ndarray] = {}
 
-    def model_input(self, inputs: np.ndarray) -> "Tensor":
-        """What the model is called with, from prepared inputs of some contexts."""
+    def model_input(self, inputs: "Tensor") -> "Tensor":
+        """Make the model's input of prepared inputs of some contexts, on the device where they are."""
         raise NotImplementedError
 
     def known(self, split: str, start: int, stop: int) -> dict[str, np.ndarray]:
@@ -96,6 +96,8 @@ class ModelSource:
         The model is always called on the same `forward_batch` contexts, so that the bits do not depend on
         how contexts are divided into blocks; it is cheapest when `start` is a multiple of `forward_batch`.
         """
+        import torch
+
         from saeflow.sources.copies import Copies
         from saeflow.sources.hook_points import capture
 
@@ -109,7 +111,8 @@ class ModelSource:
         activations: dict[str, Tensor] = {}
         batch = self.forward_batch
         for begin in range(start // batch * batch, stop, batch):
-            given = copies.to_device(self.model_input(inputs[begin : begin + batch]))
+            prepared = torch.from_numpy(np.array(inputs[begin : begin + batch]))
+            given = self.model_input(copies.to_device(prepared))
             low, high = max(start, begin), min(stop, begin + batch)
             for name, x in capture(self.model, self.hook_points, given).items():
                 by_position = x[:, None] if x.ndim == 2 else x

@@ -190,10 +190,10 @@ def _resized(size: tuple[int, int], wanted: int | tuple[int, int] | None) -> tup
     return (wanted, longer) if width <= height else (longer, wanted)
 
 
-def normalised(pixels: np.ndarray, preprocessing: Preprocessing) -> "Tensor":
-    """Pixels (n, height, width, 3) uint8 as the model takes them: (n, 3, height, width) float32.
+def normalised(pixels: "Tensor", preprocessing: Preprocessing) -> "Tensor":
+    """Normalise pixels (n, height, width, 3) uint8 to what the model takes: (n, 3, height, width) float32.
 
-    A table of all 256 values holds the arithmetic of transformers' numpy functions, bit for bit.
+    A table of all 256 values holds the arithmetic of transformers' numpy functions, bit for bit, on any device.
     """
     import torch
 
@@ -204,7 +204,10 @@ def normalised(pixels: np.ndarray, preprocessing: Preprocessing) -> "Tensor":
     if preprocessing.mean is not None and preprocessing.std is not None:
         mean, std = (np.array(v, np.float32) for v in (preprocessing.mean, preprocessing.std))
         table = (table - mean[:, None]) / std[:, None]
-    out = np.empty((len(pixels), 3, *pixels.shape[1:3]), np.float32)
+    of_channel = torch.from_numpy(table).to(pixels.device)
+    n, height, width, _ = pixels.shape
+    out = torch.empty(n, 3, height, width, device=pixels.device)
     for channel in range(3):
-        np.take(table[channel], pixels[..., channel], out=out[:, channel], mode="clip")
-    return torch.from_numpy(out)
+        chosen = pixels[..., channel].reshape(-1).int()
+        out[:, channel] = of_channel[channel].index_select(0, chosen).view(n, height, width)
+    return out

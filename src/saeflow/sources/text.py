@@ -226,11 +226,9 @@ class TextSource(ModelSource):
         width = int(load_config(self.folder / "model").hidden_size)
         return dict.fromkeys(self.hook_points, width)
 
-    def model_input(self, inputs: np.ndarray) -> "Tensor":
+    def model_input(self, inputs: "Tensor") -> "Tensor":
         """(n, context_length) token ids."""
-        import torch
-
-        return torch.from_numpy(inputs.astype(np.int64))
+        return inputs.long()
 
     def known(self, split: str, start: int, stop: int) -> dict[str, np.ndarray]:
         """The token of each row."""

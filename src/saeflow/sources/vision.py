@@ -372,7 +372,7 @@ class VisionSource(ModelSource):
             for name in self.hook_points
         }
 
-    def model_input(self, inputs: np.ndarray) -> "Tensor":
+    def model_input(self, inputs: "Tensor") -> "Tensor":
         """(n, 3, height, width) normalised pixels."""
         return normalised(inputs, self.preprocessing)
 
