@@ -1,6 +1,7 @@
 """saeflow: sparse autoencoders with adaptive sparsity, from activations to figures."""
 
 import importlib
+import importlib.metadata
 from typing import Any
 
 _PUBLIC = {
@@ -9,11 +10,13 @@ _PUBLIC = {
     "hook": "saeflow.sources.hook_points",
     **dict.fromkeys(("ablate", "add", "clamp", "scale"), "saeflow.saes.edits"),
 }
-__all__ = ["ablate", "add", "clamp", "hook", "load", "open_store", "scale"]
+__all__ = ["__version__", "ablate", "add", "clamp", "hook", "load", "open_store", "scale"]
 
 
 def __getattr__(name: str) -> Any:
     """Import a public function when it is first asked for: reading parameters needs no torch."""
+    if name == "__version__":
+        return importlib.metadata.version("saeflow")
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)
