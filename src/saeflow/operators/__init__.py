@@ -8,12 +8,13 @@ from saeflow.operators.jumprelu import jumprelu, step
 from saeflow.operators.pre_acts import lowered, pre_acts, rounding
 from saeflow.operators.products import decode_sparse, gather_columns, gather_pre_acts
 from saeflow.operators.soft_topk import soft_topk, soft_topk_of, soft_topk_sparse
-from saeflow.operators.sparse import SparseLatents, room
+from saeflow.operators.sparse import SparseLatents, acts_as_gpu, room
 from saeflow.operators.sparsemax import sparsemax, sparsemax_of, sparsemax_sparse
 from saeflow.operators.topk import keep_topk, topk_indices, topk_sparse
 
 __all__ = [
     "SparseLatents",
+    "acts_as_gpu",
     "auxk_loss",
     "batch_topk",
     "batch_topk_sparse",

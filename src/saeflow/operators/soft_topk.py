@@ -25,7 +25,7 @@ from saeflow.operators.rows import (
     refuse_row,
     refuse_rows,
 )
-from saeflow.operators.sparse import SparseLatents, room
+from saeflow.operators.sparse import SparseLatents, acts_as_gpu, room
 from saeflow.operators.topk import topk_sparse
 
 FAR, FAR_DOUBLE = 30.0, 80.0
@@ -59,7 +59,8 @@ def soft_topk(values: Tensor, k: float | Tensor, temperature: float) -> Tensor:
     Raises:
         TypeError: `values` is not floating point.
         ValueError: temperature <= 0, or, naming the row, NaN or inf in `values`, or k outside
-            0..n or above the number of finite entries.
+            0..n or above the number of finite entries. On a GPU, where naming it would take a wait, the
+            row's mask is NaN.
 
     Source: LapSum, Struski et al. 2025 (arXiv:2503.06242), section 3; SoftSAE (arXiv:2605.06610).
     """
@@ -199,7 +200,10 @@ class _SoftTopK(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, k: Tensor, temperature: float) -> Tensor:
         rows = as_rows(values, "values")
         k = k.detach().reshape(-1).double()
-        refuse_rows(~((k >= 0) & (k <= rows.shape[1])), 0, f"k must be in 0..{rows.shape[1]}", k)
+        is_wrong = ~((k >= 0) & (k <= rows.shape[1]))
+        is_read = not (acts_as_gpu(rows) and gpu.serves_rows(rows))
+        if is_read:
+            refuse_rows(is_wrong, 0, f"k must be in 0..{rows.shape[1]}", k)
         guess, offset = rows.new_zeros(2, len(rows))
         ctx.near, ctx.temperature = [], temperature
         if native.serves(rows):
@@ -213,8 +217,10 @@ class _SoftTopK(torch.autograd.Function):
             mask, problems = torch.empty_like(rows), torch.empty_like(k, dtype=torch.int32)
             of_row = (k.contiguous(), temperature, _far(rows), mask, guess, offset, problems)
             gpu.launch_rows("soft_topk_rows", rows, *of_row)
-            for number, problem in enumerate(PROBLEMS[1:], 1):
+            for number, problem in enumerate(PROBLEMS[1:] if is_read else (), 1):
                 refuse_rows(problems == number, 0, problem)
+            if not is_read:
+                mask.masked_fill_((is_wrong | (problems > 0))[:, None], torch.nan)
             ctx.near = [(slice(None), AllEntries())]
             ctx.save_for_backward(values, guess, offset)
             return mask.view(values.shape).to(values.dtype)

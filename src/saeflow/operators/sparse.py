@@ -14,7 +14,7 @@ from saeflow.operators.gpu.lists import Lists
 from saeflow.operators.rows import pad, positions
 
 is_padded = False
-"""Whether rows have the same room on a CPU as well, which is slower: for tests of what a GPU does."""
+"""Whether a CPU does what a GPU does, which is slower: for tests."""
 
 
 class ByColumn(NamedTuple):
@@ -248,6 +248,11 @@ class SparseLatents:
         return torch.bincount(self.rows[self.values.detach() != 0], minlength=len(self))
 
 
+def acts_as_gpu(tensor: Tensor) -> bool:
+    """Whether the host must not wait for what is worked out on a tensor's device."""
+    return is_padded or tensor.device.type == "cuda"
+
+
 def room(rows: Tensor, most: int | None) -> int | None:
     """Entries that each row of a selection has room for, where rows have the same; None: what each needs.
 
@@ -255,7 +260,7 @@ def room(rows: Tensor, most: int | None) -> int | None:
         rows: (B, n) that it is made from; on a GPU the host sizes nothing.
         most: entries that a row is expected to have at most; None: not known.
     """
-    if most is None or not (is_padded or rows.device.type == "cuda"):
+    if most is None or not acts_as_gpu(rows):
         return None
     return 1 << max(4, (min(most, rows.shape[1]) - 1).bit_length())
 

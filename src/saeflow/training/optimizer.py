@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 
 from saeflow.config import TrainingConfig
-from saeflow.operators import native
+from saeflow.operators import acts_as_gpu, native
+from saeflow.operators.gpu.update import Part, update
 from saeflow.saes import SAE
 
 
@@ -28,6 +29,7 @@ class Optimizer(torch.optim.Adam):
         trained = [parameter for parameter in sae.parameters() if parameter.requires_grad]
         super().__init__(trained, betas=sae.betas or config.betas, fused=True)
         self.sae, self.largest_norm = sae, config.grad_clip
+        self.count, self.lr = torch.zeros(2, device=sae.W_dec.device).unbind()  # on the device
 
     def measure(self) -> Tensor:
         """Remove the decoder gradient's part along its rows; the norm () of the whole gradient."""
@@ -35,7 +37,8 @@ class Optimizer(torch.optim.Adam):
         is_native = native.serves(*(gradient for _, gradient in gradients))
         if not is_native:
             self.sae.project_grad()
-        divided, held = (torch.zeros((), dtype=torch.float64) for _ in range(2))
+        device = self.sae.W_dec.device
+        divided, held = torch.zeros(2, dtype=torch.float64, device=device).unbind()
         for parameter, found in gradients:
             square = (
                 self._measure(parameter, found)
@@ -43,7 +46,7 @@ class Optimizer(torch.optim.Adam):
                 else torch.linalg.vector_norm(found, dtype=torch.float64) ** 2
             )
             total = divided if self._is_divided(parameter) else held
-            total += square.to(total.device)
+            total += square
         return (self.sae.ranks.over_latents(divided) + held).sqrt().float()
 
     def _measure(self, parameter: Tensor, found: Tensor) -> Tensor:
@@ -72,6 +75,9 @@ class Optimizer(torch.optim.Adam):
             skip: () bool; true: weights and moments stay as they are.
         """
         gradients = self._gradients()
+        if acts_as_gpu(norm):
+            self._update_at_once(gradients, norm, skip)
+            return
         if not native.serves(*(parameter for parameter, _ in gradients)):
             clip_grads_with_norm_([p for p, _ in gradients], self.largest_norm, norm)
             self.found_inf = skip.float()  # torch's fused Adam then writes nothing
@@ -84,11 +90,7 @@ class Optimizer(torch.optim.Adam):
         (beta1, beta2), epsilon = group["betas"], group["eps"]
         clip = min(1.0, self.largest_norm / (float(norm) + 1e-6))
         for parameter, gradient in gradients:
-            state = self.state[parameter]
-            if not state:
-                state["step"] = torch.zeros(())
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state = self._state(parameter)
             state["step"] += 1
             t = float(state["step"])
             rate, correction = group["lr"] / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t)
@@ -97,6 +99,36 @@ class Optimizer(torch.optim.Adam):
             rows = [_rows(tensor) for tensor in tensors]
             is_unit = self._is_unit(parameter)
             native.spread("adam.update_rows", len(rows[0]), *rows, is_unit, *numbers)
+
+    def _update_at_once(
+        self, gradients: list[tuple[Tensor, Tensor]], norm: Tensor, skip: Tensor
+    ) -> None:
+        """One pass over each parameter, for which the host does not wait."""
+        (group,) = self.param_groups
+        self.lr.fill_(group["lr"])
+        parts = []
+        for parameter, gradient in gradients:
+            state = self._state(parameter)
+            if state["step"] is not self.count:  # of a checkpoint
+                self.count.copy_(state["step"])
+                state["step"] = self.count
+            if gradient.stride() != parameter.stride():
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            as_rows = _rows if parameter.ndim == 2 else _flat
+            moments = as_rows(state["exp_avg"]), as_rows(state["exp_avg_sq"])
+            is_unit = self._is_unit(parameter)
+            parts.append(Part(as_rows(parameter), as_rows(gradient), *moments, is_unit=is_unit))
+        options = {"betas": group["betas"], "eps": group["eps"], "largest_norm": self.largest_norm}
+        update(parts, norm, self.count, self.lr, skip, **options)
+
+    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
+        """What Adam knows of a parameter."""
+        state = self.state[parameter]
+        if not state:
+            state["step"] = self.count if acts_as_gpu(parameter) else torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        return state
 
     def _gradients(self) -> list[tuple[Tensor, Tensor]]:
         """The parameters that have a gradient, and theirs."""
@@ -110,6 +142,10 @@ class Optimizer(torch.optim.Adam):
 
     def _is_unit(self, parameter: Tensor) -> bool:
         return self.sae.has_unit_norm and parameter is self.sae.W_dec
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.detach().view(-1)
 
 
 def _rows(tensor: Tensor) -> Tensor:

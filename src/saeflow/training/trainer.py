@@ -22,6 +22,7 @@ from saeflow.complexity.files import PROBE
 from saeflow.config import SAEConfig, TrainingConfig
 from saeflow.errors import UserError
 from saeflow.files import atomic_file, file_digest, json_digest
+from saeflow.operators import acts_as_gpu
 from saeflow.progress import progress
 from saeflow.saes import SAE, Forward, InputScale, Ranks, build, save
 from saeflow.saes.ranks import check_divides
@@ -284,7 +285,7 @@ class Run:
         is_logged = self.step % config.log_every_steps == 0 or self.step == self.total
         if is_logged:
             self.check()  # waits for the device, so that the speed is that of its work
-            if self.device.type != "cpu":
+            if acts_as_gpu(x):
                 self.sae.settle()
         self.busy += waited + time.monotonic() - began
         self.busy_steps += 1
@@ -312,7 +313,7 @@ class Run:
         norm = self.optimizer.measure()
         terms = {"loss": loss, **losses, "gradient norm": norm}
         cannot_be_taken = self.watch.look(self.step, x, terms)
-        if self.device.type == "cpu":  # where nothing is waited for
+        if not acts_as_gpu(x):  # where nothing is waited for
             self.check()
         self.optimizer.update(norm, cannot_be_taken)
         sae.end_step(fwd)

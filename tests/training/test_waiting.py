@@ -1,0 +1,108 @@
+"""A step does not wait for its device: nothing of it is read by the host outside lines of the log."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from saeflow.operators import native, sparse
+from saeflow.saes import VARIANTS
+from saeflow.training.trainer import Run
+
+from .conftest import CONSTANT, RUNTIME, Samples, config
+
+READS = {
+    "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::bincount",
+    "aten::is_nonzero", "aten::_unique2", "aten::item",
+}  # fmt: skip
+FOLLOW_DENSITY = ("gated", "jumprelu", "p_anneal", "relu")
+
+
+class NoReads(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: values read, shapes that depend on values."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = function._schema.name
+        assert name not in READS, name
+        if name in ("aten::index", "aten::index_put_", "aten::_index_put_impl_"):
+            assert all(i is None or i.dtype != torch.bool for i in args[1]), f"{name} by a mask"
+        return function(*args, **(kwargs or {}))
+
+
+def start(variant: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Run:
+    monkeypatch.setattr(native, "is_on", False)
+    monkeypatch.setattr(sparse, "is_padded", True)
+    if variant == "soft_topk":
+        changes["d_sae"] = 256
+    setting = config(variant, **changes)
+    if variant == "soft_topk":  # cold: its hot steps are dense, see test_soft_topk
+        cold = {"alpha": 1e-3, "alpha_schedule": CONSTANT}
+        setting = dataclasses.replace(setting, options={**setting.options, **cold})
+    run = Run(Samples(), setting, RUNTIME, folder)
+    if variant in FOLLOW_DENSITY:
+        with torch.no_grad():
+            run.sae.b_enc.sub_(1.0)
+    return run
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_reads_nothing(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(variant, tmp_path, monkeypatch, dead_after_tokens=300)
+    batches = run.batches()
+    for _ in range(4):  # the first decides the path; some latents are dead then
+        run.take(next(batches), 0.0)
+    run.sae.settle()
+    run.take(next(batches), 0.0)
+    with NoReads():
+        for x in [next(batches) for _ in range(3)]:
+            run.take(x, 0.0)
+    run.check()
+
+
+def test_reads_are_found() -> None:
+    values = torch.ones(3)
+    with NoReads():
+        for read in (float, bool, lambda x: x[x > 0], lambda x: x.nonzero()):
+            with pytest.raises(AssertionError):
+                read(values[:1])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_a_gpu_does_trains_as_a_cpu_does(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"steps": 40, "d_sae": 64, "dead_after_tokens": 1000, "log_every_steps": 1}
+    found = start(variant, tmp_path, monkeypatch, **changes)
+    expected = Run(Samples(), found.config, RUNTIME, tmp_path)
+    monkeypatch.undo()
+    if variant in FOLLOW_DENSITY:
+        with torch.no_grad():
+            expected.sae.b_enc.sub_(1.0)
+    x_of = Samples()
+    for number in range(12):
+        x = x_of.batch(128, number) / x_of.scale
+        expected.take(x, 0.0)
+        with monkeypatch.context() as as_gpu:
+            as_gpu.setattr(native, "is_on", False)
+            as_gpu.setattr(sparse, "is_padded", True)
+            found.take(x, 0.0)
+    for name, tensor in expected.sae.state_dict().items():
+        torch.testing.assert_close(
+            found.sae.state_dict()[name],
+            tensor,
+            rtol=2e-3,
+            atol=2e-4,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+    assert torch.equal(found.silent, expected.silent)
+    ours, theirs = found.rows[-1], expected.rows[-1]
+    assert ours.keys() == theirs.keys()
+    for name in ours.keys() - {"tokens_per_s"}:
+        assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-4), name
