@@ -21,7 +21,8 @@ torch.testing.assert_close(sparsemax(x).sum(1), torch.ones(600))
 BROKEN = {
     # numba's own error where no folder can be written: the package's, the user's cache, NUMBA_CACHE_DIR
     "no place for its cache": (
-        "from numba.core import caching; caching._CacheImpl._locator_classes = []", "no locator available"
+        "from numba.core import caching; (caching.CacheImpl if hasattr(caching, 'CacheImpl') else caching._CacheImpl)._locator_classes = []",
+        "no locator available",
     ),
     "a numpy that numba refuses": (
         "import numba; del numba.njit", "cannot import name 'njit'"
