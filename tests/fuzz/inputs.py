@@ -40,13 +40,13 @@ NASTY: list[Any] = [
 SPECIAL_TEXT = ["", " ", "\n", "ordinary text", "ö🙂 ẞ", "tab\there", "a\u2028b\u2029c\x85d", "x" * 3000, "\ufeffstart", "\ufffd"]  # fmt: skip
 
 
-class Wrong(AssertionError):
+class WrongError(AssertionError):
     """An input that gave a traceback, a wrong result, or a message that names no file."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of input: makes one, reads it, and raises Wrong where that is not as it should be."""
+    """A kind of input: makes one, reads it, and raises WrongError where that is not as it should be."""
 
     share: int
     """How many of a hundred inputs."""
@@ -67,7 +67,7 @@ def try_inputs(count: int, seed: int, on_wrong: Callable[[str, int, str], None])
         for number in range(tried[name]):
             try:
                 try_one(name, seed, number)
-            except Wrong as error:
+            except WrongError as error:
                 on_wrong(name, number, str(error))
     return tried
 
@@ -76,7 +76,7 @@ def try_one(name: str, seed: int, number: int) -> None:
     """One input of a kind.
 
     Raises:
-        Wrong: what is wrong with how it was read.
+        WrongError: what is wrong with how it was read.
     """
     folder = Path(tempfile.mkdtemp(prefix="saeflow-input-"))
     try:
@@ -105,19 +105,19 @@ def read(work: Callable[[], Any], named: Path, row: str | None = None) -> Any:
     except UserError as error:
         said = str(error)
         if str(named) not in said and named.name not in said:
-            raise Wrong(f"the message names no {named.name}: {said[:300]}") from None
+            raise WrongError(f"the message names no {named.name}: {said[:300]}") from None
         if row is not None and not re.search(row, said):
-            raise Wrong(f"the message names no {row}: {said[:300]}") from None
+            raise WrongError(f"the message names no {row}: {said[:300]}") from None
         if len(said) > 2000:
-            raise Wrong(f"a message of {len(said)} characters: {said[:200]}") from None
+            raise WrongError(f"a message of {len(said)} characters: {said[:200]}") from None
         return REFUSED
     except BaseException as error:
-        raise Wrong(f"{type(error).__name__}: {str(error)[:300]}") from error
+        raise WrongError(f"{type(error).__name__}: {str(error)[:300]}") from error
 
 
 def demand(is_right: bool, what: str) -> None:
     if not is_right:
-        raise Wrong(what)
+        raise WrongError(what)
 
 
 # Changes.
@@ -262,7 +262,7 @@ def jsonl(rng: random.Random, folder: Path) -> None:
             f"read {str(found)[:100]} where a line or cell is no text",
         )
         if found is REFUSED and expected is not None and not damaged:
-            raise Wrong("refused text that is whole")
+            raise WrongError("refused text that is whole")
         return
     texts = [cell for cell in expected if cell is not None and is_whole(cell)]
     demand(found == texts, f"expected {str(texts)[:200]}, found {str(found)[:200]}")
@@ -554,7 +554,6 @@ def picture(rng: random.Random) -> tuple[bytes, str]:
 def image(rng: random.Random, folder: Path) -> None:
     """An image file whose header, EXIF or body is damaged is decoded or counted; a whole one is decoded."""
     from saeflow.sources.decoding import Ready, prepare_image
-
     from saeflow.sources.images import NO_LABEL, Item
 
     preprocessing = clip_preprocessing()
@@ -666,8 +665,9 @@ def tokenizer(rng: random.Random, folder: Path) -> None:
 def processor(rng: random.Random, folder: Path) -> None:
     """A changed preprocessor_config.json gives the pixels of CLIP's own processor, or is refused."""
     from PIL import Image
-    from saeflow.sources.preprocessing import fit, load_preprocessing, normalised
     from transformers import CLIPImageProcessorPil
+
+    from saeflow.sources.preprocessing import fit, load_preprocessing, normalised
 
     place = copied(clip(), folder)
     path = place / "preprocessor_config.json"
@@ -685,7 +685,7 @@ def processor(rng: random.Random, folder: Path) -> None:
         own = CLIPImageProcessorPil.from_pretrained(place)
         theirs = own(Image.fromarray(noise), return_tensors="np")
     except Exception as error:
-        raise Wrong(
+        raise WrongError(
             f"CLIP's own processor refuses it ({error}): {path.read_text()[:600]}"
         ) from error
     expected = np.asarray(theirs["pixel_values"])

@@ -25,10 +25,15 @@ _NOT_NOW = (408, 429, 500, 502, 503, 504)
 """HTTP's answers that can be others soon."""
 
 
+_LONGEST = 300
+"""Characters of a library's message, which may repeat a whole file."""
+
+
 def last_line(text: str) -> str:
     """The last line of what a library says, which tells most."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else "no message"
+    last = lines[-1] if lines else "no message"
+    return last if len(last) <= _LONGEST else f"{last[: _LONGEST - 3]}..."
 
 
 @contextmanager

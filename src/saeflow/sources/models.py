@@ -329,6 +329,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             files, trust_remote_code=False, local_files_only=True
         )
+        tokenizer.encode("a")  # some settings fail only when they are used
     return tokenizer
 
 

@@ -4,6 +4,7 @@ Resizing and cropping are done once, to uint8 pixels; rescaling and normalising 
 that CLIP's processors do not have are refused.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ _BILINEAR = 2
 _FILTERS = range(6)
 """PIL's numbers of resampling filters."""
 _SIZES = ("shortest_edge", "longest_edge", "height", "width", "max_height", "max_width")
+MOST_SIDE = 1 << 14
 MOST_RESIZED = 1 << 24
 """Pixels; of a larger resized image only the centre that is cut out is computed."""
 
@@ -109,6 +111,7 @@ def load_preprocessing(model: Path) -> Preprocessing:
 
 
 def _preprocessing(processor: Any, patch: int, where: Path) -> Preprocessing:
+    _check_settings(processor, where)
     size: int | tuple[int, int] | None = None
     if processor.do_resize:
         edges = {name: edge for name in _SIZES if (edge := getattr(processor.size, name, None))}
@@ -150,6 +153,37 @@ def _preprocessing(processor: Any, patch: int, where: Path) -> Preprocessing:
         factor=float(processor.rescale_factor) if processor.do_rescale else None,
         mean=mean, std=std, patch=patch,
     )  # fmt: skip
+
+
+def _check_settings(processor: Any, where: Path) -> None:
+    """Refuse a setting of another type than transformers writes, which Python would read as some number."""
+
+    def refuse(name: str, expected: str, found: Any) -> None:
+        raise UserError(
+            f"{where}: {name}: expected {expected} (preprocessor_config.json), found {str(found)[:80]!r}. Fix it."
+        )
+
+    for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb"):
+        flag = getattr(processor, name, None)
+        if flag is not None and not isinstance(flag, bool):
+            refuse(name, "true or false", flag)
+    for name in ("size", "crop_size"):
+        for side in _SIZES:
+            edge = getattr(getattr(processor, name, None), side, None)
+            if edge is not None and not (type(edge) is int and 1 <= edge <= MOST_SIDE):
+                refuse(f"{name}.{side}", f"a whole number of pixels up to {MOST_SIDE}", edge)
+    resample = processor.resample
+    if resample is not None and (isinstance(resample, bool) or not isinstance(resample, int)):
+        refuse("resample", "the number of a filter of PIL", resample)
+    for name in ("rescale_factor", "image_mean", "image_std"):
+        value = getattr(processor, name, None)
+        if not all(map(_is_finite, value if isinstance(value, list | tuple) else [value])):
+            refuse(name, "finite numbers", value)
+
+
+def _is_finite(value: Any) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return value is None or (is_number and math.isfinite(value))
 
 
 def _channels(value: Any) -> tuple[float, ...]:
