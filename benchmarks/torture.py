@@ -1,7 +1,8 @@
 """The fault campaign: kills at random moments, damaged files, disks, clocks and hubs that fail.
 
     make torture                               # about an hour
-    python benchmarks/torture.py --kills 3 --seed 1 --no-tests --out FOLDER
+    python benchmarks/torture.py --kills 3 --inputs 500 --seed 1 --no-tests --out FOLDER
+    python benchmarks/torture.py --kills 0     # the inputs alone, beside the last table of faults
 
 A fault is survived when the run that follows ends with the results of an undisturbed one, or when one clear
 line names the file at fault; anything else is printed, and gives exit code 1. Faults are drawn from the seed;
@@ -12,6 +13,8 @@ the program `faketime`; where one is missing, its row says so.
 import argparse
 import contextlib
 import copy
+import datetime
+import json
 import os
 import random
 import shutil
@@ -314,14 +317,70 @@ class Campaign:
                     self.score.add(f"{kind}: {name}", failures[0] if failures else None)
 
 
+def changed_inputs(count: int, seed: int) -> Score:
+    """Inputs from outside that are changed at random, read in a process of their own (tests/fuzz/inputs)."""
+    score = Score()
+    command = [sys.executable, "-m", "inputs", f"--count={count}", f"--seed={seed}"]
+    done = subprocess.run(
+        command, cwd=ROOT / "tests" / "fuzz", stdout=subprocess.PIPE, text=True, check=False
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode not in (0, 1) or not lines:
+        score.add("input", f"the process died with {done.returncode}: {lines[-1:]}")
+        return score
+    found = json.loads(lines[-1])
+    score.tried = {f"input: {kind}": tried for kind, tried in found["tried"].items()}
+    score.survived = dict(score.tried)
+    for kind, what in found["wrong"]:
+        score.survived[f"input: {kind}"] -= 1
+        score.failures.append(f"input: {kind}: {what}")
+        print(f"FAILED input: {kind}: {what}", flush=True)
+    return score
+
+
+def last_tables(folder: Path) -> dict[str, pd.DataFrame]:
+    """The tables of the last campaign by their titles, for those that are not made anew."""
+    path = folder / "torture.csv"
+    if not path.exists():
+        return {}
+    rows = pd.read_csv(path)
+    return {title: part.drop(columns="table") for title, part in rows.groupby("table", sort=False)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Faults of every kind, and what survived them.")
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs; the rest goes with them")
+    parser.add_argument("--inputs", type=int, default=20_000, help="inputs changed at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-tests", action="store_true", help="leave out what has tests")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")
     chosen = parser.parse_args()
-    started, tenth = time.monotonic(), max(1, chosen.kills // 10)
+    tables, failures = last_tables(chosen.out), []
+    for title, made in (
+        ("Inputs", lambda: changed_inputs(chosen.inputs, chosen.seed) if chosen.inputs else None),
+        ("Faults", lambda: faults(chosen) if chosen.kills else None),
+    ):
+        started = time.monotonic()
+        if (score := made()) is None:
+            continue
+        tables = {name: t for name, t in tables.items() if not name.startswith(title)}
+        minutes = (time.monotonic() - started) / 60
+        day = datetime.date.today()
+        tables[f"{title}, seed {chosen.seed}, {minutes:.0f} minutes, {day}"] = score.table()
+        failures += score.failures
+    write(
+        "torture",
+        tables,
+        "Survived: the run after it ended with the results of an undisturbed one, or one clear line named the "
+        "damaged file; an input was read right, or refused in such a line, within 2 GB.",
+        chosen.out,
+    )
+    sys.exit(bool(failures))
+
+
+def faults(chosen: argparse.Namespace) -> Score:
+    """The campaign of faults."""
+    tenth = max(1, chosen.kills // 10)
     with tempfile.TemporaryDirectory() as folder:
         campaign = Campaign(Path(folder), chosen.seed)
         campaign.rot(max(1, chosen.kills // 30))
@@ -334,15 +393,7 @@ def main() -> None:
         campaign.signals(signal.SIGKILL, chosen.kills)
         if not chosen.no_tests:
             campaign.tests()
-    minutes = (time.monotonic() - started) / 60
-    write(
-        "torture",
-        {"Faults": campaign.score.table()},
-        f"Seed {chosen.seed}, {minutes:.0f} minutes. Survived: the run after it ended with the results of an "
-        "undisturbed one, or one clear line named the damaged file.",
-        chosen.out,
-    )
-    sys.exit(bool(campaign.score.failures))
+    return campaign.score
 
 
 if __name__ == "__main__":

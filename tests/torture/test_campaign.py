@@ -12,7 +12,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.workflow
 def test_a_few_faults_of_every_kind_are_survived(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/torture.py", "--kills=3", "--seed=1", "--no-tests"]
+    command = [
+        sys.executable,
+        "benchmarks/torture.py",
+        "--kills=3",
+        "--inputs=0",
+        "--seed=1",
+        "--no-tests",
+    ]
     done = subprocess.run(
         [*command, f"--out={tmp_path}"], cwd=ROOT, capture_output=True, text=True, check=False
     )
