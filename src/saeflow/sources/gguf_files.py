@@ -76,23 +76,37 @@ def readable(path: Path) -> Iterator[None]:
         ) from None
 
 
-def put_together(files: Sequence[Path], folder: Path) -> Path:
+def open_files(files: Sequence[Path]) -> list[Any]:
+    """Readers of the gguf library, one a file.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    import gguf
+
+    found = []
+    for path in files:
+        with readable(path):
+            found.append(gguf.GGUFReader(path))
+    return found
+
+
+def put_together(files: Sequence[Path], readers: Sequence[Any], folder: Path) -> Path:
     """One GGUF file alone in a folder: a link to the only one, or the tensors of all in one.
 
     Alone, because transformers prefers a tokenizer.json beside a GGUF file to the tokenizer inside it.
 
     Args:
         files: of one model, in order.
+        readers: of these files.
         folder: an existing, empty one.
 
     Raises:
-        UserError: files are damaged, or are not all of the model.
+        UserError: the files are not all of the model.
     """
     import gguf
 
     target = folder / "model.gguf"
-    with readable(files[0]):
-        readers = [gguf.GGUFReader(path) for path in files]
     first = readers[0]
     count = int(_value(first, "split.count") or 1)
     if count != len(files):
@@ -136,29 +150,29 @@ def put_together(files: Sequence[Path], folder: Path) -> Path:
     return target
 
 
-def check_read_whole(file: Path, name: Path, model: Any) -> None:
-    """Check that transformers has taken all of a GGUF file that changes what the model computes.
+def check_read_whole(readers: Sequence[Any], name: Path, model: Any) -> None:
+    """Check that transformers has taken all of a GGUF model that changes what it computes.
 
     Args:
-        file: what `put_together` returned.
+        readers: of its files.
         name: the user's own path, for messages.
         model: what transformers made of it.
 
     Raises:
         UserError: it has left out tensors or settings.
     """
-    import gguf
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
         TensorProcessor,
         get_gguf_hf_weights_map,
     )
 
-    reader = gguf.GGUFReader(file)
+    reader = readers[0]  # settings stand in the first file
     architecture = str(_value(reader, "general.architecture"))
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=model.config.to_dict())
     known = get_gguf_hf_weights_map(model, processor).keys() | {"output.weight"}
-    dropped = [tensor for tensor in reader.tensors if tensor.name not in known]
+    tensors = [tensor for one in readers for tensor in one.tensors]
+    dropped = [tensor for tensor in tensors if tensor.name not in known]
     advice = "Give the model's own folder (model: {folder: PATH}) instead."
     if factors := [tensor for tensor in dropped if tensor.name == _ROPE_FACTORS]:
         dropped = [tensor for tensor in dropped if tensor.name != _ROPE_FACTORS]

@@ -98,9 +98,12 @@ def _folder(folder: Path) -> Images:
             left_out[suffix or "no suffix"] += 1
         else:
             found.append((path, parts[0] if len(parts) > 1 else None))
+    suffixes = Counter(path.suffix.lower() for path, _ in found)
+    logger.info("%s: %d images (%s)", folder, len(found), _counts(suffixes))
     if left_out:
-        kinds = ", ".join(f"{kind}: {count}" for kind, count in sorted(left_out.items()))
-        logger.warning("%s: %d files are left out (%s)", folder, left_out.total(), kinds)
+        logger.warning(
+            "%s: %d files are left out (%s)", folder, left_out.total(), _counts(left_out)
+        )
     if not found:
         raise UserError(
             f"{folder}: expected images ({', '.join(sorted(SUFFIXES))}) in it or in one subfolder a class, "
@@ -124,6 +127,10 @@ def _folder(folder: Path) -> Images:
         for path, place in (found[i] for i in order)
     )
     return classes or None, items
+
+
+def _counts(kinds: Counter[str]) -> str:
+    return ", ".join(f"{kind}: {count}" for kind, count in sorted(kinds.items()))
 
 
 def _is_hidden(name: str) -> bool:

@@ -200,7 +200,8 @@ def _convert_gguf(files: Sequence[Path], hook_points: Iterable[str], folder: Pat
 
     logger.info("converting %s to float32 safetensors", name.name)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".gguf-") as alone:
-        file = gguf_files.put_together(files, Path(alone))
+        readers = gguf_files.open_files(files)
+        file = gguf_files.put_together(files, readers, Path(alone))
         location = {"pretrained_model_name_or_path": alone, "gguf_file": file.name}
         advice = "Download it again, or give the model's own folder (model: {folder: PATH})."
         with one_line(f"{name}: the GGUF file cannot be converted", advice):
@@ -208,8 +209,8 @@ def _convert_gguf(files: Sequence[Path], hook_points: Iterable[str], folder: Pat
                 **location, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
             )
         check_weights(model, info, name)
-        with one_line(f"{name}: the GGUF file cannot be read a second time", advice):
-            gguf_files.check_read_whole(file, name, model)
+        with one_line(f"{name}: the GGUF file cannot be compared with what was read", advice):
+            gguf_files.check_read_whole(readers, name, model)
         # The weights are plain float32 now; save_pretrained would look for a quantiser that writes GGUF.
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
