@@ -38,7 +38,7 @@ class TrainingConfig:
     betas: tuple[float, float]
     lr_warmup_steps: int
     lr_decay_fraction: float
-    grad_clip: float
+    grad_clip: float | None
     dead_after_tokens: int
     train_decoder: bool
     log_every_steps: int
@@ -409,6 +409,15 @@ def _check_run(run: SAEConfig, params: Mapping[str, Any]) -> None:
                 raise UserError(
                     f"{where}.options.{text}: expected 1..{run.d_sae} (d_sae), found {k}."
                 )
+    if "k" in options and "k_max" in options:
+        k_max, text = options["k_max"], "k_max"
+        if isinstance(k_max, Mapping):
+            k_max, text = k_max["times_k"] * options["k"], "k_max.times_k"
+        if not options["k"] <= k_max <= run.d_sae:
+            raise UserError(
+                f"{where}.options.{text}: expected a k_max in {options['k']}..{run.d_sae} (k and d_sae), found "
+                f"{k_max:g}."
+            )
     if "k_min" in options and options["k_min"] > options["k_max"]:
         raise UserError(
             f"{where}.options.k_min: expected at most k_max ({options['k_max']}), found "

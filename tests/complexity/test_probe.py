@@ -229,6 +229,31 @@ def test_the_deviation_weight_adapts(stores: Any, scores: Path, tmp_path: Path) 
     assert float(sae.deviation) == pytest.approx(0.5)
 
 
+def test_the_released_joint_phase(stores: Any, scores: Path, tmp_path: Path) -> None:
+    """The ridge term is the paper's; c follows the loss of 2 steps before and acts a step later."""
+    sae, x = adaptive(stores, scores, tmp_path, joint_phase="released")
+    probe, scale = read_probe(tmp_path), stores["train"].scale
+    assert sae.apart == ("probe_w", "probe_b")
+    assert sae.apart_from(10) == 5
+    with torch.no_grad():
+        sae.probe_b.add_(-0.2)
+    w, b = scale * probe["weight"], probe["bias"] - 0.2
+    predicted = (probe["examples"] / scale @ w + b).clamp(0, 10)
+    loss = (predicted - probe["scores"]).square().mean() + probe["ridge"] * w.square().sum() / 2
+    c = 0.2
+    for step in range(5, 10):
+        sae.begin_step(step, 10)
+        losses = sae.losses(sae.run(x), torch.zeros(40, dtype=torch.bool))
+        expected = 0.05 * float(loss + c * 0.2)
+        assert float(losses["probe"].detach()) == pytest.approx(expected, rel=1e-4)
+        c = min(0.5, c * 1.2) if step > 6 else c  # the same loss twice before
+    found = []
+    for lower in (0.99, 0.94, 0.94):
+        sae.adapt(lower * loss)
+        found.append(float(sae.deviation))
+    assert found == pytest.approx([c * 1.2, c * 1.2 * 0.8, c * 1.2 * 0.8 * 0.8], rel=1e-4)
+
+
 def test_a_probe_of_another_width_is_refused(stores: Any, scores: Path, tmp_path: Path) -> None:
     fit_probe(scores, stores, None, WHERE, tmp_path)
     sae = build("adaptive_k", stores["train"].d_in + 1, 40, ADAPTIVE)

@@ -262,3 +262,16 @@ def test_a_gpu_marks_a_row_without_a_mask_instead_of_waiting(
     found = soft_topk(values, k, 0.1)
     assert bool(found[1:3].isnan().all())
     torch.testing.assert_close(found[[0, 3]], expected[[0, 3]])
+
+
+def test_a_longer_reach_counts_what_float32_holds() -> None:
+    """b lies log 2 temperatures above the largest, so that F of the others is exp(-distance from it) / 4."""
+    temperature, far = 1e-3, torch.tensor([[0.0, 20, 50, 80, 101, 120]])
+    values = -far * temperature
+    plain = soft_topk(values, 0.25, temperature)
+    longer = soft_topk(values, 0.25, temperature, reach=103)
+    assert (plain > 0).tolist() == [[True, True, False, False, False, False]]
+    assert (longer > 0).tolist() == [[True, True, True, True, True, False]]
+    expected = 0.25 * (-far.double()).exp()
+    torch.testing.assert_close(longer[:, :4].double(), expected[:, :4], rtol=1e-3, atol=0)
+    torch.testing.assert_close(longer, plain, rtol=1e-6, atol=1e-13)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -13,7 +14,7 @@ from saeflow.config import ROOT
 from saeflow.errors import UserError
 from saeflow.options import PRESETS as PRESETS_FILE
 from saeflow.options import with_defaults, with_options
-from saeflow.saes import SAE, build, load, save
+from saeflow.saes import SAE, Forward, build, load, save
 from saeflow.saes.adaptive_k import AdaptiveK
 
 D_IN, D_SAE = 16, 64
@@ -140,7 +141,9 @@ def test_who_learns_in_the_hard_phase(preset: str, learns: bool, x: Tensor) -> N
     dead[:20] = True
     sum(sae.losses(sae.run(x), dead).values()).backward()
     assert bool(sae.W_dec.grad.any())
-    assert (sae.W_enc.grad is not None and bool(sae.W_enc.grad.any())) == learns
+    trained = sae.W_enc.grad.any(0)  # AuxK trains dead latents in both
+    assert bool(trained[dead].any())
+    assert bool(trained[~dead].any()) == learns
     assert sae.hidden.weight.grad is None
 
 
@@ -164,6 +167,13 @@ def test_no_gradient_reaches_k_hat_beyond_the_positive_latents(x: Tensor) -> Non
     assert float(fwd.condition.grad.abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("k_max", [3, 0.5, {"times_k": 0.9}, {"of_d": 2}, "2k"])
+def test_a_k_max_below_k_is_refused(k_max: Any, x: Tensor) -> None:
+    with pytest.raises(UserError, match=r"k_max(\.times_k)?: expected a number"):
+        soft(x, k=4, k_max=k_max)
+    assert soft(x, k=4, k_max={"times_k": 2.5}).k_max == 10
+
+
 def test_every_positive_latent_counts_as_alive_while_alpha_is_large(x: Tensor) -> None:
     released = {"alpha_schedule": {"kind": "linear", "from": 1.0, "until": 0.5}}
     sae = soft(x, "softsae-released", **released)
@@ -172,7 +182,9 @@ def test_every_positive_latent_counts_as_alive_while_alpha_is_large(x: Tensor) -
     assert torch.equal(fwd.l0(), (fwd.pre_acts > 0).sum(1))
     sae.begin_step(60, 100)
     fwd = sae.run(x)
+    near = float(soft(x, reach=30).run(x).l0().double().mean())
     assert float(fwd.l0().double().mean()) < 12
+    assert near <= float(fwd.l0().double().mean())
 
 
 # AdaptiveK.
@@ -226,7 +238,8 @@ def test_adaptivek_averages_the_error_over_dimensions(x: Tensor) -> None:
 
 
 def test_weights_sum_to_the_norm_and_scores_do_not(x: Tensor) -> None:
-    paper, released = make("sparsemax-paper", x), make("sparsemax-released", x)
+    paper = make("sparsemax-paper", x)
+    released = make("sparsemax-released", x, initialisation="unit")
     norms = x.norm(dim=1)
     torch.testing.assert_close(paper.encode(x).sum(1), norms)
     scores = (x / norms[:, None]) @ released.W_dec.t()
@@ -260,7 +273,7 @@ def test_the_score_scale_decides_the_first_sparsity(x: Tensor) -> None:
 def test_negative_scores_in_the_support_count_as_active() -> None:
     """Where the scores sum to less than 1, tau is negative and negative scores take part."""
     x = torch.eye(4)[:1]
-    sae = make("sparsemax-released", x, d_sae=4, max_rate=None)
+    sae = make("sparsemax-released", x, d_sae=4, max_rate=None, initialisation="unit")
     with torch.no_grad():
         sae.W_dec.copy_(
             torch.tensor([[0.2, 1, 0, 0], [0.1, 0, 1, 0], [-0.05, 0, 0, 1], [-0.9, 0, 0, 0.1]])
@@ -313,3 +326,90 @@ def test_shared_concepts_have_no_unused_weights(x: Tensor) -> None:
 
 def test_the_sparsemax_family_has_the_papers_betas(x: Tensor) -> None:
     assert make("sparsemax-paper", x).betas == (0.9, 0.99)
+    assert make("sparsemax-released", x).betas == (0.9, 0.999)
+
+
+# First weights.
+
+
+@pytest.mark.parametrize(
+    ("preset", "length", "has_median", "has_biases"),
+    [
+        ("gated-released", 1.0, False, False),
+        ("jumprelu-released", 1.0, False, False),
+        ("relu-released", 0.1, False, True),
+        ("p-anneal-released", 0.1, False, True),
+        ("batch-topk-released", 1.0, True, False),
+        ("relu-sparsemax-released", 1.0, True, False),
+    ],
+)
+def test_released_first_weights(
+    preset: str, length: float, has_median: bool, has_biases: bool, x: Tensor
+) -> None:
+    sae = make(preset, x + 2, d_sae=400, **({"k": 8} if preset.startswith("batch") else {}))
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.full((400,), length))
+    assert bool(sae.b_dec.any()) == has_median
+    assert bool(sae.b_enc.any()) == has_biases
+    if has_biases:  # uniform: a third of the bound squared
+        bound = D_IN**-0.5
+        assert float(sae.b_enc.abs().max()) <= bound
+        assert float(sae.b_enc.square().mean()) == pytest.approx(bound**2 / 3, rel=0.15)
+    if preset != "relu-sparsemax-released":
+        assert torch.equal(sae.W_enc, sae.W_dec.t())
+        return
+    assert float(sae.W_enc.square().mean()) == pytest.approx(2 / 400, rel=0.05)
+    along = (sae.W_enc * sae.W_dec.t()).sum(0) / sae.W_enc.norm(dim=0)
+    assert float(along.mean()) == pytest.approx(0, abs=0.1)  # drawn on its own
+
+
+def test_released_first_scores_have_a_standard_deviation_of_2_over_the_root_of_the_width() -> None:
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
+    sae = make("sparsemax-released", x, d_sae=3000)
+    scores = sae.pre_activations(x).detach()
+    assert float(scores.std()) == pytest.approx(2 / 3000**0.5, rel=0.05)
+
+
+# Baselines.
+
+
+def test_the_first_batch_is_the_released_threshold() -> None:
+    for start, expected in (
+        ("first_batch", [1.0, 1.001, 1.00299900]),
+        ("unbiased", [1.0, 1.5, 2.0]),
+    ):
+        sae = build(
+            "batch_topk", 4, 8, {"k": 1, "threshold_start_step": 0, "threshold_start": start}
+        )
+        sae.begin_step(0, 10)
+        found = []
+        for least in (1.0, 2.0, 3.0):
+            latents = torch.tensor([[least, least + 1, 0, 0]])
+            sae.end_step(Forward(latents, None, latents, latents, latents, latents))
+            found.append(float(sae.threshold))
+        assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_when_p_jumps() -> None:
+    def p_of(first_jump: str, updates: int) -> list[float]:
+        options = {"l1": 1, "anneal_start": 0.3, "p_updates": updates, "first_jump": first_jump}
+        sae = build("p_anneal", 4, 8, options)
+        return [sae.p_after(sae.jumps_at(step, 100)) for step in range(100)]
+
+    ours, released = p_of("at_start", 10), p_of("after_interval", 9)
+    # dictionary_learning's own list: 10 values of p from 1 to 0.2, at int(linspace(30, 100, 10)), a step late
+    values, at = np.linspace(1, 0.2, 10), np.linspace(30, 100, 10).astype(int)
+    expected = [values[max(0, (at < step).sum() - 1)] for step in range(100)]
+    assert released == pytest.approx(expected)
+    assert min(released) > 0.28  # never at p_end
+    assert ours[29] == 1
+    assert ours[30] == pytest.approx(0.92)
+    assert ours[93:] == pytest.approx([0.2] * 7)
+
+
+def test_a_penalty_beside_a_mean_error_is_d_times_as_large_beside_a_sum(x: Tensor) -> None:
+    """1e-3 beside an error that is a mean over d (bartbussmann/BatchTopK) is d 1e-3 here: the ratio counts."""
+    sae = make("relu-released", x, l1=D_IN * 1e-3)
+    fwd = sae.run(x)
+    losses = sae.losses(fwd, torch.zeros(D_SAE, dtype=torch.bool))
+    theirs = (x - fwd.x_hat).square().mean() + 1e-3 * fwd.latents.sum(1).mean()
+    assert float(sum(losses.values())) == pytest.approx(D_IN * float(theirs), rel=1e-5)

@@ -36,11 +36,18 @@ ADAPTIVE = {
 }  # fmt: skip
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "relu": ("relu", {"l1": 0.3, "l1_schedule": CONSTANT}),
+    "relu-norm_weighted": (
+        "relu", {"l1": 0.3, "l1_schedule": CONSTANT, "loss": "norm_weighted", "initialisation": "unit"}
+    ),
     "topk": ("topk", TOPK),
     "batch_topk": ("batch_topk", {**TOPK, "threshold_start_step": 0}),
     "matryoshka": (
         "matryoshka",
         {**TOPK, "threshold_start_step": 0, "groups": {"fractions": [0.125, 0.25]}},
+    ),
+    "matryoshka-twice": (
+        "matryoshka",
+        {**TOPK, "threshold_start_step": 0, "groups": {"fractions": [0.125, 0.25]}, "group_mean": "twice"},
     ),
     "gated": ("gated", {"l1": 0.3, "l1_schedule": CONSTANT}),
     "jumprelu": (
@@ -57,12 +64,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "target_schedule": CONSTANT, "threshold": 0.3, "bandwidth": 0.25,
         },
     ),
+    "jumprelu-direct": (
+        "jumprelu",
+        {
+            "l0_weight": 0.3, "l0_schedule": CONSTANT, "target_l0": 4.0, "target_schedule": CONSTANT,
+            "threshold": 0.3, "bandwidth": 0.25, "form": "dictionary_learning",
+        },
+    ),
     "p_anneal": (
         "p_anneal",
         {"l1": 0.3, "l1_schedule": CONSTANT, "p_end": 0.5, "p_updates": 5, "anneal_start": 0.2},
     ),
     "soft_topk": ("soft_topk", SOFT),
     "soft_topk-wide": ("soft_topk", {**SOFT, "estimator_width": None, "alpha": 0.5}),
+    "soft_topk-reach": ("soft_topk", {**SOFT, "reach": 103}),
     "soft_topk-hard": ("soft_topk", {**SOFT, "hard_fraction": 0.9}),
     "soft_topk-decoder": ("soft_topk", {**SOFT, "hard_fraction": 0.9, "hard_phase": "decoder"}),
     "adaptive_k": ("adaptive_k", ADAPTIVE),
@@ -74,6 +89,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sparsemax-scores": (
         "sparsemax",
         {**ATTENTION, "activation": "scores", "query": "identity", "loss": "norm_weighted"},
+    ),
+    "sparsemax-zeroed": (
+        "sparsemax", {**ATTENTION, "activation": "scores", "max_rate": 0.1, "rate_mask": "zeroed"}
     ),
     "sparsemax-relu": ("sparsemax", {**ATTENTION, "activation": "relu", "l1": 0.3}),
     "sparsemax-mlp": (
@@ -160,7 +178,12 @@ def entmax_plain(scores: Tensor, alpha: Tensor) -> Tensor:
 
 def plain_relu(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
     latents = F.relu(linear(x, p))
-    return squared(x, latents @ p["W_dec"] + p["b_dec"]) + 0.3 * latents.sum(1).mean()
+    x_hat = latents @ p["W_dec"] + p["b_dec"]
+    if options.get("loss") == "norm_weighted":
+        error = ((x - x_hat).square() / x.norm(dim=1, keepdim=True)).mean()
+    else:
+        error = squared(x, x_hat)
+    return error + 0.3 * latents.sum(1).mean()
 
 
 def plain_p_anneal(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
@@ -190,7 +213,8 @@ def plain_matryoshka(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
     latents = F.relu(pre_acts) * batch_mask(pre_acts)
     errors = [squared(x, latents[:, :n] @ p["W_dec"][:n] + p["b_dec"]) for n in (5, 15, D_SAE)]
     x_hat = latents @ p["W_dec"] + p["b_dec"]
-    return sum(errors) / 3 + auxk(x, x_hat, pre_acts, p, dead) / 32
+    groups = 3 if options.get("group_mean") == "twice" else 1
+    return sum(errors) / 3 / groups + auxk(x, x_hat, pre_acts, p, dead) / 32
 
 
 def plain_gated(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
@@ -204,6 +228,8 @@ def plain_gated(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
 
 def plain_jumprelu(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
     """Straight-through terms are zero, with the gradient that the papers give to theta."""
+    if "direct_theta" in p:
+        return plain_jumprelu_of_dictionary_learning(x, p)
     pre_acts, theta, width = linear(x, p), p["log_theta"].exp(), 0.25
     kernel = ((pre_acts - theta).abs() < width / 2).double().detach()
     through = kernel * (theta - theta.detach()) / width
@@ -214,13 +240,26 @@ def plain_jumprelu(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
     return squared(x, latents @ p["W_dec"] + p["b_dec"]) + 0.3 * term
 
 
+def plain_jumprelu_of_dictionary_learning(x: Tensor, p: Named) -> Tensor:
+    """The encoder takes x; the penalty's estimator takes z, whose zeros are near a theta that is near 0."""
+    pre_acts, theta, width = x @ p["W_enc"] + p["b_enc"], p["direct_theta"], 0.25
+
+    def through(acts: Tensor) -> Tensor:
+        kernel = ((acts - theta).abs() < width / 2).double().detach()
+        return kernel * (theta - theta.detach()) / width
+
+    fires = (pre_acts > theta).double()
+    latents = pre_acts * fires - theta.detach() * through(pre_acts)
+    l0 = (fires - through(latents.detach())).sum(1).mean()
+    return squared(x, latents @ p["W_dec"] + p["b_dec"]) + 0.3 * (l0 / 4 - 1) ** 2
+
+
 def plain_soft_topk(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
     pre_acts = linear(x, p)
-    if options["hard_phase"] == "decoder":
-        pre_acts = pre_acts.detach()
+    selected = pre_acts.detach() if options["hard_phase"] == "decoder" else pre_acts
     hidden = F.relu((x - p["b_dec"]) @ p["hidden.weight"].T + p["hidden.bias"])
     k = 12 * torch.sigmoid(hidden @ p["output.weight"][0] + p["output.bias"])
-    k, v = k.clamp(1, D_SAE), F.relu(pre_acts)
+    k, v = k.clamp(1, D_SAE), F.relu(selected)
     if options["hard_fraction"] > 0.5:
         return with_auxk(x, v * largest(v, k.detach().floor()), pre_acts, p, dead)
     budget = (1 + (5 * (k.mean() - 5)).exp()).log() / 5

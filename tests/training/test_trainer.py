@@ -20,11 +20,13 @@ from torch import Tensor
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest
+from saeflow.operators import native
 from saeflow.saes import VARIANTS, Forward, build, load, read_config
 from saeflow.saes.input_scale import KINDS
 from saeflow.saes.topk import TopK
 from saeflow.training import train
 from saeflow.training.checkpoints import checkpoints, read_checkpoint, write_checkpoint
+from saeflow.training.optimizer import Optimizer
 from saeflow.training.trainer import Run, advance, lr_factor, peak_lr, write_steps
 
 from .conftest import D_IN, OPTIONS, RUNTIME, Samples, config
@@ -187,6 +189,62 @@ def test_dead_latents_are_counted_in_tokens(tmp_path: Path) -> None:
         assert int(run.silent[7]) == 128 * (step + 1)
     assert bool((run.silent[:7] % 128 == 0).all())
     assert int((run.silent == 0).sum()) > 20
+
+
+def test_a_latent_that_fires_in_a_batch_is_alive_in_it(tmp_path: Path) -> None:
+    run = Run(Samples(), config("topk", dead_after_tokens=256), QUIET, tmp_path)
+    run.silent += 10_000
+    fwd, losses, _ = run.one_step(next(run.batches()))
+    assert torch.equal(run.silent == 0, fwd.fired())
+    assert bool(run.dead.any())
+    expected = run.config.options["auxk_weight"] * run.sae.auxk(fwd, ~fwd.fired())
+    assert float(losses["auxk"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_without_a_clip_the_whole_gradient_counts(tmp_path: Path) -> None:
+    """Adam's first moment is 0.1 of the gradient, whatever its norm."""
+    store = Samples(scale=1.0)
+    clipped, free = (
+        Run(store, config("relu", grad_clip=clip), QUIET, tmp_path) for clip in (0.01, None)
+    )
+    norms = []
+    for run in (clipped, free):
+        run.one_step(next(run.batches()))
+        moments = [run.optimizer.state[p]["exp_avg"] for p in run.sae.parameters()]
+        norms.append(float(torch.cat([10 * part.flatten() for part in moments]).norm()))
+    assert norms[0] == pytest.approx(0.01, rel=1e-3)
+    assert norms[1] > 0.1
+
+
+@pytest.mark.parametrize("is_native", [True, False])
+def test_what_is_set_apart_has_a_clip_and_a_rate_of_its_own(
+    is_native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """b_dec apart: two runs that differ in that alone, their first steps worked out from the gradients."""
+    if not is_native:
+        monkeypatch.setattr(native, "serves", lambda *arrays: False)
+    setting = config("relu", steps=20, grad_clip=0.01, lr_warmup_steps=4, lr_decay_fraction=0)
+    run = Run(Samples(scale=1.0), setting, QUIET, tmp_path)
+    run.sae.apart = ("b_dec",)
+    run.sae.apart_from = lambda total: 2
+    run.optimizer = Optimizer(run.sae, setting.training)
+    before = run.sae.b_dec.detach().clone()
+    run.one_step(next(run.batches()))
+    together, apart = run.optimizer.param_groups
+    moments = {
+        name: 10 * run.optimizer.state[p]["exp_avg"].flatten()
+        for name, p in run.sae.named_parameters()
+    }
+    assert float(moments.pop("b_dec").norm()) == pytest.approx(0.01, rel=1e-3)
+    assert float(torch.cat(list(moments.values())).norm()) == pytest.approx(0.01, rel=1e-3)
+    assert torch.equal(run.sae.b_dec, before)  # its rate is 0 before step 2
+    rates = []
+    for step in range(1, 8):
+        run.step = step
+        run.set_lr()
+        rates.append((together["lr"] / 3e-3, apart["lr"] / 3e-3))
+    expected = [(0.5, 0), (0.75, 0.25), (1, 0.5), (1, 0.75), (1, 1), (1, 1), (1, 1)]
+    assert rates == [pytest.approx(pair) for pair in expected]
 
 
 EVERY_STEP = {**RUNTIME, "checkpoint_every_s": -1.0}

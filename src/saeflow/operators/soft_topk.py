@@ -28,16 +28,18 @@ from saeflow.operators.rows import (
 from saeflow.operators.sparse import SparseLatents, acts_as_gpu, room
 from saeflow.operators.topk import topk_sparse
 
-FAR, FAR_DOUBLE = 30.0, 80.0
+FAR, FAR_DOUBLE, FAR_SINGLE = 30.0, 80.0, 103.0
 """Temperatures from the threshold at which the mask counts as 0 or 1: it is 5e-14 there, in float64
-9e-36, far below what a sum over the row can resolve."""
+9e-36, far below what a sum over the row can resolve. Beyond the last, float32 itself holds 0."""
 
 ABSENT = "k exceeds the number of finite values"
 NOT_FINITE = "values hold NaN or inf"
 PROBLEMS = ("", NOT_FINITE, ABSENT)  # by the kernel's numbers
 
 
-def soft_topk(values: Tensor, k: float | Tensor, temperature: float) -> Tensor:
+def soft_topk(
+    values: Tensor, k: float | Tensor, temperature: float, *, reach: float | None = None
+) -> Tensor:
     """Mask p_i = F((values_i - b) / temperature) with b chosen so that each row sums to k.
 
     F is the Laplace distribution function: F(t) = exp(t) / 2 for t <= 0, 1 - exp(-t) / 2 above.
@@ -50,6 +52,8 @@ def soft_topk(values: Tensor, k: float | Tensor, temperature: float) -> Tensor:
         k: sum of the mask, real, 0 <= k <= n, a number or a tensor that broadcasts to the
             leading shape.
         temperature: > 0, in units of `values`; the mask tends to the hard top-k as it falls to 0.
+        reach: temperatures from b at which the mask counts as 0 or 1, at least that of None, the
+            precision's own (30; 80 in float64). A longer one takes the plain path.
 
     Returns:
         (..., n) mask, dtype and device of `values`. Differentiable in values and k: with
@@ -69,7 +73,8 @@ def soft_topk(values: Tensor, k: float | Tensor, temperature: float) -> Tensor:
     if not isinstance(k, Tensor):
         k = torch.tensor(k, dtype=torch.float64)
     k = k.to(values.device).expand(values.shape[:-1])
-    return _SoftTopK.apply(values, k, float(temperature))
+    far = FAR_DOUBLE if values.dtype == torch.float64 else FAR
+    return _SoftTopK.apply(values, k, float(temperature), max(far, reach or far))
 
 
 def soft_topk_sparse(
@@ -78,11 +83,13 @@ def soft_topk_sparse(
     temperature: float,
     margin: Tensor | float = 0.0,
     most: int | None = None,
+    *,
+    reach: float | None = None,
 ) -> SparseLatents:
     """The entries of values (B, n) whose mask is above 0, or may be where values are rounded.
 
     Args:
-        values, k, temperature: as for `soft_topk`, with k (B,).
+        values, k, temperature, reach: as for `soft_topk`, with k (B,).
         margin: how far values may lie from exact ones, see `pre_acts.rounding`.
         most: see `sparse.room`; then some others come with them, and the values are constants.
 
@@ -93,24 +100,32 @@ def soft_topk_sparse(
         far = FAR * temperature + ROUNDED * margin
         return SparseLatents.of(selection.near_rank(values, k.detach(), capacity, far))
     if is_exact(margin):
-        return SparseLatents.from_mask(values, soft_topk(values, k, temperature) > 0)
+        mask = soft_topk(values, k, temperature, reach=reach)
+        return SparseLatents.from_mask(values, mask > 0)
     ranks = (2 * k.detach().ceil().long()).clamp(
         1, values.shape[1]
     )  # b is at least the last of these
     least = topk_sparse(values.detach(), ranks).least()
-    return SparseLatents.from_rows_above(values, lowered(least, margin) - FAR * temperature)
+    return SparseLatents.from_rows_above(
+        values, lowered(least, margin) - (reach or FAR) * temperature
+    )
 
 
-def soft_topk_of(latents: SparseLatents, k: Tensor, temperature: float) -> SparseLatents:
-    """`soft_topk` of the entries of each row, if those that are absent would get 0."""
+def soft_topk_of(
+    latents: SparseLatents, k: Tensor, temperature: float, *, reach: float | None = None
+) -> SparseLatents:
+    """`soft_topk` of the entries of each row, if those that are absent would get 0.
+
+    Lists of a fixed size know no longer reach than the precision's own.
+    """
     if (lists := latents.lists) is None:
-        return latents.map_rows(lambda rows: soft_topk(rows, k, temperature))
+        return latents.map_rows(lambda rows: soft_topk(rows, k, temperature, reach=reach))
     mask = on_lists.soft_topk(lists.values, lists.counts, k, temperature)
     return latents.with_values(mask.view(-1))
 
 
 def _threshold(
-    block: Tensor, k: Tensor, temperature: float, start: int
+    block: Tensor, k: Tensor, temperature: float, start: int, reach: float
 ) -> tuple[Entries, Tensor, Tensor]:
     """The entries whose mask may be above 0, and b as an entry of the row plus an offset."""
     rank = k.ceil().long().clamp(min=1)
@@ -123,7 +138,7 @@ def _threshold(
         refuse_rows(guess == -torch.inf, start, ABSENT)
         return AllEntries(), guess, _offset(block, k, guess, log_rest, temperature)
     floor = kth_largest(maxima, 2 * rank)
-    far = floor - _far(block) * temperature
+    far = floor - reach * temperature
     is_sparse = bool((maxima > far[:, None]).sum() <= maxima.numel() // 4)
     bound = far if is_sparse else floor
     solved = SomeEntries.above(block, next_below(bound))
@@ -134,7 +149,7 @@ def _threshold(
         return solved, guess, _offset(entries, k, guess, log_rest, temperature)
     # Too many entries to solve for each: those below the floor act as one exponential in b.
     below = (block - floor[:, None]).div_(temperature)
-    mass = torch.where(below < 0, below, -_far(block)).clamp_(min=-_far(block)).exp_().sum(1)
+    mass = torch.where(below < 0, below, -reach).clamp_(min=-reach).exp_().sum(1)
     log_rest = mass.double().log() + (floor.double() - guess) / temperature
     return AllEntries(), guess, _offset(entries, k, guess, log_rest, temperature)
 
@@ -179,25 +194,20 @@ def _solve(x: Tensor, k: Tensor, log_rest: Tensor) -> Tensor:
     return t.clamp(lowest - 10 * FAR_DOUBLE, highest + 10 * FAR_DOUBLE)
 
 
-def _far(entries: Tensor) -> float:
-    return FAR_DOUBLE if entries.dtype == torch.float64 else FAR
-
-
 def _distance(entries: Tensor, guess: Tensor, offset: Tensor, temperature: float) -> Tensor:
     """(entries - b) / temperature; near b the first difference is exact, whatever b's size."""
     return (entries - guess[:, None]).sub_(offset[:, None]).div_(temperature)
 
 
-def _tail(minus_distance: Tensor) -> Tensor:
+def _tail(minus_distance: Tensor, reach: float) -> Tensor:
     """F(-|t|), exactly 0 from far away on."""
-    far = _far(minus_distance)
-    half = minus_distance.clamp(min=-far).exp_().div_(2)
-    return torch.threshold_(half, math.exp(-far) * 0.50001, 0.0)
+    half = minus_distance.clamp(min=-reach).exp_().div_(2)
+    return torch.threshold_(half, math.exp(-reach) * 0.50001, 0.0)
 
 
 class _SoftTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, k: Tensor, temperature: float) -> Tensor:
+    def forward(ctx: Any, values: Tensor, k: Tensor, temperature: float, reach: float) -> Tensor:
         rows = as_rows(values, "values")
         k = k.detach().reshape(-1).double()
         is_wrong = ~((k >= 0) & (k <= rows.shape[1]))
@@ -205,8 +215,9 @@ class _SoftTopK(torch.autograd.Function):
         if is_read:
             refuse_rows(is_wrong, 0, f"k must be in 0..{rows.shape[1]}", k)
         guess, offset = rows.new_zeros(2, len(rows))
-        ctx.near, ctx.temperature = [], temperature
-        if native.serves(rows):
+        ctx.near, ctx.temperature, ctx.reach = [], temperature, reach
+        ctx.is_native = native.serves(rows) and reach == FAR
+        if ctx.is_native:
             mask = torch.empty_like(rows)
             arrays = (rows, k, np.float32(temperature), mask, guess, offset)
             for row, problem in native.spread("soft.mask_rows", len(rows), *arrays):
@@ -215,7 +226,7 @@ class _SoftTopK(torch.autograd.Function):
             return mask.view(values.shape).to(values.dtype)
         if gpu.serves_rows(rows):
             mask, problems = torch.empty_like(rows), torch.empty_like(k, dtype=torch.int32)
-            of_row = (k.contiguous(), temperature, _far(rows), mask, guess, offset, problems)
+            of_row = (k.contiguous(), temperature, reach, mask, guess, offset, problems)
             gpu.launch_rows("soft_topk_rows", rows, *of_row)
             for number, problem in enumerate(PROBLEMS[1:] if is_read else (), 1):
                 refuse_rows(problems == number, 0, problem)
@@ -226,10 +237,10 @@ class _SoftTopK(torch.autograd.Function):
             return mask.view(values.shape).to(values.dtype)
         mask = torch.zeros_like(rows)
         for at in blocks(rows):
-            near, guess[at], offset[at] = _threshold(rows[at], k[at], temperature, at.start)
+            near, guess[at], offset[at] = _threshold(rows[at], k[at], temperature, at.start, reach)
             entries = near.gather(rows[at], -torch.inf)
             t = _distance(entries, guess[at], offset[at], temperature)
-            tail = _tail(t.abs().neg_())
+            tail = _tail(t.abs().neg_(), reach)
             near.scatter(torch.where(t > 0, 1 - tail, tail), mask[at])
             ctx.near.append((at, near))
         ctx.save_for_backward(values, guess, offset)
@@ -237,12 +248,12 @@ class _SoftTopK(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         values, guess, offset = ctx.saved_tensors
         rows = as_rows(values, "values")
         grad_rows = grad.reshape(rows.shape).to(rows.dtype)
         grad_values, grad_k = torch.zeros_like(rows), torch.zeros_like(guess)
-        if native.serves(rows):
+        if ctx.is_native:
             arrays = (rows, grad_rows.contiguous(), guess, offset, np.float32(ctx.temperature))
             native.spread("soft.gradient_rows", len(rows), *arrays, grad_values, grad_k)
         for at, near in ctx.near:
@@ -250,6 +261,7 @@ class _SoftTopK(torch.autograd.Function):
             entries = near.gather(rows[at], -torch.inf)
             t = _distance(entries, guess[at], offset[at], ctx.temperature).abs_().neg_()
             mean = (t.softmax(1) * g).sum(1)  # f / sum f, also where every f is below float range
-            near.scatter(_tail(t) * (g - mean[:, None]) / ctx.temperature, grad_values[at])
+            tail = _tail(t, ctx.reach)
+            near.scatter(tail * (g - mean[:, None]) / ctx.temperature, grad_values[at])
             grad_k[at] = mean
-        return grad_values.view(grad.shape).to(grad.dtype), grad_k.view(grad.shape[:-1]), None
+        return grad_values.view(grad.shape).to(grad.dtype), grad_k.view(grad.shape[:-1]), None, None

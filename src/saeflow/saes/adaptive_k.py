@@ -29,7 +29,7 @@ class AdaptiveK(PerInputK):
     with the SAE (phase 3): the loss adds probe_weight * (MSE(score, y) + ridge |w|^2 / n +
     c (|w - w_0| + |b - b_0|)), n scored rows (what the fit minimised, so that phase 3 starts at rest), with c adapted in 0.01..0.5 from 0.2 on: times 0.8 at a step whose probe loss
     is more than 5 % below that of 3 steps before, else times 1.2. A rounded k passes no gradient to the
-    probe, the form `soft` does. The rest of the loss is mean (x - x_hat)^2 + l1 mean |z|_1 / mean |x|_2 +
+    probe, the form `soft` does. The released phase 3 is an option (`joint_phase`). The rest of the loss is mean (x - x_hat)^2 + l1 mean |z|_1 / mean |x|_2 +
     AuxK.
 
     Args:
@@ -42,6 +42,10 @@ class AdaptiveK(PerInputK):
         probe_weight: weight of the probe's terms in phase 3.
         l1: weight of the L1 term.
         alpha: temperature of the form soft, in units of scaled activations; None for the others.
+        joint_phase: consistent, phase 3 as above; released, the ridge term is ridge |w|^2 / 2, c compares
+            the probe loss with that of 2 steps before, ridge term included, and acts a step later, and the
+            probe is clipped by itself and has a learning rate of its own, which warms up from phase 3 on
+            and does not decay.
         auxk_weight: weight of the AuxK loss.
     """
 
@@ -62,6 +66,7 @@ class AdaptiveK(PerInputK):
         probe_weight: float,
         l1: float,
         alpha: float | None,
+        joint_phase: str,
         auxk_weight: float,
     ) -> None:
         super().__init__(d_in, d_sae)
@@ -82,6 +87,9 @@ class AdaptiveK(PerInputK):
                 f"alpha: expected a number with form soft, null with others, found {alpha!r}."
             )
         self.temperature = 0.0 if alpha is None else check_number("alpha", alpha, 1e-8, 1e8)
+        joint_phase = check_choice("joint_phase", joint_phase, "consistent", "released")
+        self.is_consistent = joint_phase == "consistent"
+        self.apart = () if self.is_consistent else ("probe_w", "probe_b")
         self.probe_w = nn.Parameter(torch.zeros(d_in))
         self.probe_b = nn.Parameter(torch.zeros(()))
         self.is_joint, self.step = False, 0
@@ -121,7 +129,10 @@ class AdaptiveK(PerInputK):
 
     def begin_step(self, step: int, total: int) -> None:
         self.step = step
-        self.is_joint = step >= round(self.phase_ratio * total)
+        self.is_joint = step >= self.apart_from(total)
+
+    def apart_from(self, total: int) -> int:
+        return round(self.phase_ratio * total)
 
     def score(self, x: Tensor) -> Tensor:
         """(n,) complexity of activations (n, d_in), 0..10."""
@@ -153,18 +164,19 @@ class AdaptiveK(PerInputK):
         at = torch.arange(min(EXAMPLES, len(self.examples)), device=self.examples.device)
         at = (at + self.step * len(at)) % len(self.examples)
         error = (self.score(self.examples[at]) - self.scores[at]).square().mean()
-        self.adapt(error.detach())
+        ridge = self.ridge * self.probe_w.square().sum()
         moved = self.probe_w - self.first_w
         distance = safe_norm(moved) + (self.probe_b - self.first_b).abs()
-        return (
-            error
-            + self.ridge * self.probe_w.square().sum() / len(self.examples)
-            + self.deviation * distance
-        )
+        if self.is_consistent:
+            self.adapt(error.detach())
+            return error + ridge / len(self.examples) + self.deviation * distance
+        weight, loss = self.deviation.clone(), error + ridge / 2
+        self.adapt(loss.detach())
+        return loss + weight * distance
 
     def adapt(self, loss: Tensor) -> None:
         """c after a step with this probe loss."""
-        before = self.probe_losses[0]
+        before = self.probe_losses[-3 if self.is_consistent else -2]
         adapted = self.deviation * torch.where(loss < 0.95 * before, 0.8, 1.2)
         self.deviation.copy_(torch.where(before >= 0, adapted.clamp(C_LOW, C_HIGH), self.deviation))
         self.probe_losses.copy_(torch.cat((self.probe_losses[1:], loss[None])))

@@ -20,7 +20,6 @@ from saeflow.operators import (
     decode_sparse,
     gather_columns,
     gather_pre_acts,
-    geometric_median,
     keep_topk,
     pre_acts,
     residual_share,
@@ -28,6 +27,7 @@ from saeflow.operators import (
     rounding,
     select_auxk,
 )
+from saeflow.saes.initialisation import initialise
 from saeflow.saes.input_scale import InputScale
 from saeflow.saes.ranks import Ranks, check_divides
 
@@ -88,6 +88,10 @@ class SAE(nn.Module):
 
     trains_on: Literal["all", "last"] = "all"  # rows of the store: all, or each context's last
     betas: tuple[float, float] | None = None  # overrides Adam's, where a paper does
+    initialisation = "unit"  # see saes.initialisation
+    apart: tuple[str, ...] = ()
+    """Parameters that are clipped by themselves, with a learning rate that warms up from step `apart_from` on
+    and does not decay."""
     has_unit_norm = True
     of_latents: tuple[str, ...] = ("W_enc", "b_enc", "W_dec")
     """Parameters and buffers with an entry for each latent, along the last dimension of `W_enc` and the
@@ -104,13 +108,8 @@ class SAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
     def initialise(self, x: Tensor, generator: torch.Generator) -> None:
-        """Random unit directions, W_enc = W_decᵀ, b_dec the geometric median of x (B, d_in)."""
-        with torch.no_grad():
-            directions = torch.randn(self.d_sae, self.d_in, generator=generator)
-            self.W_dec.copy_(directions / directions.norm(dim=1, keepdim=True))
-            self.W_enc.copy_(self.W_dec.t())
-            self.b_enc.zero_()
-            self.b_dec.copy_(geometric_median(x))
+        """Weights before the first step, from training rows x (B, d_in); see `saes.initialisation`."""
+        initialise(self, self.initialisation, x, generator)
 
     @property
     def is_sparse(self) -> bool:
@@ -140,9 +139,14 @@ class SAE(nn.Module):
 
     # Using an SAE.
 
+    @property
+    def centre(self) -> Tensor:
+        """(d_in,) what the encoder subtracts from activations."""
+        return self.b_dec
+
     def pre_activations(self, x: Tensor) -> Tensor:
-        """(B, d_in) to (B, d_sae): (x - b_dec) W_enc + b_enc, float32 also of bfloat16 products."""
-        return pre_acts(x, self.W_enc, self.b_enc, self.b_dec).to(self.W_enc.dtype)
+        """(B, d_in) to (B, d_sae): (x - centre) W_enc + b_enc, float32 also of bfloat16 products."""
+        return pre_acts(x, self.W_enc, self.b_enc, self.centre).to(self.W_enc.dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations (..., d_in) to latents (..., d_sae), dense."""
@@ -204,8 +208,17 @@ class SAE(nn.Module):
         errors = (fwd.x - fwd.x_hat).square().sum(1)
         return {"reconstruction": self.ranks.batch_mean(errors)}
 
+    def norm_weighted_error(self, fwd: Forward) -> Tensor:
+        """() mean over rows and dimensions of (x - x_hat)^2 / ||x||, the Sparsemax release's."""
+        norm = torch.linalg.vector_norm(fwd.x, dim=1, keepdim=True).clamp(min=1e-12)
+        return self.ranks.batch_mean(((fwd.x - fwd.x_hat).square() / norm).mean(1))
+
     def begin_step(self, step: int, total: int) -> None:
         """Set what schedules decide, before the step."""
+
+    def apart_from(self, total: int) -> int:
+        """The step from which the parameters `apart` learn."""
+        return 0
 
     def end_step(self, fwd: Forward) -> None:
         """Update running statistics, after the step."""
@@ -286,17 +299,17 @@ class SAE(nn.Module):
 
     def margin(self, x: Tensor) -> Tensor:
         """() how far `pre_activations(x)` of lower precision may lie from exact ones."""
-        return rounding(x - self.b_dec, self.W_enc)
+        return rounding(x - self.centre, self.W_enc)
 
     def gather(self, x: Tensor, chosen: SparseLatents, is_rounded: bool) -> SparseLatents:
         """Entries chosen from `pre_activations(x)`, with gradient; exact, also where those are rounded."""
-        weights = self.W_enc, self.b_enc, self.b_dec
+        weights = self.W_enc, self.b_enc, self.centre
         return gather_pre_acts(x, *weights, chosen, is_rounded=is_rounded)
 
     def gather_columns(self, fwd: Forward, columns: Tensor) -> Tensor:
         """Whole columns (n,) of exact pre-activations, (B, n), with gradient."""
         known = None if fwd.is_rounded else fwd.pre_acts
-        return gather_columns(fwd.x, self.W_enc, self.b_enc, self.b_dec, known, columns)
+        return gather_columns(fwd.x, self.W_enc, self.b_enc, self.centre, known, columns)
 
     def decode_selected(self, latents: SparseLatents) -> Tensor:
         """`decode`, of latents on the sparse path."""

@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 from saeflow.operators import SparseLatents, batch_topk, batch_topk_sparse
-from saeflow.saes.base import SAE, Forward, Options, check_count, check_k, check_weight
+from saeflow.saes.base import (
+    SAE,
+    Forward,
+    Options,
+    check_choice,
+    check_count,
+    check_k,
+    check_weight,
+)
 from saeflow.saes.schedules import make_schedule
 
 MOST = 8  # times k, latents of one input: a GPU makes room for these
@@ -22,9 +30,11 @@ class BatchTopK(SAE):
         k_schedule: how k gets there.
         auxk_weight: weight of the AuxK loss.
         threshold_start_step: the step from which batches count (1000 in the released code).
+        threshold_start: unbiased, the mean weighs its batches alike while they are few; first_batch, it is
+            the first batch's minimum, from which it moves as slowly as later (dictionary_learning).
 
     Attributes:
-        threshold_decay: of the running mean; its start-up bias is removed.
+        threshold_decay: of the running mean.
     """
 
     threshold: Tensor
@@ -39,12 +49,16 @@ class BatchTopK(SAE):
         k_schedule: Options,
         auxk_weight: float,
         threshold_start_step: int,
+        threshold_start: str,
     ) -> None:
         super().__init__(d_in, d_sae)
         self.k: float = check_k(k, d_sae)
         self.schedule = make_schedule("k", k, k_schedule, 1, d_sae)
         self.auxk_weight = check_weight("auxk_weight", auxk_weight)
         self.threshold_start_step = check_count("threshold_start_step", threshold_start_step, 0)
+        self.threshold_start = check_choice(
+            "threshold_start", threshold_start, "unbiased", "first_batch"
+        )
         self.threshold_decay = 0.999
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("threshold_weight", torch.zeros(()))
@@ -84,7 +98,10 @@ class BatchTopK(SAE):
         least = self.ranks.smallest(torch.where(fwd.values > 0, fwd.values, torch.inf).amin())
         is_some = least.isfinite()
         decay = self.threshold_decay
-        weight = decay * self.threshold_weight + (1 - decay)
+        if self.threshold_start == "unbiased":
+            weight = decay * self.threshold_weight + (1 - decay)
+        else:
+            weight = torch.where(self.threshold_weight > 0, 1.0, 1 - decay)
         step = (1 - decay) / weight
         self.threshold.add_(torch.where(is_some, step * (least - self.threshold), 0))
         self.threshold_weight.copy_(torch.where(is_some, weight, self.threshold_weight))

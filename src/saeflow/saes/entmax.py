@@ -19,7 +19,8 @@ class Entmax(Sparsemax):
     Args:
         alpha: in (1, 2].
         is_alpha_learned: alpha = 1 + sigmoid(a), from this alpha on, which must be below 2.
-        architecture, query, score_scale, max_rate, loss, l1, l1_schedule: as for Sparsemax.
+        architecture, query, score_scale, max_rate, rate_mask, loss, l1, l1_schedule, beta2, initialisation:
+            as for Sparsemax.
         activation: weights or scores, as for Sparsemax.
     """
 

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from saeflow.operators import SparseLatents, decode_sparse, lowered
-from saeflow.saes.base import Forward, Options, check_weight
+from saeflow.saes.base import Forward, Options, check_choice, check_weight
 from saeflow.saes.density import FollowsDensity
+from saeflow.saes.initialisation import INITIALISATIONS
 from saeflow.saes.schedules import make_schedule
 
 
@@ -18,13 +19,17 @@ class Gated(FollowsDensity):
     Args:
         l1: weight of the penalty on the gate at the end of its schedule.
         l1_schedule: how it gets there.
+        initialisation: of the weights; see `saes.initialisation`.
     """
 
     betas = (0.0, 0.999)
     of_latents = (*FollowsDensity.of_latents, "r_mag", "b_mag")
 
-    def __init__(self, d_in: int, d_sae: int, *, l1: float, l1_schedule: Options) -> None:
+    def __init__(
+        self, d_in: int, d_sae: int, *, l1: float, l1_schedule: Options, initialisation: str
+    ) -> None:
         super().__init__(d_in, d_sae)
+        self.initialisation = check_choice("initialisation", initialisation, *INITIALISATIONS)
         self.schedule = make_schedule("l1", check_weight("l1", l1), l1_schedule, 0, float("inf"))
         self.l1 = self.schedule.target
         self.r_mag = nn.Parameter(torch.zeros(d_sae))

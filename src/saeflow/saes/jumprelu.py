@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from saeflow.errors import UserError
 from saeflow.operators import SparseLatents, jumprelu, lowered, step
-from saeflow.saes.base import Forward, Options, check_number, check_weight
+from saeflow.saes.base import Forward, Options, check_choice, check_number, check_weight
 from saeflow.saes.density import FollowsDensity
+from saeflow.saes.initialisation import INITIALISATIONS
 from saeflow.saes.schedules import make_schedule
 
 
 class JumpReLU(FollowsDensity):
-    """z = a 1[a > theta], theta = exp(log_theta) per latent, with straight-through gradients.
+    """z = a 1[a > theta], theta per latent, with straight-through gradients.
 
     The loss adds l0_weight * L0 (the paper's), or l0_weight * (L0 / target - 1)^2 where a target is
     given; L0 is the batch's mean.
@@ -25,10 +26,14 @@ class JumpReLU(FollowsDensity):
         target_schedule: how the target gets there; a k-schedule.
         threshold: the thresholds at the start, in units of the scaled activations.
         bandwidth: width of the kernel of the thresholds' gradient, in the same units.
+        form: standard, log theta is learned, the encoder takes x - b_dec, and the penalty's estimator
+            acts on both sides of theta; dictionary_learning, theta itself is learned, the encoder takes x,
+            and the estimator acts on z, so that a latent below theta feels it only where theta is within
+            half a bandwidth of 0.
+        initialisation: of the weights; see `saes.initialisation`.
     """
 
     betas = (0.0, 0.999)
-    of_latents = (*FollowsDensity.of_latents, "log_theta")
 
     def __init__(
         self,
@@ -41,8 +46,14 @@ class JumpReLU(FollowsDensity):
         target_schedule: Options,
         threshold: float,
         bandwidth: float,
+        form: str,
+        initialisation: str,
     ) -> None:
         super().__init__(d_in, d_sae)
+        self.initialisation = check_choice("initialisation", initialisation, *INITIALISATIONS)
+        self.is_standard = (
+            check_choice("form", form, "standard", "dictionary_learning") == "standard"
+        )
         l0_weight = check_weight("l0_weight", l0_weight)
         self.weight_schedule = make_schedule("l0", l0_weight, l0_schedule, 0, float("inf"))
         self.weight = l0_weight
@@ -57,7 +68,13 @@ class JumpReLU(FollowsDensity):
             )
         self.threshold = check_number("threshold", threshold, 1e-8, 1e8)
         self.bandwidth = check_number("bandwidth", bandwidth, 1e-8, 1e8)
-        self.log_theta = nn.Parameter(torch.full((d_sae,), self.threshold).log())
+        start = torch.full((d_sae,), self.threshold)
+        learned = "log_theta" if self.is_standard else "direct_theta"
+        self.register_parameter(learned, nn.Parameter(start.log() if self.is_standard else start))
+        self.of_latents = (*FollowsDensity.of_latents, learned)
+
+    log_theta: Tensor
+    direct_theta: Tensor
 
     def begin_step(self, step: int, total: int) -> None:
         self.weight = self.weight_schedule(step, total)
@@ -67,7 +84,16 @@ class JumpReLU(FollowsDensity):
     @property
     def theta(self) -> Tensor:
         """(d_sae,) thresholds, in units of the activations."""
-        return self.log_theta.exp()
+        return self.log_theta.exp() if self.is_standard else self.direct_theta
+
+    @property
+    def centre(self) -> Tensor:
+        return super().centre if self.is_standard else torch.zeros_like(self.b_dec)
+
+    def readers(self) -> tuple[Tensor, Tensor]:
+        if self.is_standard:
+            return super().readers()
+        return self.W_enc, self.b_enc + self.b_dec @ self.W_enc
 
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         return jumprelu(pre_acts, self.theta, self.bandwidth)
@@ -77,27 +103,47 @@ class JumpReLU(FollowsDensity):
     ) -> SparseLatents:
         """Also those below their threshold that the kernel of its gradient reaches."""
         near = self.theta - (self.bandwidth / 2 if self.training else 0)
-        return SparseLatents.from_above(pre_acts, lowered(near, margin), self.room)
+        most = self.room if self.is_standard else None  # `unlisted` counts what is listed
+        return SparseLatents.from_above(pre_acts, lowered(near, margin), most)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         theta = self.theta[selected.columns]
         return selected.with_values(jumprelu(selected.values, theta, self.bandwidth))
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
-        if isinstance(fwd.selected, SparseLatents):
-            values, theta = fwd.selected.values, self.theta[fwd.selected.columns]
+        acts = fwd.selected if self.is_standard else fwd.latents
+        if isinstance(acts, SparseLatents):
+            count = step(acts.values, self.theta[acts.columns], self.bandwidth).sum()
+            if not self.is_standard:
+                count = count + self.unlisted(acts, len(fwd.x))
         else:
-            values, theta = fwd.selected, self.theta
-        l0 = self.ranks.over_both(step(values, theta, self.bandwidth).sum()) / self.ranks.rows(
-            fwd.x
-        )
+            count = step(acts, self.theta, self.bandwidth).sum()
+        l0 = self.ranks.over_both(count) / self.ranks.rows(fwd.x)
         term = l0 if self.target is None else (l0 / self.target - 1).square()
         return super().losses(fwd, dead) | {"l0_penalty": self.weight * term}
+
+    def unlisted(self, latents: SparseLatents, rows: int) -> Tensor:
+        """() 0, with the gradient of theta that `step` has from the zeros that are not listed."""
+        listed = torch.zeros_like(self.theta).index_add_(
+            0, latents.columns, torch.ones_like(latents.values)
+        )
+        return (
+            (rows - listed) * step(torch.zeros_like(self.theta), self.theta, self.bandwidth)
+        ).sum()
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:
         super().fold_scale(scale)
-        self.log_theta.add_(math.log(scale))
+        if self.is_standard:
+            self.log_theta.add_(math.log(scale))
+        else:
+            self.direct_theta.mul_(scale)
+
+    @torch.no_grad()
+    def fold_shift(self, shift: Tensor) -> None:
+        super().fold_shift(shift)
+        if not self.is_standard:  # its encoder takes x, not x - b_dec
+            self.b_enc.sub_(shift @ self.W_enc)
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         target = {} if self.target is None else {"k": self.target}

@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from saeflow.errors import UserError
 from saeflow.operators import SparseLatents, decode_sparse
-from saeflow.saes.base import Forward, Options
+from saeflow.saes.base import Forward, Options, check_choice
 from saeflow.saes.batch_topk import BatchTopK
 from saeflow.saes.ranks import Ranks
 
@@ -22,13 +22,18 @@ class Matryoshka(BatchTopK):
     Args:
         groups: {fractions: [...]}, shares of d_sae of each group but the last, which takes the rest;
             1/32, 1/16, 1/8, 1/4 in the paper.
-        k, k_schedule, auxk_weight, threshold_start_step: as for BatchTopK.
+        group_mean: once, the mean over prefixes; twice, divided by their number again, so that the
+            reconstruction weighs less against AuxK and the clip (dictionary_learning).
+        k, k_schedule, auxk_weight, threshold_start_step, threshold_start: as for BatchTopK.
     """
 
     boundaries: Tensor
 
-    def __init__(self, d_in: int, d_sae: int, *, groups: Options, **options: Any) -> None:
+    def __init__(
+        self, d_in: int, d_sae: int, *, groups: Options, group_mean: str, **options: Any
+    ) -> None:
         super().__init__(d_in, d_sae, **options)
+        self.is_divided_twice = check_choice("group_mean", group_mean, "once", "twice") == "twice"
         boundaries = group_boundaries(groups, d_sae)
         self.register_buffer("boundaries", torch.tensor(boundaries), persistent=False)
 
@@ -45,6 +50,8 @@ class Matryoshka(BatchTopK):
         else:
             errors = _NestedErrors.apply(fwd.parts, fwd.x - self.ranks.of_rows(self.b_dec))
         mean = self.ranks.over_batch(errors.mean()) / self.ranks.rows(fwd.x)
+        if self.is_divided_twice:
+            mean = mean / len(errors)
         return losses | {"reconstruction": mean}
 
     def join(self, ranks: Ranks) -> None:

@@ -4,8 +4,16 @@ import torch
 from torch import Tensor
 
 from saeflow.operators import SparseLatents, lowered
-from saeflow.saes.base import Forward, Options, check_count, check_number, check_weight
+from saeflow.saes.base import (
+    Forward,
+    Options,
+    check_choice,
+    check_count,
+    check_number,
+    check_weight,
+)
 from saeflow.saes.density import FollowsDensity
+from saeflow.saes.initialisation import INITIALISATIONS
 from saeflow.saes.schedules import make_schedule
 
 
@@ -13,7 +21,8 @@ class PAnneal(FollowsDensity):
     """z = relu(a); the loss adds l1 * sum_i z_i^p, the mean over the batch.
 
     p falls from 1 to `p_end` in `p_updates` equal jumps, equally spaced from `anneal_start` to the end
-    of the run. At each jump the weight is multiplied by (mean penalty at the old p) / (mean at the new
+    of the run, so that the last interval has `p_end`; the released code jumps after each interval, and
+    never trains at `p_end`. At each jump the weight is multiplied by (mean penalty at the old p) / (mean at the new
     p) over the last 10 steps, so that the penalty itself does not jump.
 
     Args:
@@ -21,7 +30,10 @@ class PAnneal(FollowsDensity):
         l1_schedule: how it gets there.
         p_end: the last p.
         p_updates: number of jumps.
-        anneal_start: share of the steps before the first jump.
+        anneal_start: share of the steps before the annealing.
+        first_jump: at_start of the annealing, or after_interval (dictionary_learning, whose 10 values of
+            p make 9 jumps).
+        initialisation: of the weights; see `saes.initialisation`.
     """
 
     WINDOW = 10
@@ -38,8 +50,13 @@ class PAnneal(FollowsDensity):
         p_end: float,
         p_updates: int,
         anneal_start: float,
+        first_jump: str,
+        initialisation: str,
     ) -> None:
         super().__init__(d_in, d_sae)
+        self.initialisation = check_choice("initialisation", initialisation, *INITIALISATIONS)
+        first_jump = check_choice("first_jump", first_jump, "at_start", "after_interval")
+        self.at_once = int(first_jump == "at_start")  # jumps made when the annealing starts
         self.schedule = make_schedule("l1", check_weight("l1", l1), l1_schedule, 0, float("inf"))
         self.p_end = check_number("p_end", p_end, 0.01, 1)
         self.p_updates = check_count("p_updates", p_updates)
@@ -59,7 +76,9 @@ class PAnneal(FollowsDensity):
         start = self.anneal_start * total
         if step < start or start >= total:
             return 0
-        return min(self.p_updates, 1 + int((step - start) * self.p_updates / (total - start)))
+        return min(
+            self.p_updates, self.at_once + int((step - start) * self.p_updates / (total - start))
+        )
 
     def begin_step(self, step: int, total: int) -> None:
         self.l1, self.n_steps = self.schedule(step, total), step

@@ -12,7 +12,7 @@ from saeflow.operators import (
     soft_topk_sparse,
     topk_sparse,
 )
-from saeflow.saes.base import Forward
+from saeflow.operators.soft_topk import FAR
 from saeflow.saes.density import FollowsDensity
 
 
@@ -24,11 +24,14 @@ class PerInputK(FollowsDensity):
 
     Attributes:
         temperature: of the soft top-k; 0 is hard.
-        is_fixed: pre-activations are taken as constants, so that only the decoder learns.
+        is_fixed: the selected pre-activations are taken as constants, so that the error reaches the decoder
+            alone. AuxK still trains the encoder's columns of dead latents.
+        reach: temperatures below the threshold down to which the soft mask is above 0.
     """
 
     temperature: float = 0.0
     is_fixed: bool = False
+    reach: float | None = None
 
     @abstractmethod
     def k_hat(self, x: Tensor) -> Tensor:
@@ -57,25 +60,16 @@ class PerInputK(FollowsDensity):
     def allowed_k(self, x: Tensor) -> Tensor | None:
         return self.condition(x)
 
-    def pre_activations(self, x: Tensor) -> Tensor:
-        pre_acts = super().pre_activations(x)
-        return pre_acts.detach() if self.training and self.is_fixed else pre_acts
-
-    def gather(self, x: Tensor, chosen: SparseLatents, is_rounded: bool) -> SparseLatents:
-        selected = super().gather(x, chosen, is_rounded)
-        if self.training and self.is_fixed:
-            return selected.with_values(selected.values.detach())
-        return selected
-
-    def gather_columns(self, fwd: Forward, columns: Tensor) -> Tensor:
-        acts = super().gather_columns(fwd, columns)
-        return acts.detach() if self.training and self.is_fixed else acts
+    @property
+    def reaches_far(self) -> bool:
+        """Whether `reach` is longer than that of lists of a fixed size."""
+        return self.reach is not None and self.reach > FAR
 
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         assert condition is not None
-        v = pre_acts.relu()
+        v = (pre_acts.detach() if self.training and self.is_fixed else pre_acts).relu()
         if self.is_soft:
-            return v * soft_topk(v, condition, self.temperature)
+            return v * soft_topk(v, condition, self.temperature, reach=self.reach)
         return keep_topk(v, condition.detach().floor().long())
 
     def select(
@@ -84,15 +78,17 @@ class PerInputK(FollowsDensity):
         assert condition is not None
         if self.is_soft:
             v = pre_acts.relu()
-            return soft_topk_sparse(v, condition, self.temperature, margin, self.room)
+            most = None if self.reaches_far else self.room
+            reach = self.reach
+            return soft_topk_sparse(v, condition, self.temperature, margin, most, reach=reach)
         k = condition.floor().long()
         return self.ranks.largest_of_rows(topk_sparse(pre_acts, k, self.room), k)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
-        v = selected.with_values(selected.values.relu())
+        values = selected.values.detach() if self.training and self.is_fixed else selected.values
+        v = selected.with_values(values.relu())
         if self.is_soft:
             assert condition is not None
-            k, temperature = condition, self.temperature
-            mask = soft_topk_of(v, k, temperature)
+            mask = soft_topk_of(v, condition, self.temperature, reach=self.reach)
             return v.with_values(v.values * mask.values)
         return v

@@ -1,12 +1,16 @@
 """SoftSAE: a network decides how many latents each input uses, through a soft top-k (arXiv:2605.06610)."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from saeflow.errors import UserError
 from saeflow.operators import pre_acts
+from saeflow.operators.soft_topk import FAR, FAR_SINGLE
 from saeflow.saes.base import (
     Forward,
     Options,
@@ -32,14 +36,18 @@ class SoftTopK(PerInputK):
     Args:
         k: the budget: latents an input on average, at the end of its schedule.
         k_schedule: how the budget gets there.
-        k_max: the largest k_hat.
+        k_max: the largest k_hat, of which it starts at about a half: a number, or {times_k: m} for m k
+            (2 in the released language-model runs; 2 d_in in those on images).
         estimator_width: hidden units of the MLP, or None for d_sae (the released code's: one more
             dense product a step). The first units start as the encoder's directions.
         alpha: temperature of the soft top-k at the end of its schedule, in units of scaled activations.
         alpha_schedule: how it gets there.
         budget_weight: lambda_k.
         hard_fraction: share of the steps, the last ones, with the hard top-k.
-        hard_phase: what learns then: full, encoder and decoder; decoder, the decoder alone.
+        hard_phase: what the error trains then: full, encoder and decoder; decoder, the decoder alone
+            (released code), beside AuxK, which still trains the encoder's columns of dead latents.
+        reach: temperatures below the threshold of the soft top-k down to which a latent counts as active
+            and alive; 30 leaves out masks below 5e-14, 103 nothing that float32 holds (released code).
         auxk_weight: weight of the AuxK loss.
     """
 
@@ -52,25 +60,27 @@ class SoftTopK(PerInputK):
         *,
         k: int,
         k_schedule: Options,
-        k_max: float,
+        k_max: float | Mapping[str, float],
         estimator_width: int | None,
         alpha: float,
         alpha_schedule: Options,
         budget_weight: float,
         hard_fraction: float,
         hard_phase: str,
+        reach: float,
         auxk_weight: float,
     ) -> None:
         super().__init__(d_in, d_sae)
         self.k: float = check_k(k, d_sae)
         self.schedule = make_schedule("k", k, k_schedule, 1, d_sae)
-        self.k_max = check_number("k_max", k_max, 1, float("inf"))
+        self.k_max = largest_k(k_max, k)
         alpha = check_number("alpha", alpha, 1e-8, 1e8)
         self.alpha_schedule = make_schedule("alpha", alpha, alpha_schedule, 1e-8, 1e8)
         self.temperature = alpha
         self.budget_weight = check_weight("budget_weight", budget_weight)
         self.hard_fraction = check_number("hard_fraction", hard_fraction, 0, 1)
         self.hard_phase = check_choice("hard_phase", hard_phase, "full", "decoder")
+        self.reach = check_number("reach", reach, FAR, FAR_SINGLE)
         self.auxk_weight = check_weight("auxk_weight", auxk_weight)
         width = (
             d_sae if estimator_width is None else check_count("estimator_width", estimator_width)
@@ -130,3 +140,18 @@ class SoftTopK(PerInputK):
             "k_hat_std": float(k_hat.std()),
             "temperature": self.temperature,
         }
+
+
+def largest_k(value: Any, k: int) -> float:
+    """k_max from its option and the budget k.
+
+    Raises:
+        UserError: it is neither a number nor {times_k: a number}, or below k.
+    """
+    if isinstance(value, Mapping):
+        if set(value) != {"times_k"}:
+            raise UserError(
+                f"k_max: expected a number or {{times_k: a number}}, found {dict(value)}."
+            )
+        return k * check_number("k_max.times_k", value["times_k"], 1, 1e9)
+    return check_number("k_max", value, k, 1e9)

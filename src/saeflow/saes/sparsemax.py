@@ -10,7 +10,6 @@ from saeflow.operators import (
     SparseLatents,
     decode_sparse,
     gather_pre_acts,
-    geometric_median,
     pre_acts,
     rounding,
     sparsemax,
@@ -25,6 +24,7 @@ from saeflow.saes.base import (
     check_number,
     check_weight,
 )
+from saeflow.saes.initialisation import kaiming, uniform
 from saeflow.saes.schedules import make_schedule
 
 RATE_DECAY = 0.99
@@ -49,16 +49,23 @@ class Sparsemax(SAE):
         score_scale: a number; 1/sqrt(d); or learned, from 1 on.
         max_rate: latents whose running firing rate in training exceeds this are left out, also in use;
             None keeps all.
+        rate_mask: excluded, the rate is a running mean (decay 0.99) of how often a latent is not 0, and
+            those left out have the score -inf; zeroed, it is the mean over all batches of how often it is
+            above 0, and they have the score 0, which the simplex may still choose (released code).
         loss: squared, the sum over d_in; norm_weighted, 10 mean((x - x_hat)^2 / ||x||) (released code).
         l1: weight of sum |z| / ||x||, the mean over the batch, at the end of its schedule; 0 in the
             paper where sparsity is sparsemax's.
         l1_schedule: how it gets there.
+        beta2: of Adam; beta1 is 0.9.
+        initialisation: unit, random unit concepts and every map the identity (mlp: as other variants);
+            kaiming, concepts uniform within sqrt(6 / d_sae) of 0 and maps within sqrt(6 / d_in), so that
+            scores have a standard deviation of 2 / sqrt(d_sae) (released code; mlp: see `saes.initialisation`).
     """
 
-    betas = (0.9, 0.99)
     has_unit_norm = False
     divides_latents = False
     firing_rate: Tensor
+    batches: Tensor
 
     def __init__(
         self,
@@ -70,11 +77,16 @@ class Sparsemax(SAE):
         query: str,
         score_scale: float | str,
         max_rate: float | None,
+        rate_mask: str,
         loss: str,
         l1: float,
         l1_schedule: Options,
+        beta2: float,
+        initialisation: str,
     ) -> None:
         super().__init__(d_in, d_sae)
+        self.betas = (0.9, check_number("beta2", beta2, 0, 0.999999))
+        self.initialisation = check_choice("initialisation", initialisation, "unit", "kaiming")
         self.is_shared = check_choice("architecture", architecture, "shared", "mlp") == "shared"
         self.activation = check_choice("activation", activation, "weights", "scores", "relu")
         self.loss = check_choice("loss", loss, "squared", "norm_weighted")
@@ -92,20 +104,25 @@ class Sparsemax(SAE):
             self.W_V = nn.Parameter(torch.zeros(d_in, d_in))
             self.W_Q = nn.Parameter(torch.zeros(d_in, d_in)) if query == "linear" else None
         self.register_buffer("firing_rate", torch.zeros(d_sae))
+        self.is_zeroed = check_choice("rate_mask", rate_mask, "excluded", "zeroed") == "zeroed"
+        if self.is_zeroed:
+            self.register_buffer("batches", torch.zeros(()))
 
     def initialise(self, x: Tensor, generator: torch.Generator) -> None:
-        """Random unit concepts, every map the identity; mlp as other variants."""
+        if not self.is_shared:
+            return super().initialise(x, generator)
+        maps = [matrix for matrix in (self.W_K, self.W_V, self.W_Q) if matrix is not None]
         with torch.no_grad():
+            if self.initialisation == "kaiming":
+                uniform(self.W_dec, kaiming(self.d_sae), generator)
+                for matrix in maps:
+                    uniform(matrix, kaiming(self.d_in), generator)
+                return None
             directions = torch.randn(self.d_sae, self.d_in, generator=generator)
             self.W_dec.copy_(directions / directions.norm(dim=1, keepdim=True))
-            if self.is_shared:
-                for matrix in (self.W_K, self.W_V, self.W_Q):
-                    if matrix is not None:
-                        matrix.copy_(torch.eye(self.d_in))
-            else:
-                self.W_enc.copy_(self.W_dec.t())
-                self.b_enc.zero_()
-                self.b_dec.copy_(geometric_median(x))
+            for matrix in maps:
+                matrix.copy_(torch.eye(self.d_in))
+        return None
 
     @property
     def is_sparse(self) -> bool:
@@ -193,10 +210,11 @@ class Sparsemax(SAE):
         return MOST
 
     def allowed(self, pre_acts: Tensor) -> Tensor:
-        """Scores, -inf where a latent fires too often to be used."""
+        """Scores, without those of latents that fire too often to be used."""
         if self.max_rate is None:
             return pre_acts
-        return pre_acts.masked_fill(self.firing_rate > self.max_rate, -torch.inf)
+        left_out = 0.0 if self.is_zeroed else -torch.inf
+        return pre_acts.masked_fill(self.firing_rate > self.max_rate, left_out)
 
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         assert condition is not None
@@ -206,7 +224,7 @@ class Sparsemax(SAE):
         elif self.activation == "weights":
             z = self.probabilities(scores)
         else:
-            z = pre_acts * (self.probabilities(scores.detach()) > 0)
+            z = scores.where(self.probabilities(scores.detach()) > 0, 0)
         return z * condition[:, None]
 
     def select(
@@ -219,6 +237,9 @@ class Sparsemax(SAE):
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         assert condition is not None
+        if self.max_rate is not None and self.is_zeroed:
+            is_masked = (self.firing_rate > self.max_rate)[selected.columns]
+            selected = selected.with_values(selected.values.masked_fill(is_masked, 0))
         z = selected if self.activation == "relu" else self.probabilities_of(selected)
         if self.activation == "scores":
             z = z.with_values(selected.values * (z.values.detach() > 0))
@@ -230,12 +251,9 @@ class Sparsemax(SAE):
         self.l1 = self.schedule(step, total)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
-        error = (fwd.x - fwd.x_hat).square()
-        if self.loss == "squared":
-            losses = {"reconstruction": self.ranks.batch_mean(error.sum(1))}
-        else:
-            norm = torch.linalg.vector_norm(fwd.x, dim=1, keepdim=True).clamp(min=1e-12)
-            losses = {"reconstruction": 10 * self.ranks.batch_mean((error / norm).mean(1))}
+        losses = super().losses(fwd, dead)
+        if self.loss == "norm_weighted":
+            losses["reconstruction"] = 10 * self.norm_weighted_error(fwd)
         if self.l1:
             assert fwd.condition is not None
             norm = fwd.condition.detach().clamp(min=1e-12)
@@ -251,12 +269,24 @@ class Sparsemax(SAE):
         if self.max_rate is None:
             return
         if isinstance(fwd.latents, SparseLatents):
-            counts = fwd.latents.count()
+            values = fwd.latents.values
+            firing = fwd.latents.with_values(self.is_firing(values).to(values.dtype))
+            counts = firing.count()
         else:
-            counts = (fwd.latents != 0).sum(0)
+            counts = self.is_firing(fwd.latents).sum(0)
         counts = self.ranks.over_batch(counts)
         rate = (counts / self.ranks.rows(fwd.x)).to(self.firing_rate.dtype)
-        self.firing_rate.lerp_(rate, 1 - RATE_DECAY)
+        if self.is_zeroed:
+            total = (
+                self.firing_rate * self.batches + rate
+            )  # exact for few rows: rates lie at max_rate
+            self.firing_rate.copy_(total / self.batches.add_(1))
+        else:
+            self.firing_rate.lerp_(rate, 1 - RATE_DECAY)
+
+    def is_firing(self, values: Tensor) -> Tensor:
+        """Values that count for the firing rate."""
+        return values > 0 if self.is_zeroed else values != 0
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:

@@ -5,11 +5,12 @@ torch's own pieces do the same, and are the reference.
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grads_with_norm_
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
 
 from saeflow.config import TrainingConfig
 from saeflow.operators import acts_as_gpu, native
@@ -23,17 +24,30 @@ class Optimizer(torch.optim.Adam):
     Args:
         sae: on its device, with `requires_grad` settled.
         config: its betas, where the variant has none of its own, and the largest gradient norm.
+
+    The first of `param_groups` holds what is clipped together, the second, where there is one, what the
+    variant sets apart.
     """
 
     def __init__(self, sae: SAE, config: TrainingConfig) -> None:
-        trained = [parameter for parameter in sae.parameters() if parameter.requires_grad]
-        super().__init__(trained, betas=sae.betas or config.betas, fused=True)
-        self.sae, self.largest_norm = sae, config.grad_clip
-        self.count, self.lr = torch.zeros(2, device=sae.W_dec.device).unbind()  # on the device
+        trained = {name: p for name, p in sae.named_parameters() if p.requires_grad}
+        apart = [trained.pop(name) for name in sae.apart]
+        groups = [list(trained.values()), *([apart] if apart else [])]
+        super().__init__(
+            [{"params": group} for group in groups], betas=sae.betas or config.betas, fused=True
+        )
+        self.sae = sae
+        self.largest_norm = math.inf if config.grad_clip is None else config.grad_clip
+        # Of each group, on the device: steps taken, learning rate.
+        self.scalars = [torch.zeros(2, device=sae.W_dec.device).unbind() for _ in self.param_groups]
 
     def measure(self) -> Tensor:
-        """Remove the decoder gradient's part along its rows; the norm () of the whole gradient."""
-        gradients = self._gradients()
+        """Remove the decoder gradient's part along its rows; the norm () of what is clipped together.
+
+        What is set apart is clipped here. The norm is not finite where any gradient is not.
+        """
+        together, *apart = self.param_groups
+        gradients = self._gradients(together)
         is_native = native.serves(*(gradient for _, gradient in gradients))
         if not is_native:
             self.sae.project_grad()
@@ -47,7 +61,11 @@ class Optimizer(torch.optim.Adam):
             )
             total = divided if self._is_divided(parameter) else held
             total += square
-        return (self.sae.ranks.over_latents(divided) + held).sqrt().float()
+        norm = (self.sae.ranks.over_latents(divided) + held).sqrt().float()
+        for group in apart:
+            own = clip_grad_norm_([p for p, _ in self._gradients(group)], self.largest_norm)
+            norm = norm + 0 * own
+        return norm
 
     def _measure(self, parameter: Tensor, found: Tensor) -> Tensor:
         """() the square of a parameter's gradient, in float64, once its part along unit rows is removed."""
@@ -64,33 +82,45 @@ class Optimizer(torch.optim.Adam):
         ranks = self.sae.ranks
         if ranks.size > 1:
             ranks.sum_(
-                [g for p, g in self._gradients() if ranks.of_batch > 1 or not self._is_divided(p)]
+                [
+                    g
+                    for p, g in self._gradients(*self.param_groups)
+                    if ranks.of_batch > 1 or not self._is_divided(p)
+                ]
             )
 
     def update(self, norm: Tensor, skip: Tensor) -> None:
         """Scale a gradient of this norm down to the largest, take a step, make decoder rows unit.
 
         Args:
-            norm: () of the whole gradient.
+            norm: () of the gradient of what is clipped together.
             skip: () bool; true: weights and moments stay as they are.
         """
-        gradients = self._gradients()
+        gradients = self._gradients(*self.param_groups)
         if acts_as_gpu(norm):
-            self._update_at_once(gradients, norm, skip)
+            largest = self.largest_norm
+            for group, scalars in zip(self.param_groups, self.scalars, strict=True):
+                self._update_at_once(group, scalars, norm, skip, largest)
+                largest = math.inf
             return
         if not native.serves(*(parameter for parameter, _ in gradients)):
-            clip_grads_with_norm_([p for p, _ in gradients], self.largest_norm, norm)
+            together = [p for p, _ in self._gradients(self.param_groups[0])]
+            clip_grads_with_norm_(together, self.largest_norm, norm)
             self.found_inf = skip.float()  # torch's fused Adam then writes nothing
             self.step()
             self.sae.project_weights()
             return
         if bool(skip):
             return
-        (group,) = self.param_groups
-        (beta1, beta2), epsilon = group["betas"], group["eps"]
         clip = min(1.0, self.largest_norm / (float(norm) + 1e-6))
-        for parameter, gradient in gradients:
-            state = self._state(parameter)
+        for group in self.param_groups:
+            self._update_group(group, clip)
+            clip = 1.0
+
+    def _update_group(self, group: dict[str, Any], clip: float) -> None:
+        (beta1, beta2), epsilon = group["betas"], group["eps"]
+        for parameter, gradient in self._gradients(group):
+            state = self._state(parameter, torch.zeros(()))
             state["step"] += 1
             t = float(state["step"])
             rate, correction = group["lr"] / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t)
@@ -101,39 +131,44 @@ class Optimizer(torch.optim.Adam):
             native.spread("adam.update_rows", len(rows[0]), *rows, is_unit, *numbers)
 
     def _update_at_once(
-        self, gradients: list[tuple[Tensor, Tensor]], norm: Tensor, skip: Tensor
+        self,
+        group: dict[str, Any],
+        scalars: tuple[Tensor, ...],
+        norm: Tensor,
+        skip: Tensor,
+        largest_norm: float,
     ) -> None:
-        """One pass over each parameter, for which the host does not wait."""
-        (group,) = self.param_groups
-        self.lr.fill_(group["lr"])
+        """One pass over each parameter of a group, for which the host does not wait."""
+        count, lr = scalars
+        lr.fill_(group["lr"])
         parts = []
-        for parameter, gradient in gradients:
-            state = self._state(parameter)
-            if state["step"] is not self.count:  # of a checkpoint
-                self.count.copy_(state["step"])
-                state["step"] = self.count
+        for parameter, gradient in self._gradients(group):
+            state = self._state(parameter, count)
+            if state["step"] is not count:  # of a checkpoint
+                count.copy_(state["step"])
+                state["step"] = count
             if gradient.stride() != parameter.stride():
                 gradient = torch.empty_like(parameter).copy_(gradient)
             as_rows = _rows if parameter.ndim == 2 else _flat
             moments = as_rows(state["exp_avg"]), as_rows(state["exp_avg_sq"])
             is_unit = self._is_unit(parameter)
             parts.append(Part(as_rows(parameter), as_rows(gradient), *moments, is_unit=is_unit))
-        options = {"betas": group["betas"], "eps": group["eps"], "largest_norm": self.largest_norm}
-        update(parts, norm, self.count, self.lr, skip, **options)
+        options = {"betas": group["betas"], "eps": group["eps"], "largest_norm": largest_norm}
+        if parts:
+            update(parts, norm, count, lr, skip, **options)
 
-    def _state(self, parameter: Tensor) -> dict[str, Tensor]:
-        """What Adam knows of a parameter."""
+    def _state(self, parameter: Tensor, count: Tensor) -> dict[str, Tensor]:
+        """What Adam knows of a parameter, with its steps counted in `count` from the first on."""
         state = self.state[parameter]
         if not state:
-            state["step"] = self.count if acts_as_gpu(parameter) else torch.zeros(())
+            state["step"] = count
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         return state
 
-    def _gradients(self) -> list[tuple[Tensor, Tensor]]:
-        """The parameters that have a gradient, and theirs."""
-        (group,) = self.param_groups
-        return [(p, p.grad) for p in group["params"] if p.grad is not None]
+    def _gradients(self, *groups: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        """The parameters of some groups that have a gradient, and theirs."""
+        return [(p, p.grad) for group in groups for p in group["params"] if p.grad is not None]
 
     def _is_divided(self, parameter: Tensor) -> bool:
         """Whether each rank has a part of the parameter of its own."""

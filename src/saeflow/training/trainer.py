@@ -256,7 +256,7 @@ class Run:
 
     @property
     def dead(self) -> Tensor:
-        """(d_sae,) bool: latents silent for the last `dead_after_tokens` tokens."""
+        """(d_sae,) bool: latents silent for the last `dead_after_tokens` tokens, the step's own batch counted."""
         return self.silent >= self.config.training.dead_after_tokens
 
     def batches(self, start: int = 0) -> Generator[Tensor, None, None]:
@@ -301,6 +301,7 @@ class Run:
         try:
             with torch.autocast(self.device.type, torch.bfloat16, self.is_bf16):
                 fwd = sae.run(x)
+            self.silent.add_(self.ranks.rows(x)).masked_fill_(self.ranks.any_row(fwd.fired()), 0)
             losses = sae.losses(fwd, self.dead)
         except ValueError as error:  # an operator met NaN
             if all(bool(values.isfinite().all()) for values in (x, *sae.parameters())):
@@ -317,14 +318,15 @@ class Run:
             self.check()
         self.optimizer.update(norm, cannot_be_taken)
         sae.end_step(fwd)
-        self.silent.add_(self.ranks.rows(x)).masked_fill_(self.ranks.any_row(fwd.fired()), 0)
         return fwd, {name: term.detach() for name, term in {"loss": loss, **losses}.items()}, lr
 
     def set_lr(self) -> float:
-        lr = peak_lr(self.config) * lr_factor(self.step, self.total, self.config.training)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        return lr
+        training, peak = self.config.training, peak_lr(self.config)
+        together, *apart = self.optimizer.param_groups
+        together["lr"] = peak * lr_factor(self.step, self.total, training)
+        for group in apart:
+            group["lr"] = peak * warm_up(self.step - self.sae.apart_from(self.total), training)
+        return float(together["lr"])
 
     def check(self) -> None:
         """Stop if a step could not be taken since the last check; none after it was."""
@@ -435,9 +437,13 @@ def peak_lr(config: SAEConfig) -> float:
 
 def lr_factor(step: int, total: int, config: TrainingConfig) -> float:
     """Linear warm-up over `lr_warmup_steps`, linear decay to 0 over the last `lr_decay_fraction`."""
-    warm = min(1.0, (step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
     decay_steps = config.lr_decay_fraction * total
-    return warm * (min(1.0, (total - step) / decay_steps) if decay_steps else 1.0)
+    return warm_up(step, config) * (min(1.0, (total - step) / decay_steps) if decay_steps else 1.0)
+
+
+def warm_up(step: int, config: TrainingConfig) -> float:
+    """Factor of the learning rate `step` steps after a warm-up began; 0 before."""
+    return min(1.0, max(0, step + 1) / config.lr_warmup_steps) if config.lr_warmup_steps else 1.0
 
 
 def write_steps(path: Path, rows: list[dict[str, float]]) -> None:

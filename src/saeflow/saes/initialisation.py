@@ -1,0 +1,52 @@
+"""Weights before the first step: the field's usual start, and those of released code."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from saeflow.operators import geometric_median
+
+if TYPE_CHECKING:
+    from saeflow.saes.base import SAE
+
+INITIALISATIONS = ("unit", "zero_bias", "short", "kaiming")
+SHORT = 0.1  # length of a row, dictionary_learning's AutoEncoder
+
+
+def initialise(sae: "SAE", how: str, x: torch.Tensor, generator: torch.Generator) -> None:
+    """Set W_enc, b_enc, W_dec and b_dec.
+
+    Args:
+        how: unit, rows of W_dec of random directions and length 1, W_enc their transpose, b_enc 0, b_dec
+            the geometric median of x; zero_bias, the same with b_dec 0 (Gated and JumpReLU of
+            dictionary_learning); short, b_dec 0, rows of length 0.1, W_enc their transpose, b_enc uniform
+            within 1 / sqrt(d_in) of 0 (Standard and P-anneal of dictionary_learning); kaiming, W_enc
+            uniform within sqrt(6 / d_sae) of 0 and drawn on its own, rows of W_dec unit, b_enc 0, b_dec
+            the geometric median (the ReLU SAE of the Sparsemax release).
+        x: (B, d_in) training rows, as the SAE sees them.
+    """
+    with torch.no_grad():
+        directions = torch.randn(sae.d_sae, sae.d_in, generator=generator)
+        directions /= directions.norm(dim=1, keepdim=True)
+        sae.W_dec.copy_(directions * SHORT if how == "short" else directions)
+        sae.W_enc.copy_(sae.W_dec.t())
+        sae.b_enc.zero_()
+        if how == "short":
+            uniform(sae.b_enc, sae.d_in**-0.5, generator)
+        if how == "kaiming":
+            uniform(sae.W_enc, kaiming(sae.d_sae), generator)
+        if how in ("zero_bias", "short"):
+            sae.b_dec.zero_()
+        else:
+            sae.b_dec.copy_(geometric_median(x))
+
+
+def kaiming(fan_in: int) -> float:
+    """Bound of `torch.nn.init.kaiming_uniform_` for relu: a standard deviation of sqrt(2 / fan_in)."""
+    return float((6 / fan_in) ** 0.5)
+
+
+def uniform(weights: torch.Tensor, bound: float, generator: torch.Generator) -> None:
+    """Fill weights, whatever their memory layout, with numbers within `bound` of 0."""
+    drawn: Any = torch.rand(weights.shape, generator=generator)
+    weights.copy_((2 * drawn - 1) * bound)
