@@ -95,13 +95,15 @@ def test_k_max_bounds_k_hat_which_starts_at_its_half(x: Tensor) -> None:
         assert float(k_hat.detach().mean()) == pytest.approx(k_max / 2, rel=0.3)
 
 
-def test_the_estimator_is_float32_under_bfloat16_autocast(x: Tensor) -> None:
-    sae = soft(x)
+def test_k_hat_is_no_bfloat16_under_autocast(x: Tensor) -> None:
+    """The hidden units are rounded, k_hat itself is not: it would be 2 apart near 256."""
+    sae = soft(x, k=30, k_max=60)
     expected = sae.allowed_k(x)
     with torch.autocast("cpu", torch.bfloat16):
         fwd = sae.run(x)
     assert fwd.condition.dtype == torch.float32
-    assert torch.equal(fwd.condition, expected)
+    assert bool((fwd.condition != fwd.condition.bfloat16().float()).all())
+    torch.testing.assert_close(fwd.condition, expected, rtol=0.02, atol=0)
 
 
 def test_encode_changes_no_input_and_forward_returns_its_units(x: Tensor) -> None:
@@ -257,7 +259,7 @@ def test_scores_pass_no_gradient_through_the_threshold(x: Tensor) -> None:
     latents.sum().backward()
     assert torch.equal(scores.grad, (latents != 0).float())
     paper = make("sparsemax-paper", x)
-    scores = scores.detach().requires_grad_()
+    scores = paper.pre_activations(x).detach().requires_grad_()
     paper.activate(scores, torch.ones(len(x)))[:, 0].sum().backward()
     assert bool((scores.grad < 0).any())  # the weights of others fall
 
@@ -352,14 +354,14 @@ def test_released_first_weights(
     assert bool(sae.b_enc.any()) == has_biases
     if has_biases:  # uniform: a third of the bound squared
         bound = D_IN**-0.5
-        assert float(sae.b_enc.abs().max()) <= bound
-        assert float(sae.b_enc.square().mean()) == pytest.approx(bound**2 / 3, rel=0.15)
+        assert float(sae.b_enc.detach().abs().max()) <= bound
+        assert float(sae.b_enc.detach().square().mean()) == pytest.approx(bound**2 / 3, rel=0.15)
     if preset != "relu-sparsemax-released":
         assert torch.equal(sae.W_enc, sae.W_dec.t())
         return
-    assert float(sae.W_enc.square().mean()) == pytest.approx(2 / 400, rel=0.05)
+    assert float(sae.W_enc.detach().square().mean()) == pytest.approx(2 / 400, rel=0.05)
     along = (sae.W_enc * sae.W_dec.t()).sum(0) / sae.W_enc.norm(dim=0)
-    assert float(along.mean()) == pytest.approx(0, abs=0.1)  # drawn on its own
+    assert float(along.detach().mean()) == pytest.approx(0, abs=0.1)  # drawn on its own
 
 
 def test_released_first_scores_have_a_standard_deviation_of_2_over_the_root_of_the_width() -> None:
@@ -412,4 +414,6 @@ def test_a_penalty_beside_a_mean_error_is_d_times_as_large_beside_a_sum(x: Tenso
     fwd = sae.run(x)
     losses = sae.losses(fwd, torch.zeros(D_SAE, dtype=torch.bool))
     theirs = (x - fwd.x_hat).square().mean() + 1e-3 * fwd.latents.sum(1).mean()
-    assert float(sum(losses.values())) == pytest.approx(D_IN * float(theirs), rel=1e-5)
+    assert float(sum(losses.values()).detach()) == pytest.approx(
+        D_IN * float(theirs.detach()), rel=1e-5
+    )

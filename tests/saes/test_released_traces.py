@@ -367,7 +367,7 @@ def run_of(case: Case, trace: Trace) -> Traced:
     chosen = {
         "tokens": STEPS * BATCH, "batch_size": BATCH, "lr": 1e-3, "betas": (0.9, 0.999), "lr_warmup_steps": 0,
         "lr_decay_fraction": 0.0, "grad_clip": 1.0, "dead_after_tokens": 2000, "train_decoder": True,
-        "log_every_steps": 100, **case.training,
+        "log_every_steps": 100, "input_scale": "raw", **case.training,
     }  # fmt: skip
     config = SAEConfig(
         name=case.trace, entry=case.trace, variant=case.variant, source="golden", hook_point="golden",
