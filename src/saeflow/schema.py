@@ -149,7 +149,8 @@ def _explain(error: Any) -> str:
                 f"{where}: the key {listed(missing)} is missing. Add it (see README, Parameters)."
             )
         case "type":
-            return f"{where}: expected {error.validator_value}, found {found}."
+            wanted = " or ".join(_as_list(error.validator_value))
+            return f"{where}: expected {wanted}, found {found}."
         case "enum":
             return f"{where}: expected one of {_choices(error)}, found {found}."
         case "const":
