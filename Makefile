@@ -5,10 +5,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 CORES ?= all
 BENCHMARKS ?= steps operators training stores extraction evaluation latents rates
+PYTEST := OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 QUIET := --disable-pip-version-check -q --progress-bar off
 PIP := $(BIN)/python -m pip install $(QUIET)
 
-.PHONY: setup demo full rehearse test check bench bench-gpu torture truth
+.PHONY: setup demo full rehearse test test-heavy test-all check bench bench-gpu torture truth
 
 setup: .venv/ready
 
@@ -49,7 +50,13 @@ check: setup
 
 # A file's tests run in one process: what its fixtures make, a whole workflow in some, is made once.
 test: check
-	OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not heavy"
+
+# What takes minutes by nature: SLURM, conda, other libraries' environments, DVC experiments, faults, a rehearsal.
+test-heavy: setup
+	$(PYTEST) -m heavy
+
+test-all: test test-heavy
 
 # Against other libraries, in environments of their own, and against the machine's limits; about half an hour.
 bench: setup

@@ -88,6 +88,8 @@ class Score:
 def parameters() -> dict[str, Any]:
     """A small run of every step whose training takes some seconds."""
     params = copy.deepcopy(SYNTHETIC)
+    params["saes"] = {name: params["saes"][name] for name in ("topk", "adaptive-k")}
+    params["figures"]["names"] = ["fvu_l0", "training", "complexity"]
     params["training"]["tokens"] = 400_000
     params["runtime"]["checkpoint_every_s"] = 0.2
     return params

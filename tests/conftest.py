@@ -1,4 +1,4 @@
-"""What must be settled before any test is imported."""
+"""What must be settled before any test is imported, which tests are heavy, and that none is skipped unnoticed."""
 
 import os
 
@@ -28,10 +28,34 @@ settings.register_profile(
 )
 settings.load_profile("saeflow")
 
+HEAVY_FIXTURES = {"foreign", "cluster"}
+"""Environments of other libraries, and a SLURM of its own: what uses them is heavy."""
+NO_GPU = ("gpu", "cuda")
+"""Words of the only reason for which a test may be skipped where REQUIRE_TESTS is set."""
 
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is none; `make bench-gpu` runs it where there is one."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no GPU"))
+    """Mark tests as heavy by the fixtures that they use, and skip what is marked `gpu` where there is none.
+
+    `make bench-gpu` runs those where there is one.
+    """
+    has_gpu = torch.cuda.is_available()
+    for item in items:
+        if not has_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+        if HEAVY_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.heavy)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Where REQUIRE_TESTS is set, a test that was skipped for another reason than a missing GPU fails the run."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if not os.environ.get("REQUIRE_TESTS") or reporter is None:  # a worker of xdist has no terminal
+        return
+    for report in reporter.stats.get("skipped", ()):
+        reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        if not any(word in reason.lower() for word in NO_GPU):
+            reporter.write_line(f"REQUIRE_TESTS: {report.nodeid} was skipped: {reason}", red=True)
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED

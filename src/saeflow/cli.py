@@ -193,22 +193,24 @@ def rehearse(
     ] = False,
 ) -> None:
     """Run a parameter file's whole workflow in minutes: small random models, local data, everything scaled down."""
-    from saeflow.rehearsal import RehearsalFailed
+    from saeflow.rehearsal import RehearsalFailed, stage
     from saeflow.rehearsal import rehearse as rehearse_one
 
     if len({path.stem for path in params}) < len(params):
         raise UserError("params: expected files of different names, found one twice.")
     for path in params:
-        try:
-            said = rehearse_one(
-                path, out / path.stem, cores or len(os.sched_getaffinity(0)), every_run=every_run
-            )
-        except UserError as error:
-            raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
-        except RehearsalFailed as failure:
-            sys.stderr.write(f"error: {path}: {failure}\n")
-            raise typer.Exit(1) from None
-        typer.echo(said)
+        load_params(path)  # a mistake in any is said before minutes are spent on the others
+    cores = cores or len(os.sched_getaffinity(0))
+    with stage() as environment:
+        for path in params:
+            try:
+                said = rehearse_one(path, out / path.stem, cores, environment, every_run=every_run)
+            except UserError as error:
+                raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+            except RehearsalFailed as failure:
+                sys.stderr.write(f"error: {path}: {failure}\n")
+                raise typer.Exit(1) from None
+            typer.echo(said)
 
 
 @app.command()

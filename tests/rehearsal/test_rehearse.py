@@ -11,7 +11,7 @@ import yaml
 
 from saeflow.config import ROOT, load_params
 
-pytestmark = pytest.mark.workflow
+pytestmark = [pytest.mark.workflow, pytest.mark.heavy]
 FIGURES = ["fvu_l0", "table_training_cost"]
 
 

@@ -52,7 +52,7 @@ def test_every_family_has_a_model_with_its_hook_points(model_type: str, tmp_path
 
 
 def test_clip_reads_images_and_prompts(tmp_path: Path) -> None:
-    texts = ["a photo of a {}.", "golden retriever", "aéroplane"]
+    texts = ["a photo of a {}, a pet.", "golden retriever", "aéroplane", "McDonnell-Douglas MD-11"]
     folder = written(tmp_path, "models", "model", model_type="clip", blocks=3, texts=texts)
     model, tokenizer = load_model(folder, "cpu"), load_tokenizer(folder)
     preprocessing = load_preprocessing(folder)

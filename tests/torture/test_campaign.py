@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.workflow
+@pytest.mark.heavy
 def test_a_few_faults_of_every_kind_are_survived(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -24,7 +24,8 @@ class Project:
         for name in ("Snakefile", "dvc.yaml", "requirements.lock", ".gitignore", ".dvcignore"):
             shutil.copy(ROOT / name, folder / name)
         for name in ("workflow", "profiles", "src", "envs", ".dvc"):
-            ignore = shutil.ignore_patterns("__pycache__", "*.egg-info", "cache", "tmp")
+            # Kernels that numba compiled for this checkout come along: compiling takes a minute.
+            ignore = shutil.ignore_patterns("*.pyc", "*.egg-info", "cache", "tmp")
             shutil.copytree(ROOT / name, folder / name, ignore=ignore)
         self.params = params
         self.write(params)

@@ -4,12 +4,18 @@ import shutil
 import stat
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from .conftest import ROOT, SYNTHETIC, Project
 
-pytestmark = pytest.mark.workflow
+pytestmark = [pytest.mark.workflow, pytest.mark.heavy]
+PARAMS: dict[str, Any] = {  # every environment has a rule that runs
+    **SYNTHETIC,
+    "saes": {"adaptive-k": SYNTHETIC["saes"]["adaptive-k"]},
+    "figures": {**SYNTHETIC["figures"], "names": ["fvu_l0"]},
+}
 
 
 def install(folder: Path) -> Path:
@@ -30,8 +36,8 @@ def test_every_step_runs_in_its_own_environment(
     programs = install(tmp_path / "conda")
     for name in ("conda", "plain"):
         (tmp_path / f"run-{name}").mkdir()
-    project = Project(tmp_path / "run-conda", SYNTHETIC)
-    plain = Project(tmp_path / "run-plain", SYNTHETIC)
+    project = Project(tmp_path / "run-conda", PARAMS)
+    plain = Project(tmp_path / "run-plain", PARAMS)
     plain.snakemake("all")
     monkeypatch.setenv("PATH", f"{programs}:{project.environment['PATH']}")
     project.snakemake("--use-conda", "all")

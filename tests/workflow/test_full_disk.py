@@ -12,6 +12,7 @@ from .conftest import SYNTHETIC, Project
 
 pytestmark = [
     pytest.mark.workflow,
+    pytest.mark.heavy,
     pytest.mark.skipif(os.geteuid() != 0, reason="mounting a tmpfs needs root"),
 ]
 

@@ -62,16 +62,16 @@ def test_file_times_do_not_matter(done: Project) -> None:
     [
         (
             "saes/topk/options/k", [8, 12],
-            {"train_sae": 1, "evaluate_sae": 1, "collect_tables": 1, "draw_figure": 5, "write_report": 1},
+            {"train_sae": 1, "evaluate_sae": 1, "collect_tables": 1, "draw_figure": 3, "write_report": 1},
         ),
         (
             "evaluation/max_norm_multiple", 5,
-            {"evaluate_sae": 4, "evaluate_baselines": 1, "collect_tables": 1, "draw_figure": 5, "write_report": 1},
+            {"evaluate_sae": 4, "evaluate_baselines": 1, "collect_tables": 1, "draw_figure": 3, "write_report": 1},
         ),
         ("runtime/extraction_jobs", 3, {}),
         ("runtime/saes_per_job", 3, {}),
         ("runtime/threads", {"extract": 2, "train": 2, "evaluate": 2}, {}),
-        ("figures/allow_unequal_budgets", True, {"draw_figure": 5, "write_report": 1}),
+        ("figures/allow_unequal_budgets", True, {"draw_figure": 3, "write_report": 1}),
     ],
 )  # fmt: skip
 def test_one_parameter_reruns_exactly_what_depends_on_it(
@@ -186,7 +186,7 @@ def test_a_code_change_reruns_the_steps_that_run_it(done: Project) -> None:
     code = path.read_text()
     path.write_text(code + "\n# changed\n")
     try:
-        assert done.todo() == {"draw_figure": 5, "write_report": 1}
+        assert done.todo() == {"draw_figure": 3, "write_report": 1}
     finally:
         path.write_text(code)
 

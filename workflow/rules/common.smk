@@ -38,7 +38,8 @@ prefix = f"export PYTHONPATH={shlex.quote(str(package))}; "
 prefix = f"{prefix}export SAEFLOW_RUNTIME={shlex.quote(json.dumps(config['runtime']))}; "
 has_conda = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 if not has_conda:
-    prefix = f"{prefix}export PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
+    programs = os.environ.get("SAEFLOW_PROGRAMS", str(Path(sys.executable).parent))  # set by rehearse
+    prefix = f"{prefix}export PATH={shlex.quote(programs)}:$PATH; "
 # Snakemake reads the prefix as a format string.
 shell.prefix(f"set -euo pipefail; {prefix}".replace("{", "{{").replace("}", "}}"))
 

@@ -8,8 +8,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -20,6 +22,7 @@ from saeflow.files import atomic_file
 from saeflow.plan import Plan
 from saeflow.rehearsal.scale import Rehearsal, rehearsal_of
 from saeflow.rehearsal.stand_ins import write_stand_ins
+from saeflow.rehearsal.warm import warm_python
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +34,29 @@ class RehearsalFailed(Exception):  # noqa: N818 (it is no fault of the code)
     """A job of the rehearsal failed; the message is one line."""
 
 
-def rehearse(preset: Path, folder: Path, cores: int, *, every_run: bool = False) -> str:
+@contextmanager
+def stage() -> Iterator[dict[str, str]]:
+    """The environment of rehearsals: offline, one thread a job, jobs that start at once."""
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    with (
+        TemporaryDirectory(prefix="saeflow-data-") as cache,
+        warm_python(environment | {"HF_DATASETS_CACHE": cache}) as programs,
+    ):
+        yield environment | {"HF_DATASETS_CACHE": cache, "SAEFLOW_PROGRAMS": str(programs)}
+
+
+def rehearse(
+    preset: Path,
+    folder: Path,
+    cores: int,
+    environment: Mapping[str, str],
+    *,
+    every_run: bool = False,
+) -> str:
     """Rehearse a parameter file.
 
     What an earlier rehearsal in the same folder made is kept where its parameters and its code are the same.
@@ -40,6 +65,7 @@ def rehearse(preset: Path, folder: Path, cores: int, *, every_run: bool = False)
         preset: the parameter file.
         folder: where everything goes: parameters, stand-ins, results, logs.
         cores: of this machine, for the workflow.
+        environment: what `stage` gives.
         every_run: see `rehearsal_of`.
 
     Returns:
@@ -66,7 +92,7 @@ def rehearse(preset: Path, folder: Path, cores: int, *, every_run: bool = False)
             f"# The rehearsal of {preset}, made by `saeflow rehearse`.\n{text}", encoding="utf-8"
         )
     _check(folder)
-    _run_workflow(folder, cores)
+    _run_workflow(folder, cores, environment)
     return _said(preset, params, rehearsal, folder, time.monotonic() - began)
 
 
@@ -89,26 +115,20 @@ def _check(folder: Path) -> None:
         os.chdir(before)
 
 
-def _run_workflow(folder: Path, cores: int) -> None:
-    """Start Snakemake in the folder, offline, and say now and then how far it is."""
+def _run_workflow(folder: Path, cores: int, environment: Mapping[str, str]) -> None:
+    """Start Snakemake in the folder, and say now and then how far it is."""
     command = [
         sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder),
         "--configfile", str(folder / PARAMS), "--workflow-profile", str(ROOT / "profiles" / "default"),
         "--cores", str(cores), "--quiet", "host", "--", "all",
     ]  # fmt: skip
-    offline = {
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str((folder / "inputs" / "cache").resolve()),
-        "OMP_NUM_THREADS": "1",
-    }
     failed: list[str] = []
     said, is_error = time.monotonic(), False
     with (
-        (folder / LOG).open("w", encoding="utf-8") as log,
+        (folder / LOG).open("w", buffering=1, encoding="utf-8") as log,
         subprocess.Popen(
             command,
-            env=os.environ | offline,
+            env=dict(environment),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -349,19 +349,21 @@ class _Sources:
                 ]
                 source["model"] = self._model(name, models[name], points, texts)
                 source["forward_batch"] = min(source["forward_batch"], 8)
-                source["evaluation_share"] = max(source["evaluation_share"], 0.3)
+                source["evaluation_share"] = max(source["evaluation_share"], 0.33)
             if "text" in source:
                 source["context_length"] = min(source["context_length"], CONTEXT)
                 source["text"] = self._text(name, source["text"])
-            if "images" in source:
-                source["images"] = self._images(source["images"], [], TRAIN_ROWS + EVALUATION_ROWS)
-            store |= {
-                "train_rows": min(store["train_rows"], TRAIN_ROWS),
-                "evaluation_rows": min(store["evaluation_rows"], EVALUATION_ROWS),
+            is_row = "images" in source and _rows_per_context(source) == 1
+            store |= {  # a row an image: fewer of them, for each must be drawn
+                "train_rows": min(store["train_rows"], TRAIN_ROWS // (1 + is_row)),
+                "evaluation_rows": min(store["evaluation_rows"], EVALUATION_ROWS // (1 + is_row)),
                 "chunk_rows": min(store["chunk_rows"], 128),
                 "block_contexts": 2 * source.get("forward_batch", 8),
             }
             store["shard_rows"] = 4 * store["chunk_rows"]
+            if "images" in source:
+                count = _contexts_needed(source, store)
+                source["images"] = self._images(source["images"], [], count)
         for name, labelled in sets.items():
             for split in ("train", "test"):
                 labelled[split] = self._images(labelled[split], names[name], 2 * len(names[name]))
@@ -465,6 +467,13 @@ def _rows_per_context(source: Mapping[str, Any]) -> int:
     if source["kind"] == "vision":
         return {"cls": 1, "patches": PATCHES, "all": PATCHES + 1}[source["tokens"]]
     return int(source["context_length"]) - bool(source["skip_first"])
+
+
+def _contexts_needed(source: Mapping[str, Any], store: Mapping[str, Any]) -> int:
+    """Images that give both splits their rows, with room for how evenly their digests divide them."""
+    share, per_context = source["evaluation_share"], _rows_per_context(source)
+    wanted = max(store["train_rows"] / (1 - share), store["evaluation_rows"] / share) / per_context
+    return math.ceil(wanted + 6 * math.sqrt(wanted)) + 8
 
 
 def _name(model: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -55,7 +56,7 @@ def write_stand_ins(stand_ins: Iterable[StandIn], folder: Path) -> None:
         path = folder / one.path
         if path.exists():
             continue
-        logger.info("%s stands in for %s", path, one.instead_of)
+        logger.debug("%s stands in for %s", path, one.instead_of)
         staged = path.with_name(path.name + ".partial")
         shutil.rmtree(staged, ignore_errors=True)
         staged.mkdir(parents=True)
@@ -138,7 +139,9 @@ def _clip(recipe: Mapping[str, Any], folder: Path, seed: int) -> None:
     import torch
     from transformers import CLIPModel
 
-    tokenizer = make_tokenizer([*recipe["texts"], *scenes.CLASSES])
+    # Words of letters alone: CLIP splits all else off, so that it cannot become one token with a word.
+    words = {word for text in recipe["texts"] for word in re.findall(r"[^\W\d_]+", text.lower())}
+    tokenizer = make_tokenizer([*sorted(words), *scenes.CLASSES])
     ids = {
         f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")
     }

@@ -1,0 +1,126 @@
+"""Jobs without the wait for imports: a process that has imported everything, and forks for each job.
+
+A job of a rehearsal works for a fraction of a second, and would spend five importing torch and transformers. The
+jobs stay the workflow's own: Snakemake calls `python -m saeflow ...`, and finds a `python` that hands its arguments,
+environment and standard streams to this process, whose child runs them.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+IMPORTED = (
+    "torch", "transformers.modeling_utils", "transformers.tokenization_utils_tokenizers", "datasets", "pandas", "sklearn.linear_model",
+    "matplotlib.figure", "saeflow.cli", "saeflow.complexity.probe", "saeflow.complexity.scorers", "saeflow.evaluation",
+    "saeflow.evaluation.interpret", "saeflow.evaluation.stability", "saeflow.evaluation.tables", "saeflow.figures.report", "saeflow.sources.text",
+    "saeflow.sources.vision", "saeflow.sources.models", "saeflow.stores", "saeflow.training",
+)  # fmt: skip
+_READY = b"ready\n"
+_MOST = 1 << 20
+"""Bytes of a job's arguments and environment at most."""
+
+CLIENT = """#!{python} -IS
+import json, os, socket, sys
+
+arguments = sys.argv[1:]
+if arguments[:2] != ["-m", "saeflow"]:
+    os.execv({python!r}, [{python!r}, *arguments])
+job = {{"arguments": arguments[2:], "folder": os.getcwd(), "environment": dict(os.environ)}}
+message = json.dumps(job).encode()
+with socket.socket(socket.AF_UNIX) as server:
+    server.connect({address!r})
+    socket.send_fds(server, [len(message).to_bytes(8, "big")], [0, 1, 2])
+    server.sendall(message)
+    code = server.recv(1)
+if not code:
+    sys.exit("error: the job ended without an exit code: it was killed")
+sys.exit(code[0])
+"""
+
+
+@contextmanager
+def warm_python(environment: Mapping[str, str]) -> Iterator[Path]:
+    """While the context is open, a folder with a `python` whose saeflow commands need no imports.
+
+    Args:
+        environment: of the process that imports; libraries read parts of it when they are imported.
+    """
+    with tempfile.TemporaryDirectory(prefix="saeflow-") as folder:
+        address, client = Path(folder, "jobs"), Path(folder, "bin", "python")
+        client.parent.mkdir()
+        client.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+        client.chmod(0o755)
+        code = "import sys; from saeflow.rehearsal.warm import serve; serve(sys.argv[1])"
+        command = [sys.executable, "-c", code, str(address)]
+        with subprocess.Popen(command, env=dict(environment), stdout=subprocess.PIPE) as server:
+            try:
+                assert server.stdout is not None
+                if server.stdout.readline() != _READY:
+                    raise RuntimeError(
+                        "the process that runs the jobs of a rehearsal did not start"
+                    )
+                yield client.parent
+            finally:
+                server.terminate()
+
+
+def serve(address: str) -> None:
+    """Import what jobs need, then run each job that is asked for in a child."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave no zombies
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(address)
+        listening.listen(64)
+        sys.stdout.buffer.write(_READY)
+        sys.stdout.flush()
+        while True:
+            connection, _ = listening.accept()
+            if os.fork() == 0:
+                listening.close()
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                _run(connection)
+            connection.close()
+
+
+def _run(connection: socket.socket) -> None:
+    """Be the job that a client asks for, and tell it the exit code."""
+    code = 1
+    try:
+        head, streams, _, _ = socket.recv_fds(connection, 8, 3)
+        length, message = int.from_bytes(head, "big"), b""
+        while len(message) < length <= _MOST and (part := connection.recv(length - len(message))):
+            message += part
+        job = json.loads(message)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
+        os.chdir(job["folder"])
+        os.environ.clear()
+        os.environ.update(job["environment"])
+        sys.argv = ["saeflow", *job["arguments"]]
+        from saeflow.cli import main
+
+        main()
+        code = 0
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    except BaseException:  # as Python itself does at the end of a program
+        traceback.print_exc()
+    finally:
+        for output in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                output.flush()
+        with contextlib.suppress(OSError):
+            connection.sendall(bytes([code]))
+        os._exit(code)
