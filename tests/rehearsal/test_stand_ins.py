@@ -10,9 +10,10 @@ import torch
 from saeflow.complexity.scorers import read_table
 from saeflow.rehearsal.scale import WIDTH, StandIn, default_classes
 from saeflow.rehearsal.stand_ins import write_stand_ins
+from saeflow.sources.decoding import as_rgb
 from saeflow.sources.documents import read_documents
 from saeflow.sources.hook_points import capture
-from saeflow.sources.images import as_rgb, read_images
+from saeflow.sources.images import read_images
 from saeflow.sources.layouts import LAYOUTS, config_shape
 from saeflow.sources.models import load_model, load_tokenizer
 from saeflow.sources.vision import load_preprocessing
