@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import json
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -109,9 +110,7 @@ def _run(connection: socket.socket) -> None:
         os.environ.clear()
         os.environ.update(job["environment"])
         sys.argv = ["saeflow", *job["arguments"]]
-        from saeflow.cli import main
-
-        main()
+        runpy.run_module("saeflow", run_name="__main__", alter_sys=True)  # python -m saeflow
         code = 0
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
