@@ -20,6 +20,7 @@ wrong: list[tuple[str, str]] = []
 def note(kind: str, number: int, what: str) -> None:
     wrong.append((kind, f"{number}: {what}"))
     sys.stdout.write(f"WRONG {kind} {number} (seed {chosen.seed}): {what}\n")
+    sys.stdout.flush()  # before a crash
 
 
 tried = try_inputs(chosen.count, chosen.seed, note)

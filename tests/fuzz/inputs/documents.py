@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .reading import (
-    NASTY,
     REFUSED,
     SPECIAL_TEXT,
     WrongError,
     demand,
+    nasty,
     other_json,
     read,
     rotten,
@@ -40,7 +40,7 @@ def jsonl(rng: random.Random, folder: Path) -> None:
     """JSONL in some encoding and compression, some cells no text, some lines damaged."""
     cells: list[Any] = [rng.choice(SPECIAL_TEXT) + str(i) for i in range(rng.randint(1, 12))]
     if rng.random() < 0.6:
-        cells[rng.randrange(len(cells))] = rng.choice(NASTY)
+        cells[rng.randrange(len(cells))] = nasty(rng)
     rows = [{"id": i, "text": cell} for i, cell in enumerate(cells)]
     if rng.random() < 0.1:
         rows[rng.randrange(len(rows))] = other_json(rng, {"text": "a", "id": 1}, 1)

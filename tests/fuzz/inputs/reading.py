@@ -1,5 +1,6 @@
 """Change inputs at random, and read them: the result, a refusal in one line, or an error."""
 
+import copy
 import json
 import logging
 import random
@@ -89,6 +90,11 @@ def rotten(rng: random.Random, whole: bytes, *, first: int | None = None) -> byt
     return bytes(data)
 
 
+def nasty(rng: random.Random) -> Any:
+    """A value of its own, which later changes may reach into."""
+    return copy.deepcopy(rng.choice(NASTY))
+
+
 def places(node: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     children: Any = ()
     if isinstance(node, dict):
@@ -113,9 +119,9 @@ def other_json(rng: random.Random, value: Any, changes: int | None = None) -> An
             case 0:
                 del node[last]
             case 1 if isinstance(node, dict):
-                node[rng.choice(["x", "", *node])] = rng.choice(NASTY)
+                node[rng.choice(["x", "", *node])] = nasty(rng)
             case _:
-                node[last] = rng.choice(NASTY)
+                node[last] = nasty(rng)
     return value
 
 
