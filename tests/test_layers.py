@@ -10,7 +10,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "saeflow"
 LAYERS = (
     "errors", "device", "files", "local_files", "progress", "plugins", "options", "schema", "config", "provenance", "plan", "operators",
-    "sources", "stores", "complexity", "saes", "preflight", "training", "evaluation", "exchange", "figures", "needs", "rehearsal",
+    "sources", "stores", "complexity", "saes", "training", "evaluation", "exchange", "preflight", "figures", "needs", "rehearsal",
     "cli", "__main__",
 )  # fmt: skip
 
@@ -40,7 +40,9 @@ def test_imports_only_layers_to_its_left(path: Path) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("module", ["saeflow.plan", "saeflow.figures", "saeflow.cli"])
+@pytest.mark.parametrize(
+    "module", ["saeflow.plan", "saeflow.preflight", "saeflow.figures", "saeflow.cli"]
+)
 def test_light_parts_import_no_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,6 +1,7 @@
 """What a later job would refuse is refused before the first one."""
 
 import copy
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,19 @@ def test_options_that_a_variant_refuses(path: str, value: Any, message: str) -> 
 def test_latents_of_a_variant_that_needs_whole_rows_are_not_divided() -> None:
     plan = checked_plan(changed("runtime/ranks", {"count": 2, "split": "latents"}))
     with pytest.raises(UserError, match="latents of SoftTopK cannot be divided among ranks"):
+        check_saes(plan)
+
+
+def test_an_imported_sae_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    config = {"d_in": 576, "d_sae": 64, "activation_fn_str": "tanh-relu"}
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    params: Any = copy.deepcopy(PARAMS)
+    params["saes"]["theirs"] = {
+        "store": "smollm2/blocks.19.resid_post",
+        "import": {"library": "saelens", "folder": str(tmp_path)},
+    }
+    plan = checked_plan(validate(params))
+    with pytest.raises(UserError, match=r"saes.theirs.import: .*cfg.json: activation_fn_str"):
         check_saes(plan)
 
 

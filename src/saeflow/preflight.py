@@ -36,16 +36,22 @@ def checked_plan(params: Mapping[str, Any]) -> Plan:
 
 
 def check_saes(plan: Plan) -> None:
-    """Build every SAE, as its training will; takes the seconds that importing torch takes.
+    """Build every SAE, as its training will, and check configs of imported ones; imports torch, which takes seconds.
 
     Raises:
-        UserError: options that a variant refuses, a decoder that cannot be frozen, or latents that ranks cannot
-            divide.
+        UserError: options that a variant refuses, a decoder that cannot be frozen, latents that ranks cannot divide,
+            or an imported SAE that saeflow has no place for.
     """
     import torch
 
+    from saeflow.exchange import check_import
     from saeflow.saes import build
 
+    for one in plan.imports.values():
+        try:
+            check_import(Path(one.folder), one.library, one.hook_point)
+        except UserError as error:
+            raise UserError(f"saes.{one.entry}.import: {error}") from None
     ranks = plan.params["runtime"]["ranks"]
     for run in plan.runs.values():
         options = dict(run.options) | ({"k": 1} if run.guide else {})

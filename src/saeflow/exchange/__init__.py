@@ -13,7 +13,16 @@ from saeflow.exchange.hook_names import ours, theirs
 from saeflow.exchange.plain import Plain, plain_of, sae_of
 from saeflow.saes.files import load, read_config, save
 
-__all__ = ["FORMATS", "Plain", "adapt", "export_sae", "import_sae", "plain_of", "sae_of"]
+__all__ = [
+    "FORMATS",
+    "Plain",
+    "adapt",
+    "check_import",
+    "export_sae",
+    "import_sae",
+    "plain_of",
+    "sae_of",
+]
 
 FORMATS: dict[str, ModuleType] = {
     "saelens": saelens,
@@ -80,6 +89,26 @@ def import_sae(folder: Path, library: str, about: Mapping[str, Any], out: Path) 
         UserError: an unknown library, an SAE that is damaged, incomplete or of an unknown kind, or one of
             another hook point.
     """
+    check_import(folder, library, about["hook_point"])
+    variant, options, sae = sae_of(_format(library).read(folder))
+    config = {
+        "variant": variant, "options": options, "d_in": sae.d_in, "d_sae": sae.d_sae, "scale": None,
+        "training": {"tokens": None}, "imported": library, **about,
+    }  # fmt: skip
+    save(sae.state_dict(), out, config)
+
+
+def check_import(folder: Path, library: str, hook_point: str) -> None:
+    """Check what another library's config says of an SAE, without its weights.
+
+    Args:
+        folder: what the library saved.
+        library: one of FORMATS.
+        hook_point: where the SAE is evaluated.
+
+    Raises:
+        UserError: an unknown library, a config that saeflow has no place for, or one of another hook point.
+    """
     facts = _format(library).facts(folder)
     try:
         named = ours(facts)
@@ -87,20 +116,16 @@ def import_sae(folder: Path, library: str, about: Mapping[str, Any], out: Path) 
         raise UserError(f"{folder}: {error}") from None
     if named is None and (other := facts.get("hook_name") or facts.get("submodule_name")):
         logger.warning(
-            "%s: its config says that it is of %s, a name that saeflow cannot compare with %s.", folder, other,
-            about["hook_point"],
-        )  # fmt: skip
-    if named is not None and named != about["hook_point"]:
+            "%s: its config says that it is of %s, a name that saeflow cannot compare with %s.",
+            folder,
+            other,
+            hook_point,
+        )
+    if named is not None and named != hook_point:
         raise UserError(
-            f"{folder}: expected an SAE of {about['hook_point']}, found one that its config says is of {named}. "
+            f"{folder}: expected an SAE of {hook_point}, found one that its config says is of {named}. "
             "Evaluate it on a store of its own hook point."
         )
-    variant, options, sae = sae_of(_format(library).read(folder))
-    config = {
-        "variant": variant, "options": options, "d_in": sae.d_in, "d_sae": sae.d_sae, "scale": None,
-        "training": {"tokens": None}, "imported": library, **about,
-    }  # fmt: skip
-    save(sae.state_dict(), out, config)
 
 
 def _format(library: str) -> ModuleType:

@@ -71,17 +71,8 @@ def read(folder: Path) -> Plain:
         UserError: a file is missing or damaged, or a key or tensor is missing.
     """
     path = folder / CONFIG
-    config = read_json(path)
-    trainer = config.get("trainer") if isinstance(config, dict) else None
-    if not isinstance(trainer, dict) or "dict_class" not in trainer:
-        raise UserError(
-            f"{path}: trainer.dict_class missing. Give a folder that dictionary_learning trained."
-        )
+    trainer = facts(folder)
     name = trainer["dict_class"]
-    if not isinstance(name, str) or name not in _READERS:
-        raise UserError(
-            f"{path}: trainer.dict_class: expected one of {', '.join(_READERS)}, found {name!r}."
-        )
     names, reader = _READERS[name]
     tensors = _tensors(folder / WEIGHTS, names)
     try:
@@ -104,10 +95,24 @@ def read(folder: Path) -> Plain:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What the config says of the SAE's place in its model."""
-    config = read_json(folder / CONFIG)
+    """What the config says of the SAE, its place in its model among it.
+
+    Raises:
+        UserError: it is none, or of a class that is not read.
+    """
+    path = folder / CONFIG
+    config = read_json(path)
     trainer = config.get("trainer") if isinstance(config, dict) else None
-    return dict(trainer) if isinstance(trainer, dict) else {}
+    if not isinstance(trainer, dict) or "dict_class" not in trainer:
+        raise UserError(
+            f"{path}: trainer.dict_class missing. Give a folder that dictionary_learning trained."
+        )
+    name = trainer["dict_class"]
+    if not isinstance(name, str) or name not in _READERS:
+        raise UserError(
+            f"{path}: trainer.dict_class: expected one of {', '.join(_READERS)}, found {name!r}."
+        )
+    return trainer
 
 
 def _linear(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

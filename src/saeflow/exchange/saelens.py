@@ -221,8 +221,16 @@ def _with_scaled_latents(
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What the config says of the SAE's place in its model."""
-    return _config(folder / CONFIG)
+    """What the config says of the SAE, its place in its model among it.
+
+    Raises:
+        UserError: saeflow has no place for what it says.
+    """
+    path = folder / CONFIG
+    config = _config(path)
+    _architecture(path, config)
+    _dtype(path, config)
+    return config
 
 
 def with_unit_decoder(plain: Plain) -> Plain:
