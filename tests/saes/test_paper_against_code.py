@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saeflow.config import ROOT
 from saeflow.errors import UserError
+from saeflow.exchange.plain import plain_of, sae_of
 from saeflow.options import PRESETS as PRESETS_FILE
 from saeflow.options import with_defaults, with_options
 from saeflow.saes import SAE, Forward, build, load, save
@@ -417,3 +418,22 @@ def test_a_penalty_beside_a_mean_error_is_d_times_as_large_beside_a_sum(x: Tenso
     assert float(sum(losses.values()).detach()) == pytest.approx(
         D_IN * float(theirs.detach()), rel=1e-5
     )
+
+
+def test_jumprelu_without_b_dec_in_its_encoder_is_read_and_exported_as_it_encodes(
+    x: Tensor, tmp_path: Path
+) -> None:
+    """A theta that training took below 0 is 0 in use, as in dictionary_learning."""
+    sae = make("jumprelu-released", x, l0_weight=0.1)
+    with torch.no_grad():
+        sae.b_dec.normal_(generator=torch.Generator().manual_seed(1))
+        sae.direct_theta.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(2))
+    sae.eval()
+    pre_acts = x @ sae.W_enc + sae.b_enc
+    expected = (pre_acts * (pre_acts > sae.direct_theta)).relu()
+    torch.testing.assert_close(sae.encode(x), expected)
+    matrix, bias = sae.readers()
+    torch.testing.assert_close((x - sae.b_dec) @ matrix + bias, pre_acts)
+    _, _, back = sae_of(plain_of(sae))
+    torch.testing.assert_close(back.encode(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(back(x), sae(x), rtol=1e-4, atol=1e-4)

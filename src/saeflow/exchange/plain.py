@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from saeflow.errors import UserError
+from saeflow.options import with_defaults
 from saeflow.saes.base import SAE
 from saeflow.saes.batch_topk import BatchTopK
 from saeflow.saes.gated import Gated
@@ -83,11 +84,10 @@ class Plain:
 
 
 def affine(sae: SAE) -> dict[str, Any]:
-    """Encoder and decoder of an SAE, float32 on the CPU."""
-    return {
-        name: getattr(sae, name).detach().float().cpu().contiguous().clone()
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec")
-    }
+    """Encoder of x - b_dec and decoder of an SAE, float32 on the CPU."""
+    W_enc, b_enc = sae.readers()
+    parts = {"W_enc": W_enc, "b_enc": b_enc, "W_dec": sae.W_dec, "b_dec": sae.b_dec}
+    return {name: part.detach().float().cpu().contiguous().clone() for name, part in parts.items()}
 
 
 def plain_of(sae: SAE) -> Plain:
@@ -147,7 +147,8 @@ def sae_of(plain: Plain) -> tuple[str, dict[str, Any], SAE]:
             extra |= {"r_mag": plain.r_mag, "b_mag": plain.b_mag}
         case "relu":
             options = {"l1": 0.0, "l1_schedule": _CONSTANT}
-    sae = build(plain.kind, plain.d_in, plain.d_sae, options)
+    whole = with_defaults(plain.kind, options)
+    sae = build(plain.kind, plain.d_in, plain.d_sae, whole)
     parts = {name: getattr(plain, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     sae.load_state_dict(sae.state_dict() | parts | extra)
-    return plain.kind, dict(options), sae.eval()
+    return plain.kind, whole, sae.eval()

@@ -84,7 +84,10 @@ class JumpReLU(FollowsDensity):
     @property
     def theta(self) -> Tensor:
         """(d_sae,) thresholds, in units of the activations."""
-        return self.log_theta.exp() if self.is_standard else self.direct_theta
+        if self.is_standard:
+            return self.log_theta.exp()
+        # In use the released class takes relu of what is above theta, in training it does not.
+        return self.direct_theta if self.training else self.direct_theta.clamp(min=0)
 
     @property
     def centre(self) -> Tensor:
