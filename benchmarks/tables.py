@@ -50,9 +50,13 @@ def peak_memory(work: Callable[[], object]) -> float:
 
 
 def write(
-    name: str, tables: Mapping[str, pd.DataFrame], notes: str, folder: Path = RESULTS
+    name: str,
+    tables: Mapping[str, pd.DataFrame],
+    notes: str,
+    folder: Path = RESULTS,
+    command: str | None = None,
 ) -> None:
-    """Write NAME.md with every table, and NAME.csv with all their rows."""
+    """Write NAME.md with every table, and NAME.csv with all their rows; by NAME.py or another command."""
     versions = ", ".join(
         f"{package} {importlib.metadata.version(package)}"
         for package in ("torch", "numpy", "zarr", "numcodecs")
@@ -62,7 +66,7 @@ def write(
         "",
         f"{datetime.date.today()}, {os.cpu_count()} cores ({platform.machine()}), "
         f"{torch.get_num_threads()} threads, Python {platform.python_version()}, {versions}. "
-        f"By `python benchmarks/{name}.py`. {notes}",
+        f"By `python benchmarks/{command or f'{name}.py'}`. {notes}",
     ]
     for title, table in tables.items():
         lines += ["", f"## {title}", "", "| " + " | ".join(table.columns) + " |"]

@@ -1,16 +1,20 @@
 """Every variant on data whose truth is known: does it find the dictionary, does its k follow the truth?
 
     python benchmarks/truth.py
+    python benchmarks/truth.py --saes soft_topk-paper adaptive_k-paper --seeds 0 1 --laws varying --name truth_papers
 
 Two synthetic data sets of equal mean number of active features, constant in one and varying in the other.
-Every variant is trained at several settings of its sparsity, with several seeds; the table shows the
+Every SAE is trained at several settings of its sparsity, with several seeds; the table shows the
 setting whose mean L0 is nearest to the true mean. `oracle` is TopK told each row's true number, in
-training and in use; `shuffled k` and `mean k` are the trained SAE with its own k permuted over the rows
-or replaced by its mean. Written to benchmarks/results/truth.md, .csv, .svg and .png.
+training and in use; `NAME-paper` has the weights of its paper, in the units of its paper; `shuffled k` and
+`mean k` are the trained SAE with its own k permuted over the rows or replaced by its mean. Written to
+benchmarks/results/truth.md, .csv, .svg and .png, or under another name.
 """
 
+import argparse
 import itertools
 import math
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -67,6 +71,10 @@ ADAPTIVE = {
     "complexity": "true_count", "k_min": 1, "k_max": MOST, "steepness": 6.0, "phase_ratio": 0.8,
     "probe_weight": 0.05, "l1": 0.0, "auxk_weight": 0.03125,
 }  # fmt: skip
+SOFT = {
+    "k": MEAN_L0, "estimator_width": None, "hard_fraction": 0.04, "hard_phase": "full",
+    "auxk_weight": 0.03125,
+}  # fmt: skip
 ATTENTION = {
     "architecture": "mlp", "activation": "weights", "query": "identity", "max_rate": None,
     "loss": "squared", "l1": 0.0, "l1_schedule": CONSTANT,
@@ -114,8 +122,33 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
         {**ATTENTION, "score_scale": scale, "alpha": 1.8, "is_alpha_learned": True}
         for scale in (24.0,)
     ],
+    # arXiv:2605.06610 and its released language-model runs: k_max 2 k, budget weight 1, temperature 1e-4 from 1
+    # on and k from d_in on, both over the first hundredth.
+    "soft_topk-paper": [
+        {
+            **SOFT,
+            "k_schedule": {"kind": "linear", "from": D_IN, "until": 0.01},
+            "k_max": 2 * MEAN_L0,
+            "alpha": 1e-4,
+            "alpha_schedule": {"kind": "linear", "from": 1.0, "until": 0.01},
+            "budget_weight": 1.0,
+        }
+    ],
+    # arXiv:2508.17320 and its released code; k_min and k_max are the data's.
+    "adaptive_k-paper": [
+        {
+            **ADAPTIVE,
+            "form": "per_token",
+            "alpha": None,
+            "phase_ratio": 0.9,
+            "probe_weight": 0.9,
+            "l1": 0.005,
+        }
+    ],
 }
-"""Options by variant, one or more settings each."""
+"""Options by SAE, one or more settings each; `NAME-paper` is of the variant NAME."""
+SCALES = {"soft_topk-paper": "unit", "adaptive_k-paper": "raw"}
+"""Input scales that are not TRAINING's: those that the released code of a paper trains in."""
 
 
 @dataclass
@@ -190,15 +223,20 @@ class Oracle(TopK):
         return super().encode(x)
 
 
-def train_sae(data: Data, variant: str, options: Mapping[str, Any], seed: int) -> SAE:
+def variant_of(name: str) -> str:
+    return "topk" if name == "oracle" else name.removesuffix("-paper")
+
+
+def train_sae(data: Data, name: str, options: Mapping[str, Any], seed: int) -> SAE:
     """Train one SAE with the trainer, folded to raw units."""
+    training = replace(TRAINING, input_scale=SCALES.get(name, TRAINING.input_scale))
+    variant = variant_of(name)
     config = SAEConfig(
-        name=variant, entry=variant, variant="topk" if variant == "oracle" else variant,
-        source="truth", hook_point="features", d_sae=D_SAE, seed=seed, options=options,
-        training=TRAINING,
+        name=name, entry=name, variant=variant, source="truth", hook_point="features", d_sae=D_SAE,
+        seed=seed, options=options, training=training,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        if variant == "oracle":
+        if name == "oracle":
             plain = replace_rows(data)
             run = Run(plain, config, RUNTIME, Path(folder))
             oracle = Oracle(data.d_in, D_SAE, **options)
@@ -259,12 +297,12 @@ def calibration(l0: Tensor, data: Data) -> dict[int, float]:
     return {int(c): float(l0[counts == c].double().mean()) for c in counts.unique()}
 
 
-def rows_of(law: str, data: Data, variant: str) -> Iterator[dict[str, Any]]:
-    """Every measurement of one variant on one data set."""
-    settings = ENTRIES["topk" if variant == "oracle" else variant]
+def rows_of(law: str, data: Data, name: str, seeds: list[int]) -> Iterator[dict[str, Any]]:
+    """Every measurement of one SAE on one data set."""
+    settings = ENTRIES["topk" if name == "oracle" else name]
     for number, options in enumerate(settings):
-        for seed in SEEDS:
-            sae = train_sae(data, variant, options, seed)
+        for seed in seeds:
+            sae = train_sae(data, name, options, seed)
             with torch.inference_mode():
                 latents = sae.encode(data.held_out)
                 x = data.held_out[:, : data.d_in]
@@ -278,7 +316,7 @@ def rows_of(law: str, data: Data, variant: str) -> Iterator[dict[str, Any]]:
                     ways["mean k"] = (with_k(sae, x, mean), None)
                 for control, (active, allowed) in ways.items():
                     yield {
-                        "law": law, "variant": variant, "control": control, "setting": number,
+                        "law": law, "sae": name, "control": control, "setting": number,
                         "seed": seed, **measure(sae, data, active, allowed),
                         "calibration": calibration((active != 0).sum(1), data),
                     }  # fmt: skip
@@ -290,23 +328,19 @@ METRICS = [
 
 
 def nearest(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of each variant and law, the setting whose mean L0 is nearest to the true mean."""
-    own = rows[rows.control == ""].groupby(["law", "variant", "setting"]).l0_mean.mean()
+    """Of each SAE and law, the setting whose mean L0 is nearest to the true mean."""
+    own = rows[rows.control == ""].groupby(["law", "sae", "setting"]).l0_mean.mean()
     distance = (own - MEAN_L0).abs()
-    best = {key[:2]: key[2] for key in distance.groupby(["law", "variant"]).idxmin()}
-    kept = [
-        best[law, variant] == n for law, variant, n in rows[["law", "variant", "setting"]].values
-    ]
+    best = {key[:2]: key[2] for key in distance.groupby(["law", "sae"]).idxmin()}
+    kept = [best[law, name] == n for law, name, n in rows[["law", "sae", "setting"]].values]
     return rows[kept]
 
 
 def summary(rows: pd.DataFrame, law: str) -> pd.DataFrame:
     """Means over the seeds, with the spread from the least to the largest."""
     lines = []
-    for (variant, control), group in rows[rows.law == law].groupby(
-        ["variant", "control"], sort=False
-    ):
-        line: dict[str, Any] = {"SAE": f"{variant}, {control}" if control else variant}
+    for (name, control), group in rows[rows.law == law].groupby(["sae", "control"], sort=False):
+        line: dict[str, Any] = {"SAE": f"{name}, {control}" if control else name}
         for metric in METRICS:
             values = group[metric].dropna() if metric in group else pd.Series(dtype=float)
             half = (values.max() - values.min()) / 2 if len(values) else 0.0
@@ -315,46 +349,64 @@ def summary(rows: pd.DataFrame, law: str) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def look_of(variant: str) -> Look:
-    return Look("Oracle k", "#222222", "d") if variant == "oracle" else look(variant)
+def look_of(name: str) -> Look:
+    if name == "oracle":
+        return Look("Oracle k", "#222222", "d")
+    known = look(variant_of(name))
+    return replace(known, label=f"{known.label}, paper") if name.endswith("-paper") else known
 
 
-def draw_calibration(rows: pd.DataFrame) -> None:
+def draw_calibration(rows: pd.DataFrame, file: str) -> None:
     """Mean L0 against the true number of active features, on the varying data."""
     own = rows[(rows.law == "varying") & (rows.control == "")]
     with context():
         figure = new_figure(COLUMN_WIDTH, 3.2)
         ax = figure.subplots()
         ax.plot([1, MOST], [1, MOST], color="#BBBBBB", linewidth=0.8, zorder=0)
-        for variant, group in own.groupby("variant", sort=False):
+        for name, group in own.groupby("sae", sort=False):
             curves = pd.DataFrame(list(group.calibration)).mean()
-            style = look_of(str(variant))
+            style = look_of(str(name))
             ax.plot(curves.index, curves, color=style.color, marker=style.marker, label=style.label)
         ax.set_xlabel("true active features")
         ax.set_ylabel("mean L0")
         ax.grid()
         figure.legend(loc="outside lower center", ncols=3)
-        save(figure, RESULTS / "truth")
+        save(figure, RESULTS / file)
 
 
 def main() -> None:
+    known = ["oracle", *ENTRIES]
+    parser = argparse.ArgumentParser(description="SAEs on data whose truth is known.")
+    parser.add_argument("--saes", nargs="+", choices=known, default=known, metavar="SAE")
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="SEED")
+    parser.add_argument("--laws", nargs="+", choices=list(LAWS), default=list(LAWS), metavar="LAW")
+    parser.add_argument("--name", default="truth", help="of the files in benchmarks/results")
+    asked = parser.parse_args()
     torch.set_num_threads(1)
     found = []
-    for law, params in LAWS.items():
-        for variant in ["oracle", *ENTRIES]:
-            data = draw(params, with_count=variant == "oracle")
-            found += list(rows_of(law, data, variant))
-            last = found[-1]
-            print(law, variant, {m: round(last[m], 3) for m in METRICS if m in last}, flush=True)
+    for law in asked.laws:
+        for name in asked.saes:
+            data = draw(LAWS[law], with_count=name == "oracle")
+            for row in rows_of(law, data, name, asked.seeds):
+                found.append(row)
+                shown = {m: round(row[m], 3) for m in METRICS if m in row}
+                print(
+                    law,
+                    *(row[key] for key in ("sae", "setting", "seed", "control")),
+                    shown,
+                    flush=True,
+                )
     rows = nearest(pd.DataFrame(found))
     RESULTS.mkdir(exist_ok=True)
-    draw_calibration(rows)
+    if "varying" in asked.laws:
+        draw_calibration(rows, asked.name)
     write(
-        "truth",
-        {f"{law.capitalize()} number of active features": summary(rows, law) for law in LAWS},
+        asked.name,
+        {f"{law.capitalize()} number of active features": summary(rows, law) for law in asked.laws},
         f"{N_FEATURES} features in {D_IN} dimensions, {MEAN_L0} active in the mean (constant, or uniform in "
         f"1..{MOST}), d_sae {D_SAE}, {TRAINING.tokens} rows of training, {ROWS['evaluation']} held out, "
-        f"{len(SEEDS)} seeds (± half of their range).",
+        f"{len(asked.seeds)} seeds (± half of their range).",
+        command=" ".join(["truth.py", *sys.argv[1:]]),
     )
 
 
