@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from saeflow.operators.gpu.kernels import lists, rows, selection, sparse, update
+from saeflow.operators.gpu.kernels import lists, rows, selection, soft, sparse, update
 
 F, H, D, S, L, U = "*fp32", "*bf16", "*fp64", "*i32", "*i64", "*u8"
 INT, FLOAT = "i32", "fp32"
@@ -24,12 +24,11 @@ Case = tuple[Any, list[str], dict[str, Any], int]
 
 def cases() -> Iterator[Case]:
     """Each kernel with types of its arguments, constants, and warps, as its caller launches it."""
-    yield rows.topk_rows, [F, L, L, L, F, S, INT], {"BLOCK": 32768}, 32
-    yield rows.soft_topk_rows, [F, D, FLOAT, FLOAT, F, F, F, S, INT], {"BLOCK": 32768}, 32
+    yield soft.soft_rows, [F, D, F, FLOAT, F, F, F, S, INT], {"WIDE": 2048}, 8
+    yield soft.soft_gradient_rows, [F, F, F, F, F, FLOAT, F, F, INT], {"WIDE": 2048}, 8
     yield rows.sum_rows, [F, L, L, F, F, INT], {"BLOCK": 256}, 4
     yield rows.row_products, [F, F, L, L, L, F, INT], {"BLOCK": 1024}, 4
     for power in POWERS:
-        yield rows.simplex_rows, [F, D, F, S, INT], {"BLOCK": 32768} | power, 32
         yield lists.simplex_lists, [F, S, D, F], {"CAPACITY": 128} | power, 1
     for capacity, warps in ((128, 1), (1024, 4)):
         yield lists.soft_lists, [F, S, D, F, F], {"CAPACITY": capacity}, warps
@@ -98,7 +97,7 @@ for kernel, types, constants, warps in cases():
     sys.stdout.write(f"{kernel.__name__} {types} {constants} {len(binary)} bytes\n")
 written = {
     name
-    for module in (lists, rows, selection, sparse, update)
+    for module in (lists, rows, selection, soft, sparse, update)
     for name, member in vars(module).items()
     if name.endswith(("_rows", "_lists", "_weights", "_products"))
     and isinstance(member, triton.JITFunction)

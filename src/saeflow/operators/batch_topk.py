@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saeflow.operators import gpu, native
 from saeflow.operators.gpu import selection
+from saeflow.operators.gpu.lists import MOST_ON_A_LIST, NAN, capacity_for
 from saeflow.operators.rows import (
     as_rows,
     blocks,
@@ -20,7 +21,7 @@ from saeflow.operators.rows import (
     refuse_rows,
 )
 from saeflow.operators.sparse import SparseLatents, room
-from saeflow.operators.topk import keep_positions, topk_sparse
+from saeflow.operators.topk import keep_positions
 
 SAMPLE, ROOM = 64, 256  # rows that the first floor is guessed from; spare entries a row
 FACTORS = (1.5, 4.0)  # of the wanted entries that are to lie above the guess
@@ -73,8 +74,8 @@ def _choose(values: Tensor, k: float) -> SparseLatents:
     total = min(round(len(rows) * k), rows.numel())
     if native.serves(rows) and (chosen := _choose_natively(rows, total)) is not None:
         return chosen
-    if gpu.serves_rows(rows) and total:
-        return _choose_on_gpu(rows, total)
+    if gpu.serves_scores(values) and (found := _choose_on_gpu(values, total)) is not None:
+        return found
     flat = _positions(rows, total, math.ceil(k))
     return SparseLatents.from_positions(flat, rows.view(-1)[flat], *rows.shape)
 
@@ -134,20 +135,14 @@ def _choose_natively(rows: Tensor, total: int) -> SparseLatents | None:
     return None
 
 
-def _choose_on_gpu(rows: Tensor, total: int) -> SparseLatents:
-    """The choice among the largest of each row, of more of them until no row can have another."""
-    n, mean = rows.shape[1], math.ceil(total / len(rows))
-    width = min(n, 4 * mean + ROOM)
-    while True:
-        some = topk_sparse(rows, width)
-        threshold = _kth_largest(some.values, total)  # width > mean, so there are enough
-        least = some.values.view(len(rows), width).amin(1)
-        if width == n or bool((least < threshold).all()):
-            break
-        width = min(n, 4 * width)
-    above = some.values > threshold
-    ties = some.values == threshold
-    return some.keep(above | (ties & (ties.cumsum(0) <= total - above.sum())))
+def _choose_on_gpu(values: Tensor, total: int) -> SparseLatents | None:
+    """The entries, by a list of each row; None where some row may have more than there is room for."""
+    rows = values.reshape(-1, values.shape[-1])
+    room = min(rows.shape[1], 4 * math.ceil(total / len(rows)))
+    found = selection.batch_topk(rows, total, capacity_for(min(room, MOST_ON_A_LIST)))
+    refuse_rows((found.status & NAN) > 0, 0, "values hold NaN")
+    is_whole = not found.status.any() and int(found.counts.sum()) == total
+    return SparseLatents.from_lists(found) if is_whole else None
 
 
 def _where(rows: Tensor, test: Callable[[Tensor], Tensor], most: int) -> Tensor:

@@ -125,8 +125,8 @@ class _Entmax(torch.autograd.Function):
         refuse_rows(~((alpha > 1) & alpha.isfinite()), 0, "alpha must be finite and > 1", alpha)
         if native.serves(rows):
             p = native_simplex(rows, alpha - 1)
-        elif gpu.serves_rows(rows):
-            p = simplex_on_gpu(rows, alpha - 1)
+        elif gpu.serves_scores(rows) and (found := simplex_on_gpu(rows, alpha - 1)) is not None:
+            p = found[1].dense()
         else:
             p = torch.zeros_like(rows)
             for at in blocks(rows):

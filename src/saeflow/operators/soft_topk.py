@@ -211,7 +211,7 @@ class _SoftTopK(torch.autograd.Function):
         rows = as_rows(values, "values")
         k = k.detach().reshape(-1).double()
         is_wrong = ~((k >= 0) & (k <= rows.shape[1]))
-        is_read = not (acts_as_gpu(rows) and gpu.serves_rows(rows))
+        is_read = not (acts_as_gpu(rows) and gpu.serves_scores(rows))
         if is_read:
             refuse_rows(is_wrong, 0, f"k must be in 0..{rows.shape[1]}", k)
         guess, offset = rows.new_zeros(2, len(rows))
@@ -224,15 +224,14 @@ class _SoftTopK(torch.autograd.Function):
                 refuse_row(row, PROBLEMS[problem])
             ctx.save_for_backward(values, guess, offset)
             return mask.view(values.shape).to(values.dtype)
-        if gpu.serves_rows(rows):
+        if gpu.serves_scores(rows):
             mask, problems = torch.empty_like(rows), torch.empty_like(k, dtype=torch.int32)
-            of_row = (k.contiguous(), temperature, reach, mask, guess, offset, problems)
-            gpu.launch_rows("soft_topk_rows", rows, *of_row)
+            of_row = (k.contiguous(), rows.new_full((), temperature), reach, mask, guess, offset)
+            gpu.launch_rows("soft_rows", rows, *of_row, problems)
             for number, problem in enumerate(PROBLEMS[1:] if is_read else (), 1):
                 refuse_rows(problems == number, 0, problem)
             if not is_read:
                 mask.masked_fill_((is_wrong | (problems > 0))[:, None], torch.nan)
-            ctx.near = [(slice(None), AllEntries())]
             ctx.save_for_backward(values, guess, offset)
             return mask.view(values.shape).to(values.dtype)
         mask = torch.zeros_like(rows)
@@ -256,6 +255,10 @@ class _SoftTopK(torch.autograd.Function):
         if ctx.is_native:
             arrays = (rows, grad_rows.contiguous(), guess, offset, np.float32(ctx.temperature))
             native.spread("soft.gradient_rows", len(rows), *arrays, grad_values, grad_k)
+        elif gpu.serves_scores(rows):
+            of_row = (grad_rows.contiguous(), guess, offset, rows.new_full((), ctx.temperature))
+            out = (ctx.reach, grad_values, grad_k)
+            gpu.launch_rows("soft_gradient_rows", rows, *of_row, *out)
         for at, near in ctx.near:
             g = near.gather(grad_rows[at], 0)
             entries = near.gather(rows[at], -torch.inf)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saeflow.operators import native
 from saeflow.operators.gpu import selection as select
-from saeflow.operators.gpu.lists import Lists
+from saeflow.operators.gpu.lists import Lists, capacity_for
 from saeflow.operators.rows import pad, positions
 
 is_padded = False
@@ -109,6 +109,15 @@ class SparseLatents:
     def from_dense(latents: Tensor) -> "SparseLatents":
         """The non-zero entries of latents (B, d_sae), differentiable."""
         return SparseLatents.from_mask(latents, latents.detach() != 0)
+
+    @staticmethod
+    def from_lists(lists: Lists) -> "SparseLatents":
+        """The real entries of lists, none of which overflows."""
+        counts = lists.counts.long()
+        offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        return SparseLatents(
+            offsets, lists.columns[lists.real].long(), lists.values[lists.real], lists.d_sae
+        )
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -262,7 +271,7 @@ def room(rows: Tensor, most: int | None) -> int | None:
     """
     if most is None or not acts_as_gpu(rows):
         return None
-    return 1 << max(4, (min(most, rows.shape[1]) - 1).bit_length())
+    return capacity_for(min(most, rows.shape[1]))
 
 
 def _offsets(sorted_ids: Tensor, count: int) -> Tensor:

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from saeflow.operators import gpu, native
 from saeflow.operators.gpu import on_lists, selection
+from saeflow.operators.gpu.lists import Lists, capacity_for
 from saeflow.operators.pre_acts import ROUNDED, is_exact, lowered
 from saeflow.operators.rows import (
     GROUP,
@@ -130,6 +131,12 @@ def simplex_support(
             chosen = SparseLatents.room_for(counts)
             native.call("simplex.pack", rows, slots, *chosen)
             return SparseLatents(*chosen, rows.shape[1])
+    if gpu.serves_scores(scores):
+        found = simplex_on_gpu(scores, scale.to(scores.device))
+        if found is not None:
+            candidates, probabilities = found
+            support = candidates.keep(probabilities.values > 0)
+            return SparseLatents.from_lists(support).taken_from(scores)
     return SparseLatents.from_mask(scores, operator(scores) > 0)
 
 
@@ -140,15 +147,18 @@ def native_simplex(rows: Tensor, scale: Tensor) -> Tensor:
     return p
 
 
-def simplex_on_gpu(rows: Tensor, scale: Tensor) -> Tensor:
-    """entmax of 1 + scale (rows,) by the Triton kernel, which takes scores (rows, n)."""
-    p = torch.empty_like(rows)
-    problems = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
-    known = {"LINEAR": bool((scale == 1).all()), "SQUARES": bool((scale == 0.5).all())}
-    gpu.launch_rows("simplex_rows", rows, scale.contiguous(), p, problems, **known)
-    for number, problem in enumerate(PROBLEMS[1:], 1):
-        refuse_rows(problems == number, 0, "scores " + problem)
-    return p
+def simplex_on_gpu(scores: Tensor, scale: Tensor) -> tuple[Lists, Lists] | None:
+    """The scores (rows, n) that may count in entmax of 1 + scale (rows,), and their probabilities.
+
+    None where a row has too many of them, or no solution, which the plain form names.
+    """
+    is_one = bool((scale == scale[0]).all())
+    known = float(scale[0]) if is_one else scale.float()
+    found = selection.near_simplex(scores, known, capacity_for(min(SLOTS, scores.shape[1])), 0)
+    if found.status.any() or not found.counts.all():
+        return None
+    alpha = known + 1 if is_one else scale + 1
+    return found, found.with_values(on_lists.entmax(found.values, found.counts, alpha))
 
 
 def _solve_natively(kernel: str, rows: Tensor, *arguments: Tensor) -> bool:
@@ -157,6 +167,11 @@ def _solve_natively(kernel: str, rows: Tensor, *arguments: Tensor) -> bool:
     for row, problem in found:
         refuse_row(row, "scores " + PROBLEMS[problem])
     return all(row == -1 for row, _ in found)
+
+
+def _on_gpu(rows: Tensor) -> tuple[Lists, Lists] | None:
+    ones = torch.ones(len(rows), dtype=torch.float64, device=rows.device)
+    return simplex_on_gpu(rows, ones) if gpu.serves_scores(rows) else None
 
 
 def _solve(entries: Tensor, _: Tensor, tau: Tensor) -> Tensor:
@@ -180,8 +195,8 @@ class _Sparsemax(torch.autograd.Function):
         rows = as_rows(scores, "scores")
         if native.serves(rows):
             p = native_simplex(rows, torch.ones(len(rows), dtype=torch.float64))
-        elif gpu.serves_rows(rows):
-            p = simplex_on_gpu(rows, torch.ones(len(rows), dtype=torch.float64, device=rows.device))
+        elif (found := _on_gpu(rows)) is not None:
+            p = found[1].dense()
         else:
             p = torch.zeros_like(rows)
             for at in blocks(rows):

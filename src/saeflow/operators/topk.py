@@ -8,6 +8,7 @@ from torch import Tensor
 
 from saeflow.operators import gpu, native
 from saeflow.operators.gpu import selection
+from saeflow.operators.gpu.lists import MOST_ON_A_LIST, NAN, capacity_for
 from saeflow.operators.rows import (
     SomeEntries,
     as_rows,
@@ -98,8 +99,8 @@ def _choose(values: Tensor, k: int | Tensor) -> SparseLatents:
         for bad in native.spread("selection.topk_rows", len(rows), *arrays):
             refuse_row(bad, "values hold NaN")
         return SparseLatents(offsets, columns, kept, rows.shape[1])
-    if gpu.serves_rows(rows):
-        return _choose_on_gpu(rows, counts)
+    if gpu.serves_scores(values) and (chosen := _choose_on_gpu(values, counts)) is not None:
+        return chosen
     found = [
         _positions_in_block(rows[at], counts[at], at.start) + at.start * rows.shape[1]
         for at in blocks(rows)
@@ -108,14 +109,15 @@ def _choose(values: Tensor, k: int | Tensor) -> SparseLatents:
     return SparseLatents.from_positions(flat, rows.view(-1)[flat], *rows.shape)
 
 
-def _choose_on_gpu(rows: Tensor, counts: Tensor) -> SparseLatents:
-    offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-    columns = counts.new_empty(int(offsets[-1]))
-    kept = rows.new_empty(len(columns))
-    bad = torch.empty(len(rows), dtype=torch.int32, device=rows.device)
-    gpu.launch_rows("topk_rows", rows, counts.contiguous(), offsets, columns, kept, bad)
-    refuse_rows(bad > 0, 0, "values hold NaN")
-    return SparseLatents(offsets, columns, kept, rows.shape[1])
+def _choose_on_gpu(values: Tensor, counts: Tensor) -> SparseLatents | None:
+    """The entries, by a list of each row; None where a k is too large, or reaches -inf."""
+    most = int(counts.max())
+    if most > MOST_ON_A_LIST:
+        return None
+    rows = values.reshape(len(counts), values.shape[-1])
+    found = selection.topk(rows, counts, capacity_for(most))
+    refuse_rows((found.status & NAN) > 0, 0, "values hold NaN")
+    return SparseLatents.from_lists(found) if torch.equal(found.counts, counts.int()) else None
 
 
 def keep_positions(values: Tensor, flat: Tensor) -> Tensor:

@@ -1,12 +1,15 @@
 import pytest
 import torch
 
+from saeflow.operators import native
+
 PATHS = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu", "triton"]
 
 
 @pytest.fixture(autouse=True, params=PATHS)
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The device: every test runs on plain torch and on Triton's kernels, on a GPU or interpreted."""
+    monkeypatch.setattr(native, "is_on", False)
     if request.param == "triton":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     return "cuda" if request.param == "cuda" else "cpu"

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WIDEST = 1 << 16
-"""Entries of a row that fit the registers of a block of threads."""
-MODULES = ("rows", "selection", "lists", "sparse", "update")
+MODULES = ("rows", "selection", "soft", "lists", "sparse", "update")
 _SUM_BLOCK = 256
+_WIDE = 2048  # entries of a row that are looked at together
 is_on = True
 
 
@@ -35,9 +34,9 @@ def runs_triton(*tensors: Tensor) -> bool:
     return is_on and is_there and load("rows") is not None
 
 
-def serves_rows(rows: Tensor) -> bool:
-    """Whether the kernels that keep a row in registers take these rows (B, n)."""
-    return serves(rows) and 0 < rows.shape[1] <= WIDEST and len(rows) > 0
+def serves_scores(scores: Tensor) -> bool:
+    """Whether the kernels that read rows in chunks take these scores (B, M), of any width."""
+    return scores.dtype != torch.float64 and scores.numel() > 0 and runs_triton(scores)
 
 
 def _device() -> str:
@@ -54,15 +53,11 @@ def load(name: str) -> Any:
     return importlib.import_module(f"saeflow.operators.gpu.kernels.{name}")
 
 
-def launch_rows(kernel: str, rows: Tensor, *arguments: Any, **constants: Any) -> None:
-    """Run a kernel that keeps a row in registers: one block of threads for each of rows (B, n)."""
-    block = 1 << max(4, (rows.shape[1] - 1).bit_length())
-    warps = min(32, max(4, block // 1024))
-    function = getattr(load("rows"), kernel)
-    rows = rows.detach()
-    function[(len(rows),)](
-        rows, *arguments, rows.shape[1], BLOCK=block, num_warps=warps, **constants
-    )
+def launch_rows(kernel: str, rows: Tensor, *arguments: Any) -> None:
+    """Run a kernel that reads each of rows (B, n) in chunks."""
+    wide = min(_WIDE, 1 << max(4, (rows.shape[1] - 1).bit_length()))
+    function = getattr(load("soft"), kernel)
+    function[(len(rows),)](rows.detach(), *arguments, rows.shape[1], WIDE=wide, num_warps=8)
 
 
 def sum_rows(matrix: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

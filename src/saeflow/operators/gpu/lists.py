@@ -14,6 +14,9 @@ from torch import Tensor
 OVERFLOW, NAN = 1, 2
 """Bits of a row's status: its answer has more entries than the list, the row holds NaN."""
 
+MOST_ON_A_LIST = 2048
+"""Entries of a row up to which a list is faster than passes over the row."""
+
 
 class Transposed(NamedTuple):
     """Entries ordered by column, then row."""
@@ -98,6 +101,11 @@ class Lists:
         """(B, d_sae) with zeros elsewhere, differentiable in the values."""
         out = self.values.new_zeros(len(self.columns), self.d_sae)
         return out.scatter_add(1, self.columns.long(), self.values)
+
+
+def capacity_for(count: int) -> int:
+    """The capacity of lists with room for `count` entries a row: a power of two."""
+    return 1 << max(4, (count - 1).bit_length())
 
 
 def pack(columns: Tensor, values: Tensor, mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

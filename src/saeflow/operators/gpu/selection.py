@@ -39,7 +39,7 @@ def topk(
         Lists of min(k, number that may be chosen) entries; OVERFLOW where k is above the capacity.
     """
     ks = _per_row(k, scores, torch.int32)
-    if not _uses_triton(scores):
+    if not gpu.serves_scores(scores):
         kept = _excluded(scores, allowed, is_positive)
         order = kept.sort(dim=1, descending=True, stable=True).indices
         ranks = torch.empty_like(order)
@@ -89,7 +89,7 @@ def above(scores: Tensor, threshold: Tensor, capacity: int) -> Lists:
         threshold: () or (M,) float32.
         capacity: C, a power of two.
     """
-    if not _uses_triton(scores):
+    if not gpu.serves_scores(scores):
         mask = (_excluded(scores) > threshold) & (scores > -torch.inf)
         return Lists.from_mask(scores, mask, capacity)
     return _collect(scores, threshold.float().contiguous(), capacity, kind=ABOVE)
@@ -113,7 +113,7 @@ def near_rank(scores: Tensor, k: Tensor | float, capacity: int, slack: Tensor | 
     ranks = 2 * torch.as_tensor(k, device=scores.device).ceil().clamp(min=1)
     ranks = _per_row(ranks.clamp(max=scores.shape[1]), scores, torch.int32)
     slack = _scalar(slack, scores)
-    if not _uses_triton(scores):
+    if not gpu.serves_scores(scores):
         kept = _excluded(scores)
         ordered = kept.sort(dim=1, descending=True).values
         floor = ordered.gather(1, ranks[:, None].long() - 1) - slack
@@ -138,7 +138,7 @@ def near_simplex(
     """
     scales = _per_row(scale, scores, torch.float32)
     slack = _scalar(slack, scores)
-    if not _uses_triton(scores):
+    if not gpu.serves_scores(scores):
         kept = _excluded(scores).double()
         top = kept.amax(1, keepdim=True)
         tau = _simplex_floor((kept - top) * scales[:, None].double(), scales.double())
@@ -158,10 +158,6 @@ def _simplex_floor(entries: Tensor, scale: Tensor) -> Tensor:
         total = (entries - middle[:, None]).clamp(min=0).pow(1 / scale[:, None]).sum(1)
         low, high = torch.where(total >= 1, middle, low), torch.where(total < 1, middle, high)
     return low
-
-
-def _uses_triton(scores: Tensor) -> bool:
-    return gpu.runs_triton(scores) and scores.numel() > 0
 
 
 def _collect(
