@@ -319,7 +319,9 @@ def _config(model: Mapping[str, Any], name: str, results: Path) -> Any:
             f"sources.{name}.model: its shape is known once it was fetched. Run `snakemake --cores 1 "
             f"{fetched}/provenance.json` first."
         )
-    return AutoConfig.from_pretrained(place, trust_remote_code=False, local_files_only=True)
+    from saeflow.sources.models import config_in
+
+    return config_in(place)
 
 
 def as_text(needs: Needs) -> str:

@@ -4,6 +4,7 @@ import io
 import os
 import resource
 import struct
+import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -277,18 +278,25 @@ def test_cells_without_an_image_are_counted(streaming: bool, tmp_path: Path) -> 
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "inside.png").write_bytes(good)
     (tmp_path / "set" / "inside.png").rename(tmp_path / "set" / "inside.bin")
-    paths = ["gone.png", "https://example.org/a.png", tmp_path / "outside.png", tmp_path / "set" / "inside.bin"]  # fmt: skip
+    for place in (tmp_path / "set" / "archive.bin", tmp_path / "archive.bin"):
+        with zipfile.ZipFile(place, "w") as archive:
+            archive.writestr("a.png", good)
+    paths = [
+        "gone.png", "https://example.org/a.png", tmp_path / "outside.png", f"zip://a.png::{tmp_path}/archive.bin",
+        tmp_path / "set" / "inside.bin", f"zip://a.png::{tmp_path}/set/archive.bin",
+    ]  # fmt: skip
     cells = [{"bytes": good, "path": None}, None, *({"bytes": None, "path": str(p)} for p in paths)]
-    params = labelled_parquet(tmp_path / "data", [0] * 6, cells)
+    params = labelled_parquet(tmp_path / "data", [0] * 8, cells)
     (tmp_path / "data" / "data.parquet").rename(tmp_path / "set" / "data.parquet")
     params |= {"dataset": str(tmp_path / "set"), "label_column": None, "streaming": streaming}
     found = [item.content for item in read_images(params)[1]]
-    assert found[0] == found[5] == good
-    assert [str(why) for why in found[1:5]] == [
+    assert found[0] == found[6] == found[7] == good
+    assert [str(why) for why in found[1:6]] == [
         "a null",
         "gone.png is outside the data set's folder, so that no digest covers it",
         "an address, https://example.org/a.png: download the images first",
         f"{tmp_path}/outside.png is outside the data set's folder, so that no digest covers it",
+        f"zip://a.png::{tmp_path}/archive.bin is outside the data set's folder, so that no digest covers it",
     ]
     assert prepare_image(Item("a", 0, "a null"), PREPROCESSING) == "a null"
 

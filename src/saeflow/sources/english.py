@@ -105,5 +105,5 @@ def digest(kind: str = "english") -> str:
     """SHA-256 (hex) of the documents of this Python."""
     total = hashlib.sha256()
     for text in documents(kind):
-        total.update(text.encode("utf-8", "replace") + b"\0")
+        total.update(text.encode("utf-8", "surrogatepass") + b"\0")
     return total.hexdigest()

@@ -245,16 +245,17 @@ def _cell_content(cell: Any, images: Mapping[str, Any]) -> bytes | str:
     path = str(cell["path"])
     if re.match("https?://", path):
         return f"an address, {path}: download the images first"
+    outer = Path(path.rpartition("::")[2])  # the archive, of a file inside one
+    if Path(images["dataset"]).is_dir() and not _is_pinned(outer, Path(images["dataset"])):
+        return f"{path} is outside the data set's folder, so that no digest covers it"
     if "://" in path:  # inside an archive, or on the hub
         from datasets.utils.file_utils import xopen
 
         try:
             with xopen(path, "rb") as file:
                 return bytes(file.read())
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, LookupError) as error:
             return str(error)
-    if Path(images["dataset"]).is_dir() and not _is_pinned(Path(path), Path(images["dataset"])):
-        return f"{path} is outside the data set's folder, so that no digest covers it"
     return _file_content(Path(path))
 
 

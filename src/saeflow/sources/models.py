@@ -358,11 +358,19 @@ def token_texts(tokenizer: Any) -> Callable[[int], str]:
     return text
 
 
-def load_config(folder: Path) -> Any:
-    """Configuration of a fetched model without its weights; of a language model, its language part."""
+def config_in(local: Path) -> Any:
+    """Configuration that a model's folder holds.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     from transformers import AutoConfig
 
-    local = model_folder(folder, weights=False)
     with one_line(f"{local}: its config.json cannot be read", "Give another model."):
-        config = AutoConfig.from_pretrained(local, trust_remote_code=False, local_files_only=True)
+        return AutoConfig.from_pretrained(local, trust_remote_code=False, local_files_only=True)
+
+
+def load_config(folder: Path) -> Any:
+    """Configuration of a fetched model without its weights; of a language model, its language part."""
+    config = config_in(model_folder(folder, weights=False))
     return config if config.model_type in VISION_LAYOUTS else config.get_text_config()
