@@ -13,21 +13,25 @@ from saeflow.training.trainer import Run
 from .conftest import RUNTIME, Samples, config
 
 
+def look(watch: Watch, step: int, x: torch.Tensor, **terms: float) -> bool:
+    watch.begin(step)
+    return bool(watch.look(x, {name: torch.tensor(value) for name, value in terms.items()}))
+
+
 def test_the_first_step_is_remembered_with_its_terms() -> None:
     watch, x = Watch(torch.device("cpu")), torch.ones(3, 2)
-    good, bad = torch.tensor(1.5), torch.tensor(torch.nan)
-    assert not bool(watch.look(4, x, {"loss": good, "norm": good}))
+    assert not look(watch, 4, x, loss=1.5, norm=1.5)
     assert watch.read() is None
-    assert bool(watch.look(5, x, {"loss": good, "norm": bad}))
-    assert bool(watch.look(6, x * torch.inf, {"loss": bad, "norm": bad}))
-    assert bool(watch.look(7, x, {"loss": good, "norm": good}))
+    assert look(watch, 5, x, loss=1.5, norm=torch.nan)
+    assert look(watch, 6, x * torch.inf, loss=torch.nan, norm=torch.nan)
+    assert look(watch, 7, x, loss=1.5, norm=1.5)
     assert watch.read() == (5, "loss 1.5, norm nan", False)
 
 
 def test_a_batch_that_is_not_finite_is_told_apart() -> None:
     watch, x = Watch(torch.device("cpu")), torch.ones(3, 2)
     x[1, 1] = -torch.inf
-    watch.look(2, x, {"loss": torch.tensor(torch.inf)})
+    assert look(watch, 2, x, loss=torch.inf)
     assert watch.read() == (2, "loss inf", True)
 
 

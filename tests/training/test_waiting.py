@@ -17,12 +17,13 @@ from .conftest import CONSTANT, RUNTIME, Samples, config
 READS = {
     "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::bincount",
     "aten::is_nonzero", "aten::_unique2", "aten::item",
+    "aten::lift_fresh",  # a tensor made of the host's numbers: a copy to the device
 }  # fmt: skip
 FOLLOW_DENSITY = ("gated", "jumprelu", "p_anneal", "relu")
 
 
 class NoReads(TorchDispatchMode):
-    """Refuses what makes the host wait for a GPU: values read, shapes that depend on values."""
+    """Refuses what makes the host wait for a GPU: values read, shapes that depend on values, the host's tensors."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None

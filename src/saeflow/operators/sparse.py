@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from saeflow.operators import native
+from saeflow.operators import gpu, native
 from saeflow.operators.gpu import selection as select
 from saeflow.operators.gpu.lists import Lists, capacity_for
 from saeflow.operators.rows import pad, positions
@@ -91,7 +91,7 @@ class SparseLatents:
             most: see `room`.
         """
         if (capacity := room(values, most)) is not None:
-            limits = torch.as_tensor(threshold, dtype=torch.float32, device=values.device)
+            limits = gpu.on_device(threshold, torch.float32, values)
             return SparseLatents.of(select.above(values, limits.detach(), capacity))
         limits = torch.as_tensor(threshold, dtype=values.dtype, device=values.device).detach()
         rows = values.detach()

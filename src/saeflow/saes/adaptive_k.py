@@ -92,18 +92,20 @@ class AdaptiveK(PerInputK):
         self.apart = () if self.is_consistent else ("probe_w", "probe_b")
         self.probe_w = nn.Parameter(torch.zeros(d_in))
         self.probe_b = nn.Parameter(torch.zeros(()))
-        self.is_joint, self.step = False, 0
+        self.is_joint = False
         self.divides_latents = self.form != "soft"
         self.register_buffer("deviation", torch.tensor(C_START))
         self.register_buffer("probe_losses", torch.full((3,), -1.0))
         for name, shape in (("first_w", (d_in,)), ("first_b", ()), ("ridge", ())):
             self.register_buffer(name, torch.zeros(shape), persistent=False)
+        self.register_buffer("position", torch.zeros((), dtype=torch.int64), persistent=False)
         self.register_buffer("examples", torch.zeros(0, d_in), persistent=False)
         self.register_buffer("scores", torch.zeros(0), persistent=False)
 
     first_w: Tensor
     first_b: Tensor
     ridge: Tensor
+    position: Tensor  # () int64, the step
     examples: Tensor
     scores: Tensor
 
@@ -128,7 +130,7 @@ class AdaptiveK(PerInputK):
         return self.k_max
 
     def begin_step(self, step: int, total: int) -> None:
-        self.step = step
+        self.position.fill_(step)
         self.is_joint = step >= self.apart_from(total)
 
     def apart_from(self, total: int) -> int:
@@ -162,7 +164,7 @@ class AdaptiveK(PerInputK):
     def probe_loss(self) -> Tensor:
         """MSE of the score on the probe's own examples, ridge, and distance from the fitted probe."""
         at = torch.arange(min(EXAMPLES, len(self.examples)), device=self.examples.device)
-        at = (at + self.step * len(at)) % len(self.examples)
+        at = (at + self.position * len(at)) % len(self.examples)
         error = (self.score(self.examples[at]) - self.scores[at]).square().mean()
         ridge = self.ridge * self.probe_w.square().sum()
         moved = self.probe_w - self.first_w

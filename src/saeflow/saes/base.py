@@ -126,6 +126,12 @@ class SAE(nn.Module):
         """`most`, None where ranks share selections: those need what each row has."""
         return self.most if self.ranks.size == 1 else None
 
+    def dials(self) -> dict[str, object]:
+        """All that the host decides of a step's kernels: while it is the same, they are."""
+        kinds = (bool, int, float, str, type(None))
+        named = {name: value for name, value in vars(self).items() if isinstance(value, kinds)}
+        return {**named, "is_sparse": self.is_sparse}
+
     def settle(self) -> None:
         """Decide the path of the steps to come from what the last ones measured: a wait for the device."""
 

@@ -46,6 +46,10 @@ class FollowsDensity(SAE):
             below = min(below, SPARSE_BELOW_ON_GPU / self.d_sae)
         return 0 <= self.known < below
 
+    def dials(self) -> dict[str, object]:
+        room = (self.most - 1).bit_length()  # to a power of two
+        return {**super().dials(), "known": None, "room": room}
+
     @property
     def most(self) -> int:
         known = 1.0 if self.known is None or self.known < 0 else self.known

@@ -37,6 +37,7 @@ class PAnneal(FollowsDensity):
     """
 
     WINDOW = 10
+    place: Tensor  # (1,) int64, of this step in `recent`
     recent: Tensor
     factor: Tensor
 
@@ -61,10 +62,11 @@ class PAnneal(FollowsDensity):
         self.p_end = check_number("p_end", p_end, 0.01, 1)
         self.p_updates = check_count("p_updates", p_updates)
         self.anneal_start = check_number("anneal_start", anneal_start, 0, 1)
-        self.l1, self.jumps, self.n_steps = self.schedule.target, 0, 0
+        self.l1, self.jumps = self.schedule.target, 0
         self.is_before_jump = True  # the penalty counts at a jump that comes within the window
         # The penalty of the last steps at their p and at the next one; what the weight grew by.
         self.register_buffer("recent", torch.zeros(2, self.WINDOW, dtype=torch.float64))
+        self.register_buffer("place", torch.zeros(1, dtype=torch.int64), persistent=False)
         self.register_buffer("factor", torch.ones((), dtype=torch.float64))
 
     def p_after(self, jumps: int) -> float:
@@ -81,7 +83,8 @@ class PAnneal(FollowsDensity):
         )
 
     def begin_step(self, step: int, total: int) -> None:
-        self.l1, self.n_steps = self.schedule(step, total), step
+        self.l1 = self.schedule(step, total)
+        self.place.fill_(step % self.WINDOW)
         self.jumps = self.jumps_at(step, total)
         self.is_before_jump = self.jumps_at(step + self.WINDOW, total) > self.jumps
         if step and self.jumps > self.jumps_at(step - 1, total):
@@ -115,7 +118,7 @@ class PAnneal(FollowsDensity):
             return
         for row, jumps in enumerate((self.jumps, self.jumps + 1)):
             penalty = self.ranks.over_both(sum_of_powers(fwd.values.detach(), self.p_after(jumps)))
-            self.recent[row, self.n_steps % self.WINDOW] = penalty
+            self.recent[row].index_copy_(0, self.place, penalty.to(self.recent.dtype).view(1))
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         return {"l1_weight": float(self.weight), "p": self.p_after(self.jumps)}

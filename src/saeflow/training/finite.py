@@ -24,15 +24,19 @@ class Watch:
 
     def __init__(self, device: torch.device) -> None:
         self.step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.now = torch.zeros((), dtype=torch.int64, device=device)
         self.names: list[str] = []
         self.values = torch.zeros(0, device=device)
 
+    def begin(self, step: int) -> None:
+        """Say which step is looked at next."""
+        self.now.fill_(step)
+
     @torch.no_grad()
-    def look(self, step: int, x: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
-        """Whether a step, or one before it, cannot be taken.
+    def look(self, x: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
+        """Whether this step, or one before it, cannot be taken.
 
         Args:
-            step: its number.
             x: its batch.
             terms: () each.
 
@@ -44,7 +48,7 @@ class Watch:
             self.names, self.values = list(terms), torch.zeros_like(values)
         is_first = (self.step < 0) & ~values.isfinite().all()
         self.values.copy_(torch.where(is_first, values, self.values))
-        self.step.copy_(torch.where(is_first, step, self.step))
+        self.step.copy_(torch.where(is_first, self.now, self.step))
         return self.step >= 0
 
     def read(self) -> NotFinite | None:

@@ -41,6 +41,11 @@ class Optimizer(torch.optim.Adam):
         # Of each group, on the device: steps taken, learning rate.
         self.scalars = [torch.zeros(2, device=sae.W_dec.device).unbind() for _ in self.param_groups]
 
+    def tell_rates(self) -> None:
+        """Put each group's learning rate on the device."""
+        for group, (_, lr) in zip(self.param_groups, self.scalars, strict=True):
+            lr.fill_(group["lr"])
+
     def measure(self) -> Tensor:
         """Remove the decoder gradient's part along its rows; the norm () of what is clipped together.
 
@@ -140,7 +145,6 @@ class Optimizer(torch.optim.Adam):
     ) -> None:
         """One pass over each parameter of a group, for which the host does not wait."""
         count, lr = scalars
-        lr.fill_(group["lr"])
         parts = []
         for parameter, gradient in self._gradients(group):
             state = self._state(parameter, count)

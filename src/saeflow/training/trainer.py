@@ -34,6 +34,7 @@ from saeflow.training.checkpoints import (
     write_checkpoint,
 )
 from saeflow.training.finite import NotFinite, Watch
+from saeflow.training.graphs import Replayed, capture_cuda
 from saeflow.training.live import Live
 from saeflow.training.memory import keep_freed_memory
 from saeflow.training.optimizer import Optimizer
@@ -231,6 +232,9 @@ class Run:
         self.sae.join(self.ranks)
         self.sae.to(self.device).train()
         self.watch = Watch(self.device)
+        self.replayed: Replayed[tuple[Forward, dict[str, Tensor]]] | None = None
+        if self.device.type == "cuda" and self.ranks.size == 1:
+            self.replayed = Replayed(self.work, capture_cuda)
         self.silent = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=self.device)
         if not config.training.train_decoder:
             self.sae.freeze_decoder()
@@ -294,10 +298,19 @@ class Run:
             self.busy, self.busy_steps = 0.0, 0
 
     def one_step(self, x: Tensor) -> tuple[Forward, dict[str, Tensor], float]:
-        """Forward, losses, gradients, update."""
-        sae = self.sae
-        sae.begin_step(self.step, self.total)
+        """Forward, losses, gradients, update; on a GPU recorded and launched at once."""
+        self.sae.begin_step(self.step, self.total)
+        self.watch.begin(self.step)
         lr = self.set_lr()
+        if self.replayed is None:
+            fwd, losses = self.work(x)
+        else:
+            fwd, losses = self.replayed(x, tuple(self.sae.dials().items()))
+        return fwd, losses, lr
+
+    def work(self, x: Tensor) -> tuple[Forward, dict[str, Tensor]]:
+        """A step without what the host decides of it: on a GPU, work for the device alone."""
+        sae = self.sae
         try:
             with torch.autocast(self.device.type, torch.bfloat16, self.is_bf16):
                 fwd = sae.run(x)
@@ -313,12 +326,12 @@ class Run:
         self.optimizer.share()
         norm = self.optimizer.measure()
         terms = {"loss": loss, **losses, "gradient norm": norm}
-        cannot_be_taken = self.watch.look(self.step, x, terms)
+        cannot_be_taken = self.watch.look(x, terms)
         if not acts_as_gpu(x):  # where nothing is waited for
             self.check()
         self.optimizer.update(norm, cannot_be_taken)
         sae.end_step(fwd)
-        return fwd, {name: term.detach() for name, term in {"loss": loss, **losses}.items()}, lr
+        return fwd, {name: term.detach() for name, term in {"loss": loss, **losses}.items()}
 
     def set_lr(self) -> float:
         training, peak = self.config.training, peak_lr(self.config)
@@ -326,6 +339,7 @@ class Run:
         together["lr"] = peak * lr_factor(self.step, self.total, training)
         for group in apart:
             group["lr"] = peak * warm_up(self.step - self.sae.apart_from(self.total), training)
+        self.optimizer.tell_rates()
         return float(together["lr"])
 
     def check(self) -> None:

@@ -43,6 +43,13 @@ def _device() -> str:
     return "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 
 
+def on_device(value: Tensor | float, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """A tensor on the device of another, or a number put there by a kernel, which a CUDA graph can hold."""
+    if isinstance(value, Tensor):
+        return value.to(like.device, dtype)
+    return torch.full((), value, dtype=dtype, device=like.device)
+
+
 @cache
 def load(name: str) -> Any:
     """A module of kernels, one of MODULES; None without triton."""

@@ -46,7 +46,7 @@ def entmax(values: Tensor, counts: Tensor, alpha: Tensor | float) -> Tensor:
     Source: Peters et al. 2019 (arXiv:1905.05702), Correia et al. 2019 (arXiv:1909.00015), prop. 1.
     """
     power = None if isinstance(alpha, Tensor) else 1 / (alpha - 1)
-    alpha = torch.as_tensor(alpha, dtype=torch.float32, device=values.device)
+    alpha = gpu.on_device(alpha, torch.float32, values)
     return _Simplex.apply(values, counts, alpha, power)
 
 
@@ -63,7 +63,7 @@ def soft_topk(values: Tensor, counts: Tensor, k: Tensor, temperature: Tensor | f
 
     Source: LapSum, Struski et al. 2025 (arXiv:2503.06242), section 3.
     """
-    temperature = torch.as_tensor(temperature, dtype=torch.float32, device=values.device)
+    temperature = gpu.on_device(temperature, torch.float32, values)
     return _SoftTopK.apply(values, counts, k, temperature)
 
 

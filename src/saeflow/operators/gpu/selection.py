@@ -66,7 +66,7 @@ def batch_topk(scores: Tensor, total: Tensor | int, capacity: int) -> Lists:
         Lists of `total` entries together. OVERFLOW where a row's answer may have more than C.
     """
     rows = topk(scores, capacity, capacity)
-    total = torch.as_tensor(total, device=scores.device).long()
+    total = gpu.on_device(total, torch.int64, scores)
     values = rows.values.masked_fill(~rows.real, -torch.inf)
     ordered = values.view(-1).sort(descending=True).values
     at = (total - 1).clamp(0, ordered.numel() - 1)
@@ -110,7 +110,7 @@ def near_rank(scores: Tensor, k: Tensor | float, capacity: int, slack: Tensor | 
     Returns:
         Lists of at least these entries; how many more is not determined.
     """
-    ranks = 2 * torch.as_tensor(k, device=scores.device).ceil().clamp(min=1)
+    ranks = 2 * gpu.on_device(k, torch.float32, scores).ceil().clamp(min=1)
     ranks = _per_row(ranks.clamp(max=scores.shape[1]), scores, torch.int32)
     slack = _scalar(slack, scores)
     if not gpu.serves_scores(scores):
@@ -231,12 +231,11 @@ def _places(scores: Tensor) -> int:
 
 
 def _per_row(value: Tensor | float, scores: Tensor, dtype: torch.dtype) -> Tensor:
-    value = torch.as_tensor(value, device=scores.device).to(dtype)
-    return value.expand(len(scores)).contiguous()
+    return gpu.on_device(value, dtype, scores).expand(len(scores)).contiguous()
 
 
 def _scalar(value: Tensor | float, scores: Tensor) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float32, device=scores.device)
+    return gpu.on_device(value, torch.float32, scores)
 
 
 def _excluded(scores: Tensor, allowed: Tensor | None = None, is_positive: bool = False) -> Tensor:

@@ -1,0 +1,149 @@
+"""A recorded step does what the step does, and is recorded anew when something of it changes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+
+from saeflow.operators import native, sparse
+from saeflow.saes import VARIANTS
+from saeflow.training.graphs import WARM, Replayed, capture_cuda
+from saeflow.training.trainer import Run
+
+from .conftest import RUNTIME, Samples, config
+
+STEPS = 16
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph is, for a CPU: operations in order, on the memory and with the numbers they had then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        with torch.no_grad():
+            for function, args, kwargs, out in self.calls:
+                again = function(*args, **kwargs)
+                for old, new in zip(tree_flatten(out)[0], tree_flatten(again)[0], strict=True):
+                    if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
+
+def state(run: Run) -> list[Tensor]:
+    """All that a step writes."""
+    moments = [t for of in run.optimizer.state.values() for t in of.values()]
+    watched = [run.watch.step, run.watch.values]
+    return [*run.sae.parameters(), *run.sae.buffers(), *moments, *watched, run.silent]
+
+
+def capture_on(run: Run, taped: list[Tape]) -> Callable[[Callable[[], Any]], Any]:
+    """As `capture_cuda`: recording changes nothing."""
+
+    def capture(function: Callable[[], Any]) -> Any:
+        before = [tensor.detach().clone() for tensor in state(run)]
+        with Tape() as tape:
+            result = function()
+        with torch.no_grad():
+            for tensor, old in zip(state(run), before, strict=True):
+                tensor.copy_(old)
+        taped.append(tape)
+        return tape.replay, result
+
+    return capture
+
+
+@pytest.fixture(autouse=True)
+def as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.setattr(native, "is_on", False)
+    monkeypatch.setattr(sparse, "is_padded", True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_recorded_steps_are_the_steps(variant: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"steps": 200, "dead_after_tokens": 500, "log_every_steps": 4}
+    plain, recorded = (Run(Samples(), config(variant, **changes), RUNTIME, tmp_path) for _ in "ab")
+    taped: list[Tape] = []
+    recorded.replayed = Replayed(recorded.work, capture_on(recorded, taped))
+    for run in (plain, recorded):
+        run.step = 120  # schedules have come to rest, or not: then no step is replayed
+    batches = [x for x, _ in zip(plain.batches(120), range(STEPS), strict=False)]
+    for x in batches:
+        plain.take(x, 0.0)
+        recorded.take(x, 0.0)
+    assert taped
+    for one, other in zip(state(recorded), state(plain), strict=True):
+        assert torch.equal(one, other)
+    timed = {"tokens_per_s"}
+    for one, other in zip(recorded.rows, plain.rows, strict=True):
+        assert {k: v for k, v in one.items() if k not in timed} == {
+            k: v for k, v in other.items() if k not in timed
+        }
+
+
+def test_another_key_is_recorded_anew() -> None:
+    recordings: list[int] = []
+
+    def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        result = torch.zeros(2)
+        recordings.append(1)
+        return lambda: result.copy_(function()), result
+
+    factor = 2.0
+    doubled = Replayed(lambda x: x * factor, capture)
+    for number in range(WARM + 4):
+        x = torch.full((2,), float(number))
+        assert torch.equal(doubled(x, ("k", 3)), 2 * x)
+    assert len(recordings) == 1
+    for number in range(2 * WARM):
+        x = torch.full((3 if number >= WARM else 2,), float(number))
+        assert torch.equal(doubled(x, ("k", 4)), 2 * x)
+    assert len(recordings) == 1  # never the same for long enough
+    for number in range(WARM + 1):
+        x = torch.full((2,), float(number))
+        assert torch.equal(doubled(x, ("k", 3)), 2 * x)
+    assert len(recordings) == 2
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    def capture(function: Callable[[], Tensor]) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    doubled = Replayed(lambda x: x * 2, capture)
+    for number in range(WARM + 3):
+        x = torch.full((2,), float(number))
+        assert torch.equal(doubled(x, 0), 2 * x)
+    assert caplog.text.count("cannot be recorded") == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_cuda_graph_gives_the_bits_of_its_kernels(variant: str, tmp_path: Path) -> None:
+    runtime = {**RUNTIME, "device": "cuda", "precision": "bf16"}
+    changes: dict[str, Any] = {"steps": 200, "dead_after_tokens": 500, "log_every_steps": 4}
+    plain, recorded = (Run(Samples(), config(variant, **changes), runtime, tmp_path) for _ in "ab")
+    plain.replayed = None
+    recorded.replayed = Replayed(recorded.work, capture_cuda)
+    for run in (plain, recorded):
+        run.step = 120
+    for number in range(STEPS):
+        x = Samples().batch(128, number).cuda() / 3
+        plain.take(x, 0.0)
+        recorded.take(x, 0.0)
+    assert recorded.replayed.is_possible
+    for one, other in zip(state(recorded), state(plain), strict=True):
+        assert torch.equal(one, other)
