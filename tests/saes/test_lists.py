@@ -32,6 +32,7 @@ def step_of(
     losses = sae.losses(fwd, dead)
     torch.stack(list(losses.values())).sum().backward()
     sae.end_step(fwd)
+    sae.settle()
     return losses, [p.grad for p in sae.parameters()], torch.cat((fwd.l0(), fwd.fired().long()))
 
 
@@ -52,7 +53,7 @@ def test_rows_of_the_same_room_change_nothing(
         expected.named_parameters(), padded_gradients, gradients, strict=True
     ):
         if other is None:
-            assert one is None, name
+            assert one is None or not bool(one.any()), name  # AuxK of no latent
         else:
             torch.testing.assert_close(
                 one, other, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
