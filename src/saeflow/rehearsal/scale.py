@@ -471,8 +471,9 @@ def _rows_per_context(source: Mapping[str, Any]) -> int:
 
 def _contexts_needed(source: Mapping[str, Any], store: Mapping[str, Any]) -> int:
     """Images that give both splits their rows, with room for how evenly their digests divide them."""
-    share, per_context = source["evaluation_share"], _rows_per_context(source)
-    wanted = max(store["train_rows"] / (1 - share), store["evaluation_rows"] / share) / per_context
+    shares = {"train": 1 - source["evaluation_share"], "evaluation": source["evaluation_share"]}
+    wanted = max(store[f"{split}_rows"] / share for split, share in shares.items() if share > 0)
+    wanted /= _rows_per_context(source)
     return math.ceil(wanted + 6 * math.sqrt(wanted)) + 8
 
 
