@@ -15,8 +15,7 @@ from .conftest import SYNTHETIC, Project, job_counts
 pytestmark = [pytest.mark.workflow, pytest.mark.heavy]
 PARAMS: dict[str, Any] = {
     **SYNTHETIC,
-    "complexity": {},
-    "saes": {name: SYNTHETIC["saes"][name] for name in ("topk", "relu")},
+    "saes": {name: SYNTHETIC["saes"][name] for name in ("topk", "relu", "adaptive-k")},
     "figures": {**SYNTHETIC["figures"], "names": ["fvu_l0", "training"]},
 }
 """Few jobs: each is run again and again here."""
