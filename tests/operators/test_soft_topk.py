@@ -11,6 +11,8 @@ from saeflow.operators import rows, sparse
 from saeflow.operators.soft_topk import soft_topk
 from saeflow.operators.topk import keep_topk
 
+from .conftest import PATHS
+
 
 def laplace(t: np.ndarray) -> np.ndarray:
     return np.where(t <= 0, np.exp(np.minimum(t, 0)) / 2, 1 - np.exp(-np.maximum(t, 0)) / 2)
@@ -249,11 +251,10 @@ def test_wrong_k_or_temperature_is_refused(
         soft_topk(torch.randn(2, 5), k, temperature)
 
 
+@pytest.mark.parametrize("path", [path for path in PATHS if path == "triton"], indirect=True)
 def test_a_gpu_marks_a_row_without_a_mask_instead_of_waiting(
     path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if path != "triton":
-        pytest.skip("of Triton's kernels")
     values = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
     k = torch.tensor([3.0, 2.5, 60.0, 4.0])
     expected = soft_topk(values, k.clamp(max=50), 0.1)
