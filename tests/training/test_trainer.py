@@ -20,7 +20,7 @@ from torch import Tensor
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest
-from saeflow.operators import native
+from saeflow.operators import native, sparse
 from saeflow.saes import VARIANTS, Forward, build, load, read_config
 from saeflow.saes.input_scale import KINDS
 from saeflow.saes.topk import TopK
@@ -220,13 +220,15 @@ def test_without_a_clip_the_whole_gradient_counts(tmp_path: Path) -> None:
     assert norms[1] > 0.1
 
 
-@pytest.mark.parametrize("is_native", [True, False])
+@pytest.mark.parametrize("update", ["native", "torch", "as on a GPU"])
 def test_what_is_set_apart_has_a_clip_and_a_rate_of_its_own(
-    is_native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    update: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """b_dec apart: two runs that differ in that alone, their first steps worked out from the gradients."""
-    if not is_native:
+    """Adam's first moment is 0.1 of the clipped gradient, of b_dec and of the rest."""
+    if update != "native":
         monkeypatch.setattr(native, "serves", lambda *arrays: False)
+    if update == "as on a GPU":
+        monkeypatch.setattr(sparse, "is_padded", True)
     setting = config("relu", steps=20, grad_clip=0.01, lr_warmup_steps=4, lr_decay_fraction=0)
     run = Run(Samples(scale=1.0), setting, QUIET, tmp_path)
     run.sae.apart = ("b_dec",)
