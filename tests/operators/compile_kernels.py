@@ -71,6 +71,7 @@ def selections() -> Iterator[Case]:
 def products() -> Iterator[Case]:
     sizes = {"CAPACITY": 32, "BLOCK": 1024}
     yield sparse.rescore_lists, [F, F, F, F, S, S, F, INT], sizes, 4
+    yield sparse.sums_by_columns, [F, L, S, F, F, F, INT], sizes, 4
     for W in (F, H):
         yield sparse.products_of_lists, [F, W, S, S, F, INT], sizes, 4
         yield sparse.decode_error_of_lists, [F, W, F, S, F, S, F, F, F, INT], sizes, 4
@@ -99,7 +100,7 @@ written = {
     name
     for module in (lists, rows, selection, soft, sparse, update)
     for name, member in vars(module).items()
-    if name.endswith(("_rows", "_lists", "_weights", "_products"))
+    if name.endswith(("_rows", "_lists", "_weights", "_products", "_columns"))
     and isinstance(member, triton.JITFunction)
 }
 if written - compiled:

@@ -150,10 +150,9 @@ class _Decode(torch.autograd.Function):
         grad, W_dec = grad.contiguous(), W_dec.contiguous()
         of_values, of_W, _ = ctx.needs_input_grad
         if (lists := ctx.latents.lists) is not None:
-            nothing = torch.zeros_like(lists.values)
             return (
                 on_lists.row_products(grad, W_dec, lists).view(-1) if of_values else None,
-                on_lists.weight_gradients(grad, grad, lists, nothing).W_dec if of_W else None,
+                on_lists.column_sums(grad, lists, lists.values)[0] if of_W else None,
                 None,
             )
         latents, by_column = ctx.latents, ctx.latents.by_column
@@ -219,9 +218,7 @@ def _sum_by_column(
 ) -> tuple[Tensor, Tensor]:
     """(d_sae, n) and (d_sae,): each column's sums of weight * matrix[row], and of weights."""
     if (lists := entries.lists) is not None:
-        nothing = lists.with_values(torch.zeros_like(lists.values))
-        found = on_lists.weight_gradients(matrix, matrix, nothing, weights.view_as(lists.values))
-        return found.W_enc, found.b_enc
+        return on_lists.column_sums(matrix, lists, weights.view_as(lists.values))
     by_column = entries.by_column
     if native.serves(matrix, weights):
         sums, totals = torch.empty(entries.d_sae, matrix.shape[1]), torch.empty(entries.d_sae)

@@ -93,3 +93,12 @@ def test_weight_gradients_are_autograds(lists: Lists, is_unit: bool, path: str) 
     for ours, reference in zip(twice, expected, strict=False):
         close(ours, 2 * reference)
     torch.testing.assert_close(twice.squares, 4 * sum(sums), rtol=1e-4, atol=1e-4)
+
+
+def test_sums_by_column_are_a_product_with_the_transpose(lists: Lists, path: str) -> None:
+    matrix, weights = normal(B, D, seed=15, path=path), normal(B, C, seed=16, path=path)
+    weights = weights.where(lists.real, 0)
+    sums, totals = sparse.column_sums(matrix, lists, weights)
+    dense = lists.with_values(weights).dense()
+    close(sums, dense.t() @ matrix)
+    close(totals, dense.sum(0))

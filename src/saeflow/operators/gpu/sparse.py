@@ -154,6 +154,31 @@ def weight_gradients(
     return into
 
 
+def column_sums(matrix: Tensor, lists: Lists, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """One of the gradients of `weight_gradients`, where the other is not wanted with it.
+
+    Args:
+        matrix: (B, d).
+        lists: whose values are left aside.
+        weights: (B, C), 0 where an entry is not real.
+
+    Returns:
+        (M, d) and (M,) float32: each column's sums of weight * matrix[row] and of weights.
+    """
+    M, d = lists.d_sae, matrix.shape[1]
+    if not _runs_triton(matrix, lists):
+        sums = matrix.new_zeros(M, d, dtype=torch.float32)
+        totals = sums.new_zeros(M)
+        for columns, of_slot in _by_slot(lists.columns, weights):
+            sums.index_add_(0, columns, of_slot[:, None] * matrix.float())
+            totals.index_add_(0, columns, of_slot)
+        return sums, totals
+    sums, totals = torch.empty(M, d, device=matrix.device), torch.empty(M, device=matrix.device)
+    tensors = (_whole(matrix), *lists.transposed, _whole(weights), sums, totals)
+    _launch("sums_by_columns", M, d, *tensors, CAPACITY=lists.capacity)
+    return sums, totals
+
+
 def _by_slot(columns: Tensor, values: Tensor) -> Any:
     """Columns (B,) and values (B,) of the first entry of each row, of the second, ..."""
     return zip(columns.T.long(), values.T, strict=True)

@@ -129,3 +129,32 @@ def gradients_of_weights(
     tl.store(of_dec + where, dec, mask=inside)
     tl.store(of_b_enc + latent, bias)
     tl.store(squares + latent, tl.sum(enc * enc, 0) + tl.sum(dec * dec, 0) + bias * bias)
+
+
+@triton.jit
+def sums_by_columns(
+    matrix,
+    order,
+    offsets,
+    weights,
+    sums,
+    totals,
+    width,
+    CAPACITY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Of each column, the sums of weight * matrix[row] and of weights, in the order of rows."""
+    column = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    of_weights = tl.zeros((), tl.float32)
+    begin, end = tl.load(offsets + column), tl.load(offsets + column + 1)
+    for place in range(begin, end):
+        entry = tl.load(order + place).to(tl.int64)
+        row = entry // CAPACITY
+        weight = tl.load(weights + entry)
+        total += weight * tl.load(matrix + row * width + at, mask=inside, other=0.0).to(tl.float32)
+        of_weights += weight
+    tl.store(sums + column * width + at, total, mask=inside)
+    tl.store(totals + column, of_weights)
