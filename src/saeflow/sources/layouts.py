@@ -233,14 +233,17 @@ def config_shape(path: Path) -> Shape:
 def _shape_of(config: Any) -> Shape | None:
     if not isinstance(config, dict):
         return None
-    is_clip = config.get("model_type") in VISION_LAYOUTS
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        return None
+    is_clip = model_type in VISION_LAYOUTS
     part = config.get("vision_config" if is_clip else "text_config") or config
     if not isinstance(part, dict):
         return None
     n_blocks = part.get("num_hidden_layers", part.get("n_layer", 12 if is_clip else None))
-    if not isinstance(n_blocks, int) or "model_type" not in config:
+    if not isinstance(n_blocks, int):
         return None
-    return Shape(config["model_type"], n_blocks)
+    return Shape(model_type, n_blocks)
 
 
 # GGUF's value types and their sizes in bytes; 8 is a string, 9 an array (GGUF specification, version 3).

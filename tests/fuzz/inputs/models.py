@@ -114,7 +114,9 @@ def processor(rng: random.Random, folder: Path) -> None:
 
     def ours() -> np.ndarray:
         preprocessing = load_preprocessing(place)
-        return normalised(fit(Image.fromarray(noise), preprocessing)[None], preprocessing).numpy()
+        return normalised(
+            torch.from_numpy(fit(Image.fromarray(noise), preprocessing)[None].copy()), preprocessing
+        ).numpy()
 
     found = read(ours, place)
     if found is REFUSED:
