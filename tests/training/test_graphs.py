@@ -47,7 +47,7 @@ def state(run: Run) -> list[Tensor]:
     """All that a step writes."""
     moments = [t for of in run.optimizer.state.values() for t in of.values()]
     watched = [run.watch.step, run.watch.values]
-    return [*run.sae.parameters(), *run.sae.buffers(), *moments, *watched, run.silent]
+    return [*run.sae.parameters(), *run.sae.buffers(), *moments, *watched, run.silent, run.cut]
 
 
 def capture_on(run: Run, taped: list[Tape]) -> Callable[[Callable[[], Any]], Any]:

@@ -67,6 +67,24 @@ def test_a_step_reads_nothing(
     run.check()
 
 
+def test_rows_that_lose_latents_are_counted_and_get_more_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = start("batch_topk", tmp_path, monkeypatch, d_sae=256, log_every_steps=2)
+    monkeypatch.setattr(type(run.sae), "most", 1)  # room for 16
+    with torch.no_grad():
+        run.sae.b_enc.zero_()
+    x = next(run.batches())
+    x[:2] *= 1000  # rows that take the whole batch's latents
+    for _ in range(4):
+        run.take(x, 0.0)
+    assert caplog.text.count("rows since the last line") == 2
+    assert run.sae.widened == 4
+    run.checkpoint()
+    again = start("batch_topk", tmp_path, monkeypatch, d_sae=256, log_every_steps=2)
+    assert again.sae.widened == 4
+
+
 def test_reads_are_found() -> None:
     values = torch.ones(3)
     with NoReads():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saeflow.operators import gpu, native
 from saeflow.operators.gpu import selection as select
-from saeflow.operators.gpu.lists import Lists, capacity_for
+from saeflow.operators.gpu.lists import OVERFLOW, Lists, capacity_for
 from saeflow.operators.rows import pad, positions
 
 is_padded = False
@@ -242,6 +242,12 @@ class SparseLatents:
             return torch.bincount(self.columns[is_active], minlength=self.d_sae)
         counts = torch.zeros(self.d_sae, dtype=torch.int64, device=self.values.device)
         return counts.index_add_(0, self.columns, is_active.long())
+
+    def cut_rows(self) -> Tensor:
+        """() int64: rows that have more entries than their room, and lost some."""
+        if self.lists is None:
+            return self.offsets.new_zeros(())
+        return (self.lists.status & OVERFLOW != 0).sum()
 
     def dense(self) -> Tensor:
         """(B, d_sae) with zeros elsewhere, differentiable in the values."""

@@ -67,6 +67,12 @@ class Forward:
             return self.latents.l0()
         return (self.latents.detach() != 0).sum(1)
 
+    def cut_rows(self) -> Tensor:
+        """() number of rows that lost latents for want of room."""
+        if isinstance(self.latents, SparseLatents):
+            return self.latents.cut_rows()
+        return torch.zeros((), dtype=torch.int64, device=self.x.device)
+
     def fired(self) -> Tensor:
         """(d_sae,) bool: latents that are not zero somewhere in the batch."""
         if isinstance(self.latents, SparseLatents):
@@ -96,6 +102,7 @@ class SAE(nn.Module):
     of_latents: tuple[str, ...] = ("W_enc", "b_enc", "W_dec")
     """Parameters and buffers with an entry for each latent, along the last dimension of `W_enc` and the
     first of the others."""
+    widened = 1  # times `most` that there is room for, once rows were cut
     divides_latents = True  # whether its latents may be divided among ranks
     ranks = Ranks()  # this process alone
 
@@ -124,13 +131,13 @@ class SAE(nn.Module):
     @property
     def room(self) -> int | None:
         """`most`, None where ranks share selections: those need what each row has."""
-        return self.most if self.ranks.size == 1 else None
+        return self.most * self.widened if self.ranks.size == 1 else None
 
     def dials(self) -> dict[str, object]:
         """All that the host decides of a step's kernels: while it is the same, they are."""
         kinds = (bool, int, float, str, type(None))
         named = {name: value for name, value in vars(self).items() if isinstance(value, kinds)}
-        return {**named, "is_sparse": self.is_sparse}
+        return {**named, "is_sparse": self.is_sparse, "widened": self.widened}
 
     def settle(self) -> None:
         """Decide the path of the steps to come from what the last ones measured: a wait for the device."""

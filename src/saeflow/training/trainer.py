@@ -232,6 +232,9 @@ class Run:
         self.sae.join(self.ranks)
         self.sae.to(self.device).train()
         self.watch = Watch(self.device)
+        self.cut = torch.zeros(
+            (), dtype=torch.int64, device=self.device
+        )  # rows, since the last log
         self.replayed: Replayed[tuple[Forward, dict[str, Tensor]]] | None = None
         if self.device.type == "cuda" and self.ranks.size == 1:
             self.replayed = Replayed(self.work, capture_cuda)
@@ -291,6 +294,7 @@ class Run:
             self.check()  # waits for the device, so that the speed is that of its work
             if acts_as_gpu(x):
                 self.sae.settle()
+                self.make_room()
         self.busy += waited + time.monotonic() - began
         self.busy_steps += 1
         if is_logged:
@@ -307,6 +311,17 @@ class Run:
         else:
             fwd, losses = self.replayed(x, tuple(self.sae.dials().items()))
         return fwd, losses, lr
+
+    def make_room(self) -> None:
+        """Say how many rows were cut, if any were, and double the room of a row."""
+        if cut := int(self.cut):
+            logger.warning(
+                "%s: step %d: %d rows since the last line of the log had more active latents than there was room "
+                "for, and lost some; there is twice the room from here on",
+                self.config.name, self.step, cut,
+            )  # fmt: skip
+            self.cut.zero_()
+            self.sae.widened *= 2
 
     def work(self, x: Tensor) -> tuple[Forward, dict[str, Tensor]]:
         """A step without what the host decides of it: on a GPU, work for the device alone."""
@@ -331,6 +346,7 @@ class Run:
             self.check()
         self.optimizer.update(norm, cannot_be_taken)
         sae.end_step(fwd)
+        self.cut.add_(fwd.cut_rows())
         return fwd, {name: term.detach() for name, term in {"loss": loss, **losses}.items()}
 
     def set_lr(self) -> float:
@@ -389,6 +405,7 @@ class Run:
         rows = np.frombuffer(json.dumps(self.rows).encode(), np.uint8)
         tensors |= {
             "silent": silent,
+            "widened": torch.tensor(self.sae.widened),
             "rows": torch.from_numpy(rows.copy()),
         }
         write_checkpoint(self.folder, self.step, tensors, {"run": self.identity})
@@ -420,6 +437,7 @@ class Run:
                     saved = torch.empty_like(parameter).copy_(saved)  # which fused Adam relies on
                 self.optimizer.state[parameter][key.removeprefix(prefix)] = saved
         self.silent.copy_(part_of("W_dec", tensors["silent"]))
+        self.sae.widened = int(tensors["widened"])
         logger.info("going on from %s", path)
 
     def finish(self) -> dict[str, str]:
