@@ -85,6 +85,25 @@ def test_rows_that_lose_latents_are_counted_and_get_more_room(
     assert again.sae.widened == 4
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(
+    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"dead_after_tokens": 300, "log_every_steps": 4}
+    whole = start(variant, tmp_path, monkeypatch, **changes)
+    batches = [x for x, _ in zip(whole.batches(), range(10), strict=False)]
+    for x in batches[:6]:
+        whole.take(x, 0.0)
+    whole.checkpoint()
+    resumed = Run(Samples(), whole.config, RUNTIME, tmp_path)
+    assert resumed.step == 6
+    for x in batches[6:]:
+        whole.take(x, 0.0)
+        resumed.take(x, 0.0)
+    for name, tensor in whole.weights().items():
+        assert torch.equal(resumed.weights()[name], tensor), name
+
+
 def test_reads_are_found() -> None:
     values = torch.ones(3)
     with NoReads():

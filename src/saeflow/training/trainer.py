@@ -397,7 +397,7 @@ class Run:
         tensors = self.weights("sae.")
         for name, parameter in self.sae.named_parameters():
             for key, part in self.optimizer.state.get(parameter, {}).items():
-                whole = self.sae.whole_of(name, part) if part.ndim else part
+                whole = self.sae.whole_of(name, part) if part.ndim else part.clone()
                 tensors[f"adam.{name}.{key}"] = whole
         silent = self.sae.whole_of("W_dec", self.silent)
         if self.ranks.rank:
