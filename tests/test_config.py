@@ -147,12 +147,12 @@ def test_shipped_parameters_are_valid(path: Path) -> None:
         (
             "stores/smollm2/train_rows",
             0,
-            "stores.smollm2.train_rows: expected 2 or more, as SAEs are trained on it, found 0",
+            "stores.smollm2.train_rows: expected 2 or more, as SAEs or probes learn from it, found 0",
         ),
         (
             "sources/smollm2/evaluation_share",
             1,
-            "sources.smollm2.evaluation_share: expected below 1, as SAEs are trained on the rest",
+            "sources.smollm2.evaluation_share: expected below 1, as SAEs or probes learn from the rest",
         ),
         ("sources/scenes/hook_points", ["blocks.2.resid_post"], "sources.scenes.hook_points"),
         (
@@ -360,7 +360,7 @@ def test_a_source_that_is_only_evaluated_on_has_the_hook_points_and_no_training_
     assert Plan(params).splits("news") == ["evaluation"]
     params["stores"]["news"]["train_rows"] = 100
     with pytest.raises(
-        UserError, match=r"stores\.news\.train_rows: expected 0, as no SAE is trained"
+        UserError, match=r"stores\.news\.train_rows: expected 0, as nothing learns from"
     ):
         validate(params)
     params["stores"]["news"]["train_rows"] = 0

@@ -256,17 +256,17 @@ def validate(params: Any) -> dict[str, Any]:
             )
     if not runs:
         raise UserError("saes: expected an entry that is trained, found none. Add one.")
-    trained_on = {run.source for run in runs}
     places = {(run.source, run.hook_point) for run in runs}
     places |= {(taken.source, taken.hook_point) for taken in imports(params)}
-    _check_on(params, places)
+    probed_at = set()
     for name, scoring in params["complexity"].items():
         for store in scoring.get("probe_at", ()):
-            if store not in stores or store.partition("/")[0] not in trained_on:
+            if store not in stores:
                 raise UserError(
-                    f"complexity.{name}.probe_at: no such store of a source with SAEs: {store}. Known: "
-                    f"{listed(stores)}."
+                    f"complexity.{name}.probe_at: no such store: {store}. Known: {listed(stores)}."
                 )
+            probed_at.add(store.partition("/")[0])
+    _check_on(params, places, probed_at)
     pages = params["evaluation"].get("latents") or {"runs": []}
     known = {run.name for run in runs} | {run.name for run in imports(params)}
     probed = params["evaluation"].get("interpretability") or {"runs": []}
@@ -326,11 +326,14 @@ def _check_source(name: str, source: Mapping[str, Any]) -> None:
         raise UserError(f"{where}.hook_points: one is given twice: {listed(hook_points)}.")
 
 
-def _check_on(params: Mapping[str, Any], places: set[tuple[str, str]]) -> None:
+def _check_on(
+    params: Mapping[str, Any], places: set[tuple[str, str]], probed: set[str]
+) -> None:
     """Check `evaluation.also_on`, and that sources have the splits that are read.
 
     Args:
         places: (source, hook point) of every SAE.
+        probed: sources that probes are fitted on.
     """
     on, own = params["evaluation"].get("also_on", {}), {source for source, _ in places}
     for name, others in on.items():
@@ -356,20 +359,20 @@ def _check_on(params: Mapping[str, Any], places: set[tuple[str, str]]) -> None:
                     f"{where}: expected a source with the hook points of the SAEs of {name}, found {other} without "
                     f"{listed(lacking)}. Add it to sources.{other}.hook_points."
                 )
-    for name in own:
+    for name in sorted(own | probed):
         if params["stores"][name]["train_rows"] < 2:
             raise UserError(
-                f"stores.{name}.train_rows: expected 2 or more, as SAEs are trained on it, found "
+                f"stores.{name}.train_rows: expected 2 or more, as SAEs or probes learn from it, found "
                 f"{params['stores'][name]['train_rows']}."
             )
         if params["sources"][name].get("evaluation_share") == 1:
             raise UserError(
-                f"sources.{name}.evaluation_share: expected below 1, as SAEs are trained on the rest, found 1."
+                f"sources.{name}.evaluation_share: expected below 1, as SAEs or probes learn from the rest, found 1."
             )
-    for name in {other for others in on.values() for other in others} - own:
+    for name in {other for others in on.values() for other in others} - own - probed:
         if params["stores"][name]["train_rows"]:
             raise UserError(
-                f"stores.{name}.train_rows: expected 0, as no SAE is trained on {name}, found "
+                f"stores.{name}.train_rows: expected 0, as nothing learns from {name}, found "
                 f"{params['stores'][name]['train_rows']}."
             )
 

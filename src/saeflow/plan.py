@@ -61,9 +61,13 @@ class Plan:
 
     @cached_property
     def sources(self) -> list[str]:
-        """Sources that an SAE is trained or evaluated on."""
-        own = {source for source, _ in self.stores}
-        return sorted(own | {other for source in own for other in self.others(source)})
+        """Sources that an SAE is trained or evaluated on, or a probe fitted on."""
+        return sorted(self._learned_from | {o for s, _ in self.stores for o in self.others(s)})
+
+    @cached_property
+    def _learned_from(self) -> set[str]:
+        """Sources that an SAE or a probe learns from."""
+        return {source for source, *_ in (*self.stores, *self.probes)}
 
     def others(self, source: str) -> list[str]:
         """Sources on whose evaluation split the SAEs of a source are measured too."""
@@ -71,8 +75,7 @@ class Plan:
 
     def splits(self, source: str) -> list[str]:
         """The splits that are extracted: of a source that is only evaluated on, no training split."""
-        is_own = any(source == own for own, _ in self.stores)
-        return ["train", "evaluation"] if is_own else ["evaluation"]
+        return ["train", "evaluation"] if source in self._learned_from else ["evaluation"]
 
     def clean_sides(self) -> list[tuple[str, str, str]]:
         """(source, hook point, other) of what `others` need of the model in the loop: of texts, their clean side."""
