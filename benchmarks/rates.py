@@ -38,6 +38,13 @@ def forward_gflops() -> float:
     return float(speed["tokens/s of the extraction"]) * one.flops / source["context_length"] / 1e9
 
 
+def images_s() -> float:
+    """Images decoded in a second, by `benchmarks/vision.py`."""
+    each = table("vision", "Extraction").set_index("measure")["median"]
+    (ms,) = each[each.index.str.contains("decoding to the model's size")]
+    return 1000 / float(ms)
+
+
 def job_s() -> float:
     """Seconds of a job that has nothing to do but to start."""
     command = [sys.executable, "-c", "import torch, transformers, saeflow.stores, saeflow.saes"]
@@ -68,6 +75,7 @@ def main() -> None:
         "machine": f"{os.cpu_count()} cores ({platform.machine()}), {datetime.date.today()}",
         "product_gflops": round(float(limits["product GFLOP/s"].median())),
         "forward_gflops": round(forward_gflops()),
+        "images_s": round(images_s()),
         "store_read_gb_s": round(float(reads[reads.index.str.contains("first epoch")].iloc[0]), 2),
         "store_write_gb_s": round(float(writes.iloc[0]), 2),
         "job_s": round(job_s(), 1),

@@ -10,7 +10,7 @@ import yaml
 
 from saeflow.config import load_params
 from saeflow.errors import UserError
-from saeflow.needs import Needs, Rates, as_text, one_pass
+from saeflow.needs import Needs, Rates, as_text, count_passes, one_pass
 from saeflow.plan import Plan
 from saeflow.sources import hub
 
@@ -21,6 +21,11 @@ RATES = ROOT / "benchmarks/results/rates.yaml"
 SCALE = ROOT / "docs/scale"
 BLOCK = 14336 * 3 * 4096 + 2 * 4096 * 4096 + 2 * 1024 * 4096
 """Weights of a block's products in docs/scale/model: MLP, queries and outputs, keys and values."""
+
+
+def needs_of(params: dict[str, Any], rates: Path = RATES) -> Needs:
+    plan = Plan(params)
+    return Needs(plan, Rates.read(rates), count_passes(plan, Path("results")))
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +59,16 @@ def test_a_step_that_was_not_measured_costs_what_the_dearest_does() -> None:
     assert rates.step_products("topk", 2000) == rates.steps["topk"][3072]
 
 
-@pytest.mark.parametrize("change", [{"product_gflops": None}, {"job_s": 0}, {"steps": 1}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"product_gflops": None},
+        {"job_s": 0},
+        {"steps": 1},
+        {"machine": 3},
+        {"arithmetic": ["speed"]},
+    ],
+)
 def test_rates_that_are_none_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "rates.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(RATES.read_text()) | change))
@@ -66,7 +80,7 @@ def test_a_model_that_is_not_there_is_asked_for(tmp_path: Path) -> None:
     params = load_params(ROOT / "presets/tiny.yaml")
     params["sources"]["smollm2"]["model"]["sha256"] = "0" * 64  # not a wheel whose sizes are known
     with pytest.raises(UserError, match=r"Run `snakemake --cores 1 .*provenance\.json` first"):
-        Needs(Plan(params), Rates.read(RATES), tmp_path)
+        count_passes(Plan(params), tmp_path)
 
 
 @pytest.mark.parametrize("preset", sorted((ROOT / "presets").glob("*.yaml")), ids=lambda p: p.stem)
@@ -79,7 +93,7 @@ def test_presets_are_planned_without_the_hub(
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(hub, "config_file", refuse)  # nor the hub's cache of this machine
-    assert "sum " in as_text(Needs(Plan(load_params(preset)), Rates.read(RATES), tmp_path))
+    assert count_passes(Plan(load_params(preset)), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +102,7 @@ def test_presets_are_planned_without_the_hub(
 def test_as_many_jobs_are_counted_as_snakemake_starts(name: str, tmp_path: Path) -> None:
     params = SYNTHETIC if name == "synthetic" else load_params(ROOT / f"presets/{name}.yaml")
     project = Project(tmp_path, params)
-    needs = Needs(Plan(load_params(tmp_path / "params.yaml")), Rates.read(RATES), tmp_path)
+    needs = needs_of(load_params(tmp_path / "params.yaml"))
     started = project.run("snakemake", "--cores", "2", "-n", "--quiet", "rules", "all")
     assert sum(need.jobs for need in needs.steps()) == sum(job_counts(started).values())
 
@@ -97,7 +111,7 @@ def test_a_group_is_one_job_of_training_and_one_of_evaluation(tmp_path: Path) ->
     Project(tmp_path, SYNTHETIC)
     params = load_params(tmp_path / "params.yaml")
     params["runtime"]["saes_per_job"] = 8
-    needs = Needs(Plan(params), Rates.read(RATES), tmp_path)
+    needs = needs_of(params)
     jobs = {need.step: need.jobs for need in needs.steps()}
     assert jobs["train"] == 1
     assert jobs["evaluate"] == 2  # and the baselines
@@ -106,4 +120,19 @@ def test_a_group_is_one_job_of_training_and_one_of_evaluation(tmp_path: Path) ->
 def test_the_document_shows_what_is_printed() -> None:
     rates = Rates.read(SCALE / "h200.yaml")
     plan = Plan(load_params(SCALE / "params.yaml"))
-    assert as_text(Needs(plan, rates, Path("results"))) in (ROOT / "docs/scale.md").read_text()
+    needs = Needs(plan, rates, count_passes(plan, Path("results")))
+    assert as_text(needs) in (ROOT / "docs/scale.md").read_text()
+
+
+def test_each_machine_has_a_column_and_says_what_was_not_measured() -> None:
+    params = load_params(ROOT / "presets/softsae-vision.yaml")
+    cpu, gpu = (needs_of(params, path) for path in (RATES, RATES.with_name("rates-h200.yaml")))
+    text = as_text(cpu, gpu)
+    assert "time, 2 cores  time, one H200" in text.splitlines()[0]
+    assert text.splitlines()[-1].startswith("At the rates of: one H200")
+    assert "Arithmetic, not measured: images_s, store_write_gb_s, job_s" in text
+    train = [next(need for need in one.steps() if need.step == "train") for one in (cpu, gpu)]
+    assert train[0].hours > 20 * train[1].hours
+    assert train[0].disk == train[1].disk
+    decoding = next(need for need in cpu.steps() if need.step == "prepare")
+    assert decoding.hours == pytest.approx(2_850_000 / 279 / 3600, rel=0.01)

@@ -168,14 +168,22 @@ def validate(
 def plan(
     params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
     rates: Annotated[
-        Path, typer.Option(help="What the machine does in a second; `make bench` measures it.")
-    ] = ROOT / "benchmarks" / "results" / "rates.yaml",
+        list[Path] | None,
+        typer.Option(
+            help="What a machine does in a second (several: a column each); default: this CPU's, as `make bench` "
+            "measures it, and one H200's."
+        ),
+    ] = None,
     results: Annotated[Path, typer.Option(help="Where fetched models lie.")] = Path("results"),
 ) -> None:
     """Print what a run will need: jobs, rows, disk, memory and hours."""
-    from saeflow.needs import Needs, Rates, as_text
+    from saeflow.needs import Needs, Rates, as_text, count_passes
 
-    typer.echo(as_text(Needs(Plan(load_params(params)), Rates.read(rates), results)))
+    folder = ROOT / "benchmarks" / "results"
+    machines = rates or [folder / "rates.yaml", folder / "rates-h200.yaml"]
+    planned = Plan(load_params(params))
+    passes = count_passes(planned, results)
+    typer.echo(as_text(*(Needs(planned, Rates.read(path), passes) for path in machines)))
 
 
 @app.command()

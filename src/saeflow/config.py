@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from saeflow.errors import UserError
+from saeflow.figure_needs import check_figures
 from saeflow.files import json_digest
 from saeflow.local_files import content_digests
 from saeflow.options import with_options
@@ -267,6 +268,7 @@ def validate(params: Any) -> dict[str, Any]:
                 )
             probed_at.add(store.partition("/")[0])
     _check_on(params, places, probed_at)
+    check_figures(params, runs)
     pages = params["evaluation"].get("latents") or {"runs": []}
     known = {run.name for run in runs} | {run.name for run in imports(params)}
     probed = params["evaluation"].get("interpretability") or {"runs": []}
@@ -326,9 +328,7 @@ def _check_source(name: str, source: Mapping[str, Any]) -> None:
         raise UserError(f"{where}.hook_points: one is given twice: {listed(hook_points)}.")
 
 
-def _check_on(
-    params: Mapping[str, Any], places: set[tuple[str, str]], probed: set[str]
-) -> None:
+def _check_on(params: Mapping[str, Any], places: set[tuple[str, str]], probed: set[str]) -> None:
     """Check `evaluation.also_on`, and that sources have the splits that are read.
 
     Args:

@@ -6,8 +6,9 @@ hook points.
 """
 
 import math
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import numpy as np
 
 from saeflow.config import SAEConfig, read_yaml
 from saeflow.errors import UserError
+from saeflow.files import canonical_json
 from saeflow.plan import Plan
 
-NUMBERS = ("product_gflops", "forward_gflops", "store_read_gb_s", "store_write_gb_s", "job_s")
+NUMBERS = (
+    "product_gflops", "forward_gflops", "images_s", "store_read_gb_s", "store_write_gb_s", "job_s"
+)  # fmt: skip
 _FLOAT = 4
 _WORDS_TRAINED = 4
 """Weights, their gradients and Adam's two moments."""
@@ -34,12 +38,21 @@ class Rates:
     """Of an encoder product."""
     forward_gflops: float
     """Of a model's forward pass."""
+    images_s: float
+    """Images decoded to a model's size in a second."""
     store_read_gb_s: float
     store_write_gb_s: float
     job_s: float
     """Seconds a job takes to start."""
     steps: Mapping[str, Mapping[int, float]]
     """By variant and d_sae: encoder products that a training step costs."""
+    arithmetic: tuple[str, ...] = ()
+    """What was worked out on paper and not measured."""
+
+    @property
+    def device(self) -> str:
+        """The machine's name without what follows it: `2 cores` of `2 cores (x86_64), 2026-11-24`."""
+        return re.split(r" \(|,", self.machine)[0]
 
     @classmethod
     def read(cls, path: Path) -> "Rates":
@@ -60,7 +73,15 @@ class Rates:
         for variant, costs in values["steps"].items():
             steps[variant] = {int(d_sae): float(cost) for d_sae, cost in costs.items()}
         numbers = {name: float(values[name]) for name in NUMBERS}
-        return cls(machine=str(values.get("machine", path)), steps=steps, **numbers)
+        machine, assumed = values.get("machine"), values.get("arithmetic", [])
+        if not isinstance(machine, str):
+            raise UserError(f"{path}: machine: expected the machine's name, found {machine!r}.")
+        known = {*NUMBERS, *(f"steps.{variant}" for variant in steps)}
+        if not isinstance(assumed, list) or not set(map(str, assumed)) <= known:
+            raise UserError(
+                f"{path}: arithmetic: expected names of rates ({', '.join(sorted(known))}), found {assumed!r}."
+            )
+        return cls(machine=machine, steps=steps, arithmetic=tuple(assumed), **numbers)
 
     def step_products(self, variant: str, d_sae: int) -> float:
         """Encoder products of a step, of the nearest dictionary size that was measured.
@@ -109,14 +130,8 @@ class Needs:
 
     plan: Plan
     rates: Rates
-    results: Path
-    passes: dict[str, Pass] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for source in self.plan.sources:
-            self.passes[source] = one_pass(
-                self.plan.params["sources"][source], source, self.results
-            )
+    passes: Mapping[str, Pass]
+    """Of each source, see `count_passes`."""
 
     def steps(self) -> Iterator[Need]:
         """What each step needs, in the order in which they run."""
@@ -139,10 +154,11 @@ class Needs:
         n_labelled = len(self.plan.labelled(source))
         contexts = sum(math.ceil(rows / one.rows) for rows in splits.values())
         weights = one.weights if self.plan.has_model(source) else 0
+        seconds = contexts / self.rates.images_s if self.plan.is_vision(source) else 0.0
         yield Need(
             "prepare", f"{source}: {contexts:,} contexts", 1 + n_labelled + (weights > 0),
             weights + contexts * one.input_bytes, _PROCESS + 2 * weights,
-            (1 + (weights > 0)) * self.rates.job_s / 3600,
+            (seconds + (1 + (weights > 0)) * self.rates.job_s) / 3600,
         )  # fmt: skip
         rows, width = sum(splits.values()), sum(one.widths.values())
         disk = rows * width * _itemsize(store["dtype"])
@@ -242,6 +258,19 @@ def _itemsize(dtype: str) -> int:
     return {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
 
 
+def count_passes(plan: Plan, results: Path) -> dict[str, Pass]:
+    """One context's way through the model of each source; see `one_pass`."""
+    counted: dict[str, Pass] = {}
+    found = {}
+    for name in plan.sources:
+        source = plan.params["sources"][name]
+        alike = canonical_json({k: v for k, v in source.items() if k not in ("text", "images")})
+        if alike not in counted:
+            counted[alike] = one_pass(source, name, results)
+        found[name] = counted[alike]
+    return found
+
+
 def one_pass(source: Mapping[str, Any], name: str, results: Path) -> Pass:
     """Count one context's way through a source's model.
 
@@ -324,26 +353,44 @@ def _config(model: Mapping[str, Any], name: str, results: Path) -> Any:
     return config_in(place)
 
 
-def as_text(needs: Needs) -> str:
-    """A table of the steps and their sum, for a terminal."""
-    steps = list(needs.steps())
-    jobs, disk = sum(s.jobs for s in steps), sum(s.disk for s in steps)
-    memory, hours = max(s.memory for s in steps), sum(s.hours for s in steps)
-    total = Need("sum", "one job after the other", jobs, disk, memory, hours)
-    lines = [("step", "of what", "jobs", "disk", "memory of a process", "time of one device")]
-    for need in [*steps, total]:
-        row = (need.step, need.what, f"{need.jobs:,}")
-        lines.append((*row, _bytes(need.disk), _bytes(need.memory), _time(need.hours)))
-    widths = [max(len(line[column]) for line in lines) for column in range(6)]
-    is_text = (True, True, False, False, False, False)
+def as_text(*needs: Needs) -> str:
+    """A table of the steps and their sum, for a terminal.
+
+    Args:
+        needs: of the same parameters, on one machine or several.
+    """
+    machines = [list(one.steps()) for one in needs]
+    sums = []
+    for steps in machines:
+        jobs, disk = sum(s.jobs for s in steps), sum(s.disk for s in steps)
+        memory, hours = max(s.memory for s in steps), sum(s.hours for s in steps)
+        sums.append(Need("sum", "one job after the other", jobs, disk, memory, hours))
+    times = (
+        ["time of one device"]
+        if len(needs) == 1
+        else [f"time, {one.rates.device}" for one in needs]
+    )
+    lines = [("step", "of what", "jobs", "disk", "memory of a process", *times)]
+    for alike in [*zip(*machines, strict=True), sums]:
+        need = alike[0]
+        row = (need.step, need.what, f"{need.jobs:,}", _bytes(need.disk), _bytes(need.memory))
+        lines.append((*row, *(_time(one.hours) for one in alike)))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     table = [
         "  ".join(
-            cell.ljust(width) if left else cell.rjust(width)
-            for cell, width, left in zip(line, widths, is_text, strict=True)
+            cell.ljust(width) if column < 2 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
     ]
-    return "\n".join([*table, "", f"At the rates of: {needs.rates.machine}."])
+    notes = []
+    for one in needs:
+        assumed = ", ".join(one.rates.arithmetic)
+        notes.append(
+            f"At the rates of: {one.rates.machine}."
+            + (f" Arithmetic, not measured: {assumed}." if assumed else "")
+        )
+    return "\n".join([*table, "", *notes])
 
 
 def _bytes(number: float) -> str:
