@@ -119,7 +119,7 @@ def test_a_figure_without_what_it_needs_is_refused_before_any_job(figure: str) -
     (name, entry), *_ = params["saes"].items()
     params["saes"] = {name: entry | {"seed": 0, "d_sae": 128, "variant": "topk", "options": {"k": 4}}}
     params["complexity"] = {}
-    params["evaluation"] |= {"bootstrap": {"resamples": 10, "seed": 0}, "dimension": None}
+    params["evaluation"] |= {"bootstrap": {"resamples": 100, "seed": 0}, "dimension": None}
     for part in ("latents", "interpretability"):
         params["evaluation"].pop(part, None)
     params["figures"]["names"] = ["fvu_l0", "training"]
