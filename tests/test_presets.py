@@ -117,7 +117,9 @@ def test_a_figure_without_what_it_needs_is_refused_before_any_job(figure: str) -
     """Of one synthetic TopK SAE hardly any figure can be drawn."""
     params: Any = copy.deepcopy(read_yaml(ROOT / "tests/workflow/synthetic.yaml"))
     (name, entry), *_ = params["saes"].items()
-    params["saes"] = {name: entry | {"seed": 0, "d_sae": 128, "variant": "topk", "options": {"k": 4}}}
+    params["saes"] = {
+        name: entry | {"seed": 0, "d_sae": 128, "variant": "topk", "options": {"k": 4}}
+    }
     params["complexity"] = {}
     params["evaluation"] |= {"bootstrap": {"resamples": 100, "seed": 0}, "dimension": None}
     for part in ("latents", "interpretability"):
@@ -127,5 +129,7 @@ def test_a_figure_without_what_it_needs_is_refused_before_any_job(figure: str) -
     if figure == "recovery":
         return
     params["figures"]["names"] = [figure]
-    with pytest.raises(UserError, match=rf"figures\.names: {figure} needs .*; these parameters have"):
+    with pytest.raises(
+        UserError, match=rf"figures\.names: {figure} needs .*; these parameters have"
+    ):
         validate(params)

@@ -159,8 +159,10 @@ class Plan:
         return dimension is not None and source in dimension["sources"]
 
     def labelled(self, source: str) -> list[str]:
-        """The labelled sets that the source's model classifies."""
-        return list(self.params["evaluation"]["labelled_sets"]) if self.is_vision(source) else []
+        """The labelled sets that the model of a source with SAEs classifies."""
+        has_saes = any(source == own for own, _ in self.stores)
+        sets = self.params["evaluation"]["labelled_sets"]
+        return list(sets) if has_saes and self.is_vision(source) else []
 
     # The slices of the parameters that each job sees.
 
