@@ -77,7 +77,7 @@ wildcard_constraints:
     group="[0-9]+",
     figure="(?!table_)[a-z0-9_]+",
     table="table_[a-z0-9_]+",
-    run="[^/]+/[^/]+/[^/]+/[^/]+",
+    run="[^/]+/[^/]+/(?!on/)[^/]+/[^/]+",  # on/ is what evaluation.also_on needs
     setting="[^/]+/[^/]+/[^/]+/[^/]+",
 
 
