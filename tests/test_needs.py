@@ -96,9 +96,7 @@ def test_presets_are_planned_without_the_hub(
     assert count_passes(Plan(load_params(preset)), tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name", ["synthetic", "sparsemax-text", "adaptivek-text", "softsae-vision"]
-)
+@pytest.mark.parametrize("name", ["synthetic", "sparsemax-text", "softsae-vision"])
 def test_as_many_jobs_are_counted_as_snakemake_starts(name: str, tmp_path: Path) -> None:
     params = SYNTHETIC if name == "synthetic" else load_params(ROOT / f"presets/{name}.yaml")
     project = Project(tmp_path, params)

@@ -2,12 +2,9 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from saeflow.errors import UserError
-
-if TYPE_CHECKING:
-    from saeflow.config import SAEConfig
 
 _FIXED = ("topk",)
 """Variants whose number of active latents does not vary."""
@@ -16,7 +13,7 @@ _FIXED = ("topk",)
 class _Asked:
     """Parameters as figures depend on them."""
 
-    def __init__(self, params: Mapping[str, Any], runs: Iterable["SAEConfig"]) -> None:
+    def __init__(self, params: Mapping[str, Any], runs: Iterable[Any]) -> None:
         self.runs = list(runs)
         self.evaluation = params["evaluation"]
         used = {run.source for run in self.runs}
@@ -125,8 +122,12 @@ NEEDS: dict[str, tuple[str, Callable[[_Asked], bool]]] = {
 """Of figures that not every parameter file has data for: what is needed, and whether it is there."""
 
 
-def check_figures(params: Mapping[str, Any], runs: Iterable["SAEConfig"]) -> None:
+def check_figures(params: Mapping[str, Any], runs: Iterable[Any]) -> None:
     """Refuse a figure that would find no data.
+
+    Args:
+        params: valid parameters.
+        runs: their `SAEConfig`s.
 
     Raises:
         UserError: `figures.names` has one.
