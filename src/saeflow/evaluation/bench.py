@@ -407,7 +407,9 @@ def evaluate_sae(
         logger.info("%s%s: %s", config["name"], bench.where, _brief(found.metrics))
         results.append((identify(config), found))
         if per_image is not None:
-            bench.write_cards(sae, measured, per_image, folder / bench.subfolder)
+            place = folder / bench.subfolder
+            place.mkdir(exist_ok=True)
+            bench.write_cards(sae, measured, per_image, place)
     write_evaluation(folder, results)
 
 
