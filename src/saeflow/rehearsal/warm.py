@@ -10,7 +10,6 @@ import importlib
 import json
 import os
 import runpy
-import signal
 import socket
 import subprocess
 import sys
@@ -79,7 +78,6 @@ def serve(address: str) -> None:
     """Import what jobs need, then run each job that is asked for in a child."""
     for name in IMPORTED:
         importlib.import_module(name)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children leave no zombies
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen(64)
@@ -87,9 +85,11 @@ def serve(address: str) -> None:
         sys.stdout.flush()
         while True:
             connection, _ = listening.accept()
+            with contextlib.suppress(ChildProcessError):  # there is none
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
             if os.fork() == 0:
                 listening.close()
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 _run(connection)
             connection.close()
 
