@@ -157,6 +157,8 @@ def test_another_head_and_the_masks_of_older_checkpoints_change_nothing(
     [
         ({"vocab_size": 400}, "the model cannot be loaded"),
         ({"hidden_size": "wide"}, "the model cannot be loaded"),
+        ({"num_attention_heads": 0}, "the model cannot be loaded"),
+        ({"pad_token_id": 9999}, "the model cannot be loaded"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "expected plain weights"),
     ],
 )

@@ -28,23 +28,17 @@ def one_line(failure: str, advice: str) -> Iterator[None]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    foreign = (SafetensorError, StrictDataclassError)
+    foreign = (
+        OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError, ArithmeticError,
+        AssertionError, MemoryError, SafetensorError, StrictDataclassError,
+    )  # fmt: skip
     found: Exception
     try:
         yield
         return
     except UserError:
         raise
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        ImportError,
-        *foreign,
-    ) as error:
+    except foreign as error:
         found = error
     except Exception as error:
         if type(error) is not Exception:  # tokenizers raises bare ones

@@ -278,10 +278,10 @@ def load_model(folder: Path, device: str) -> "nn.Module":
 
     dtype = read_json(folder / LOADING)["dtype"] if (folder / LOADING).exists() else "float32"
     with pinned_files(folder, weights=True) as (local, files):
-        is_clip = read_json(files / "config.json").get("model_type") in VISION_LAYOUTS
-        architecture: Any = CLIPModel if is_clip else AutoModelForCausalLM
         advice = "Run the step that fetches it again, or give another model."
         with one_line(f"{local}: the model cannot be loaded", advice):
+            is_clip = read_json(files / "config.json").get("model_type") in VISION_LAYOUTS
+            architecture: Any = CLIPModel if is_clip else AutoModelForCausalLM
             is_spread = device.startswith("cuda") and not _fits(
                 files, getattr(torch, dtype), device
             )
