@@ -158,6 +158,7 @@ def test_another_head_and_the_masks_of_older_checkpoints_change_nothing(
         ({"vocab_size": 400}, "the model cannot be loaded"),
         ({"hidden_size": "wide"}, "the model cannot be loaded"),
         ({"num_attention_heads": 0}, "the model cannot be loaded"),
+        ({"num_hidden_layers": 1 << 70}, "expected 1 to 10000 blocks"),
         ({"pad_token_id": 9999}, "the model cannot be loaded"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "expected plain weights"),
     ],

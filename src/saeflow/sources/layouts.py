@@ -21,6 +21,8 @@ PLACES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 """In the order in which a block computes them."""
 VISION = "vision."
 EMBEDDING = "vision.embedding"
+MOST_BLOCKS = 10_000
+"""A damaged file that says more would be built for ever."""
 _AFTER_ALL = 1 << 30
 
 
@@ -150,6 +152,10 @@ def check_shape(shape: Shape, hook_points: Iterable[str], model: str) -> None:
     Raises:
         UserError: it has not.
     """
+    if not 1 <= shape.n_blocks <= MOST_BLOCKS:
+        raise UserError(
+            f"{model}: expected 1 to {MOST_BLOCKS} blocks, found {shape.n_blocks}. Fix its config, or download it again."
+        )
     for name in hook_points:
         point = HookPoint.parse(name)
         layout_of(shape.model_type, model, point.tower)
