@@ -7,11 +7,9 @@ from scipy.optimize import brentq
 from scipy.special import logsumexp
 from torch import Tensor
 
-from saeflow.operators import rows, sparse
+from saeflow.operators import rows
 from saeflow.operators.soft_topk import soft_topk
 from saeflow.operators.topk import keep_topk
-
-from .conftest import PATHS
 
 
 def laplace(t: np.ndarray) -> np.ndarray:
@@ -249,20 +247,6 @@ def test_wrong_k_or_temperature_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         soft_topk(torch.randn(2, 5), k, temperature)
-
-
-@pytest.mark.parametrize("path", [path for path in PATHS if path == "triton"], indirect=True)
-def test_a_gpu_marks_a_row_without_a_mask_instead_of_waiting(
-    path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    values = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
-    k = torch.tensor([3.0, 2.5, 60.0, 4.0])
-    expected = soft_topk(values, k.clamp(max=50), 0.1)
-    values[1, 7] = torch.inf
-    monkeypatch.setattr(sparse, "is_padded", True)
-    found = soft_topk(values, k, 0.1)
-    assert bool(found[1:3].isnan().all())
-    torch.testing.assert_close(found[[0, 3]], expected[[0, 3]])
 
 
 def test_a_longer_reach_counts_what_float32_holds() -> None:

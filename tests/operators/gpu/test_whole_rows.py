@@ -16,8 +16,10 @@ from saeflow.operators import (
     entmax,
     entmax_sparse,
     gather_pre_acts,
+    gpu,
     keep_topk,
     soft_topk,
+    sparse,
     sparsemax,
     sparsemax_sparse,
     topk_sparse,
@@ -126,3 +128,20 @@ def test_the_sparse_path_has_the_gradients_of_dense_products(path: str) -> None:
     for ours, reference in zip(torch.autograd.grad(loss, leaves), expected, strict=True):
         scale = float(reference.abs().max())
         torch.testing.assert_close(ours.cpu().double(), reference, rtol=0, atol=1e-5 * scale)
+
+
+def test_kernels_mark_a_row_without_a_mask_where_the_host_must_not_wait(
+    path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).to(path)
+    k = torch.tensor([3.0, 2.5, 60.0, 4.0], device=path)
+    expected = soft_topk(values, k.clamp(max=50), 0.1)
+    values[1, 7] = torch.inf
+    monkeypatch.setattr(sparse, "is_padded", True)
+    if not gpu.serves_scores(values):
+        with pytest.raises(ValueError, match="row 2: k must be in"):
+            soft_topk(values, k, 0.1)
+        return
+    found = soft_topk(values, k, 0.1)
+    assert bool(found[1:3].isnan().all())
+    torch.testing.assert_close(found[[0, 3]], expected[[0, 3]])
