@@ -17,7 +17,7 @@ STRICT = {"allow_unequal_budgets": False}
 
 def test_a_series_goes_through_every_k_or_penalty_and_seed(tables: Path) -> None:
     wide = load_tables(tables).wide
-    found = series_of(read.one_panel(wide[read.is_sae(wide)], TEXT))
+    found = series_of(read.one_panel(wide[read.is_sae(wide)], read.Panel(*TEXT, TEXT[0])))
     assert [series.label for series in found] == ["ReLU", "TopK", "BatchTopK", "Random decoder"]
     assert all(len(series.rows) == 4 * 2 for series in found)
     assert found[0].rows["k"].isna().all()
