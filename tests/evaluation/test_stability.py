@@ -63,8 +63,9 @@ def test_dead_latents_are_left_out_of_the_living_only() -> None:
 
 def sae(seed: int, threshold: float) -> BatchTopK:
     made = BatchTopK(
-        6, 30, k=3, k_schedule={"kind": "constant"}, auxk_weight=0, threshold_start_step=0
-    )
+        6, 30, k=3, k_schedule={"kind": "constant"}, auxk_weight=0, threshold_start_step=0,
+        threshold_start="unbiased",
+    )  # fmt: skip
     with torch.no_grad():
         made.W_dec.copy_(directions(seed))
         made.W_enc.copy_(directions(seed).t())
