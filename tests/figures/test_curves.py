@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from saeflow.errors import UserError
-from saeflow.figures import FIGURES, load_tables, style
+from saeflow.figures import FIGURES, captions, load_tables, style
 from saeflow.figures.curves import loss_terms
 
 from .conftest import TEXT, Maker
@@ -69,3 +69,20 @@ def test_no_logged_step_is_an_error(folder: Path) -> None:
     (folder / "training.csv").write_text(text + "\n")
     with pytest.raises(UserError, match="Take training out"):
         FIGURES["training"](load_tables(folder), STRICT)
+
+
+def test_the_caption_says_the_units_of_losses() -> None:
+    rows = pd.DataFrame({"run": ["a", "b", "c"], "entry": ["topk", "relu", "sparsemax"]})
+    options = pd.DataFrame(
+        {
+            "run": ["a", "b", "c", "c"],
+            "option": [*["training.input_scale"] * 3, "score_scale"],
+            "chosen": ["unit", "unit", "raw", "1"],
+        }
+    )
+    alike = captions.scale_sentence(rows[:2], options)
+    assert alike == "Losses are of activations divided so that their mean squared norm is 1."
+    mixed = captions.scale_sentence(rows, options)
+    assert "cannot be compared" in mixed
+    assert "as they are (sparsemax)" in mixed
+    assert "mean squared norm is 1 (relu and topk)" in mixed
