@@ -135,6 +135,10 @@ def _preprocessing(processor: Any, patch: int, where: Path) -> Preprocessing:
             "with height and width."
         )
     resample = _BILINEAR if processor.resample is None else int(processor.resample)
+    if processor.do_resize and processor.resample is None:  # as transformers does
+        raise UserError(
+            f"{where}: resample: expected a filter of PIL with do_resize (preprocessor_config.json), found null. Fix it."
+        )
     if resample not in _FILTERS:
         raise UserError(
             f"{where}: resample: expected a filter of PIL, 0 to {_FILTERS[-1]} (preprocessor_config.json), found "
