@@ -88,14 +88,15 @@ def test_its_results_trace_to_the_stand_ins(rehearsed: Rehearsed) -> None:
     assert code == 0, said
 
 
-def test_a_figure_that_cannot_be_drawn_is_one_line(rehearsed: Rehearsed) -> None:
+def test_training_that_diverges_is_one_line(rehearsed: Rehearsed) -> None:
     """The rehearsal goes on from what is there, and finds it before any hour of a GPU is spent."""
-    rehearsed.params["figures"]["names"] = [*FIGURES, "recovery"]
+    rehearsed.params["training"]["lr"] = 1e30
     code, said = rehearsed.run()
-    assert code == 2
+    assert code == 2, said
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert line.startswith("error: paper.yaml: rule draw_figure: ")
-    assert "rehearsals/paper/logs/draw_figure/recovery.log" in line
+    assert line.startswith("error: paper.yaml: rule train_group: saes.")
+    assert "the loss is not finite" in line
+    assert "rehearsals/paper/logs/train_group/" in line
     assert "Traceback" not in said
 
 
