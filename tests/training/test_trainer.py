@@ -313,9 +313,13 @@ def test_weights_never_see_a_gradient_that_is_not_finite(
     assert all(bool(tensor.isfinite().all()) for tensor in tensors.values())
 
 
-def test_an_enormous_learning_rate_is_stopped_not_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lr", [1e18, 1e30])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_enormous_learning_rate_is_stopped_not_saved(
+    variant: str, lr: float, tmp_path: Path
+) -> None:
     with pytest.raises(UserError, match="not finite at step"):
-        train(Samples(), config("topk", lr=1e30, lr_warmup_steps=0), QUIET, tmp_path)
+        train(Samples(), config(variant, lr=lr, lr_warmup_steps=0), QUIET, tmp_path)
     assert not (tmp_path / "weights.safetensors").exists()
 
 

@@ -38,13 +38,17 @@ prefix = f"export PYTHONPATH={shlex.quote(str(package))}; "
 prefix = f"{prefix}export SAEFLOW_RUNTIME={shlex.quote(json.dumps(config['runtime']))}; "
 has_conda = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 if not has_conda:
-    programs = os.environ.get("SAEFLOW_PROGRAMS", str(Path(sys.executable).parent))  # set by rehearse
+    programs = os.environ.get(
+        "SAEFLOW_PROGRAMS", str(Path(sys.executable).parent)
+    )  # set by rehearse
     prefix = f"{prefix}export PATH={shlex.quote(programs)}:$PATH; "
 # Snakemake reads the prefix as a format string.
 shell.prefix(f"set -euo pipefail; {prefix}".replace("{", "{{").replace("}", "}}"))
 
 
 onstart:
+    # An output of a stage that DVC knows, also where no entry of `complexity` fills it.
+    Path("results/complexity").mkdir(parents=True, exist_ok=True)
     # What takes torch to know, once before the first job and not for a plan.
     try:
         check_saes(plan)

@@ -10,6 +10,9 @@ from saeflow.operators import SparseLatents, entmax, entmax_of, entmax_sparse
 from saeflow.saes.base import Forward
 from saeflow.saes.sparsemax import Sparsemax
 
+_LEAST = 1e-3
+"""A learned alpha stays so far above 1, where no finite number of entries has a probability of 0."""
+
 
 class Entmax(Sparsemax):
     """z = ||c|| alpha-entmax(s), which is sparsemax at alpha = 2 and denser below.
@@ -43,7 +46,9 @@ class Entmax(Sparsemax):
     @property
     def alpha(self) -> float | Tensor:
         """The sharpness now."""
-        return self.fixed_alpha if self.raw_alpha is None else 1 + self.raw_alpha.sigmoid()
+        if self.raw_alpha is None:
+            return self.fixed_alpha
+        return 1 + self.raw_alpha.sigmoid().clamp(min=_LEAST)
 
     def probabilities(self, scores: Tensor) -> Tensor:
         return entmax(scores, self.alpha)

@@ -331,8 +331,12 @@ class Run:
                 fwd = sae.run(x)
             self.silent.add_(self.ranks.rows(x)).masked_fill_(self.ranks.any_row(fwd.fired()), 0)
             losses = sae.losses(fwd, self.dead)
-        except ValueError as error:  # an operator met NaN
-            if all(bool(values.isfinite().all()) for values in (x, *sae.parameters())):
+        except (
+            ValueError
+        ) as error:  # an operator met NaN, or weights so large that their products overflow
+            with torch.no_grad():
+                seen = (x, *sae.parameters(), sae.pre_activations(x))
+            if all(bool(values.isfinite().all()) for values in seen):
                 raise
             self.refuse(NotFinite(self.step, str(error), not bool(x.isfinite().all())))
         loss = torch.stack(list(losses.values())).sum()
