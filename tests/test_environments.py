@@ -34,8 +34,12 @@ def test_every_package_of_the_lock_has_digests() -> None:
 
 def test_every_rule_environment_exists() -> None:
     rules = (ROOT / "workflow" / "rules").glob("*.smk")
-    named = {name for rule in rules for name in re.findall(r"envs/(\w+\.yaml)", rule.read_text())}
-    assert named == {path.name for path in ENVIRONMENTS}
+    texts = [rule.read_text() for rule in rules]
+    named = {name for text in texts for name in re.findall(r'environment\("(\w+)"\)', text)}
+    assert named == {path.stem for path in ENVIRONMENTS}
+    assert sum(len(re.findall(r"^ +conda:$", text, re.MULTILINE)) for text in texts) == sum(
+        text.count('environment("') for text in texts
+    )
 
 
 def test_lock_names_no_machine() -> None:

@@ -115,7 +115,7 @@ def test_cutting_out_before_resizing_shows_the_same(
         ({"resample": 7}, "no preprocessing for images|resample: expected a filter of PIL"),
         ({"image_std": [0.1, 0, 0.1]}, "std above 0"),
         ({"image_mean": [0.1, 0.1]}, "three channels"),
-        ({"image_mean": "grey"}, "no preprocessing for images"),
+        ({"image_mean": "grey"}, "image_mean: expected finite numbers"),
     ],
 )
 def test_what_clips_processors_do_not_have_is_refused(

@@ -112,6 +112,7 @@ def test_a_layer_the_model_does_not_have_stops_before_the_first_job(done: Projec
     params["sources"]["gpt2"]["hook_points"] = ["blocks.9.resid_post"]
     params["saes"]["topk"]["store"] = "gpt2/blocks.9.resid_post"
     del params["evaluation"]["latents"], params["evaluation"]["interpretability"]
+    params["figures"]["names"] = ["ce_l0", "training"]
     done.write(params)
     try:
         for command in (("saeflow", "validate"), ("snakemake", "--cores", "2", "all")):

@@ -47,8 +47,6 @@ shell.prefix(f"set -euo pipefail; {prefix}".replace("{", "{{").replace("}", "}}"
 
 
 onstart:
-    # An output of a stage that DVC knows, also where no entry of `complexity` fills it.
-    Path("results/complexity").mkdir(parents=True, exist_ok=True)
     # What takes torch to know, once before the first job and not for a plan.
     try:
         check_saes(plan)
@@ -61,6 +59,8 @@ onstart:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    # An output of a stage that DVC knows, also where no entry of `complexity` fills it.
+    Path("results/complexity").mkdir(parents=True, exist_ok=True)
     # File times decide nothing here, but Snakemake fails a job whose input seems to be from the future: what was
     # made while a clock was ahead is from now.
     for pattern in (RECORD, "*.parts/*", "*.parts/*/.snakemake_timestamp"):

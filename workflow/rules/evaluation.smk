@@ -68,7 +68,7 @@ rule evaluate_clean_on:
     log:
         "logs/evaluate_clean_on/{source}_{hook_point}_{other}.log",
     conda:
-        "../../envs/model.yaml"
+        environment("model")
     threads: threads("evaluate")
     resources:
         gpu=gpus(),
