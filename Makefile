@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -
 QUIET := --disable-pip-version-check -q --progress-bar off
 PIP := $(BIN)/python -m pip install $(QUIET)
 
-.PHONY: setup demo full rehearse test test-heavy test-all check bench bench-gpu torture truth
+.PHONY: setup demo full rehearse test test-heavy test-all check docs bench bench-gpu torture truth
 
 setup: .venv/ready
 
@@ -47,6 +47,10 @@ check: setup
 	mypy
 	snakefmt --check Snakefile workflow
 	snakemake --lint
+
+# The pages of docs/ that are made from the code.
+docs: setup
+	python docs/tree.py
 
 # A file's tests run in one process: what its fixtures make, a whole workflow in some, is made once.
 test: check

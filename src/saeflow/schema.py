@@ -145,9 +145,7 @@ def _explain(error: Any) -> str:
             return f"{where}: unknown key {listed(unknown)}. Known keys: {listed(known)}."
         case "required":
             missing = [key for key in error.validator_value if key not in error.instance]
-            return (
-                f"{where}: the key {listed(missing)} is missing. Add it (see README, Parameters)."
-            )
+            return f"{where}: the key {listed(missing)} is missing. Add it (see docs/own-data.md)."
         case "type":
             wanted = " or ".join(_as_list(error.validator_value))
             return f"{where}: expected {wanted}, found {found}."
