@@ -1,4 +1,4 @@
-"""What the jobs of a parameter file will need: rows, disk, memory and hours, from measured rates.
+"""Needs of a parameter file's jobs: rows, disk, memory and hours, from measured rates.
 
 Costs are counted in multiplications and bytes, and divided by what a machine was measured to do (`make bench`
 writes it). A forward pass is counted by running the model without memory (torch's fake tensors) up to its
@@ -31,7 +31,7 @@ _PROCESS = 0.6e9
 
 @dataclass(frozen=True)
 class Rates:
-    """What a machine does in a second."""
+    """Rates of a machine per second."""
 
     machine: str
     product_gflops: float
@@ -96,7 +96,7 @@ class Rates:
 
 @dataclass
 class Need:
-    """What the jobs of one step need."""
+    """Needs of the jobs of one step."""
 
     step: str
     what: str
@@ -134,7 +134,7 @@ class Needs:
     """Of each source, see `count_passes`."""
 
     def steps(self) -> Iterator[Need]:
-        """What each step needs, in the order in which they run."""
+        """Yield the needs of each step in the order in which they run."""
         for source in self.plan.sources:
             yield from self._stores(source)
         for source, complexity in sorted({(s, c) for s, _, c in self.plan.probes}):

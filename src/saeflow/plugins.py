@@ -33,7 +33,7 @@ def module_file(name: str, where: str) -> Path:
 
 
 def _installed(package: str) -> list[Path]:
-    """Where a package lies that Python finds by other means than its path."""
+    """Return the folders of a package that Python finds by other means than its path."""
     try:
         spec = find_spec(package)
     except ValueError:  # `__main__` may have none

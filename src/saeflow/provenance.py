@@ -59,7 +59,7 @@ class Job:
 
 
 def record_path(result: Path) -> Path:
-    """Where the record of a result folder or of a single result file lies."""
+    """Return the path of the record of a result folder or of a single result file."""
     if result.is_dir():
         return result / RECORD
     beside = result.with_name(result.name + "." + RECORD)
@@ -158,7 +158,7 @@ def take(place: Path, result: Path, key: str) -> bool:
 
 
 def partial_of(result: Path) -> Path:
-    """Where the job that makes a result folder writes until it is whole."""
+    """Return the folder in which a job writes a result until it is whole."""
     return result.with_name(result.name + PARTIAL)
 
 
@@ -290,7 +290,7 @@ def _git_state() -> dict[str, Any]:
 
 
 def _git(*command: str) -> str:
-    """What git says of the package's checkout, whoever owns it and whichever repository called this program.
+    """Run git on the package's checkout, whoever owns it and whichever repository called this program.
 
     Raises:
         OSError: there is no git.

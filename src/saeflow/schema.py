@@ -74,7 +74,7 @@ def _validator() -> Any:
 
 
 def _meant(errors: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Where a value has another type than the schema asks for but means one that it takes: the path, the value."""
+    """Yield the path and value of each entry whose type differs from the schema's but whose meaning fits."""
     for error in errors:
         yield from _meant(error.context or ())
         if error.validator == "type" and error.absolute_path:
@@ -86,7 +86,7 @@ def _meant(errors: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
 
 
 def _read_as(wanted: str, value: Any) -> Any:
-    """What a value means as a type of the schema; the value itself where it means none."""
+    """Return a value as a type of the schema; the value itself where it fits none."""
     if wanted in ("boolean", "null") and isinstance(value, str):
         word = _WORDS.get(value, value)
         is_wanted = isinstance(word, bool) if wanted == "boolean" else word is None
@@ -108,7 +108,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _choices(error: Any) -> str:
-    """What is allowed; of many, the names most like the one that was found."""
+    """List the allowed names; of many, those most like the one that was found."""
     names = sorted(map(str, error.validator_value))
     if len(names) <= _CHOICES:
         return ", ".join(names)

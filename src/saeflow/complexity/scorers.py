@@ -100,7 +100,7 @@ def _chosen(scoring: Mapping[str, Any], available: int) -> np.ndarray:
 
 
 def _read_at(source: Mapping[str, Any], contexts: np.ndarray) -> np.ndarray:
-    """Which position of each context the probe reads."""
+    """Return the position of each context that the probe reads."""
     return np.full(len(contexts), source.get("context_length", 1) - 1)
 
 

@@ -272,7 +272,7 @@ def absorbed(
     own: Sequence[int],
     settings: Mapping[str, Any],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """How much of a letter's direction other latents write, word by word.
+    """Measure how much of a letter's direction other latents write, word by word.
 
     With the probe's unit direction u: p = <x, u>, and latent i writes z_i <d_i, u>. o is the sum over the letter's own
     latents, a that over the largest `absorbers` others among those with cosine <d_i, u> of at least fraction_cosine.

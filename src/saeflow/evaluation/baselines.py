@@ -1,4 +1,4 @@
-"""What any SAE must beat, with the interface of an SAE: `encode`, `decode`, `forward`, `allowed_k`.
+"""Baselines that any SAE must beat, with an SAE's interface: `encode`, `decode`, `forward`, `allowed_k`.
 
 (The random frozen decoder is a trained SAE: an entry of `saes` with `train_decoder: false`.)
 """

@@ -1,4 +1,4 @@
-"""What the number of active latents has to do with the local intrinsic dimension around a row."""
+"""Relation of the number of active latents to the local intrinsic dimension around a row."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any

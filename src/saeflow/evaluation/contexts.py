@@ -1,4 +1,4 @@
-"""How many latents each context uses: a text, an image, a sample."""
+"""Active latents per context: a text, an image or a sample."""
 
 from typing import Any
 
@@ -51,7 +51,7 @@ class ContextMeans:
         return found
 
     def line(self, context: int) -> dict[str, Any]:
-        """What is known of one context."""
+        """Return one context's line of the table."""
         rows = self.tokens[context]
         return {
             **{

@@ -118,7 +118,7 @@ class Text:
     strings: Callable[[int], str]
 
     def window(self, row: int, before: int, after: int, fires: bool | None) -> Window:
-        """What stands around a row."""
+        """Return the tokens around a row."""
         line, at = self.tokens[self.context[row]], int(self.position[row])
         places = range(at - before, at + after + 1)
         held = tuple(int(line[i]) if 0 <= i < len(line) else -1 for i in places)

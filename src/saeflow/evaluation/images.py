@@ -1,4 +1,4 @@
-"""What an SAE does with single images: how many latents each uses, where concepts lie, and pictures of both.
+"""Single images: active latents of each, places of concepts, and pictures of both.
 
 Position 0 of an image is its CLS token, position 1 + i its i-th patch.
 """
@@ -69,7 +69,7 @@ class PerKind:
 
 
 class PerImage(ContextMeans):
-    """Of every image also how often each latent fires on it.
+    """Means of every image, with counts of how often each latent fires on it.
 
     Args:
         n_images: images of the split.

@@ -1,4 +1,4 @@
-"""What the latents of one SAE mean: sparse probes of what its source knows, detection by a scorer, absorption."""
+"""Interpretation of one SAE's latents: sparse probes of facts that the source knows, detection by a scorer, absorption."""
 
 import logging
 from collections.abc import Mapping

@@ -28,7 +28,7 @@ Sums = Mapping[str, np.ndarray]
 
 
 class PerContext:
-    """What each context adds to the sums of RATIOS.
+    """Each context's part of the sums of RATIOS.
 
     Args:
         contexts: of the split.
@@ -49,7 +49,7 @@ class PerContext:
 
     @property
     def sums(self) -> dict[str, np.ndarray]:
-        """Of the contexts that have evaluated rows."""
+        """Return the sums of the contexts that have evaluated rows."""
         seen = self.all["rows"] > 0
         return {name: values[seen] for name, values in self.all.items()}
 

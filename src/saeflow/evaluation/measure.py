@@ -49,7 +49,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one SAE or baseline."""
+    """Measurements of one SAE or baseline."""
 
     metrics: dict[str, float]
     histograms: dict[str, Histogram]

@@ -1,4 +1,4 @@
-"""How well activations are rebuilt: sums over the whole split in float64, divided once.
+"""Quality of reconstruction: sums over the whole split in float64, divided once.
 
 With x (rows, d_in) the evaluated activations, e = x - x_hat and m the mean row, DEFINITIONS says what
 each metric is. Formulas that the field reports under the same words are kept apart by name, for

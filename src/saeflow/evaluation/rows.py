@@ -1,4 +1,4 @@
-"""Which rows of a store are evaluated, and their mean."""
+"""Selection of the rows of a store that are evaluated, and their mean."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class RowSelection:
 
 @dataclass(frozen=True)
 class RowStatistics:
-    """What the evaluated rows of a store have in common.
+    """Count and mean of the evaluated rows of a store.
 
     Attributes:
         rows: how many are evaluated.

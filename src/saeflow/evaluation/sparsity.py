@@ -1,4 +1,4 @@
-"""How many latents fire: exact counts and quantiles in memory that does not grow with the rows."""
+"""Sparsity: exact counts and quantiles of active latents in memory that does not grow with the rows."""
 
 import math
 

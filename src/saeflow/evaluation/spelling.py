@@ -45,7 +45,7 @@ def _is_word(text: str) -> bool:
 
 
 def first_letter(word: str) -> str:
-    """Of a word with or without a space before, in lower case."""
+    """Return a word's first letter in lower case; a space before the word does not count."""
     return word.strip()[0].lower()
 
 

@@ -127,7 +127,7 @@ def constant(row: Tensor) -> Replace:
 
 
 def clean_batch(model: Any, hook_point: str, token_ids: Tensor) -> dict[str, Tensor]:
-    """What is kept of some contexts (n, length): see `write_clean`."""
+    """Run the unchanged model on contexts (n, length) and return what `write_clean` keeps."""
     names = {"activation": hook_point}
     if resume_at(model, hook_point) is None:
         names["block_input"] = str(HookPoint.parse(hook_point).block_input)
@@ -281,7 +281,7 @@ class ModelInTheLoop:
         self.device = device
 
     def sums(self, replace: Replace) -> dict[str, np.ndarray]:
-        """What each context adds up to with one replacement, such as an SAE's `forward`.
+        """Return the sums of each context with one replacement, such as an SAE's `forward`.
 
         Returns:
             (contexts,) float64: rise (spliced minus clean cross-entropy) and divergence in nats, over

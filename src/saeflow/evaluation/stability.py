@@ -1,4 +1,4 @@
-"""What training with another seed changes: the dictionary, and how many latents each row gets."""
+"""Stability over seeds: agreement of dictionaries and of the number of latents of each row."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -45,7 +45,7 @@ _AT_ONCE = 1024
 
 
 class PerSeed:
-    """What one SAE does with every evaluated row: 4 bytes a row for L0, 4 for k.
+    """One SAE's L0 and k of every evaluated row: 4 bytes a row for each.
 
     Args:
         d_sae: number of latents.

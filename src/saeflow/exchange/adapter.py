@@ -16,7 +16,7 @@ from saeflow.saes.files import load, read_config
 
 @dataclass
 class AdapterConfig:
-    """What SAEBench reads of an SAE's `cfg` (the fields of its CustomSAEConfig), and may set anew."""
+    """The fields of an SAE's `cfg` that SAEBench reads and may set (its CustomSAEConfig)."""
 
     model_name: str
     d_in: int
@@ -135,13 +135,13 @@ class Adapter(nn.Module):
         return self.decode(self.encode(x))
 
     def check_decoder_norms(self) -> bool:
-        """Whether every decoder row has unit norm, within what its dtype holds."""
+        """Return whether every decoder row has unit norm, within its dtype's resolution."""
         norms = self.W_dec.float().norm(dim=1)
         tolerance = 1e-5 if self.dtype in (torch.float32, torch.float64) else 1e-2
         return bool((norms - 1).abs().max() <= tolerance)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
-        """What `to`, `cuda`, `half` and the like come down to: the SAE follows to the device alone."""
+        """Implement `to`, `cuda`, `half` and the like: the SAE follows to the device and keeps its dtype."""
         super()._apply(fn, recurse)
         (sae,) = self._sae
         sae.to(self.device)

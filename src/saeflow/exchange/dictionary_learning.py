@@ -95,7 +95,7 @@ def read(folder: Path) -> Plain:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What the config says of the SAE, its place in its model among it.
+    """Return the facts that the config states of the SAE, with its place in its model.
 
     Raises:
         UserError: it is none, or of a class that is not read.

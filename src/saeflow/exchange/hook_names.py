@@ -10,7 +10,7 @@ _KINDS = "resid_pre|resid_post|mlp_out|attn_out"
 
 
 def theirs(hook_point: str) -> dict[str, Any]:
-    """What the other libraries call a hook point of a language model; nothing for other hook points.
+    """Return the other libraries' names of a language model's hook point; empty for other hook points.
 
     Returns:
         hook_name (TransformerLens, SAELens), submodule_name and layer (dictionary_learning).

@@ -1,4 +1,4 @@
-"""What libraries agree on: an SAE as one affine encoder, one of four activations and an affine decoder."""
+"""The form that libraries share: an affine encoder, one of four activations and an affine decoder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,7 +91,7 @@ def affine(sae: SAE) -> dict[str, Any]:
 
 
 def plain_of(sae: SAE) -> Plain:
-    """What a trained SAE does in use, exactly.
+    """Return the plain form that computes exactly what a trained SAE computes in use.
 
     BatchTopK and Matryoshka become jumprelu with their one threshold, P-anneal relu.
 

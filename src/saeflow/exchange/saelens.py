@@ -221,7 +221,7 @@ def _with_scaled_latents(
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What the config says of the SAE, its place in its model among it.
+    """Return the facts that the config states of the SAE, with its place in its model.
 
     Raises:
         UserError: saeflow has no place for what it says.
@@ -245,7 +245,7 @@ def with_unit_decoder(plain: Plain) -> Plain:
 
 
 def without_input_bias(plain: Plain) -> Plain:
-    """Of an SAE that encodes x and not x - b_dec: b_enc makes up for it."""
+    """Return the form that encodes x instead of x - b_dec; b_enc takes up the difference."""
     b_enc = plain.b_enc.double() + plain.b_dec.double() @ plain.W_enc.double()
     b_mag = plain.b_mag
     if b_mag is not None and plain.r_mag is not None:

@@ -35,7 +35,7 @@ def jumprelu(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
 
 
 def step(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
-    """Which pre-activations exceed their threshold, 1 or 0; its row sum is the L0.
+    """Return 1 for each pre-activation above its threshold, else 0; the row sum is the L0.
 
     Args, Raises: as `jumprelu`.
 

@@ -39,7 +39,7 @@ def rounding(inputs: Tensor, W_enc: Tensor) -> Tensor:
 
 
 def is_exact(margin: Tensor | float) -> bool:
-    """Whether scores are what the weights make of the inputs: the margin is the number 0, not a measured one."""
+    """Return whether scores are exact products of weights and inputs: their margin is the number 0, not a measured one."""
     return isinstance(margin, float) and margin == 0
 
 

@@ -1,4 +1,4 @@
-"""What the row-wise operators share: rows in compute precision, blocks, bounds, candidates.
+"""Helpers of the row-wise operators: rows in compute precision, blocks, bounds, candidates.
 
 A threshold operator (top-k, sparsemax, ...) finds one number per row that decides every entry.
 None of them sorts the row. The maxima of groups of entries are a subset of the row, and the

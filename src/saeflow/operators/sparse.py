@@ -264,7 +264,7 @@ class SparseLatents:
 
 
 def acts_as_gpu(tensor: Tensor) -> bool:
-    """Whether the host must not wait for what is worked out on a tensor's device."""
+    """Return whether the host must not wait for results on a tensor's device."""
     return is_padded or tensor.device.type == "cuda"
 
 

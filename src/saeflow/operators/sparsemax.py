@@ -162,7 +162,7 @@ def simplex_on_gpu(scores: Tensor, scale: Tensor) -> tuple[Lists, Lists] | None:
 
 
 def _solve_natively(kernel: str, rows: Tensor, *arguments: Tensor) -> bool:
-    """Whether the kernel had room for every row; refuses rows without a solution."""
+    """Solve with the kernel and return whether it had room for every row; refuse rows without a solution."""
     found = native.spread(kernel, len(rows), rows, *arguments)
     for row, problem in found:
         refuse_row(row, "scores " + PROBLEMS[problem])

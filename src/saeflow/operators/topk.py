@@ -164,7 +164,7 @@ def _positions_in_block(block: Tensor, k: Tensor, start: int) -> Tensor:
 
 
 def _topk_mask(entries: Tensor, threshold: Tensor, k: Tensor) -> Tensor:
-    """Which entries are the k largest, given the k-th largest."""
+    """Mark the k largest entries, given the k-th largest."""
     above = entries > threshold[:, None]
     return above | _first(entries == threshold[:, None], k - above.sum(1))
 

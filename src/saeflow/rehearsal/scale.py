@@ -35,7 +35,7 @@ CLASSES = 4
 
 @dataclass(frozen=True)
 class StandIn:
-    """What takes the place of a model or of data: a recipe and the path that it is written to."""
+    """Stand-in for a model or for data: a recipe and the path that it is written to."""
 
     kind: str
     """A key of `stand_ins.MAKERS`."""
@@ -87,7 +87,7 @@ def rehearsal_of(params: Mapping[str, Any], *, every_run: bool = False) -> Rehea
 
 
 def _thin(params: dict[str, Any]) -> None:
-    """Of each sweep of numbers, keep the first and the last value and those that a reference to a run needs.
+    """Keep the first and the last value of each sweep of numbers, and those that a reference to a run needs.
 
     Several seeds stay at one entry of each variant.
     """

@@ -1,4 +1,4 @@
-"""What every sparse autoencoder shares: parameters, encoding, decoding, losses, unit-norm decoder.
+"""The common class of sparse autoencoders: parameters, encoding, decoding, losses, unit-norm decoder.
 
 A variant says how its latents are activated, on the dense path (`activate`) and, where few latents are
 active, on the sparse one (`select`, `activate_selected`), and which losses it adds. Both paths give
@@ -120,7 +120,7 @@ class SAE(nn.Module):
 
     @property
     def is_sparse(self) -> bool:
-        """Whether a step is faster on the sparse path: few latents are active."""
+        """Return whether a step is faster on the sparse path, since few latents are active."""
         return False
 
     @property
@@ -237,7 +237,7 @@ class SAE(nn.Module):
         """Update running statistics, after the step."""
 
     def facts(self, fwd: Forward) -> dict[str, float]:
-        """What steps.csv says of the step besides losses: k, a threshold, a penalty."""
+        """Return what steps.csv records of the step besides losses: k, a threshold, a penalty."""
         return {}
 
     # Training.
@@ -333,7 +333,7 @@ class SAE(nn.Module):
         return None
 
     def auxk(self, fwd: Forward, dead: Tensor) -> Tensor:
-        """How well dead latents (d_sae,) rebuild the residual (Gao et al. 2024)."""
+        """Return the loss of dead latents (d_sae,) that reconstruct the residual (Gao et al. 2024)."""
         residual, k_aux = (fwd.x - fwd.x_hat).detach(), self.d_in // 2
         if self.ranks.size == 1 and room(fwd.pre_acts, k_aux) is not None:
             chosen = select_auxk(fwd.pre_acts.detach(), dead, k_aux, k_aux)

@@ -19,7 +19,7 @@ _FIRST_ROWS = 64  # that the first step's path is decided from
 
 
 class FollowsDensity(SAE):
-    """Where many latents are active at first, and few later: dense steps, then sparse ones.
+    """Mixin for variants with many active latents at first and few later: dense steps, then sparse ones.
 
     Attributes:
         density: () share of the latents that were active when the path was last decided, -1 before the first

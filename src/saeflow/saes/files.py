@@ -33,7 +33,7 @@ def save(state: Mapping[str, torch.Tensor], folder: Path, config: Mapping[str, A
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """What config.json says of a trained SAE.
+    """Read config.json of a trained SAE.
 
     Raises:
         UserError: it is missing, damaged or not an SAE of this format.

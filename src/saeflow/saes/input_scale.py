@@ -17,7 +17,7 @@ KINDS = ("unit", "dimension", "raw", "centred")
 
 
 class Moments(Protocol):
-    """What an input scale needs of a store."""
+    """Moments of a store that an input scale needs."""
 
     d_in: int
     scale: float  # sqrt(mean ||x||^2 / d_in)

@@ -80,7 +80,7 @@ class _NestedErrors(torch.autograd.Function):
 
 
 def group_boundaries(groups: Options, d_sae: int) -> list[int]:
-    """Where each group but the last ends.
+    """Return the end of each group but the last.
 
     Raises:
         UserError: no fractions, a group without a latent, or no rest.

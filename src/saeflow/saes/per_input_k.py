@@ -1,4 +1,4 @@
-"""What SAEs with a k of their own for each input share: the hard and the soft selection."""
+"""Common parts of SAEs that choose k for each input: the hard and the soft selection."""
 
 from abc import abstractmethod
 
@@ -62,7 +62,7 @@ class PerInputK(FollowsDensity):
 
     @property
     def reaches_far(self) -> bool:
-        """Whether `reach` is longer than that of lists of a fixed size."""
+        """Return whether `reach` is longer than that of lists of a fixed size."""
         return self.reach is not None and self.reach > FAR
 
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:

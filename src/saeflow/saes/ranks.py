@@ -71,7 +71,7 @@ class Ranks:
         return self._sum(part) if self.size > 1 else part
 
     def rows(self, of_rank: Tensor) -> int:
-        """How many rows the whole batch has, from this rank's."""
+        """Return the number of rows of the whole batch, given this rank's."""
         return len(of_rank) * self.of_batch
 
     def batch_mean(self, of_rows: Tensor) -> Tensor:
@@ -79,11 +79,11 @@ class Ranks:
         return self.over_batch(of_rows.sum()) / self.rows(of_rows)
 
     def shared(self, same: Tensor) -> Tensor:
-        """What every rank works out alike: its gradient, summed over ranks, counts once."""
+        """Mark a value that every rank computes alike: its gradient, summed over ranks, counts once."""
         return same if self.size == 1 else _Once.apply(same, self.size)
 
     def of_rows(self, same: Tensor) -> Tensor:
-        """What every rank that has the same rows works out alike from them, as `shared`."""
+        """Mark a value that every rank with the same rows computes alike from them, as `shared` does."""
         return same if self.of_latents == 1 else _Once.apply(same, self.size)
 
     def _sum(self, part: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class Ranks:
     # Selections that are exact across ranks.
 
     def largest_of_rows(self, chosen: SparseLatents, k: int | Tensor) -> SparseLatents:
-        """Of each row's largest latents on every rank, those among the k largest of the whole row.
+        """Keep, of each row's largest latents on every rank, those among the k largest of the whole row.
 
         Args:
             chosen: (B, d_sae of this rank) at least the k largest of each row, or all.
@@ -165,7 +165,7 @@ class Ranks:
         return chosen.keep(mine[:, self.rank * width : (self.rank + 1) * width][real])
 
     def largest_of_batch(self, chosen: SparseLatents, total: int) -> SparseLatents:
-        """Of the largest entries on every rank, those among the `total` largest of the whole batch.
+        """Keep, of the largest entries on every rank, those among the `total` largest of the whole batch.
 
         Args:
             chosen: at least the `total` largest of this rank's entries, or all.

@@ -184,7 +184,7 @@ class Sparsemax(SAE):
         return self.W_dec @ self.W_V if self.is_shared else self.W_dec
 
     def readers(self) -> tuple[Tensor, Tensor]:
-        """Of the scores, where x - b_dec has unit norm."""
+        """Return the readers of the scores, in units where x - b_dec has unit norm."""
         matrix, bias = self.encoder()
         if not self.is_shared:
             return matrix * self.score_scale, bias

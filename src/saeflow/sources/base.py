@@ -1,4 +1,4 @@
-"""What every source of activations offers."""
+"""The interface of every source of activations."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -108,7 +108,7 @@ def document_kinds(text: Mapping[str, Any]) -> np.ndarray | None:
 
 
 def is_evaluation(document: str, share: float) -> bool:
-    """Whether a document belongs to the evaluation split: decided by its own text alone.
+    """Return whether a document belongs to the evaluation split; its own text alone decides.
 
     Equal documents go to the same split; the same document always does, whatever lies around it.
     """
@@ -194,7 +194,7 @@ def _parquet(path: Path, column: str) -> Iterator[Cell]:
 
 
 def _is_text(kind: Any) -> bool:
-    """Whether a pyarrow type is one of text; a column of nulls alone has no other type."""
+    """Return whether a pyarrow type is text; a column of nulls alone counts as text."""
     from pyarrow import types
 
     if types.is_dictionary(kind):

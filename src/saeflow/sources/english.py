@@ -30,7 +30,7 @@ def documents(kind: str = "english") -> tuple[str, ...]:
 
 
 def topics() -> int:
-    """How many of the English documents are topics of the language reference."""
+    """Return the number of English documents that are topics of the language reference."""
     return sum(1 for _ in _topics(_library() / TOPICS))
 
 

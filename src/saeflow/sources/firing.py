@@ -1,4 +1,4 @@
-"""Which features fire in each sample: how many, which ones, together with which others.
+"""Active features of each sample: their number, their identity and their co-occurrence.
 
 Each feature has a rate and, in each sample, an arrival time E / rate with E ~ Exp(1). Given the number
 of active features, the first that many to arrive fire: that is weighted sampling without replacement.

@@ -1,4 +1,4 @@
-"""What comes from the Hugging Face hub: by commit, checked by its digests, one line where it cannot be had."""
+"""Files of the Hugging Face hub: fetched by commit, checked by digest, refused in one line where the hub cannot be reached."""
 
 import functools
 import hashlib

@@ -40,7 +40,7 @@ class Item:
 
     @property
     def identity(self) -> bytes:
-        """What makes two images the same."""
+        """Return the bytes that two equal images share."""
         if isinstance(self.content, bytes):
             return self.content
         if isinstance(self.content, str):
@@ -134,7 +134,7 @@ def _counts(kinds: Counter[str]) -> str:
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether a file or folder is one that programs keep for themselves."""
+    """Return whether a file or folder is one that programs keep for themselves."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -260,7 +260,7 @@ def _cell_content(cell: Any, images: Mapping[str, Any]) -> bytes | str:
 
 
 def _is_pinned(path: Path, folder: Path) -> bool:
-    """Whether a file belongs to a local data set: in its folder, or taken out of an archive there."""
+    """Return whether a file belongs to a local data set: in its folder, or from an archive there."""
     from datasets import config
 
     roots = (folder, Path(config.HF_DATASETS_CACHE), Path(config.DOWNLOADED_DATASETS_PATH))

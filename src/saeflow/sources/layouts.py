@@ -53,7 +53,7 @@ class HookPoint:
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it is the image's projected embedding."""
+        """Return whether it is the image's projected embedding."""
         return self.block == _AFTER_ALL
 
     @property
@@ -80,7 +80,7 @@ class HookPoint:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a family of models keeps its parts."""
+    """Module paths of a family of models."""
 
     decoder: str
     """Path of the module that holds the blocks and the final norm."""
@@ -118,7 +118,7 @@ GGUF_MODEL_TYPES = {"gemma3": "gemma3_text", "gptneox": "gpt_neox"}
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides which hook points it has."""
+    """Sizes of a model that decide its hook points."""
 
     model_type: str
     n_blocks: int

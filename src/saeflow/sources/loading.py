@@ -1,4 +1,4 @@
-"""What model libraries say of files: their errors as one line, their reports of weights as a check."""
+"""Reports of model libraries on files: errors as one line, reports of weights as a check."""
 
 import logging
 import re

@@ -222,7 +222,7 @@ def _convert_gguf(files: Sequence[Path], hook_points: Iterable[str], folder: Pat
 
 
 def model_folder(folder: Path, *, weights: bool) -> Path:
-    """Where the files of a fetched model lie; those of a linked model are checked first.
+    """Return the folder of a fetched model's files; those of a linked model are checked first.
 
     Args:
         folder: what `fetch_model` wrote.
@@ -252,7 +252,7 @@ def model_folder(folder: Path, *, weights: bool) -> Path:
 
 @contextmanager
 def pinned_files(folder: Path, *, weights: bool) -> Iterator[tuple[Path, Path]]:
-    """Where a fetched model lies, for messages, and a folder that holds its pinned files alone."""
+    """Yield the folder of a fetched model, for messages, and a folder that holds its pinned files alone."""
     local = model_folder(folder, weights=weights)
     link = folder / LINK
     names = read_json(link)["files"] if link.exists() else [p.name for p in local.iterdir()]

@@ -36,7 +36,7 @@ MOST_RESIZED = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """What a CLIP model wants of an image."""
+    """A CLIP model's preprocessing of an image."""
 
     size: int | tuple[int, int] | None
     """Pixels of the shorter side, or (height, width), to resize to; None does not resize."""

@@ -58,7 +58,7 @@ class Thing:
 
     @property
     def place(self) -> str:
-        """Which ninth of the scene it is in, such as `top left`."""
+        """Return the ninth of the scene that it is in, such as `top left`."""
         row = ("top", "", "bottom")[min(2, int(3 * self.y / SIDE))]
         column = ("left", "", "right")[min(2, int(3 * self.x / SIDE))]
         return f"{row} {column}".strip() or "centre"
@@ -66,7 +66,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is in one scene; `things` from the largest to the smallest."""
+    """Content of one scene; `things` from the largest to the smallest."""
 
     background: str
     things: tuple[Thing, ...]

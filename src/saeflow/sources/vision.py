@@ -377,7 +377,7 @@ class VisionSource(ModelSource):
         return normalised(inputs, self.preprocessing)
 
     def known(self, split: str, start: int, stop: int) -> dict[str, np.ndarray]:
-        """Of each row: the image's class; of scenes, its objects and the class of the one it shows."""
+        """Return each row's class of image; of scenes also its objects and the class of the one it shows."""
         columns = {}
         for name in self._names:
             path = self.folder / "inputs" / f"{split}_{'labels' if name == 'label' else name}.npy"

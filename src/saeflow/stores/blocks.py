@@ -230,7 +230,7 @@ _DTYPES: dict[str, np.dtype] = {
 
 
 def _is_whole(path: Path, expected: Mapping[str, Any]) -> bool:
-    """Whether a block was finished by an earlier, killed run of the same job."""
+    """Return whether an earlier, killed run of the same job finished a block."""
     if not path.exists():
         return False
     try:

@@ -1,4 +1,4 @@
-"""What a store holds, whatever its chunks and codec: digests and moments of its rows, in order."""
+"""Content of a store, whatever its chunks and codec: digests and moments of its rows, in order."""
 
 import hashlib
 import math
@@ -51,7 +51,7 @@ _LEAST_SPREAD = 1e-12
 
 @dataclass
 class Content:
-    """What a store holds, summed up row by row: digests of its arrays, moments of its activations.
+    """Running summary of a store's rows: digests of its arrays, moments of its activations.
 
     The rows must come in pieces of PIECE_ROWS; chunks, shards and codec do not enter.
     """

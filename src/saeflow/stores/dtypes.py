@@ -39,7 +39,7 @@ class Dtype:
         return (tensor.view(torch.uint16) if self.name == "bfloat16" else tensor).numpy()
 
     def is_finite(self, stored: np.ndarray) -> bool:
-        """Whether every value of a `storage` array is finite; two passes, no temporaries."""
+        """Return whether every value of a `storage` array is finite; two passes, no temporaries."""
         bits = stored.view(self.bits)
         if not bits.size:
             return True

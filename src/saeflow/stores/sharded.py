@@ -137,7 +137,7 @@ class ShardedWriter:
 
 
 def shard_path(folder: Path, shard: int, tail: tuple[int, ...]) -> Path:
-    """Where Zarr's default chunk keys put a shard."""
+    """Return the path at which Zarr's default chunk keys put a shard."""
     return folder.joinpath("c", str(shard), *map(str, tail))
 
 

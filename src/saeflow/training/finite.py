@@ -16,7 +16,7 @@ class NotFinite(NamedTuple):
 
 
 class Watch:
-    """What the device knows of the first such step; looking at a step does not wait for it.
+    """Device-side record of the first such step; looking at a step does not wait for it.
 
     Args:
         device: of the tensors that are looked at.
@@ -34,7 +34,7 @@ class Watch:
 
     @torch.no_grad()
     def look(self, x: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
-        """Whether this step, or one before it, cannot be taken.
+        """Return whether this step, or one before it, cannot be taken.
 
         Args:
             x: its batch.

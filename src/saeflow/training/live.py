@@ -18,7 +18,7 @@ _FLUSH_S = 5
 
 
 class Live:
-    """What every logged step of one run is sent to.
+    """The logs that every logged step of one run is sent to.
 
     Args:
         config: the run.

@@ -162,7 +162,7 @@ class Optimizer(torch.optim.Adam):
             update(parts, norm, count, lr, skip, **options)
 
     def _state(self, parameter: Tensor, count: Tensor) -> dict[str, Tensor]:
-        """What Adam knows of a parameter, with its steps counted in `count` from the first on."""
+        """Return Adam's state of a parameter, with its steps counted in `count` from the first on."""
         state = self.state[parameter]
         if not state:
             state["step"] = count
@@ -175,7 +175,7 @@ class Optimizer(torch.optim.Adam):
         return [(p, p.grad) for group in groups for p in group["params"] if p.grad is not None]
 
     def _is_divided(self, parameter: Tensor) -> bool:
-        """Whether each rank has a part of the parameter of its own."""
+        """Return whether each rank has a part of the parameter of its own."""
         names = self.sae.of_latents if self.sae.ranks.of_latents > 1 else ()
         return any(parameter is getattr(self.sae, name) for name in names)
 

@@ -57,7 +57,7 @@ class Shuffled(Protocol):
 
 
 class Batches(Shuffled, Protocol):
-    """What the trainer needs of a store."""
+    """The interface that the trainer needs of a store."""
 
     d_in: int
     scale: float
@@ -280,7 +280,7 @@ class Run:
 
     @property
     def stream(self) -> tuple[object, ...]:
-        """What decides the batches, besides the store."""
+        """Return what decides the batches, besides the store."""
         return self.sae.trains_on, self.config.training.batch_size, self.config.seed
 
     def take(self, x: Tensor, waited: float) -> None:

@@ -20,7 +20,7 @@ is_on = True
 
 
 def serves(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors: float32 on a GPU (or interpreted), and triton at hand."""
+    """Return whether the kernels take these tensors: float32 on a GPU (or interpreted), with triton installed."""
     return (
         is_on
         and all(t.dtype == torch.float32 and t.device.type == _device() for t in tensors)
@@ -29,13 +29,13 @@ def serves(*tensors: Tensor) -> bool:
 
 
 def runs_triton(*tensors: Tensor) -> bool:
-    """Whether these tensors, of any type, are where Triton's kernels run, and triton is at hand."""
+    """Return whether these tensors, of any dtype, are on a device where Triton's kernels run, with triton installed."""
     is_there = all(t.device.type == _device() for t in tensors)
     return is_on and is_there and load("rows") is not None
 
 
 def serves_scores(scores: Tensor) -> bool:
-    """Whether the kernels that read rows in chunks take these scores (B, M), of any width."""
+    """Return whether the kernels that read rows in chunks take these scores (B, M) of any width."""
     return scores.dtype != torch.float64 and scores.numel() > 0 and runs_triton(scores)
 
 

@@ -10,7 +10,7 @@ from saeflow.operators.gpu.lists import Lists
 
 
 class Decoded(NamedTuple):
-    """What one pass over the entries of each row gives."""
+    """Results of one pass over the entries of each row."""
 
     error: Tensor  # (B, d) float32, x_hat - x
     squares: Tensor  # (B,) float32, |error|^2
@@ -18,7 +18,7 @@ class Decoded(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of the weights that have a row, or an entry, for each latent; float32."""
+    """Gradients of the weights that have a row, or an entry, for each latent; float32."""
 
     W_enc: Tensor  # (M, d) by rows
     b_enc: Tensor  # (M,)

@@ -24,7 +24,7 @@ is_on = os.environ.get("SAEFLOW_NATIVE", "1") != "0"
 
 
 def serves(*tensors: Tensor | None) -> bool:
-    """Whether the compiled kernels take these tensors: float32 on a CPU, and numba at hand."""
+    """Return whether the compiled kernels take these tensors: float32 on a CPU, with numba installed."""
     return (
         is_on
         and all(t is None or (t.dtype == torch.float32 and t.device.type == "cpu") for t in tensors)

@@ -232,7 +232,7 @@ CHUNK = 64
 
 @jit
 def any_above(part, threshold):
-    """Whether some entry exceeds its threshold."""
+    """Return whether any entry exceeds its threshold."""
     some = 0
     for i in range(len(part)):
         some |= part[i] > threshold[i]
@@ -241,7 +241,7 @@ def any_above(part, threshold):
 
 @jit
 def count_above(rows, threshold, counts, start, stop):
-    """How many entries of each row exceed their column's threshold."""
+    """Count the entries of each row above their column's threshold."""
     for r in range(start, stop):
         count = 0
         for low in range(0, rows.shape[1], CHUNK):

@@ -143,7 +143,7 @@ def sums_by_columns(
     CAPACITY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Of each column, the sums of weight * matrix[row] and of weights, in the order of rows."""
+    """Sum weight * matrix[row], and the weights, over each column's entries in the order of rows."""
     column = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
