@@ -117,7 +117,7 @@ def on_its_own(model: Any, tokens: Tensor, mean: Tensor, sae: Any) -> dict[str, 
 
 @contextmanager
 def counting(model: Any) -> Iterator[list[int]]:
-    """How often each block computes; one that is passed over does not call its MLP."""
+    """Count the calls of each block; one that is skipped does not call its MLP."""
     runs = [0] * LAYERS
 
     def count(block: int, *_: Any) -> None:
@@ -135,7 +135,7 @@ def counting(model: Any) -> Iterator[list[int]]:
 
 
 def one_pass(root: Path) -> dict[str, pd.DataFrame]:
-    """What n SAEs take, in whole forward passes, and how often they run each block."""
+    """Measure n SAEs in whole forward passes, and count the runs of each block."""
     shape = {
         "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 3 * WIDTH,
         "num_hidden_layers": LAYERS, "num_attention_heads": 8, "initializer_range": 0.06,
@@ -212,7 +212,7 @@ def check(metrics: Mapping[str, Mapping[str, float]]) -> None:
 
 
 def spread(runs: list[int]) -> str:
-    """How often each of some blocks ran for each context, one number where all agree."""
+    """Return the runs of each block per context, one number where all agree."""
     each = sorted({number * BATCH // CONTEXTS for number in runs})
     return " to ".join(str(number) for number in dict.fromkeys((each[0], each[-1])))
 
@@ -265,7 +265,7 @@ def memory() -> pd.DataFrame:
 
 
 def job(root: Path) -> pd.DataFrame:
-    """What one evaluation job takes, by part; all but the last two would be the same for another SAE."""
+    """Time one evaluation job by part; all parts but the last two are the same for another SAE."""
     folder = root / "smollm2"
     language_model(SMOLLM2, JOB_CONTEXTS, folder)
     bench = bench_of(JOB_ROWS, SMOLLM2["hidden_size"], root / "rows")

@@ -1,4 +1,4 @@
-"""What this machine does in a second, from the results of the other benchmarks: for `saeflow plan`.
+"""Rates of this machine for `saeflow plan`, from the results of the other benchmarks.
 
     python benchmarks/rates.py
 
@@ -31,7 +31,7 @@ def table(name: str, title: str) -> pd.DataFrame:
 
 
 def forward_gflops() -> float:
-    """Of the language model, at the rate of its extraction."""
+    """Return the rate of the language model's extraction."""
     source = load_params(ROOT / "params.yaml")["sources"][SOURCE]
     one = one_pass(source, SOURCE, ROOT / "results")
     speed = table("extraction", "Speed").set_index("measure")["median"]

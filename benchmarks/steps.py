@@ -63,7 +63,7 @@ MARKERS = {OURS: "o", "SAELens": "s", "dictionary_learning": "^", "sparsify": "D
 
 
 def case(name: str, d_sae: int = MIDDLE, batch: int = BATCH, k: int = K, steps: int = 0) -> Case:
-    """What is asked of each library by a name of the tables."""
+    """One case that every library is asked to run, by its name in the tables."""
     return Case(
         variant=name.removesuffix(", 10 % dead").removesuffix(", few active"),
         d_in=D_IN,
@@ -157,7 +157,7 @@ def compare(name: str, asked: Case, libraries: Sequence[Contestant]) -> Iterator
 
 
 def limits() -> pd.DataFrame:
-    """What the machine can do: products of the steps' shapes, a copy and a read of the scores."""
+    """Measure the machine's limits: products of the steps' shapes, a copy and a read of the scores."""
     torch.set_num_threads(THREADS)
     rows = []
     x = torch.randn(BATCH, D_IN)

@@ -64,7 +64,7 @@ def activations(project: Path) -> Tensor:
 
 
 def dtype_costs(x: Tensor) -> pd.DataFrame:
-    """What rounding to a dtype costs, as an SAE's error would be measured."""
+    """Measure the error of rounding to a dtype as an SAE's error is measured."""
     exact = x.double()
     rows = []
     for name, dtype in DTYPES.items():

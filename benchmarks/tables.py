@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing in turns, and a table written as CSV and Markdown."""
+"""Helpers of the benchmarks: timing in turns, and a table written as CSV and Markdown."""
 
 import datetime
 import importlib.metadata

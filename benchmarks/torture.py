@@ -62,7 +62,7 @@ TESTS = {"hub": "tests/sources/test_hub.py", "full disk": "tests/workflow/test_f
 
 @dataclass
 class Score:
-    """What was tried, and what did not survive."""
+    """Count of attempts, with those that failed."""
 
     tried: dict[str, int] = field(default_factory=dict)
     survived: dict[str, int] = field(default_factory=dict)
@@ -108,7 +108,7 @@ def outcome(project: Project) -> dict[str, Any]:
 
 
 def stage(project: Project) -> str:
-    """What was under way when everything was ended."""
+    """Return the jobs under way when everything was ended."""
     running = [name for name, pattern in STAGES.items() if any(project.folder.glob(pattern))]
     return running[-1] if running else "between jobs"
 
@@ -247,13 +247,11 @@ class Campaign:
                 shutil.copytree(whole, results)
                 print(f"{kind}: {way}", flush=True)
         text = project.run("saeflow", "verify", code=None)
-        self.score.add(
-            "all files mended", None if "are as they were made" in text else text[-2000:]
-        )
+        self.score.add("all files fixed", None if "are as they were made" in text else text[-2000:])
 
     @staticmethod
     def unclear(path: Path, text: str) -> str | None:
-        """What a command printed, unless a line of it names a damaged file or its folder."""
+        """Return a command's output, unless a line of it names a damaged file or its folder."""
         lines = [line for line in text.splitlines() if "error: " in line]
         named = any(path.name in line or path.parent.name in line for line in lines)
         return None if named and "Traceback" not in text else f"{path}: {text[-2000:]}"

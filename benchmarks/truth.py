@@ -328,7 +328,7 @@ METRICS = [
 
 
 def nearest(rows: pd.DataFrame) -> pd.DataFrame:
-    """Of each SAE and law, the setting whose mean L0 is nearest to the true mean."""
+    """Choose, for each SAE and law, the setting whose mean L0 is nearest to the true mean."""
     own = rows[rows.control == ""].groupby(["law", "sae", "setting"]).l0_mean.mean()
     distance = (own - MEAN_L0).abs()
     best = {key[:2]: key[2] for key in distance.groupby(["law", "sae"]).idxmin()}

@@ -1,4 +1,4 @@
-"""What must be settled before any test is imported, which tests are heavy, and that none is skipped unnoticed."""
+"""Settings before any test is imported, the mark of heavy tests, and a check that none is skipped unnoticed."""
 
 import os
 
@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Where REQUIRE_TESTS is set, a test that was skipped for another reason than a missing GPU fails the run."""
+    """Fail the run where REQUIRE_TESTS is set and a test was skipped for another reason than a missing GPU."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if not os.environ.get("REQUIRE_TESTS") or reporter is None:  # a worker of xdist has no terminal
         return

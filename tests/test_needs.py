@@ -1,4 +1,4 @@
-"""What `saeflow plan` counts is what there is."""
+"""Counts of `saeflow plan`, against the results of a run."""
 
 import copy
 import socket

@@ -1,4 +1,4 @@
-"""Where REQUIRE_TESTS is set (as in .ci/run), a skipped test fails the run."""
+"""A skipped test fails the run if REQUIRE_TESTS is set (as in .ci/run)."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""What a later job would refuse is refused before the first one."""
+"""Mistakes that a later job would refuse are refused before the first job."""
 
 import copy
 import json

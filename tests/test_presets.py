@@ -114,7 +114,7 @@ def test_what_is_pinned_is_a_commit() -> None:
 
 @pytest.mark.parametrize("figure", sorted(NEEDS))
 def test_a_figure_without_what_it_needs_is_refused_before_any_job(figure: str) -> None:
-    """Of one synthetic TopK SAE hardly any figure can be drawn."""
+    """One synthetic TopK SAE allows hardly any figure."""
     params: Any = copy.deepcopy(read_yaml(ROOT / "tests/workflow/synthetic.yaml"))
     (name, entry), *_ = params["saes"].items()
     params["saes"] = {

@@ -121,7 +121,7 @@ def run(build: Build, case: Case, requests: Any, answers: Any) -> None:
 
 
 def seconds(work: Work, case: Case) -> float:
-    """Of one call, the mean of the case's repeats."""
+    """Return the mean time of one call over the case's repeats."""
     case.wait()
     began = time.perf_counter()
     for _ in range(case.repeats):

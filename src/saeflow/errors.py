@@ -1,4 +1,4 @@
-"""The one exception for mistakes a user can mend; the command line turns it into exit code 2."""
+"""The one exception for mistakes a user can fix; the command line turns it into exit code 2."""
 
 _LONGEST = 1500
 """Characters."""

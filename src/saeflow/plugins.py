@@ -28,7 +28,7 @@ def module_file(name: str, where: str) -> Path:
                 return path
     raise UserError(
         f"{where}: no such module: {'.'.join(parts)}. Put it into the working directory ({below.with_suffix('.py')}), "
-        "install it, or mend the name."
+        "install it, or fix the name."
     )
 
 
@@ -60,7 +60,7 @@ def load_function(name: str, where: str) -> Callable[..., Any]:
     except Exception as error:  # whatever the user's own code raises
         raise UserError(
             f"{where}: {file}: the module cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}). "
-            "Mend it."
+            "Fix it."
         ) from error
     if Path(module.__file__ or "").resolve() != file.resolve():
         raise UserError(
@@ -70,6 +70,6 @@ def load_function(name: str, where: str) -> Callable[..., Any]:
     if not callable(found):
         what = "nothing" if found is None else f"a {type(found).__name__}"
         raise UserError(
-            f"{where}: {file}: expected a function {function}, found {what} of that name. Mend the name."
+            f"{where}: {file}: expected a function {function}, found {what} of that name. Fix the name."
         )
     return found

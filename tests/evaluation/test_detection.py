@@ -105,7 +105,7 @@ def test_balanced_accuracy_is_scikit_learns_and_a_score_of_zero_says_no() -> Non
 
 
 def test_a_latent_of_one_token_is_told_perfectly_and_one_of_the_token_before_too() -> None:
-    """Of six tokens, all of which the examples show."""
+    """Six tokens, all of which the examples show."""
     train, test = (text(seed, on_token, after_token, vocabulary=6) for seed in (0, 1))
     for line in detect(train, test, SETTINGS | {"examples": 80}, by_tokens):
         assert (line["balanced_accuracy"], line["auc"], line["interpretable"]) == (1, 1, 1)

@@ -260,7 +260,7 @@ def test_a_store_whose_rows_are_all_left_out_is_refused(text: Any, tmp_path: Pat
 
 
 def test_latents_stay_sparse_between_batches(text: Any, monkeypatch: Any, tmp_path: Path) -> None:
-    """Of d_sae columns, no more than those of a probe are ever dense for all rows."""
+    """No more of the d_sae columns than those of a probe are ever dense for all rows."""
     dense: list[tuple[int, ...]] = []
     toarray = sparse.csr_array.toarray
 

@@ -1,4 +1,4 @@
-"""What the cards show, against plain loops over all rows."""
+"""Cards of latents, against plain loops over all rows."""
 
 from pathlib import Path
 from typing import Any

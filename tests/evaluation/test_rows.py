@@ -1,4 +1,4 @@
-"""Which rows are measured, and their mean."""
+"""Selection of the measured rows, and their mean."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What SAEBench and sae-probes make of adapted SAEs, in their own environment: `python adapted.py JOBS`.
+"""Run SAEBench and sae-probes on adapted SAEs, in their own environment: `python adapted.py JOBS`.
 
 JOBS is a JSON list of {do, folder, ...}; each job reads what lies in its folder and writes there what the libraries'
 own functions find: `core`, `sparse_probing` and `absorption` of sae_bench, `probes` of sae_probes. No hub, no model
@@ -122,7 +122,7 @@ def sparse_probing(job):
 
 
 def probes(job):
-    """What `run_sae_eval` of sae_probes writes on one of its data sets, with activations that give its labels away."""
+    """Return what `run_sae_eval` of sae_probes writes on one of its data sets, with activations that give its labels away."""
     from sae_probes.run_sae_evals import run_sae_eval
     from sae_probes.utils_data import get_numbered_binary_tags, get_xy_traintest, get_yvals
 

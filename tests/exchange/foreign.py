@@ -1,4 +1,4 @@
-"""What other libraries do with SAEs, in their own environment: `python foreign.py JOBS`.
+"""Run other libraries on SAEs, in their own environment: `python foreign.py JOBS`.
 
 JOBS is a JSON list of {do, library, folder, ...}: `save` writes an SAE of random weights as the library does,
 with rows x and the library's own latents and reconstructions of them (expected.safetensors); `apply` loads one

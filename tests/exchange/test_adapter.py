@@ -258,7 +258,7 @@ def spelled(split: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def found(foreign: Callable[..., None], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What both libraries' functions say of every case."""
+    """Results of both libraries' functions on every case."""
     folder = tmp_path_factory.mktemp("benchmarks")
     saes = {case: folder_of(case, folder / "saes") for case in CASES}
     few = {case: saes[case] for case in ("topk", "sparsemax", "relu")}

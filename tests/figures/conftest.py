@@ -98,7 +98,7 @@ class Bench:
         self.of_latents: dict[str, list[dict[str, Any]]] = {name: [] for name in OF_LATENTS}
 
     def see(self, ids: dict[str, Any], l0: float, quality: float) -> None:
-        """What an SAE of images has beside the others' metrics."""
+        """Metrics of an SAE of images beside the others' metrics."""
         shared = {"set": "shapes", "classes": 20, "images": 400, "clean_accuracy": 0.95}
         for n in (1, 5, 10, 50):
             for protocol in ("paper", "leak_free"):

@@ -1,4 +1,4 @@
-"""What k follows: contexts in bins of their scores."""
+"""Figures of k against scores: contexts in bins of their scores."""
 
 from dataclasses import replace
 from pathlib import Path

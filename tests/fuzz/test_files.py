@@ -57,7 +57,7 @@ def copy_of(folder: Path, place: Path) -> Path:
 
 
 def unless_refused(work: Callable[[], Any], folder: Path) -> Any:
-    """What work gives, None where it is refused in a line that names a file of the folder."""
+    """Return the result of the work, None where it is refused in a line that names a file of the folder."""
     try:
         return work()
     except UserError as error:

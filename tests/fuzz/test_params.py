@@ -62,7 +62,7 @@ def mutate(params: Any, data: st.DataObject) -> Any:
 
 
 def refused(path: Path, text: bytes) -> str | None:
-    """What `saeflow validate` says against a parameter file, None where it is valid."""
+    """Return the error of `saeflow validate` on a parameter file, None where it is valid."""
     path.write_bytes(text)
     try:
         cli.validate(path)

@@ -19,7 +19,7 @@ D_IN = 6
 
 @dataclass
 class Moments:
-    """What a store says of its rows."""
+    """Moments of a store's rows."""
 
     d_in: int
     scale: float

@@ -45,7 +45,7 @@ def soft(x: Tensor, preset: str = "softsae-paper", **changes: Any) -> SAE:
 
 
 def whole_of(preset: str) -> dict[str, Any]:
-    """What the preset states, and the defaults of its variant for the rest."""
+    """Return the preset's options with the defaults of its variant for the rest."""
     return with_defaults(PRESETS[preset]["variant"], PRESETS[preset]["options"])
 
 
@@ -274,7 +274,7 @@ def test_the_score_scale_decides_the_first_sparsity(x: Tensor) -> None:
 
 
 def test_negative_scores_in_the_support_count_as_active() -> None:
-    """Where the scores sum to less than 1, tau is negative and negative scores take part."""
+    """If the scores sum to less than 1, tau is negative and negative scores take part."""
     x = torch.eye(4)[:1]
     sae = make("sparsemax-released", x, d_sae=4, max_rate=None, initialisation="unit")
     with torch.no_grad():

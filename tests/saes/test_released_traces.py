@@ -41,7 +41,7 @@ def one_thread() -> None:
 
 
 class Trace:
-    """What the released code was given and what it gave back."""
+    """Inputs and outputs of the released code."""
 
     def __init__(self, name: str) -> None:
         data = np.load(GOLDEN / "data" / "data.npz")
@@ -235,7 +235,7 @@ def only(name: str, steps: slice) -> Callable[[Arrays], Tensor]:
 
 
 def after_step(name: str) -> Callable[[Arrays], Tensor]:
-    """What the trace holds after a step, as the next one uses it."""
+    """Return the trace's state after a step, as the next step uses it."""
     return lambda t: torch.cat((torch.full((1,), torch.nan), t[f"step.{name}"][:-1])).double()
 
 

@@ -171,7 +171,7 @@ class Cluster:
 
 
 def ask(*command: str) -> str:
-    """What a SLURM command prints."""
+    """Return the output of a SLURM command."""
     return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
 
 

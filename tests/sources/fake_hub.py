@@ -18,7 +18,7 @@ LARGE = 4096
 
 
 def blob_digest(content: bytes) -> str:
-    """What the hub calls a file's ETag."""
+    """Return a file's ETag as the hub computes it."""
     if len(content) >= LARGE:
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()

@@ -44,7 +44,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 
 def count_calls(model: Any) -> Counter[str]:
-    """How often each block and the lm head have run (through a part inside each block)."""
+    """Count the runs of each block and of the lm head (through a part inside each block)."""
     calls: Counter[str] = Counter()
     watched = {f"block {i}": block.mlp for i, block in enumerate(blocks_of(model))}
     watched |= {f"norm {i}": next(block.children()) for i, block in enumerate(blocks_of(model))}

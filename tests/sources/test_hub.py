@@ -44,7 +44,7 @@ def fetch(address: str, folder: Path) -> "subprocess.CompletedProcess[str]":
 
 
 def disturbed(folder: Path, model_folder: Path, fault: str, file: str) -> tuple[str, int]:
-    """What a failing hub leads to, and the exit code of the next try, on one that works."""
+    """Return the output of a try on a failing hub, and the exit code of the next try on a working one."""
     folder.mkdir()
     with serving(model_folder, fault, file) as address:
         done = fetch(address, folder)

@@ -1,4 +1,4 @@
-"""What the model sees equals its own Hugging Face processor, or the setting is refused."""
+"""The model's input equals that of its own Hugging Face processor, or the setting is refused."""
 
 import json
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_settings_inside_a_processors_config_are_read(tmp_path: Path) -> None:
 def test_cutting_out_before_resizing_shows_the_same(
     shape: tuple[int, int], resample: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a smooth picture; Pillow may take rows and columns in another order, and round between."""
+    """A smooth picture; Pillow may take rows and columns in another order, and round between."""
     down, across = np.mgrid[: shape[1], : shape[0]]
     waves = [128 + 100 * np.sin((down + across * k) / 9 + k) for k in range(3)]
     image = Image.fromarray(np.stack(waves, -1).astype(np.uint8))

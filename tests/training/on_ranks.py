@@ -1,4 +1,4 @@
-"""What every rank of `torchrun` does in test_ranks.py: on_ranks.py FOLDER."""
+"""Work of every rank of `torchrun` in test_ranks.py: on_ranks.py FOLDER."""
 
 import contextlib
 import dataclasses

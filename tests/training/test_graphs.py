@@ -21,7 +21,7 @@ STEPS = 16
 
 
 class Tape(TorchDispatchMode):
-    """What a CUDA graph is, for a CPU: operations in order, on the memory and with the numbers they had then."""
+    """A CUDA graph's counterpart on a CPU: operations in order, on the memory and with the numbers of their recording."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ def steps(folder: Path) -> list[dict[str, str]]:
 
 
 def shown(logs: Path, name: str) -> dict[str, list[tuple[int, float]]]:
-    """What TensorBoard would draw of a run."""
+    """Return what TensorBoard reads of a run."""
     events = EventAccumulator(str(logs / "tensorboard" / name), size_guidance={"scalars": 0})
     events.Reload()
     return {

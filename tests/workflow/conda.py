@@ -1,4 +1,4 @@
-"""What stands in for the program `conda` where none can be had: the calls that Snakemake makes of it.
+"""Stand-in for the program `conda`: the calls that Snakemake makes of it.
 
 An environment is a venv of this interpreter, into which pip installs the `pip:` section of the file. The packages
 `python` and `pip` of the file come with the venv; what conda-forge holds for them is not tried.

@@ -73,7 +73,7 @@ class Project:
         return self.run("snakemake", "--cores", "2", *arguments, code=code)
 
     def todo(self, *targets: str) -> dict[str, int]:
-        """How many jobs of each rule a run would start."""
+        """Count the jobs of each rule that a run would start."""
         text = self.snakemake(*(targets or ("all",)), "-n", "--quiet", "rules")
         return job_counts(text)
 

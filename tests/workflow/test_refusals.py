@@ -1,4 +1,4 @@
-"""What stops the real workflow before its first job, and paths that only look as if they should."""
+"""Mistakes that stop the real workflow before its first job, and paths that only look like mistakes."""
 
 import copy
 from pathlib import Path

@@ -50,7 +50,7 @@ def check_scoring(name: str, scoring: Mapping[str, Any], source: Mapping[str, An
             f"{where}.kind: true_count needs images whose objects are known (scenes). Choose the scorer table."
         )
     if scoring["kind"] == "table" and not Path(scoring["file"]).is_file():
-        raise UserError(f"{where}.file: no such file: {scoring['file']}. Mend the path.")
+        raise UserError(f"{where}.file: no such file: {scoring['file']}. Fix the path.")
     low_high = scoring["range"]
     if low_high is not None and not low_high[0] < low_high[1]:
         raise UserError(f"{where}.range: expected [low, high] with low < high, found {low_high}.")
@@ -86,7 +86,7 @@ def score_contexts(
             first = context[~np.isfinite(score)][0]
             raise UserError(
                 f"complexity ({scoring['kind']}): the score of context {first} of the {split} split is "
-                "not finite. Mend it, or leave the context out."
+                "not finite. Fix it, or leave the context out."
             )
         columns = {"context": context, "position": position, "score": score}
         tables.append(pd.DataFrame({"split": split, **columns}))
@@ -210,7 +210,7 @@ def read_table(path: Path, column: str) -> "pd.DataFrame":
     try:
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except (OSError, ValueError, pd.errors.ParserError) as error:
-        raise UserError(f"{path}: expected a CSV or Parquet table ({error}). Mend it.") from None
+        raise UserError(f"{path}: expected a CSV or Parquet table ({error}). Fix it.") from None
     if lost := {"split", "context", column} - set(table.columns):
         raise UserError(
             f"{path}: expected columns split, context and {column}, {', '.join(sorted(lost))} is missing. "
@@ -218,7 +218,7 @@ def read_table(path: Path, column: str) -> "pd.DataFrame":
         )
     for name in ("context", column):
         if not pd.api.types.is_numeric_dtype(table[name]):
-            raise UserError(f"{path}: expected numbers in column {name}, found text. Mend it.")
+            raise UserError(f"{path}: expected numbers in column {name}, found text. Fix it.")
     return table
 
 

@@ -196,10 +196,10 @@ def _checked(scores: Any, windows: int, latent: int) -> np.ndarray:
     where = f"{SCORER}: latent {latent}: expected {windows} finite numbers, one a window, found"
     if found.shape != (windows,):
         what = f"an array of shape {found.shape}" if found.ndim else f"{scores!r:.60}"
-        raise UserError(f"{where} {what}. Mend the scorer.")
+        raise UserError(f"{where} {what}. Fix the scorer.")
     if not np.isfinite(found).all():
         first = int(np.flatnonzero(~np.isfinite(found))[0])
-        raise UserError(f"{where} {found[first]} for window {first}. Mend the scorer.")
+        raise UserError(f"{where} {found[first]} for window {first}. Fix the scorer.")
     return found
 
 

@@ -62,7 +62,7 @@ def prompts(words: Sequence[str], template: str, examples: int, seed: int) -> li
         UserError: fewer words than a prompt shows, or a template without {word}.
     """
     if template.count(_WORD) != 1:
-        raise UserError(f"{_WHERE}.template: expected {_WORD} once, found {template!r}. Mend it.")
+        raise UserError(f"{_WHERE}.template: expected {_WORD} once, found {template!r}. Fix it.")
     if len(words) <= examples:
         raise UserError(
             f"{_WHERE}: expected more than {examples} words in each split for as many examples, found {len(words)}. "

@@ -71,7 +71,7 @@ def draw(figure: str, tables: Path, options: Mapping[str, Any], folder: Path) ->
     known = load_tables(tables) if figure in FIGURES or figure in TABLES else None
     if known is None:
         raise UserError(
-            f"figures.names: unknown figure {figure!r}. Known: {', '.join([*FIGURES, *TABLES])}. Mend params.yaml."
+            f"figures.names: unknown figure {figure!r}. Known: {', '.join([*FIGURES, *TABLES])}. Fix params.yaml."
         )
     texts, mark = {}, options.get("mark", "")
     if figure in TABLES:

@@ -167,7 +167,7 @@ def snapshot(name: str, revision: str, patterns: list[str], *, is_cached: bool =
 
 
 def _model_errors(name: str, revision: str) -> AbstractContextManager[None]:
-    advice = "Mend id or revision, or download the model elsewhere and give model: {folder: PATH}."
+    advice = "Fix id or revision, or download the model elsewhere and give model: {folder: PATH}."
     return hub_errors(f"{name} at {revision}: cannot be fetched from the hub", advice)
 
 
@@ -205,7 +205,7 @@ def open_dataset(dataset: Mapping[str, Any], where: str, instead: str) -> Any:
 
     name = dataset["dataset"]
     failure = f"{where}.dataset: {name} at {dataset['revision']} cannot be opened"
-    advice = f"Mend dataset, name, split or revision; without the hub, download the files and give {instead}."
+    advice = f"Fix dataset, name, split or revision; without the hub, download the files and give {instead}."
     with hub_errors(failure, advice):
         return load_dataset(
             name,

@@ -280,11 +280,11 @@ def gguf_shape(path: Path) -> Shape:
         shard = " (of a split model, give the first file)" if "-of-" in path.name else ""
         raise ValueError(f"no block_count{shard}")
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Mend the path.") from None
+        raise UserError(f"{path}: no such file. Fix the path.") from None
     except (ValueError, KeyError, AttributeError, OverflowError, OSError, struct.error) as error:
         raise UserError(
             f"{path}: expected a GGUF file of a language model, found none ({error}). "
-            "Download the file again, or mend the path."
+            "Download the file again, or fix the path."
         ) from None
 
 

@@ -28,7 +28,7 @@ def documents_of(path: Path, **options: Any) -> list[str]:
 
 
 def is_whole(text: str) -> bool:
-    """Whether a text has no half of a surrogate pair."""
+    """Return whether a text has no half of a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:

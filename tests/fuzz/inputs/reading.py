@@ -137,7 +137,7 @@ def write_json_or_rot(rng: random.Random, path: Path, value: Any) -> Any:
 
 @contextmanager
 def said() -> Iterator[list[str]]:
-    """What saeflow logs."""
+    """Lines that saeflow logs."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]

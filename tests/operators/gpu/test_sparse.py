@@ -67,7 +67,7 @@ def test_the_error_and_all_its_gradients(lists: Lists, dtype: torch.dtype, path:
 
 @pytest.mark.parametrize("is_unit", [False, True])
 def test_weight_gradients_are_autograds(lists: Lists, is_unit: bool, path: str) -> None:
-    """Of a loss whose gradients at the latents and at x_hat are given."""
+    """Gradients of a loss whose gradients at the latents and at x_hat are given."""
     W_dec = torch.nn.functional.normalize(normal(M, D, seed=11, path=path))
     centred, grad = normal(B, D, seed=12, path=path), normal(B, D, seed=13, path=path)
     value_grads = normal(B, C, seed=14, path=path).where(lists.real, 0)
