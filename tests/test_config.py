@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from saeflow.config import SAEConfig, TrainingConfig, expand_runs, load_params, read_yaml, validate
+from saeflow.config.schema import params_schema
 from saeflow.errors import UserError
 from saeflow.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 PARAMS = read_yaml(ROOT / "params.yaml")
-SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/params.schema.yaml").read_text())
+SCHEMA = params_schema()
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 
 

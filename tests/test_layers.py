@@ -9,7 +9,7 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "saeflow"
 LAYERS = (
-    "errors", "device", "files", "local_files", "progress", "plugins", "options", "schema", "figure_needs", "config", "provenance", "plan", "operators",
+    "errors", "device", "files", "local_files", "progress", "plugins", "figure_needs", "config", "provenance", "plan", "operators",
     "sources", "stores", "complexity", "saes", "training", "evaluation", "exchange", "preflight", "figures", "needs", "rehearsal",
     "cli", "__main__",
 )  # fmt: skip

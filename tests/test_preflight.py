@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from saeflow import cli
+from saeflow.cli.arguments import parse_json
 from saeflow.config import load_params, validate
 from saeflow.errors import UserError
 from saeflow.preflight import check_saes, checked_plan, device_problem
@@ -121,4 +121,4 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
 def test_json_of_a_command_line_holds_finite_numbers(number: str) -> None:
     with pytest.raises(UserError, match=f"--run: expected finite numbers, found {number}"):
-        cli._json("--run", f'{{"training": {{"lr": {number}}}}}')
+        parse_json("--run", f'{{"training": {{"lr": {number}}}}}')

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from saeflow import cli
+from saeflow.cli.parameters import validate
 from saeflow.config import load_params
 from saeflow.errors import UserError
 
@@ -65,7 +65,7 @@ def refused(path: Path, text: bytes) -> str | None:
     """Return the error of `saeflow validate` on a parameter file, None where it is valid."""
     path.write_bytes(text)
     try:
-        cli.validate(path)
+        validate(path)
     except UserError as error:
         return str(error)
     return None

@@ -6,10 +6,9 @@ from math import sqrt
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch import Tensor
 
-from saeflow.config import ROOT
+from saeflow.config.schema import params_schema
 from saeflow.errors import UserError
 from saeflow.saes import InputScale
 from saeflow.saes.input_scale import KINDS
@@ -75,7 +74,7 @@ def test_half_precision_is_widened_before_it_is_divided(rows: np.ndarray, store:
 
 
 def test_the_schema_knows_the_same_scales() -> None:
-    schema = yaml.safe_load((ROOT / "workflow/schemas/params.schema.yaml").read_text())
+    schema = params_schema()
     assert schema["properties"]["training"]["properties"]["input_scale"]["enum"] == list(KINDS)
 
 

@@ -11,10 +11,10 @@ import yaml
 from torch import Tensor
 
 from saeflow.config import ROOT
+from saeflow.config.options import PRESETS as PRESETS_FILE
+from saeflow.config.options import with_defaults, with_options
 from saeflow.errors import UserError
 from saeflow.exchange.plain import plain_of, sae_of
-from saeflow.options import PRESETS as PRESETS_FILE
-from saeflow.options import with_defaults, with_options
 from saeflow.saes import SAE, Forward, build, load, save
 from saeflow.saes.adaptive_k import AdaptiveK
 

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saeflow.config import ROOT
+from saeflow.config.options import with_defaults
+from saeflow.config.schema import params_schema
 from saeflow.errors import UserError
-from saeflow.options import with_defaults
 from saeflow.saes import SAE, VARIANTS, build, load, read_config, save
 from saeflow.saes.adaptive_k import AdaptiveK
 
@@ -358,7 +357,7 @@ def trained(sae: SAE) -> dict[str, Tensor]:
 
 
 def test_the_options_of_every_variant_are_here_and_in_the_schema() -> None:
-    schema = yaml.safe_load((ROOT / "workflow/schemas/params.schema.yaml").read_text())
+    schema = params_schema()
     assert {variant for variant, _ in CASES.values()} == set(VARIANTS) == set(PLAIN_LOSS)
     trained = schema["properties"]["saes"]["additionalProperties"]["else"]
     named = trained["properties"]["variant"]["enum"]

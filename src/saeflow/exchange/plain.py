@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from saeflow.config.options import with_defaults
 from saeflow.errors import UserError
-from saeflow.options import with_defaults
 from saeflow.saes.base import SAE
 from saeflow.saes.batch_topk import BatchTopK
 from saeflow.saes.gated import Gated

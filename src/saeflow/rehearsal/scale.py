@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any
 
 from saeflow.config import COUNTS, expand_runs
+from saeflow.config.options import with_options
 from saeflow.errors import UserError
 from saeflow.files import json_digest
-from saeflow.options import with_options
 from saeflow.sources import scenes
 from saeflow.sources.layouts import HookPoint, known_shape
 

@@ -4,8 +4,8 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from saeflow.config.options import with_defaults
 from saeflow.errors import UserError
-from saeflow.options import with_defaults
 from saeflow.saes.adaptive_k import AdaptiveK
 from saeflow.saes.base import SAE
 from saeflow.saes.batch_topk import BatchTopK

@@ -14,8 +14,8 @@ import yaml
 
 from saeflow.errors import UserError
 
-ROOT = Path(__file__).parents[2]
-SCHEMA = ROOT / "workflow" / "schemas" / "params.schema.yaml"
+ROOT = Path(__file__).parents[3]
+SCHEMA = Path(__file__).with_name("params.schema.yaml")
 _CHOICES = 12
 """More names than this are not listed in a message."""
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
@@ -63,14 +63,19 @@ def _is_finite(checker: Any, value: Any) -> bool:
 
 
 @functools.cache
+def params_schema() -> dict[str, Any]:
+    """The JSON schema of `params.yaml`."""
+    return dict(yaml.safe_load(SCHEMA.read_text(encoding="utf-8")))
+
+
+@functools.cache
 def _validator() -> Any:
     """A validator to which 1.0 is no integer, and neither infinity nor NaN a number."""
     import jsonschema  # a tenth of a second, which no job of the workflow needs
 
-    schema = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
     draft = jsonschema.Draft202012Validator
     types = draft.TYPE_CHECKER.redefine_many({"integer": _is_whole, "number": _is_finite})
-    return jsonschema.validators.extend(draft, type_checker=types)(schema)
+    return jsonschema.validators.extend(draft, type_checker=types)(params_schema())
 
 
 def _meant(errors: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:

@@ -12,7 +12,7 @@ import yaml
 
 from saeflow.errors import UserError
 
-_FOLDER = Path(__file__).parent / "saes"
+_FOLDER = Path(__file__).parents[1] / "saes"
 DEFAULTS, PRESETS = _FOLDER / "options.yaml", _FOLDER / "presets.yaml"
 
 

@@ -1,154 +1,19 @@
-"""`params.yaml`: read, refuse what is wrong before any job, expand sweeps into runs and keys.
+"""Check parameters before any job: the schema, and what a schema cannot say."""
 
-This module imports no model code: Snakefile and command line read it in a fraction of a second.
-"""
-
-import functools
-import hashlib
-import itertools
-import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from saeflow.config.options import with_options
+from saeflow.config.runs import SAEConfig, expand_runs, imports
+from saeflow.config.schema import conform, listed
+from saeflow.config.yaml_file import read_yaml
 from saeflow.errors import UserError
 from saeflow.figure_needs import check_figures
-from saeflow.files import json_digest
-from saeflow.local_files import content_digests
-from saeflow.options import with_options
 from saeflow.plugins import module_file
-from saeflow.schema import ROOT, conform, listed
 
-PACKAGE = Path(__file__).parent
-SPLITS = ("train", "evaluation")
 RESERVED = {"baselines", "clean", "dimension", "identity", "mean", "on", "pca"}
 """Names that the evaluation gives to its own rows and folders."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """Optimiser and budget of one run; `training` in params.yaml describes each field."""
-
-    tokens: int
-    batch_size: int
-    input_scale: str
-    lr: float | str
-    betas: tuple[float, float]
-    lr_warmup_steps: int
-    lr_decay_fraction: float
-    grad_clip: float | None
-    dead_after_tokens: int
-    train_decoder: bool
-    log_every_steps: int
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of the run."""
-        return max(1, self.tokens // self.batch_size)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SAEConfig:
-    """One run of a sweep: one SAE, one seed.
-
-    `guide` is the run whose mean L0 becomes k, where options.k is `{mean_l0_of: ENTRY/LABEL}`.
-    """
-
-    name: str
-    entry: str
-    variant: str
-    source: str
-    hook_point: str
-    d_sae: int
-    seed: int
-    options: Mapping[str, Any]
-    training: TrainingConfig
-    guide: str | None = None
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "SAEConfig":
-        """Read back what `dataclasses.asdict` wrote."""
-        training = dict(values["training"])
-        training["betas"] = tuple(training["betas"])
-        return cls(**{**values, "training": TrainingConfig(**training)})
-
-
-@dataclass(frozen=True)
-class ImportConfig:
-    """An SAE of another library, taken from where it lies."""
-
-    name: str
-    entry: str
-    source: str
-    hook_point: str
-    library: str
-    folder: str
-
-    @property
-    def store(self) -> str:
-        """SOURCE/HOOK_POINT of the activations it is evaluated on."""
-        return f"{self.source}/{self.hook_point}"
-
-
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice, which YAML would silently let the last one win."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    own: set[Any] = set()  # keys that are written here; one that `<<` brings along may be replaced
-    for key_node, _ in node.value:
-        if key_node.tag == "tag:yaml.org,2002:merge":
-            continue
-        key, line = loader.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-        if not isinstance(key, str):
-            raise UserError(
-                f"line {line}: expected text as a name, found {key!r}. Put it in quotes."
-            )
-        if key in own:
-            raise UserError(f"line {line}: the name {key!r} is given twice. Rename or delete one.")
-        own.add(key)
-    loader.flatten_mapping(node)
-    return {
-        loader.construct_object(key, deep=True): loader.construct_object(value, deep=True)
-        for key, value in node.value
-    }
-
-
-def _whole_number(loader: _Loader, node: yaml.ScalarNode) -> int:
-    """A whole number, unless YAML 1.1 reads another one than is written: 010 as 8, 1:30 as 90."""
-    if re.fullmatch(r"[-+]?(0[0-9_]+|[0-9_]+(:[0-9_]+)+)", node.value):
-        raise UserError(
-            f"line {node.start_mark.line + 1}: expected a number, found {node.value}, which YAML 1.1 reads as "
-            f"{loader.construct_yaml_int(node)}. Write the number itself."
-        )
-    return int(loader.construct_yaml_int(node))
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-_Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
-
-
-def read_yaml(path: Path) -> Any:
-    """Read a YAML file, with one line for what is wrong with it."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            return yaml.load(file, Loader=_Loader)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Give the path of a parameter file.") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # also a date or text that is none
-        text = " ".join(str(error).split())
-        raise UserError(f"{path}: expected YAML, found: {text}") from None
 
 
 def load_params(path: Path) -> dict[str, Any]:
@@ -385,10 +250,6 @@ def _scenes(source: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
             yield name, inside["scenes"]
 
 
-IMPORTED = "imported-"
-"""What the label of a run that another library trained starts with."""
-
-
 def _stores(params: Mapping[str, Any]) -> list[str]:
     """SOURCE/HOOK_POINT of every store."""
     return [f"{name}/{hook}" for name, s in params["sources"].items() for hook in s["hook_points"]]
@@ -450,119 +311,3 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float]]:
             yield f"{name}.from", value["from"]
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         yield name, value
-
-
-def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
-    """Every run of every `saes` entry: lists under store, d_sae, seed and options are swept.
-
-    `seeds`, where it is given, takes the place of every entry's own.
-
-    Raises:
-        UserError: two runs would have one name.
-    """
-    runs: dict[str, SAEConfig] = {}
-    for entry, values in with_options(params)["saes"].items():
-        if "import" in values:
-            continue
-        shared = {key: params["training"][key] for key in params["training"]}
-        training = {key: values.get(key, shared[key]) for key in shared}
-        training["betas"] = tuple(training["betas"])
-        axes = {key: _aslisted(values[key]) for key in ("store", "d_sae", "seed")}
-        axes["seed"] = params["seeds"] or axes["seed"]
-        options = {key: _aslisted(value) for key, value in values["options"].items()}
-        swept = [key for key, value in values["options"].items() if isinstance(value, list)]
-        for store, d_sae, seed, *chosen in itertools.product(*axes.values(), *options.values()):
-            picked = dict(zip(options, chosen, strict=True))
-            label = "-".join(
-                [f"d{d_sae}", *(f"{key}{slug(picked[key])}" for key in swept), f"seed{seed}"]
-            )
-            source, _, hook_point = store.partition("/")
-            name = f"{source}/{hook_point}/{entry}/{label}"
-            if name in runs:
-                raise UserError(f"saes.{entry}: two runs have one name, {name}. Mend the sweep.")
-            runs[name] = SAEConfig(
-                name=name,
-                entry=entry,
-                variant=values["variant"],
-                source=source,
-                hook_point=hook_point,
-                d_sae=d_sae,
-                seed=seed,
-                options=picked,
-                training=TrainingConfig(**training),
-                guide=_guide(store, picked.get("k")),
-            )
-    return list(runs.values())
-
-
-def imports(params: Mapping[str, Any]) -> list[ImportConfig]:
-    """The entries of `saes` that are taken from other libraries."""
-    found = []
-    for entry, values in params["saes"].items():
-        if "import" in values:
-            store, chosen = values["store"], values["import"]
-            source, _, hook_point = store.partition("/")
-            name = f"{store}/{entry}/{IMPORTED}{chosen['library']}"
-            found.append(ImportConfig(name, entry, source, hook_point, **chosen))
-    return found
-
-
-def _guide(store: str, k: Any) -> str | None:
-    """The run that k is taken from, of the same store."""
-    return f"{store}/{k['mean_l0_of']}" if isinstance(k, Mapping) else None
-
-
-def _aslisted(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list) else [value]
-
-
-def slug(value: Any) -> str:
-    """A value as part of a folder's name."""
-    if isinstance(value, Mapping):
-        return "-".join(f"{key}{slug(part)}" for key, part in value.items())
-    return re.sub(r"[^A-Za-z0-9.]+", "-", str(value))
-
-
-def source_files(folder: Path) -> list[Path]:
-    """Python files and page templates below a folder."""
-    return sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".j2"))
-
-
-@functools.cache
-def source_digest(*parts: str) -> str:
-    """SHA-256 of the source files of the named modules and subpackages of saeflow."""
-    digest = hashlib.sha256()
-    for part in parts:
-        path = PACKAGE / part
-        files = source_files(path) if path.is_dir() else [path.with_suffix(".py")]
-        for file in files:
-            digest.update(file.relative_to(PACKAGE).as_posix().encode())
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
-
-
-@functools.cache
-def pins_digest(*packages: str) -> str:
-    """SHA-256 of the pinned versions of some packages in the lock."""
-    lock = ROOT / "requirements.lock"
-    text = lock.read_text(encoding="utf-8") if lock.exists() else ""
-    pins = dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)", text, flags=re.MULTILINE))
-    return json_digest({package: pins.get(package) for package in packages})
-
-
-def job_key(
-    rule: str, params: Any, *, code: tuple[str, ...], libraries: tuple[str, ...], after: list[str]
-) -> str:
-    """The digest that decides whether a job runs again.
-
-    Args:
-        rule: its name.
-        params: the job's own slice of the parameters; local files that it names count by their content.
-        code: subpackages it runs.
-        libraries: packages whose pinned version can change its result.
-        after: keys of the jobs it builds on.
-    """
-    parts = [rule, params, source_digest(*code), pins_digest(*libraries), sorted(after)]
-    if contents := content_digests(params):
-        parts.append(contents)
-    return json_digest(parts)[:20]

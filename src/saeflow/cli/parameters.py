@@ -1,0 +1,88 @@
+"""Commands on a parameter file: check it, plan its run, rehearse it."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from saeflow.config import ROOT, load_params
+from saeflow.errors import UserError
+from saeflow.plan import Plan
+
+
+def validate(
+    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
+) -> None:
+    """Check a parameter file, and print what it asks for."""
+    from saeflow.preflight import check_saes, checked_plan, device_problem
+
+    values = load_params(params)
+    try:
+        plan = checked_plan(values)
+        check_saes(plan)
+    except UserError as error:
+        raise UserError(f"{params}: {error}") from None
+    if problem := device_problem(values["runtime"]):  # the jobs may run on another machine
+        logging.getLogger(__name__).warning("%s: %s", params, problem)
+    typer.echo(
+        f"{params}: {len(plan.sources)} sources, {len(plan.stores)} stores, {len(plan.runs)} SAEs, "
+        f"{len(values['figures']['names'])} figures."
+    )
+
+
+def plan(
+    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
+    rates: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="What a machine does in a second (several: a column each); default: this CPU's, as `make bench` "
+            "measures it, and one H200's."
+        ),
+    ] = None,
+    results: Annotated[Path, typer.Option(help="Where fetched models lie.")] = Path("results"),
+) -> None:
+    """Print what a run will need: jobs, rows, disk, memory and hours."""
+    from saeflow.needs import Needs, Rates, as_text, count_passes
+
+    folder = ROOT / "benchmarks" / "results"
+    machines = rates or [folder / "rates.yaml", folder / "rates-h200.yaml"]
+    planned = Plan(load_params(params))
+    passes = count_passes(planned, results)
+    typer.echo(as_text(*(Needs(planned, Rates.read(path), passes) for path in machines)))
+
+
+def rehearse(
+    params: Annotated[list[Path], typer.Argument(help="Parameter files.")],
+    out: Annotated[
+        Path, typer.Option(help="Written: a folder of each, with its own results and report.")
+    ] = Path("rehearsals"),
+    cores: Annotated[int, typer.Option(min=0, help="CPU cores for the jobs; 0: all of them.")] = 0,
+    every_run: Annotated[
+        bool,
+        typer.Option(
+            help="Train every run, not only the first and the last value of each sweep of numbers."
+        ),
+    ] = False,
+) -> None:
+    """Run a parameter file's whole workflow in minutes: small random models, local data, everything scaled down."""
+    from saeflow.rehearsal import RehearsalFailed, stage
+    from saeflow.rehearsal import rehearse as rehearse_one
+
+    if len({path.stem for path in params}) < len(params):
+        raise UserError("params: expected files of different names, found one twice.")
+    for path in params:
+        load_params(path)  # a mistake in any is said before minutes are spent on the others
+    cores = cores or len(os.sched_getaffinity(0))
+    with stage() as environment:
+        for path in params:
+            try:
+                said = rehearse_one(path, out / path.stem, cores, environment, every_run=every_run)
+            except UserError as error:
+                raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from None
+            except RehearsalFailed as failure:
+                sys.stderr.write(f"error: {path}: {failure}\n")
+                raise typer.Exit(1) from None
+            typer.echo(said)

@@ -1,0 +1,39 @@
+"""`params.yaml`: read, refuse what is wrong before any job, expand sweeps into runs.
+
+This package imports no model code: Snakefile and command line read it in a fraction of a second.
+"""
+
+from saeflow.config.check import COUNTS, SCORER, check_params, load_params, scorer_file, validate
+from saeflow.config.keys import PACKAGE, job_key, source_digest
+from saeflow.config.runs import (
+    IMPORTED,
+    SPLITS,
+    ImportConfig,
+    SAEConfig,
+    TrainingConfig,
+    expand_runs,
+    imports,
+)
+from saeflow.config.schema import ROOT
+from saeflow.config.yaml_file import read_yaml
+
+__all__ = [
+    "COUNTS",
+    "IMPORTED",
+    "PACKAGE",
+    "ROOT",
+    "SCORER",
+    "SPLITS",
+    "ImportConfig",
+    "SAEConfig",
+    "TrainingConfig",
+    "check_params",
+    "expand_runs",
+    "imports",
+    "job_key",
+    "load_params",
+    "read_yaml",
+    "scorer_file",
+    "source_digest",
+    "validate",
+]
