@@ -51,6 +51,7 @@ check: setup
 # The pages of docs/ that are made from the code.
 docs: setup
 	python docs/tree.py
+	saeflow parameters --markdown > docs/parameters.md
 
 # A file's tests run in one process: what its fixtures make, a whole workflow in some, is made once.
 test: check

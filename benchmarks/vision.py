@@ -23,7 +23,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from saeflow.evaluation import zero_shot
 from saeflow.evaluation.zero_shot import LabelledSets, write_labelled
-from saeflow.saes.topk import TopK
+from saeflow.saes.topk import TopK, TopKOptions
 from saeflow.sources.images import read_images, ready_images
 from saeflow.sources.models import fetch_model, load_model
 from saeflow.sources.vision import VisionSource, prepare_inputs, prepare_labelled
@@ -133,7 +133,7 @@ def classification(root: Path) -> pd.DataFrame:
     )
     load_model(folder / "model", "cpu")
     sets = LabelledSets(folder / "clean", folder / "model", "cpu")
-    sae = TopK(64, 4096, k=16, k_schedule={"kind": "constant"}, auxk_weight=0)
+    sae = TopK(64, 4096, TopKOptions(k=16, auxk_weight=0))
     sae.initialise(torch.randn(500, 64), torch.Generator().manual_seed(0))
     original = zero_shot._masks
 

@@ -47,11 +47,12 @@ def check_saes(plan: Plan) -> None:
     from saeflow.exchange import check_import
     from saeflow.saes import build
 
+    found: dict[str, str] = {}  # a mistake of an entry is one of all its runs
     for one in plan.imports.values():
         try:
             check_import(Path(one.folder), one.library, one.hook_point)
         except UserError as error:
-            raise UserError(f"saes.{one.entry}.import: {error}") from None
+            found.setdefault(one.entry, f"saes.{one.entry}.import: {error}")
     ranks = plan.params["runtime"]["ranks"]
     for run in plan.runs.values():
         options = dict(run.options) | ({"k": 1} if run.guide else {})
@@ -63,7 +64,9 @@ def check_saes(plan: Plan) -> None:
             if ranks["split"] == "latents" and ranks["count"] > 1:
                 sae.check_divisible()
         except UserError as error:
-            raise UserError(f"saes.{run.entry} ({run.name}): {error}") from None
+            found.setdefault(run.entry, f"saes.{run.entry} ({run.name}): {error}")
+    if found:
+        raise UserError(*found.values())
 
 
 def device_problem(runtime: Mapping[str, Any]) -> str | None:

@@ -7,7 +7,7 @@ from scipy.stats import spearmanr
 
 from saeflow.evaluation.rows import RowSelection
 from saeflow.evaluation.stability import compare_dictionaries, compare_seeds
-from saeflow.saes.batch_topk import BatchTopK
+from saeflow.saes.batch_topk import BatchTopK, BatchTopKOptions
 
 EVERY = RowSelection(positions="all", norm_limit=None)
 
@@ -62,10 +62,7 @@ def test_dead_latents_are_left_out_of_the_living_only() -> None:
 
 
 def sae(seed: int, threshold: float) -> BatchTopK:
-    made = BatchTopK(
-        6, 30, k=3, k_schedule={"kind": "constant"}, auxk_weight=0, threshold_start_step=0,
-        threshold_start="unbiased",
-    )  # fmt: skip
+    made = BatchTopK(6, 30, BatchTopKOptions(k=3, auxk_weight=0, threshold_start_step=0))
     with torch.no_grad():
         made.W_dec.copy_(directions(seed))
         made.W_enc.copy_(directions(seed).t())

@@ -20,7 +20,7 @@ from saeflow.evaluation.zero_shot import (
     top_concepts,
     write_labelled,
 )
-from saeflow.saes.topk import TopK
+from saeflow.saes.topk import TopK, TopKOptions
 from saeflow.sources.models import fetch_model, load_model, load_tokenizer
 from saeflow.sources.preprocessing import load_preprocessing, normalised
 from saeflow.sources.vision import image_facts, prepare_labelled
@@ -81,7 +81,7 @@ def test_a_set_whose_name_begins_with_anothers_is_its_own(folder: Path, tmp_path
 
 @pytest.fixture(scope="module")
 def sae() -> TopK:
-    found = TopK(WIDTH, D_SAE, k=5, k_schedule={"kind": "constant"}, auxk_weight=0)
+    found = TopK(WIDTH, D_SAE, TopKOptions(k=5, auxk_weight=0))
     found.initialise(torch.randn(200, WIDTH), torch.Generator().manual_seed(0))
     with torch.no_grad():
         found.b_dec.copy_(torch.randn(WIDTH, generator=torch.Generator().manual_seed(3)) / 4)
@@ -250,7 +250,7 @@ def test_concepts_are_named_by_what_their_direction_does(folder: Path) -> None:
     sets = loop(folder, "vision.embedding", "cls")
     names, text = sets.prompts()
     assert names == ["a red object", "a ring"]
-    planted = TopK(WIDTH, 2, k=1, k_schedule={"kind": "constant"}, auxk_weight=0)
+    planted = TopK(WIDTH, 2, TopKOptions(k=1, auxk_weight=0))
     with torch.no_grad():
         planted.W_dec.copy_(text - text.mean(0))
     found = sets.name_concepts(planted, np.array([1, 0]))

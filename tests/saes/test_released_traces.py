@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from saeflow.config import SAEConfig, TrainingConfig
-from saeflow.config.options import with_defaults, with_preset
+from saeflow.config.variants import with_defaults, with_preset
 from saeflow.saes import SAE, Forward
 from saeflow.saes.adaptive_k import AdaptiveK
 from saeflow.saes.batch_topk import BatchTopK

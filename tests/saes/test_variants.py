@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saeflow.config.options import with_defaults
 from saeflow.config.schema import params_schema
+from saeflow.config.variants import with_defaults
 from saeflow.errors import UserError
 from saeflow.saes import SAE, VARIANTS, build, load, read_config, save
 from saeflow.saes.adaptive_k import AdaptiveK
@@ -357,15 +357,17 @@ def trained(sae: SAE) -> dict[str, Tensor]:
 
 
 def test_the_options_of_every_variant_are_here_and_in_the_schema() -> None:
-    schema = params_schema()
     assert {variant for variant, _ in CASES.values()} == set(VARIANTS) == set(PLAIN_LOSS)
-    trained = schema["properties"]["saes"]["additionalProperties"]["else"]
-    named = trained["properties"]["variant"]["enum"]
-    assert set(named) == set(VARIANTS)
+    trained = params_schema()["properties"]["saes"]["additionalProperties"]["else"]
+    assert set(trained["properties"]["variant"]["enum"]) == set(VARIANTS)
+    by_variant = {
+        branch["if"]["properties"]["variant"]["const"]: branch["then"]["properties"]["options"]
+        for branch in trained["allOf"]
+    }
     for variant, options in CASES.values():
         whole = set(with_defaults(variant, options))
-        assert set(schema["$defs"][variant]["properties"]) == whole
-        assert set(schema["$defs"][variant]["required"]) == whole
+        assert set(by_variant[variant]["properties"]) == whole
+        assert set(by_variant[variant]["required"]) == whole
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -532,10 +534,15 @@ def test_options_that_are_not_stated_have_the_variants_defaults(
 
 
 @pytest.mark.parametrize("variant", ["topk", "batch_topk"])
-@pytest.mark.parametrize("k", [0, D_SAE + 1, 2.5])
-def test_a_k_out_of_range_is_refused(variant: str, k: float) -> None:
+@pytest.mark.parametrize("k", [0, D_SAE + 1])
+def test_a_k_out_of_range_is_refused(variant: str, k: int) -> None:
     with pytest.raises(UserError, match=f"1..{D_SAE}"):
         build(variant, D_IN, D_SAE, {**CASES[variant][1], "k": k})
+
+
+def test_a_k_that_is_not_whole_is_refused() -> None:
+    with pytest.raises(UserError, match=r"topk: k: expected integer or object, found 2\.5"):
+        build("topk", D_IN, D_SAE, {**TOPK, "k": 2.5})
 
 
 def test_an_unknown_variant_is_refused() -> None:
@@ -663,7 +670,10 @@ def edit_config(folder: Path, **changes: Any) -> None:
         ({"format_version": 99}, "99"),
         ({"d_in": "12"}, "d_in: expected a whole number"),
         ({"d_sae": 10**12}, r"expected float32 \[1000000000000\], found float32 \[40\]"),
-        ({"options": {"k": 50, "k_schedule": CONSTANT, "auxk_weight": 0}}, r"config\.json: k: "),
+        (
+            {"options": {"k": 50, "k_schedule": CONSTANT, "auxk_weight": 0}},
+            r"config\.json: topk: k: ",
+        ),
         ({"options": [1]}, "expected the options k, k_schedule, auxk_weight"),
     ],
 )

@@ -28,7 +28,7 @@ try:
     config.update(check_params(config, workflow.overwrite_configfiles or ["params.yaml"]))
     plan = checked_plan(config)
 except UserError as error:
-    print(f"error: {error}", file=sys.stderr)
+    print(*(f"error: {line}" for line in error.lines), sep="\n", file=sys.stderr)
     sys.exit(2)
 
 # A rule runs this project's package with the environment's own interpreter.
@@ -57,7 +57,7 @@ onstart:
         ):
             raise UserError(problem)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(*(f"error: {line}" for line in error.lines), sep="\n", file=sys.stderr)
         sys.exit(2)
     # An output of a stage that DVC knows, also where no entry of `complexity` fills it.
     Path("results/complexity").mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """The command line: each command reads files, calls one function of the package, writes one result.
 
-Exit codes: 0 done, 1 failed, 2 the user's input is at fault (one line on stderr).
+Exit codes: 0 done, 1 failed, 2 the user's input is at fault (a line on stderr for each mistake).
 """
 
 import errno
@@ -27,6 +27,7 @@ from saeflow.errors import UserError
 COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
     "Commands": {
         "validate": parameters.validate,
+        "parameters": parameters.parameters,
         "plan": parameters.plan,
         "rehearse": parameters.rehearse,
         "trace": results.trace,
@@ -73,7 +74,8 @@ def main() -> None:
         app()
     except UserError as error:
         logging.getLogger(__name__).debug("traceback", exc_info=True)
-        sys.stderr.write("error: " + " ".join(str(error).split()) + "\n")
+        for line in error.lines:
+            sys.stderr.write("error: " + " ".join(line.split()) + "\n")
         sys.exit(2)
     except Exception as error:
         number = _os_error(error)

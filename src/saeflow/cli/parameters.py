@@ -24,13 +24,28 @@ def validate(
         plan = checked_plan(values)
         check_saes(plan)
     except UserError as error:
-        raise UserError(f"{params}: {error}") from None
+        raise error.within(params) from None
     if problem := device_problem(values["runtime"]):  # the jobs may run on another machine
         logging.getLogger(__name__).warning("%s: %s", params, problem)
     typer.echo(
         f"{params}: {len(plan.sources)} sources, {len(plan.stores)} stores, {len(plan.runs)} SAEs, "
         f"{len(values['figures']['names'])} figures."
     )
+
+
+def parameters(
+    key: Annotated[
+        str,
+        typer.Argument(
+            help="The start of a key, such as evaluation.bootstrap; or a variant, for its options."
+        ),
+    ] = "",
+    markdown: Annotated[bool, typer.Option(help="Print the page docs/parameters.md.")] = False,
+) -> None:
+    """Describe the keys of a parameter file: meaning, values, unit, default."""
+    from saeflow.config.describe import as_markdown, as_text
+
+    typer.echo(as_markdown() if markdown else as_text(key), nl=not markdown)
 
 
 def plan(

@@ -3,7 +3,7 @@
 This package imports no model code: Snakefile and command line read it in a fraction of a second.
 """
 
-from saeflow.config.check import COUNTS, SCORER, check_params, load_params, scorer_file, validate
+from saeflow.config.check import SCORER, check_params, load_params, scorer_file, validate
 from saeflow.config.keys import PACKAGE, job_key, source_digest
 from saeflow.config.runs import (
     IMPORTED,
@@ -18,7 +18,6 @@ from saeflow.config.schema import ROOT
 from saeflow.config.yaml_file import read_yaml
 
 __all__ = [
-    "COUNTS",
     "IMPORTED",
     "PACKAGE",
     "ROOT",

@@ -1,75 +1,200 @@
-"""Options of SAEs: what an entry of `saes` states, its preset, and the variant's defaults for the rest.
+"""State the options of an SAE variant, each once: meaning, type, unit, bounds and default.
 
-This module imports no model code. `saes/options.yaml` holds the defaults, `saes/presets.yaml` the presets.
+A variant's own file holds one dataclass of them. The schema of `saes.ENTRY.options`, the checks and their messages,
+the defaults, `saeflow parameters` and docs/parameters.md follow from it. This module imports no model code.
 """
 
-import functools
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+import copy
+import dataclasses
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-import yaml
-
+from saeflow.config.explain import explained, validator
 from saeflow.errors import UserError
 
-_FOLDER = Path(__file__).parents[1] / "saes"
-DEFAULTS, PRESETS = _FOLDER / "options.yaml", _FOLDER / "presets.yaml"
+COUNT_MAX = 2**31 - 1
 
 
-def with_options(params: Any) -> Any:
-    """Parameters whose `saes` entries have every option.
+@dataclass(frozen=True, eq=False)
+class Form:
+    """The JSON schema of the values of an `Annotated` type."""
 
-    An option that an entry does not state comes from the preset that it names
-    (`options: {preset: NAME, ...}`), or else from the defaults of its variant. Parameters that are not of
-    the right form are returned as they are, for the schema to refuse.
+    schema: Mapping[str, Any]
 
-    Raises:
-        UserError: an unknown preset, or one of another variant.
+
+FoundK = Annotated[
+    int,
+    Form(
+        {
+            "anyOf": [
+                {"type": "integer", "maximum": COUNT_MAX},
+                {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "required": ["mean_l0_of"],
+                    "properties": {"mean_l0_of": {"type": "string", "pattern": "^[^/]+/[^/]+$"}},
+                },
+            ]
+        }
+    ),
+]
+"""A number of latents. A parameter file may also say {mean_l0_of: ENTRY/LABEL}; training replaces it by the number."""
+
+_TYPES = {
+    bool: "boolean", int: "integer", float: "number", str: "string", types.NoneType: "null",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stated:
+    """All that is stated of an option besides its type and default; see `option`."""
+
+    meaning: str
+    unit: str
+    bounds: Mapping[str, float]  # by JSON schema's name
+    counts_latents: bool
+
+
+def option(
+    meaning: str,
+    *,
+    default: Any = MISSING,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    counts_latents: bool = False,
+) -> Any:
+    """State an option, as a field of a `VariantOptions`.
+
+    Args:
+        meaning: one sentence or more.
+        default: the value where an entry of `saes` states none; without a default every entry must state one.
+        unit: of the option's numbers.
+        low, high, above: bounds of the option's numbers, which may equal `low` and `high` but not `above`.
+        counts_latents: its numbers, or those that its schedule starts from, lie in 1..d_sae.
     """
-    entries = params.get("saes") if isinstance(params, Mapping) else None
-    if not isinstance(entries, Mapping):
-        return params
-    return {**params, "saes": {name: _whole(name, entry) for name, entry in entries.items()}}
+    bounds = {"minimum": low, "maximum": high, "exclusiveMinimum": above}
+    given = {name: bound for name, bound in bounds.items() if bound is not None}
+    metadata = {"stated": Stated(meaning, unit, given, counts_latents)}
+    if default is MISSING:
+        return dataclasses.field(metadata=metadata)
+    return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
 
 
-def with_defaults(variant: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options, then the variant's defaults of those that are not stated."""
-    defaults = _read(DEFAULTS).get(variant, {}) if isinstance(variant, str) else {}
-    return {**options, **{name: v for name, v in defaults.items() if name not in options}}
+@dataclass(frozen=True, kw_only=True)
+class VariantOptions:
+    """Base of every variant's options. The type of a field says which values it takes.
 
-
-def with_preset(name: str, variant: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the entry `name`, in place of those of the preset that they name.
-
-    Raises:
-        UserError: an unknown preset, or one of another variant.
+    A field is of int, float, bool, str, None, a `Literal`, unions of these, or `Annotated` with a `Form`.
     """
-    if "preset" not in options:
-        return dict(options)
-    presets, chosen = _read(PRESETS), options["preset"]
-    if not isinstance(chosen, str) or chosen not in presets:
-        known = ", ".join(sorted(presets))
-        raise UserError(f"saes.{name}.options.preset: expected one of {known}, found {chosen!r}.")
-    preset = presets[chosen]
-    if preset["variant"] != variant:
-        raise UserError(
-            f"saes.{name}.options.preset: {chosen} is of the variant {preset['variant']}, found variant "
-            f"{variant!r}. Change one of them."
-        )
-    return {**preset["options"], **{key: v for key, v in options.items() if key != "preset"}}
+
+    @classmethod
+    def read(cls, values: Mapping[str, Any], d_sae: int) -> Self:
+        """Options of an SAE of d_sae latents from plain values, defaults for those that are not stated.
+
+        Raises:
+            UserError: an unknown or missing option, a value out of bounds, or values that do not fit each other.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        whole = {**defaults(cls), **values} if isinstance(values, Mapping) else {}
+        if set(whole) != set(names):
+            found = ", ".join(map(str, values)) if isinstance(values, Mapping) else repr(values)
+            raise UserError(f"expected the options {', '.join(names)}, found {found or 'none'}.")
+        if problems := explained(validator(options_schema(cls)).iter_errors(whole)):
+            raise UserError(*problems)
+        made = cls.of(whole)
+        if problems := list(made.problems(d_sae)):
+            raise UserError(*problems)
+        return made
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Options from plain values of every option, each within its bounds; whole numbers become floats."""
+        return cls(**_as_typed(cls, values))
+
+    def problems(self, d_sae: int) -> Iterator[str]:
+        """Say of each value within its bounds what does not fit the number of latents or another value."""
+        for name in counts_of_latents(type(self)):
+            for where, count in numbers_of(name, getattr(self, name)):
+                if not 1 <= count <= d_sae:
+                    yield f"{where}: expected 1..{d_sae} (d_sae), found {count}."
 
 
-def _whole(name: str, entry: Any) -> Any:
-    options = entry.get("options") if isinstance(entry, Mapping) else None
-    if not isinstance(options, Mapping):
-        return entry
-    variant = entry.get("variant")
+def stated(field: "dataclasses.Field[Any]") -> Stated:
+    """All that is stated of an option."""
+    found = field.metadata["stated"]
+    assert isinstance(found, Stated)
+    return found
+
+
+def defaults(options: type[VariantOptions]) -> dict[str, Any]:
+    """The default of every option that has one."""
     return {
-        **entry,
-        "options": with_defaults(variant, with_preset(name, variant, options)),
+        field.name: field.default_factory()
+        for field in dataclasses.fields(options)
+        if field.default_factory is not MISSING
     }
 
 
-@functools.cache
-def _read(path: Path) -> dict[str, Any]:
-    return dict(yaml.safe_load(path.read_text(encoding="utf-8")))
+def counts_of_latents(options: type[VariantOptions]) -> list[str]:
+    """Names of the options that count latents, and of their schedules."""
+    return [field.name for field in dataclasses.fields(options) if stated(field).counts_latents]
+
+
+def numbers_of(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The numbers that an option names, each with its place: itself, or the start of its schedule."""
+    if isinstance(value, Mapping):
+        if "from" in value:
+            yield f"{name}.from", value["from"]
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
+
+
+def options_schema(options: type[VariantOptions], *, is_swept: bool = False) -> dict[str, Any]:
+    """The JSON schema of a variant's options.
+
+    Args:
+        is_swept: each may also be a list of values, as in a parameter file.
+    """
+    properties = {}
+    for field in dataclasses.fields(options):
+        about = stated(field)
+        one = _schema_of(field.type, about.bounds)
+        if is_swept:
+            one = {"anyOf": [one, {"type": "array", "minItems": 1, "items": one}]}
+        properties[field.name] = {"description": about.meaning, **one}
+    return {
+        "type": "object",
+        "additionalProperties": False,
+        "required": list(properties),
+        "properties": properties,
+    }
+
+
+def _schema_of(kind: Any, bounds: Mapping[str, float]) -> dict[str, Any]:
+    """The JSON schema of a type."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        return dict(kind.__metadata__[0].schema)
+    if origin is Literal:
+        return {"enum": list(get_args(kind))}
+    if origin in (Union, types.UnionType):
+        return {"anyOf": [_schema_of(part, bounds) for part in get_args(kind)]}
+    schema: dict[str, Any] = {"type": _TYPES[kind]}
+    if kind is int:
+        schema |= {"maximum": COUNT_MAX}
+    return {**schema, **(bounds if kind in (int, float) else {})}
+
+
+def _as_typed(options: type[VariantOptions], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values, whole numbers as floats where the type has floats alone."""
+    kinds = {field.name: field.type for field in dataclasses.fields(options)}
+    return {
+        name: float(value)
+        if type(value) is int and float in (kinds[name], *get_args(kinds[name]))
+        else value
+        for name, value in values.items()
+    }

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from saeflow.config.options import with_options
+from saeflow.config.variants import with_options
 from saeflow.errors import UserError
 
 SPLITS = ("train", "evaluation")

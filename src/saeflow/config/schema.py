@@ -1,7 +1,6 @@
-"""The schema of `params.yaml`: every number in its one form, and one line for the first mistake."""
+"""The schema of `params.yaml`, and parameters in its form: defaults filled in, every number written one way."""
 
 import copy
-import difflib
 import functools
 import math
 import re
@@ -12,36 +11,48 @@ from typing import Any
 
 import yaml
 
-from saeflow.errors import UserError
+from saeflow.config.explain import explained, validator
+from saeflow.config.options import options_schema
+from saeflow.config.variants import variants
 
 ROOT = Path(__file__).parents[3]
 SCHEMA = Path(__file__).with_name("params.schema.yaml")
-_CHOICES = 12
-"""More names than this are not listed in a message."""
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _WORDS = {"true": True, "false": False, "null": None}
 
 
-def conform(params: Any) -> Any:
-    """Parameters that follow the schema, each number in its one form.
+@functools.cache
+def params_schema() -> dict[str, Any]:
+    """The JSON schema of `params.yaml`: the file's own, with the options that each variant states."""
+    schema: dict[str, Any] = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    trained = schema["properties"]["saes"]["additionalProperties"]["else"]
+    shared = schema["properties"]["training"]["properties"]
+    for name, about in shared.items():  # an entry takes what it does not state from `training`
+        trained["properties"][name] = {k: v for k, v in about.items() if k != "default"}
+    trained["properties"]["variant"]["enum"] = list(variants())
+    trained["allOf"] = [
+        {
+            "if": {"properties": {"variant": {"const": name}}},
+            "then": {"properties": {"options": options_schema(options, is_swept=True)}},
+        }
+        for name, options in variants().items()
+    ]
+    return schema
+
+
+def conform(params: Any) -> tuple[Any, list[str]]:
+    """Parameters with the schema's defaults and each number in its one form, and all that is wrong with them.
 
     A whole number written as a float (1.0e+6, 256.0) becomes an integer where the schema asks for one. Text that
     spells a number, true, false or null becomes that where the schema takes no text: YAML 1.1 reads 3e-05 as
     text, and `snakemake --config` gives all that is inside a mapping or a list as text.
-
-    Raises:
-        UserError: the first thing that is wrong, in one line.
     """
-    changed = copy.deepcopy(params)
+    changed = _filled(params_schema(), params)
     while True:
-        errors = sorted(
-            _validator().iter_errors(changed), key=lambda error: list(map(str, error.path))
-        )
-        if not errors:
-            return changed
+        errors = list(_validator().iter_errors(changed))
         meant = dict(_meant(errors))
         if not meant:
-            raise UserError(_explain(errors[0]))
+            return changed, explained(errors)
         for path, value in meant.items():
             node = changed
             for key in path[:-1]:
@@ -49,33 +60,55 @@ def conform(params: Any) -> Any:
             node[path[-1]] = value
 
 
-def listed(names: Any) -> str:
-    """Names in order, for a message."""
-    return ", ".join(sorted(names)) or "none"
-
-
-def _is_whole(checker: Any, value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(checker: Any, value: Any) -> bool:
-    return _is_whole(checker, value) or (isinstance(value, float) and math.isfinite(value))
-
-
-@functools.cache
-def params_schema() -> dict[str, Any]:
-    """The JSON schema of `params.yaml`."""
-    return dict(yaml.safe_load(SCHEMA.read_text(encoding="utf-8")))
-
-
 @functools.cache
 def _validator() -> Any:
-    """A validator to which 1.0 is no integer, and neither infinity nor NaN a number."""
-    import jsonschema  # a tenth of a second, which no job of the workflow needs
+    return validator(params_schema())
 
-    draft = jsonschema.Draft202012Validator
-    types = draft.TYPE_CHECKER.redefine_many({"integer": _is_whole, "number": _is_finite})
-    return jsonschema.validators.extend(draft, type_checker=types)(params_schema())
+
+def _filled(schema: Mapping[str, Any], value: Any) -> Any:
+    """A copy of a value, with the default of each key that a schema gives one."""
+    if not isinstance(value, Mapping):
+        return copy.deepcopy(value)
+    filled = dict(value)
+    properties: dict[str, Any] = {}
+    for part in _parts(schema, value):
+        properties |= part.get("properties", {})
+        others = part.get("additionalProperties")
+        if isinstance(others, Mapping):
+            properties |= {name: others for name in value if name not in part.get("properties", {})}
+    for name, about in properties.items():
+        if name not in filled and "default" in about:
+            filled[name] = about["default"]
+    return {name: _filled(properties.get(name, {}), one) for name, one in filled.items()}
+
+
+def _parts(schema: Mapping[str, Any], value: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The parts of a schema that concern a mapping: itself, what it refers to, and the alternatives that apply."""
+    yield schema
+    if "$ref" in schema:
+        yield from _parts(params_schema()["$defs"][schema["$ref"].rpartition("/")[2]], value)
+    for part in schema.get("allOf", ()):
+        yield from _parts(part, value)
+    if "if" in schema:
+        chosen = "then" if _applies(schema["if"], value) else "else"
+        yield from _parts(schema.get(chosen, {}), value)
+    alternatives = [
+        part
+        for part in (*schema.get("anyOf", ()), *schema.get("oneOf", ()))
+        if part.get("type", "object") == "object" and set(part.get("required", ())) <= set(value)
+    ]
+    if len(alternatives) == 1:
+        yield from _parts(alternatives[0], value)
+
+
+def _applies(condition: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
+    """Whether a mapping has the keys, and the words under some keys, that an `if` of the schema asks for."""
+    words = condition.get("properties", {})
+    return set(condition.get("required", ())) <= set(value) and all(
+        value[name] in about.get("enum", [about.get("const")])
+        for name, about in words.items()
+        if name in value
+    )
 
 
 def _meant(errors: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
@@ -110,54 +143,3 @@ def _read_as(wanted: str, value: Any) -> Any:
 
 def _as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
-
-
-def _choices(error: Any) -> str:
-    """List the allowed names; of many, those most like the one that was found."""
-    names = sorted(map(str, error.validator_value))
-    if len(names) <= _CHOICES:
-        return ", ".join(names)
-    near = difflib.get_close_matches(str(error.instance), names, n=3, cutoff=0)
-    return f"{', '.join(near)} and {len(names) - len(near)} others of {SCHEMA.relative_to(ROOT)}"
-
-
-def _explain(error: Any) -> str:
-    """One line for a schema error: where, what was expected, what was found."""
-    if error.validator in ("oneOf", "anyOf") and error.context:
-        branches: dict[Any, list[Any]] = {}
-        for nested in error.context:
-            branches.setdefault(nested.schema_path[0], []).append(nested)
-        meant = [b for b in branches.values() if not any(e.validator == "const" for e in b)]
-        types = [
-            [e.validator_value for e in b if e.validator == "type" and not e.path] for b in meant
-        ]
-        if isinstance(error.instance, Mapping | list):  # a mistake in it, not that it is no null
-            meant = [b for b, other in zip(meant, types, strict=True) if not other] or meant
-        elif len(types) > 1 and all(types):
-            where = ".".join(str(part) for part in error.absolute_path)
-            wanted = " or ".join(str(value) for other in types for value in other)
-            return f"{where}: expected {wanted}, found {error.instance!r}."
-        if meant:  # the alternative with the fewest mistakes, and in it the deepest one
-            fewest = min(meant, key=lambda branch: len(branch))
-            return _explain(max(fewest, key=lambda nested: len(nested.absolute_path)))
-    where = ".".join(str(part) for part in error.absolute_path) or "the file"
-    found = repr(error.instance)
-    found = found if len(found) < 80 else found[:77] + "..."
-    match error.validator:
-        case "additionalProperties" | "unevaluatedProperties":
-            known = set(error.schema.get("properties", {}))
-            unknown = sorted(set(error.instance) - known)
-            return f"{where}: unknown key {listed(unknown)}. Known keys: {listed(known)}."
-        case "required":
-            missing = [key for key in error.validator_value if key not in error.instance]
-            return f"{where}: the key {listed(missing)} is missing. Add it (see docs/own-data.md)."
-        case "type":
-            wanted = " or ".join(_as_list(error.validator_value))
-            return f"{where}: expected {wanted}, found {found}."
-        case "enum":
-            return f"{where}: expected one of {_choices(error)}, found {found}."
-        case "const":
-            return f"{where}: expected {error.validator_value!r}, found {found}."
-        case _:
-            hint = error.schema.get("description", "")
-            return f"{where}: {error.message}" + (f" ({hint})" if hint else "") + "."

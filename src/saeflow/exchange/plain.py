@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from saeflow.config.options import with_defaults
+from saeflow.config.variants import with_defaults
 from saeflow.errors import UserError
 from saeflow.saes.base import SAE
 from saeflow.saes.batch_topk import BatchTopK

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from saeflow.config import COUNTS, expand_runs
-from saeflow.config.options import with_options
+from saeflow.config import expand_runs
+from saeflow.config.options import counts_of_latents
+from saeflow.config.variants import variants, with_options
 from saeflow.errors import UserError
 from saeflow.files import json_digest
 from saeflow.sources import scenes
@@ -201,7 +202,7 @@ def _count_latents(values: dict[str, Any], small: Callable[[float], int]) -> Non
 
     values["d_sae"] = replaced(values["d_sae"])
     options = values["options"]
-    for name in COUNTS & set(options):
+    for name in counts_of_latents(variants()[values["variant"]]):
         options[name] = replaced(options[name])
 
 

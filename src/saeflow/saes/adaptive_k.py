@@ -1,25 +1,81 @@
 """AdaptiveK SAE: k from a linear probe of the context's complexity (arXiv:2508.17320)."""
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from saeflow.complexity.files import read_probe
+from saeflow.config.options import VariantOptions, option
 from saeflow.errors import UserError
-from saeflow.saes.base import (
-    Forward,
-    check_choice,
-    check_k,
-    check_number,
-    check_weight,
-)
+from saeflow.saes.base import Forward
 from saeflow.saes.input_scale import InputScale
 from saeflow.saes.per_input_k import PerInputK
 
 LARGEST = 10.0
 C_START, C_LOW, C_HIGH = 0.2, 0.01, 0.5
 EXAMPLES = 1024  # of the probe's loss, a step
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptiveKOptions(VariantOptions):
+    """Options of `adaptive_k`; defaults are the paper's (arXiv:2508.17320), with a k for every token."""
+
+    form: Literal["per_token", "per_context", "soft"] = option(
+        "per_token: all rows; per_context: trained on each context's last row (the released code); soft: the soft top-k "
+        "with a real k.",
+        default="per_token",
+    )
+    complexity: str = option("The scores that the probe is fitted to, a key of `complexity`.")
+    k_min: int = option(
+        "Lower end of the map from score to k; k does not reach it (34 of 20..320).",
+        default=20,
+        unit="latents",
+        counts_latents=True,
+    )
+    k_max: int = option(
+        "Upper end of the map from score to k; k does not reach it (306 of 20..320).",
+        default=320,
+        unit="latents",
+        counts_latents=True,
+    )
+    steepness: float = option("Steepness of the map from score to k.", default=6, low=0, high=1e6)
+    phase_ratio: float = option(
+        "Share of the steps with the probe at rest, phase 2.", default=0.9, low=0, high=1
+    )
+    probe_weight: float = option(
+        "Weight of the probe's terms in phase 3.", default=0.9, low=0, high=1e30
+    )
+    l1: float = option("Weight of the L1 term.", default=0.005, low=0, high=1e30)
+    alpha: float | None = option(
+        "Temperature of the form soft; null with the others.",
+        default=None,
+        unit="scaled activations",
+        low=1e-8,
+        high=1e8,
+    )
+    joint_phase: Literal["consistent", "released"] = option(
+        "Phase 3. consistent: as in the class's description; released: the ridge term is ridge |w|^2 / 2, c compares the "
+        "probe loss with that of 2 steps before, ridge term included, and acts a step later, and the probe is clipped by "
+        "itself and has a learning rate of its own, which warms up from phase 3 on and does not decay.",
+        default="consistent",
+    )
+    auxk_weight: float = option(
+        "Weight of the AuxK loss (Gao et al. 2024, appendix A.2).",
+        default=0.03125,
+        low=0,
+        high=1e30,
+    )
+
+    def problems(self, d_sae: int) -> Iterator[str]:
+        yield from super().problems(d_sae)
+        if self.k_min > self.k_max:
+            yield f"k_min: expected at most k_max ({self.k_max}), found {self.k_min}."
+        if (self.alpha is None) == (self.form == "soft"):
+            yield f"alpha: expected a number with form soft, null with others, found {self.alpha!r}."
 
 
 class AdaptiveK(PerInputK):
@@ -31,64 +87,27 @@ class AdaptiveK(PerInputK):
     is more than 5 % below that of 3 steps before, else times 1.2. A rounded k passes no gradient to the
     probe, the form `soft` does. The released phase 3 is an option (`joint_phase`). The rest of the loss is mean (x - x_hat)^2 + l1 mean |z|_1 / mean |x|_2 +
     AuxK.
-
-    Args:
-        form: per_token, all rows; per_context, trained on each context's last row (the released code);
-            soft, the soft top-k with a real k.
-        complexity: which scores the probe was fitted to, a key of `complexity` in the parameters.
-        k_min, k_max: of the map; it reaches neither (34 and 306 of 20 and 320).
-        steepness: s of the map.
-        phase_ratio: share of the steps of phase 2.
-        probe_weight: weight of the probe's terms in phase 3.
-        l1: weight of the L1 term.
-        alpha: temperature of the form soft, in units of scaled activations; None for the others.
-        joint_phase: consistent, phase 3 as above; released, the ridge term is ridge |w|^2 / 2, c compares
-            the probe loss with that of 2 steps before, ridge term included, and acts a step later, and the
-            probe is clipped by itself and has a learning rate of its own, which warms up from phase 3 on
-            and does not decay.
-        auxk_weight: weight of the AuxK loss.
     """
+
+    Options = AdaptiveKOptions
 
     deviation: Tensor
     probe_losses: Tensor
 
-    def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        *,
-        form: str,
-        complexity: str,
-        k_min: int,
-        k_max: int,
-        steepness: float,
-        phase_ratio: float,
-        probe_weight: float,
-        l1: float,
-        alpha: float | None,
-        joint_phase: str,
-        auxk_weight: float,
-    ) -> None:
+    def __init__(self, d_in: int, d_sae: int, options: AdaptiveKOptions) -> None:
         super().__init__(d_in, d_sae)
-        self.form = check_choice("form", form, "per_token", "per_context", "soft")
+        self.form = options.form
         if self.form == "per_context":
             self.trains_on = "last"
-        self.complexity = complexity
-        self.k_min, self.k_max = check_k(k_min, d_sae), check_k(k_max, d_sae)
-        if self.k_min > self.k_max:
-            raise UserError(f"k_min: expected at most k_max ({k_max}), found {k_min}.")
-        self.steepness = check_number("steepness", steepness, 0, 1e6)
-        self.phase_ratio = check_number("phase_ratio", phase_ratio, 0, 1)
-        self.probe_weight = check_weight("probe_weight", probe_weight)
-        self.l1 = check_weight("l1", l1)
-        self.auxk_weight = check_weight("auxk_weight", auxk_weight)
-        if (alpha is None) == (self.form == "soft"):
-            raise UserError(
-                f"alpha: expected a number with form soft, null with others, found {alpha!r}."
-            )
-        self.temperature = 0.0 if alpha is None else check_number("alpha", alpha, 1e-8, 1e8)
-        joint_phase = check_choice("joint_phase", joint_phase, "consistent", "released")
-        self.is_consistent = joint_phase == "consistent"
+        self.complexity = options.complexity
+        self.k_min, self.k_max = options.k_min, options.k_max
+        self.steepness = options.steepness
+        self.phase_ratio = options.phase_ratio
+        self.probe_weight = options.probe_weight
+        self.l1 = options.l1
+        self.auxk_weight = options.auxk_weight
+        self.temperature = 0.0 if options.alpha is None else options.alpha
+        self.is_consistent = options.joint_phase == "consistent"
         self.apart = () if self.is_consistent else ("probe_w", "probe_b")
         self.probe_w = nn.Parameter(torch.zeros(d_in))
         self.probe_b = nn.Parameter(torch.zeros(()))

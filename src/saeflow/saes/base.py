@@ -6,14 +6,14 @@ equal values and gradients; the dense one is the reference. What a variant decid
 besides the pre-activations (its k, its norm) is the `condition`, worked out once for both.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from saeflow.config.options import VariantOptions
 from saeflow.errors import UserError
 from saeflow.operators import (
     SparseLatents,
@@ -92,6 +92,7 @@ class SAE(nn.Module):
         unit norm), b_dec (d_in). `W_enc.t()` is contiguous.
     """
 
+    Options: type[VariantOptions]  # a variant's own, which its constructor takes
     trains_on: Literal["all", "last"] = "all"  # rows of the store: all, or each context's last
     betas: tuple[float, float] | None = None  # overrides Adam's, where a paper does
     initialisation = "unit"  # see saes.initialisation
@@ -387,59 +388,3 @@ class SAE(nn.Module):
     def fold_shift(self, shift: Tensor) -> None:
         """From inputs with (d_in,) `shift` taken away, in their own units, to inputs with it."""
         self.b_dec.add_(shift)
-
-
-def check_k(k: Any, d_sae: int) -> int:
-    """A number of latents within 1..d_sae.
-
-    Raises:
-        UserError: it is not.
-    """
-    if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= d_sae:
-        raise UserError(f"k: expected a whole number in 1..{d_sae} (d_sae), found {k!r}.")
-    return k
-
-
-def check_count(name: str, value: Any, low: int = 1) -> int:
-    """A whole number of at least `low`.
-
-    Raises:
-        UserError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise UserError(f"{name}: expected a whole number of at least {low}, found {value!r}.")
-    return value
-
-
-def check_number(name: str, value: Any, low: float, high: float) -> float:
-    """A number within low..high.
-
-    Raises:
-        UserError: it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-        raise UserError(f"{name}: expected a number in {low:g}..{high:g}, found {value!r}.")
-    return float(value)
-
-
-def check_weight(name: str, value: Any) -> float:
-    """A weight of a loss, at least 0.
-
-    Raises:
-        UserError: it is not.
-    """
-    return check_number(name, value, 0, 1e30)
-
-
-def check_choice(name: str, value: Any, *choices: str) -> Any:
-    """One of some words.
-
-    Raises:
-        UserError: it is not.
-    """
-    if value not in choices:
-        raise UserError(f"{name}: expected one of {', '.join(choices)}, found {value!r}.")
-    return value
-
-
-Options = Mapping[str, Any]

@@ -1,21 +1,32 @@
 """BatchTopK SAE: keep the B k largest latents of the batch (Bussmann et al. 2024, arXiv:2412.06410)."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from saeflow.config.options import option
 from saeflow.operators import SparseLatents, batch_topk, batch_topk_sparse
-from saeflow.saes.base import (
-    SAE,
-    Forward,
-    Options,
-    check_choice,
-    check_count,
-    check_k,
-    check_weight,
-)
+from saeflow.saes.base import SAE, Forward
 from saeflow.saes.schedules import make_schedule
+from saeflow.saes.topk import TopKOptions
 
 MOST = 8  # times k, latents of one input: a GPU makes room for these
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchTopKOptions(TopKOptions):
+    """Options of `batch_topk`: those of `topk`, with k the mean over a batch, and of the threshold in use."""
+
+    threshold_start_step: int = option(
+        "Step from which batches count for the threshold in use.", default=1000, unit="steps", low=0
+    )
+    threshold_start: Literal["unbiased", "first_batch"] = option(
+        "How the running mean behind the threshold starts: unbiased weighs its batches alike while they are few; "
+        "first_batch takes the first batch's minimum and moves from it as slowly as later (dictionary_learning).",
+        default="unbiased",
+    )
 
 
 class BatchTopK(SAE):
@@ -25,40 +36,22 @@ class BatchTopK(SAE):
     starts afresh whenever the schedule changes k, since a larger k keeps smaller activations, and at
     `threshold_start_step`, since activations move while the weights are young.
 
-    Args:
-        k: mean latents per input at the end of the schedule.
-        k_schedule: how k gets there.
-        auxk_weight: weight of the AuxK loss.
-        threshold_start_step: the step from which batches count (1000 in the released code).
-        threshold_start: unbiased, the mean weighs its batches alike while they are few; first_batch, it is
-            the first batch's minimum, from which it moves as slowly as later (dictionary_learning).
-
     Attributes:
         threshold_decay: of the running mean.
     """
 
+    Options = BatchTopKOptions
+
     threshold: Tensor
     threshold_weight: Tensor
 
-    def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        *,
-        k: int,
-        k_schedule: Options,
-        auxk_weight: float,
-        threshold_start_step: int,
-        threshold_start: str,
-    ) -> None:
+    def __init__(self, d_in: int, d_sae: int, options: BatchTopKOptions) -> None:
         super().__init__(d_in, d_sae)
-        self.k: float = check_k(k, d_sae)
-        self.schedule = make_schedule("k", k, k_schedule, 1, d_sae)
-        self.auxk_weight = check_weight("auxk_weight", auxk_weight)
-        self.threshold_start_step = check_count("threshold_start_step", threshold_start_step, 0)
-        self.threshold_start = check_choice(
-            "threshold_start", threshold_start, "unbiased", "first_batch"
-        )
+        self.k: float = options.k
+        self.schedule = make_schedule("k", options.k, options.k_schedule, 1, d_sae)
+        self.auxk_weight = options.auxk_weight
+        self.threshold_start_step = options.threshold_start_step
+        self.threshold_start = options.threshold_start
         self.threshold_decay = 0.999
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("threshold_weight", torch.zeros(()))

@@ -1,13 +1,31 @@
 """Gated SAE: one path decides which latents fire, the other how much (Rajamanoharan et al. 2024, arXiv:2404.16014)."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
+from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents, decode_sparse, lowered
-from saeflow.saes.base import Forward, Options, check_choice, check_weight
+from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
-from saeflow.saes.initialisation import INITIALISATIONS
-from saeflow.saes.schedules import make_schedule
+from saeflow.saes.initialisation import Initialisation
+from saeflow.saes.schedules import ScheduleForm, make_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatedOptions(VariantOptions):
+    """Options of `gated`."""
+
+    l1: float = option(
+        "Weight of the L1 penalty on the gate at the end of its schedule.", low=0, high=1e30
+    )
+    l1_schedule: ScheduleForm = option(
+        "How l1 gets there.", default={"kind": "linear", "from": 0, "until": 0.05}
+    )
+    initialisation: Initialisation = option(
+        "How the weights start; see src/saeflow/saes/initialisation.py.", default="unit"
+    )
 
 
 class Gated(FollowsDensity):
@@ -15,22 +33,17 @@ class Gated(FollowsDensity):
 
     The loss adds l1 * sum_i relu(pi_i), which only the gate feels, and the error of a reconstruction
     from relu(pi) through a decoder taken as a constant, which teaches the gate.
-
-    Args:
-        l1: weight of the penalty on the gate at the end of its schedule.
-        l1_schedule: how it gets there.
-        initialisation: of the weights; see `saes.initialisation`.
     """
+
+    Options = GatedOptions
 
     betas = (0.0, 0.999)
     of_latents = (*FollowsDensity.of_latents, "r_mag", "b_mag")
 
-    def __init__(
-        self, d_in: int, d_sae: int, *, l1: float, l1_schedule: Options, initialisation: str
-    ) -> None:
+    def __init__(self, d_in: int, d_sae: int, options: GatedOptions) -> None:
         super().__init__(d_in, d_sae)
-        self.initialisation = check_choice("initialisation", initialisation, *INITIALISATIONS)
-        self.schedule = make_schedule("l1", check_weight("l1", l1), l1_schedule, 0, float("inf"))
+        self.initialisation = options.initialisation
+        self.schedule = make_schedule("l1", options.l1, options.l1_schedule, 0, float("inf"))
         self.l1 = self.schedule.target
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
         self.b_mag = nn.Parameter(torch.zeros(d_sae))

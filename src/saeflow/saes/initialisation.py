@@ -1,6 +1,6 @@
 """Weights before the first step: the field's usual start, and those of released code."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -9,7 +9,7 @@ from saeflow.operators import geometric_median
 if TYPE_CHECKING:
     from saeflow.saes.base import SAE
 
-INITIALISATIONS = ("unit", "zero_bias", "short", "kaiming")
+Initialisation = Literal["unit", "zero_bias", "short", "kaiming"]
 SHORT = 0.1  # length of a row, dictionary_learning's AutoEncoder
 
 

@@ -1,16 +1,71 @@
 """JumpReLU SAE: a learned threshold per latent and an L0 penalty (Rajamanoharan et al. 2024, arXiv:2407.14435)."""
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from saeflow.errors import UserError
+from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents, jumprelu, lowered, step
-from saeflow.saes.base import Forward, Options, check_choice, check_number, check_weight
+from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
-from saeflow.saes.initialisation import INITIALISATIONS
-from saeflow.saes.schedules import make_schedule
+from saeflow.saes.initialisation import Initialisation
+from saeflow.saes.schedules import ScheduleForm, make_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class JumpReLUOptions(VariantOptions):
+    """Options of `jumprelu`."""
+
+    l0_weight: float = option(
+        "Weight of the sparsity term at the end of its schedule.", low=0, high=1e30
+    )
+    l0_schedule: ScheduleForm = option(
+        "How l0_weight gets there.", default={"kind": "linear", "from": 0, "until": 0.05}
+    )
+    target_l0: float | None = option(
+        "Active latents of an input on average; null for the plain penalty.",
+        default=None,
+        unit="latents",
+        counts_latents=True,
+    )
+    target_schedule: ScheduleForm = option(
+        "How target_l0 gets there.", default={"kind": "constant"}, counts_latents=True
+    )
+    threshold: float = option(
+        "The thresholds at the start (Rajamanoharan et al. 2024, for rows of mean squared norm 1).",
+        default=0.001,
+        unit="scaled activations",
+        low=1e-8,
+        high=1e8,
+    )
+    bandwidth: float = option(
+        "Width of the kernel of the thresholds' gradient.",
+        default=0.001,
+        unit="scaled activations",
+        low=1e-8,
+        high=1e8,
+    )
+    form: Literal["standard", "dictionary_learning"] = option(
+        "standard: log theta is learned, the encoder takes x - b_dec, and the penalty's estimator acts on both sides "
+        "of theta; dictionary_learning: theta itself is learned, the encoder takes x, and the estimator acts on z, so "
+        "that a latent below theta feels it only where theta is within half a bandwidth of 0.",
+        default="standard",
+    )
+    initialisation: Initialisation = option(
+        "How the weights start; see src/saeflow/saes/initialisation.py.", default="unit"
+    )
+
+    def problems(self, d_sae: int) -> Iterator[str]:
+        yield from super().problems(d_sae)
+        if self.target_l0 is None and self.target_schedule != {"kind": "constant"}:
+            yield (
+                "target_schedule: expected {kind: constant} where target_l0 is null, found "
+                f"{self.target_schedule}."
+            )
 
 
 class JumpReLU(FollowsDensity):
@@ -18,56 +73,27 @@ class JumpReLU(FollowsDensity):
 
     The loss adds l0_weight * L0 (the paper's), or l0_weight * (L0 / target - 1)^2 where a target is
     given; L0 is the batch's mean.
-
-    Args:
-        l0_weight: weight of the sparsity term at the end of its schedule.
-        l0_schedule: how it gets there.
-        target_l0: active latents an input on average, or None for the plain penalty.
-        target_schedule: how the target gets there; a k-schedule.
-        threshold: the thresholds at the start, in units of the scaled activations.
-        bandwidth: width of the kernel of the thresholds' gradient, in the same units.
-        form: standard, log theta is learned, the encoder takes x - b_dec, and the penalty's estimator
-            acts on both sides of theta; dictionary_learning, theta itself is learned, the encoder takes x,
-            and the estimator acts on z, so that a latent below theta feels it only where theta is within
-            half a bandwidth of 0.
-        initialisation: of the weights; see `saes.initialisation`.
     """
+
+    Options = JumpReLUOptions
 
     betas = (0.0, 0.999)
 
-    def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        *,
-        l0_weight: float,
-        l0_schedule: Options,
-        target_l0: float | None,
-        target_schedule: Options,
-        threshold: float,
-        bandwidth: float,
-        form: str,
-        initialisation: str,
-    ) -> None:
+    def __init__(self, d_in: int, d_sae: int, options: JumpReLUOptions) -> None:
         super().__init__(d_in, d_sae)
-        self.initialisation = check_choice("initialisation", initialisation, *INITIALISATIONS)
-        self.is_standard = (
-            check_choice("form", form, "standard", "dictionary_learning") == "standard"
+        self.initialisation = options.initialisation
+        self.is_standard = options.form == "standard"
+        self.weight = options.l0_weight
+        self.weight_schedule = make_schedule(
+            "l0", self.weight, options.l0_schedule, 0, float("inf")
         )
-        l0_weight = check_weight("l0_weight", l0_weight)
-        self.weight_schedule = make_schedule("l0", l0_weight, l0_schedule, 0, float("inf"))
-        self.weight = l0_weight
-        self.target: float | None = None
-        if target_l0 is not None:
-            self.target = check_number("target_l0", target_l0, 1, d_sae)
-            self.target_schedule = make_schedule("target", self.target, target_schedule, 1, d_sae)
-        elif dict(target_schedule) != {"kind": "constant"}:
-            raise UserError(
-                f"target_schedule: expected {{kind: constant}} where target_l0 is null, found "
-                f"{dict(target_schedule)}."
+        self.target = options.target_l0
+        if self.target is not None:
+            self.target_schedule = make_schedule(
+                "target", self.target, options.target_schedule, 1, d_sae
             )
-        self.threshold = check_number("threshold", threshold, 1e-8, 1e8)
-        self.bandwidth = check_number("bandwidth", bandwidth, 1e-8, 1e8)
+        self.threshold = options.threshold
+        self.bandwidth = options.bandwidth
         start = torch.full((d_sae,), self.threshold)
         learned = "log_theta" if self.is_standard else "direct_theta"
         self.register_parameter(learned, nn.Parameter(start.log() if self.is_standard else start))

@@ -1,16 +1,65 @@
 """Matryoshka BatchTopK SAE: nested dictionaries in one (Bussmann et al. 2025, arXiv:2503.17547)."""
 
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from saeflow.errors import UserError
+from saeflow.config.options import Form, option
 from saeflow.operators import SparseLatents, decode_sparse
-from saeflow.saes.base import Forward, Options, check_choice
-from saeflow.saes.batch_topk import BatchTopK
+from saeflow.saes.base import Forward
+from saeflow.saes.batch_topk import BatchTopK, BatchTopKOptions
 from saeflow.saes.ranks import Ranks
+
+Groups = Annotated[
+    Mapping[str, list[float]],
+    Form(
+        {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["fractions"],
+            "properties": {
+                "fractions": {
+                    "type": "array",
+                    "minItems": 1,
+                    "items": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1},
+                }
+            },
+        }
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatryoshkaOptions(BatchTopKOptions):
+    """Options of `matryoshka`: those of `batch_topk`, and of the groups."""
+
+    groups: Groups = option(
+        "{fractions: [...]}: shares of d_sae of every group but the last, which takes the rest (Bussmann et al. 2025).",
+        default={"fractions": [0.03125, 0.0625, 0.125, 0.25]},
+    )
+    group_mean: Literal["once", "twice"] = option(
+        "once: the loss is the mean over prefixes; twice: that mean is divided by their number again, so that the "
+        "reconstruction weighs less against AuxK and the clip (dictionary_learning).",
+        default="once",
+    )
+
+    def boundaries(self, d_sae: int) -> list[int]:
+        """Where each group but the last ends."""
+        fractions = self.groups["fractions"]
+        return [round(sum(fractions[: i + 1]) * d_sae) for i in range(len(fractions))]
+
+    def problems(self, d_sae: int) -> Iterator[str]:
+        yield from super().problems(d_sae)
+        ends = self.boundaries(d_sae)
+        if any(a >= b for a, b in zip([0, *ends], [*ends, d_sae], strict=True)):
+            yield (
+                "groups: expected fractions that leave every group, and the rest, at least one of the "
+                f"{d_sae} latents, found {self.groups['fractions']}."
+            )
 
 
 class Matryoshka(BatchTopK):
@@ -18,24 +67,17 @@ class Matryoshka(BatchTopK):
 
     One selection over all latents; prefix g decodes those of the first g groups. AuxK is that of the
     whole.
-
-    Args:
-        groups: {fractions: [...]}, shares of d_sae of each group but the last, which takes the rest;
-            1/32, 1/16, 1/8, 1/4 in the paper.
-        group_mean: once, the mean over prefixes; twice, divided by their number again, so that the
-            reconstruction weighs less against AuxK and the clip (dictionary_learning).
-        k, k_schedule, auxk_weight, threshold_start_step, threshold_start: as for BatchTopK.
     """
+
+    Options = MatryoshkaOptions
 
     boundaries: Tensor
 
-    def __init__(
-        self, d_in: int, d_sae: int, *, groups: Options, group_mean: str, **options: Any
-    ) -> None:
-        super().__init__(d_in, d_sae, **options)
-        self.is_divided_twice = check_choice("group_mean", group_mean, "once", "twice") == "twice"
-        boundaries = group_boundaries(groups, d_sae)
-        self.register_buffer("boundaries", torch.tensor(boundaries), persistent=False)
+    def __init__(self, d_in: int, d_sae: int, options: MatryoshkaOptions) -> None:
+        super().__init__(d_in, d_sae, options)
+        self.is_divided_twice = options.group_mean == "twice"
+        boundaries = torch.tensor(options.boundaries(d_sae))
+        self.register_buffer("boundaries", boundaries, persistent=False)
 
     def decode_groups(self, latents: SparseLatents) -> Tensor:
         pieces = decode_sparse(latents.split_columns(self.boundaries), self.W_dec)
@@ -77,25 +119,3 @@ class _NestedErrors(torch.autograd.Function):
         for group in range(len(grad) - 2, -1, -1):  # a part adds to its own prefix and all longer
             grads[:, group] += grads[:, group + 1]
         return grads, -grads[:, 0]
-
-
-def group_boundaries(groups: Options, d_sae: int) -> list[int]:
-    """Return the end of each group but the last.
-
-    Raises:
-        UserError: no fractions, a group without a latent, or no rest.
-    """
-    fractions: Any = groups.get("fractions") if set(groups) == {"fractions"} else None
-    if not isinstance(fractions, list) or not fractions or not all(map(_is_number, fractions)):
-        raise UserError(f"groups: expected {{fractions: [shares of d_sae]}}, found {dict(groups)}.")
-    ends = [round(sum(fractions[: i + 1]) * d_sae) for i in range(len(fractions))]
-    if any(a >= b for a, b in zip([0, *ends], [*ends, d_sae], strict=True)):
-        raise UserError(
-            f"groups: expected fractions that leave every group, and the rest, at least one of the "
-            f"{d_sae} latents, found {fractions}."
-        )
-    return ends
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,20 +1,40 @@
 """P-annealed SAE: an L_p penalty whose p falls below 1 (Karvonen et al. 2024, arXiv:2408.00113)."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents, lowered
-from saeflow.saes.base import (
-    Forward,
-    Options,
-    check_choice,
-    check_count,
-    check_number,
-    check_weight,
-)
+from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
-from saeflow.saes.initialisation import INITIALISATIONS
-from saeflow.saes.schedules import make_schedule
+from saeflow.saes.initialisation import Initialisation
+from saeflow.saes.schedules import ScheduleForm, make_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class PAnnealOptions(VariantOptions):
+    """Options of `p_anneal`."""
+
+    l1: float = option(
+        "Weight of the penalty while p is 1, at the end of its schedule.", low=0, high=1e30
+    )
+    l1_schedule: ScheduleForm = option(
+        "How l1 gets there.", default={"kind": "linear", "from": 0, "until": 0.05}
+    )
+    p_end: float = option("The last p (Karvonen et al. 2024).", default=0.2, low=0.01, high=1)
+    p_updates: int = option("Number of jumps of p.", default=10, unit="jumps", low=1)
+    anneal_start: float = option("Share of the steps before the annealing.", low=0, high=1)
+    first_jump: Literal["at_start", "after_interval"] = option(
+        "When p jumps first: at_start of the annealing, or after_interval (dictionary_learning, whose 10 values of p "
+        "make 9 jumps).",
+        default="at_start",
+    )
+    initialisation: Initialisation = option(
+        "How the weights start; see src/saeflow/saes/initialisation.py.", default="unit"
+    )
 
 
 class PAnneal(FollowsDensity):
@@ -24,44 +44,23 @@ class PAnneal(FollowsDensity):
     of the run, so that the last interval has `p_end`; the released code jumps after each interval, and
     never trains at `p_end`. At each jump the weight is multiplied by (mean penalty at the old p) / (mean at the new
     p) over the last 10 steps, so that the penalty itself does not jump.
-
-    Args:
-        l1: weight of the penalty while p = 1, at the end of its schedule.
-        l1_schedule: how it gets there.
-        p_end: the last p.
-        p_updates: number of jumps.
-        anneal_start: share of the steps before the annealing.
-        first_jump: at_start of the annealing, or after_interval (dictionary_learning, whose 10 values of
-            p make 9 jumps).
-        initialisation: of the weights; see `saes.initialisation`.
     """
+
+    Options = PAnnealOptions
 
     WINDOW = 10
     place: Tensor  # (1,) int64, of this step in `recent`
     recent: Tensor
     factor: Tensor
 
-    def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        *,
-        l1: float,
-        l1_schedule: Options,
-        p_end: float,
-        p_updates: int,
-        anneal_start: float,
-        first_jump: str,
-        initialisation: str,
-    ) -> None:
+    def __init__(self, d_in: int, d_sae: int, options: PAnnealOptions) -> None:
         super().__init__(d_in, d_sae)
-        self.initialisation = check_choice("initialisation", initialisation, *INITIALISATIONS)
-        first_jump = check_choice("first_jump", first_jump, "at_start", "after_interval")
-        self.at_once = int(first_jump == "at_start")  # jumps made when the annealing starts
-        self.schedule = make_schedule("l1", check_weight("l1", l1), l1_schedule, 0, float("inf"))
-        self.p_end = check_number("p_end", p_end, 0.01, 1)
-        self.p_updates = check_count("p_updates", p_updates)
-        self.anneal_start = check_number("anneal_start", anneal_start, 0, 1)
+        self.initialisation = options.initialisation
+        self.at_once = int(options.first_jump == "at_start")  # jumps made when the annealing starts
+        self.schedule = make_schedule("l1", options.l1, options.l1_schedule, 0, float("inf"))
+        self.p_end = options.p_end
+        self.p_updates = options.p_updates
+        self.anneal_start = options.anneal_start
         self.l1, self.jumps = self.schedule.target, 0
         self.is_before_jump = True  # the penalty counts at a jump that comes within the window
         # The penalty of the last steps at their p and at the next one; what the weight grew by.

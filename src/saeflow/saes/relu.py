@@ -1,39 +1,46 @@
 """ReLU SAE with an L1 penalty (Bricken et al. 2023; Cunningham et al. 2023, arXiv:2309.08600)."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 from torch import Tensor
 
+from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents, lowered
-from saeflow.saes.base import Forward, Options, check_choice, check_weight
+from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
-from saeflow.saes.initialisation import INITIALISATIONS
-from saeflow.saes.schedules import make_schedule
+from saeflow.saes.initialisation import Initialisation
+from saeflow.saes.schedules import ScheduleForm, make_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReLUOptions(VariantOptions):
+    """Options of `relu`."""
+
+    l1: float = option("Weight of the L1 penalty at the end of its schedule.", low=0, high=1e30)
+    l1_schedule: ScheduleForm = option(
+        "How l1 gets there.", default={"kind": "linear", "from": 0, "until": 0.05}
+    )
+    loss: Literal["squared", "norm_weighted"] = option(
+        "squared: the error is summed over d_in; norm_weighted: the mean of (x - x_hat)^2 / ||x||, over dimensions "
+        "too (the ReLU SAE of the Sparsemax release).",
+        default="squared",
+    )
+    initialisation: Initialisation = option(
+        "How the weights start; see src/saeflow/saes/initialisation.py.", default="unit"
+    )
 
 
 class ReLU(FollowsDensity):
-    """z = relu(a); the loss adds l1 * sum_i z_i, the mean over the batch; decoder rows are unit.
+    """z = relu(a); the loss adds l1 * sum_i z_i, the mean over the batch; decoder rows are unit."""
 
-    Args:
-        l1: weight of the penalty at the end of its schedule.
-        l1_schedule: how it gets there, such as a linear warm-up from 0.
-        loss: squared, the sum over d_in; norm_weighted, mean((x - x_hat)^2 / ||x||), over dimensions too
-            (the ReLU SAE of the Sparsemax release).
-        initialisation: of the weights; see `saes.initialisation`.
-    """
+    Options = ReLUOptions
 
-    def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        *,
-        l1: float,
-        l1_schedule: Options,
-        loss: str,
-        initialisation: str,
-    ) -> None:
+    def __init__(self, d_in: int, d_sae: int, options: ReLUOptions) -> None:
         super().__init__(d_in, d_sae)
-        self.loss = check_choice("loss", loss, "squared", "norm_weighted")
-        self.initialisation = check_choice("initialisation", initialisation, *INITIALISATIONS)
-        self.schedule = make_schedule("l1", check_weight("l1", l1), l1_schedule, 0, float("inf"))
+        self.loss = options.loss
+        self.initialisation = options.initialisation
+        self.schedule = make_schedule("l1", options.l1, options.l1_schedule, 0, float("inf"))
         self.l1 = self.schedule.target
 
     def begin_step(self, step: int, total: int) -> None:

@@ -3,9 +3,47 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from saeflow.config.options import Form
 from saeflow.errors import UserError
+
+_UNTIL = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+ScheduleForm = Annotated[
+    Mapping[str, Any],
+    Form(
+        {
+            "type": "object",
+            "oneOf": [
+                {
+                    "additionalProperties": False,
+                    "required": ["kind"],
+                    "properties": {"kind": {"const": "constant"}},
+                },
+                {
+                    "additionalProperties": False,
+                    "required": ["kind", "from", "until"],
+                    "properties": {
+                        "kind": {"enum": ["linear", "cosine", "exponential"]},
+                        "from": {"type": "number", "minimum": 0},
+                        "until": _UNTIL,
+                    },
+                },
+                {
+                    "additionalProperties": False,
+                    "required": ["kind", "from", "until", "steps"],
+                    "properties": {
+                        "kind": {"const": "step"},
+                        "from": {"type": "number", "minimum": 0},
+                        "until": _UNTIL,
+                        "steps": {"type": "integer", "minimum": 1},
+                    },
+                },
+            ],
+        }
+    ),
+]
+"""How an option gets to its own value: `kind`, the value it starts `from`, and the share of the steps `until` which."""
 
 KINDS = ("constant", "linear", "cosine", "exponential", "step")
 

@@ -1,29 +1,108 @@
 """SoftSAE: a network decides how many latents each input uses, through a soft top-k (arXiv:2605.06610)."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from saeflow.errors import UserError
+from saeflow.config.options import Form, VariantOptions, option
 from saeflow.operators import pre_acts
-from saeflow.operators.soft_topk import FAR, FAR_SINGLE
-from saeflow.saes.base import (
-    Forward,
-    Options,
-    check_choice,
-    check_count,
-    check_k,
-    check_number,
-    check_weight,
-)
+from saeflow.saes.base import Forward
 from saeflow.saes.per_input_k import PerInputK
-from saeflow.saes.schedules import make_schedule
+from saeflow.saes.schedules import ScheduleForm, make_schedule
 
 BETA = 5.0  # of the budget's softplus
+
+
+TimesK = Annotated[
+    Mapping[str, float],
+    Form(
+        {
+            "type": "object",
+            "additionalProperties": False,
+            "required": ["times_k"],
+            "properties": {"times_k": {"type": "number", "minimum": 1}},
+        }
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoftTopKOptions(VariantOptions):
+    """Options of `soft_topk`; defaults are the paper's (arXiv:2605.06610)."""
+
+    k: int = option(
+        "The budget: active latents of an input on average, at the end of its schedule.",
+        unit="latents",
+        counts_latents=True,
+    )
+    k_schedule: ScheduleForm = option(
+        "How the budget gets there.", default={"kind": "constant"}, counts_latents=True
+    )
+    k_max: float | TimesK = option(
+        "The largest k_hat, of which k_hat starts at about a half: a number, or {times_k: m} for m k (2 in the released "
+        "language-model runs; 2 d_in in those on images).",
+        default={"times_k": 2},
+        unit="latents",
+        counts_latents=True,
+    )
+    estimator_width: int | None = option(
+        "Hidden units of the network that chooses k_hat; null for d_sae (the released code's: one more dense product a "
+        "step). The first units start as the encoder's directions.",
+        default=None,
+        unit="units",
+        low=1,
+    )
+    alpha: float = option(
+        "Temperature of the soft top-k at the end of its schedule.",
+        default=1e-4,
+        unit="scaled activations",
+        low=1e-8,
+        high=1e8,
+    )
+    alpha_schedule: ScheduleForm = option("How alpha gets there.", default={"kind": "constant"})
+    budget_weight: float = option(
+        "Weight of the budget loss, lambda_k.", default=1.0, low=0, high=1e30
+    )
+    hard_fraction: float = option(
+        "Share of the steps, the last ones, with the hard top-k.", default=0.04, low=0, high=1
+    )
+    hard_phase: Literal["full", "decoder"] = option(
+        "What the error trains then: full, encoder and decoder; decoder, the decoder alone (released code), beside "
+        "AuxK, which still trains the encoder's columns of dead latents.",
+        default="full",
+    )
+    reach: float = option(
+        "Temperatures below the threshold of the soft top-k down to which a latent counts as active and alive: 30 "
+        "leaves out masks below 5e-14, 103 nothing that float32 holds (released code).",
+        default=30,
+        unit="temperatures",
+        low=30,
+        high=103,
+    )
+    auxk_weight: float = option(
+        "Weight of the AuxK loss (Gao et al. 2024, appendix A.2).",
+        default=0.03125,
+        low=0,
+        high=1e30,
+    )
+
+    @property
+    def largest_k(self) -> float:
+        """The largest k_hat."""
+        return self.k * self.k_max["times_k"] if isinstance(self.k_max, Mapping) else self.k_max
+
+    def problems(self, d_sae: int) -> Iterator[str]:
+        yield from super().problems(d_sae)
+        if not self.k <= self.largest_k <= d_sae:
+            where = "k_max.times_k" if isinstance(self.k_max, Mapping) else "k_max"
+            yield (
+                f"{where}: expected a number in {self.k}..{d_sae} (k and d_sae), found {self.largest_k:g}."
+            )
 
 
 class SoftTopK(PerInputK):
@@ -32,59 +111,27 @@ class SoftTopK(PerInputK):
     The loss adds budget_weight * softplus_5(mean k_hat - k): a mean k_hat above k costs, one below does
     not. For the last `hard_fraction` of the steps, and in use, z is the hard top-floor(k_hat), with no
     budget loss, and k_hat has no gradient.
-
-    Args:
-        k: the budget: latents an input on average, at the end of its schedule.
-        k_schedule: how the budget gets there.
-        k_max: the largest k_hat, of which it starts at about a half: a number, or {times_k: m} for m k
-            (2 in the released language-model runs; 2 d_in in those on images).
-        estimator_width: hidden units of the MLP, or None for d_sae (the released code's: one more
-            dense product a step). The first units start as the encoder's directions.
-        alpha: temperature of the soft top-k at the end of its schedule, in units of scaled activations.
-        alpha_schedule: how it gets there.
-        budget_weight: lambda_k.
-        hard_fraction: share of the steps, the last ones, with the hard top-k.
-        hard_phase: what the error trains then: full, encoder and decoder; decoder, the decoder alone
-            (released code), beside AuxK, which still trains the encoder's columns of dead latents.
-        reach: temperatures below the threshold of the soft top-k down to which a latent counts as active
-            and alive; 30 leaves out masks below 5e-14, 103 nothing that float32 holds (released code).
-        auxk_weight: weight of the AuxK loss.
     """
+
+    Options = SoftTopKOptions
 
     divides_latents = False
 
-    def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        *,
-        k: int,
-        k_schedule: Options,
-        k_max: float | Mapping[str, float],
-        estimator_width: int | None,
-        alpha: float,
-        alpha_schedule: Options,
-        budget_weight: float,
-        hard_fraction: float,
-        hard_phase: str,
-        reach: float,
-        auxk_weight: float,
-    ) -> None:
+    def __init__(self, d_in: int, d_sae: int, options: SoftTopKOptions) -> None:
         super().__init__(d_in, d_sae)
-        self.k: float = check_k(k, d_sae)
-        self.schedule = make_schedule("k", k, k_schedule, 1, d_sae)
-        self.k_max = largest_k(k_max, k)
-        alpha = check_number("alpha", alpha, 1e-8, 1e8)
-        self.alpha_schedule = make_schedule("alpha", alpha, alpha_schedule, 1e-8, 1e8)
-        self.temperature = alpha
-        self.budget_weight = check_weight("budget_weight", budget_weight)
-        self.hard_fraction = check_number("hard_fraction", hard_fraction, 0, 1)
-        self.hard_phase = check_choice("hard_phase", hard_phase, "full", "decoder")
-        self.reach = check_number("reach", reach, FAR, FAR_SINGLE)
-        self.auxk_weight = check_weight("auxk_weight", auxk_weight)
-        width = (
-            d_sae if estimator_width is None else check_count("estimator_width", estimator_width)
+        self.k: float = options.k
+        self.schedule = make_schedule("k", options.k, options.k_schedule, 1, d_sae)
+        self.k_max = options.largest_k
+        self.temperature = options.alpha
+        self.alpha_schedule = make_schedule(
+            "alpha", options.alpha, options.alpha_schedule, 1e-8, 1e8
         )
+        self.budget_weight = options.budget_weight
+        self.hard_fraction = options.hard_fraction
+        self.hard_phase = options.hard_phase
+        self.reach = options.reach
+        self.auxk_weight = options.auxk_weight
+        width = d_sae if options.estimator_width is None else options.estimator_width
         self.hidden = nn.Linear(d_in, width)
         self.output = nn.Linear(width, 1)
         with torch.no_grad():
@@ -140,18 +187,3 @@ class SoftTopK(PerInputK):
             "k_hat_std": float(k_hat.std()),
             "temperature": self.temperature,
         }
-
-
-def largest_k(value: Any, k: int) -> float:
-    """k_max from its option and the budget k.
-
-    Raises:
-        UserError: it is neither a number nor {times_k: a number}, or below k.
-    """
-    if isinstance(value, Mapping):
-        if set(value) != {"times_k"}:
-            raise UserError(
-                f"k_max: expected a number or {{times_k: a number}}, found {dict(value)}."
-            )
-        return k * check_number("k_max.times_k", value["times_k"], 1, 1e9)
-    return check_number("k_max", value, k, 1e9)

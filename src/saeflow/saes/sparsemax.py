@@ -1,10 +1,13 @@
 """Sparsemax SAE: an input attends to shared concepts, most of them with weight 0 (arXiv:2604.14925)."""
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from saeflow.config.options import VariantOptions, option
 from saeflow.errors import UserError
 from saeflow.operators import (
     SparseLatents,
@@ -16,19 +19,72 @@ from saeflow.operators import (
     sparsemax_of,
     sparsemax_sparse,
 )
-from saeflow.saes.base import (
-    SAE,
-    Forward,
-    Options,
-    check_choice,
-    check_number,
-    check_weight,
-)
+from saeflow.saes.base import SAE, Forward
 from saeflow.saes.initialisation import kaiming, uniform
-from saeflow.saes.schedules import make_schedule
+from saeflow.saes.schedules import ScheduleForm, make_schedule
 
 RATE_DECAY = 0.99
 MOST = 1024  # concepts of one input: a GPU makes room for these
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsemaxOptions(VariantOptions):
+    """Options of `sparsemax`; defaults are the paper's (arXiv:2604.14925)."""
+
+    architecture: Literal["shared", "mlp"] = option(
+        "shared: cross-attention to shared concepts; mlp: an encoder and a decoder of its own.",
+        default="shared",
+    )
+    activation: Literal["weights", "scores", "relu"] = option(
+        "weights: the sparsemax itself (the paper); scores: s where the sparsemax is above 0, with no gradient through the "
+        "threshold (the released code; such a latent may be negative); relu: relu(s), the ablation.",
+        default="weights",
+    )
+    query: Literal["identity", "linear"] = option(
+        "identity, or linear for a learned W_Q (architecture shared only).", default="identity"
+    )
+    score_scale: float | Literal["1/sqrt(d)", "learned"] = option(
+        "What scores are multiplied by: a number; 1/sqrt(d); or learned, from 1 on.",
+        default="1/sqrt(d)",
+        low=1e-8,
+        high=1e8,
+    )
+    max_rate: float | None = option(
+        "Firing rate in training above which a latent is left out, also in use; null keeps all.",
+        default=None,
+        above=0,
+        high=1,
+    )
+    rate_mask: Literal["excluded", "zeroed"] = option(
+        "How latents above max_rate are left out. excluded: the rate is a running mean (decay 0.99) of how often a latent "
+        "is not 0, and those left out have the score -inf; zeroed: it is the mean over all batches of how often it is above "
+        "0, and they have the score 0, which the simplex may still choose (released code).",
+        default="excluded",
+    )
+    loss: Literal["squared", "norm_weighted"] = option(
+        "squared: the error is summed over d_in; norm_weighted: 10 mean((x - x_hat)^2 / ||x||) (released code).",
+        default="squared",
+    )
+    l1: float = option(
+        "Weight of sum |z| / ||x||, the mean over the batch, at the end of its schedule; 0 in the paper where sparsity is "
+        "sparsemax's.",
+        default=0,
+        low=0,
+        high=1e30,
+    )
+    l1_schedule: ScheduleForm = option("How l1 gets there.", default={"kind": "constant"})
+    beta2: float = option("beta2 of Adam; beta1 is 0.9.", default=0.99, low=0, high=0.999999)
+    initialisation: Literal["unit", "kaiming"] = option(
+        "unit: random unit concepts and every map the identity (mlp: as other variants); kaiming: concepts uniform within "
+        "sqrt(6 / d_sae) of 0 and maps within sqrt(6 / d_in), so that scores have a standard deviation of 2 / sqrt(d_sae) "
+        "(released code; mlp: see src/saeflow/saes/initialisation.py).",
+        default="unit",
+    )
+
+    def problems(self, d_sae: int) -> Iterator[str]:
+        yield from super().problems(d_sae)
+        if self.query == "linear" and self.architecture == "mlp":
+            yield "query: expected identity with the architecture mlp, found 'linear'."
 
 
 class Sparsemax(SAE):
@@ -39,72 +95,35 @@ class Sparsemax(SAE):
     C W_K or values C W_V, which would cost a matrix product over d_sae each. `mlp` has an encoder and a
     decoder of its own: s = scale (q W_enc + b_enc), x_hat = z W_dec + b_dec. The norm is a part of the
     latents, so that `decode` needs them alone, and both forms take activations of any unit.
-
-    Args:
-        architecture: shared or mlp.
-        activation: weights, the sparsemax itself (the paper); scores, s where the sparsemax is above 0,
-            with no gradient through the threshold (the released code; such a latent may be negative);
-            relu, relu(s), the ablation.
-        query: identity, or linear for a learned W_Q (shared only).
-        score_scale: a number; 1/sqrt(d); or learned, from 1 on.
-        max_rate: latents whose running firing rate in training exceeds this are left out, also in use;
-            None keeps all.
-        rate_mask: excluded, the rate is a running mean (decay 0.99) of how often a latent is not 0, and
-            those left out have the score -inf; zeroed, it is the mean over all batches of how often it is
-            above 0, and they have the score 0, which the simplex may still choose (released code).
-        loss: squared, the sum over d_in; norm_weighted, 10 mean((x - x_hat)^2 / ||x||) (released code).
-        l1: weight of sum |z| / ||x||, the mean over the batch, at the end of its schedule; 0 in the
-            paper where sparsity is sparsemax's.
-        l1_schedule: how it gets there.
-        beta2: of Adam; beta1 is 0.9.
-        initialisation: unit, random unit concepts and every map the identity (mlp: as other variants);
-            kaiming, concepts uniform within sqrt(6 / d_sae) of 0 and maps within sqrt(6 / d_in), so that
-            scores have a standard deviation of 2 / sqrt(d_sae) (released code; mlp: see `saes.initialisation`).
     """
+
+    Options = SparsemaxOptions
 
     has_unit_norm = False
     divides_latents = False
     firing_rate: Tensor
     batches: Tensor
 
-    def __init__(
-        self,
-        d_in: int,
-        d_sae: int,
-        *,
-        architecture: str,
-        activation: str,
-        query: str,
-        score_scale: float | str,
-        max_rate: float | None,
-        rate_mask: str,
-        loss: str,
-        l1: float,
-        l1_schedule: Options,
-        beta2: float,
-        initialisation: str,
-    ) -> None:
+    def __init__(self, d_in: int, d_sae: int, options: SparsemaxOptions) -> None:
         super().__init__(d_in, d_sae)
-        self.betas = (0.9, check_number("beta2", beta2, 0, 0.999999))
-        self.initialisation = check_choice("initialisation", initialisation, "unit", "kaiming")
-        self.is_shared = check_choice("architecture", architecture, "shared", "mlp") == "shared"
-        self.activation = check_choice("activation", activation, "weights", "scores", "relu")
-        self.loss = check_choice("loss", loss, "squared", "norm_weighted")
-        self.schedule = make_schedule("l1", check_weight("l1", l1), l1_schedule, 0, float("inf"))
+        self.betas = (0.9, options.beta2)
+        self.initialisation = options.initialisation
+        self.is_shared = options.architecture == "shared"
+        self.activation = options.activation
+        self.loss = options.loss
+        self.schedule = make_schedule("l1", options.l1, options.l1_schedule, 0, float("inf"))
         self.l1 = self.schedule.target
-        self.max_rate = None if max_rate is None else check_number("max_rate", max_rate, 0, 1)
-        scale, is_learned = read_scale(score_scale, d_in)
+        self.max_rate = options.max_rate
+        scale, is_learned = read_scale(options.score_scale, d_in)
         self.score_scale = nn.Parameter(torch.tensor(scale), requires_grad=is_learned)
-        if check_choice("query", query, "identity", "linear") == "linear" and not self.is_shared:
-            raise UserError("query: expected identity with the architecture mlp, found 'linear'.")
         if self.is_shared:
             for name in ("W_enc", "b_enc", "b_dec"):
                 self.register_parameter(name, None)
             self.W_K = nn.Parameter(torch.zeros(d_in, d_in))
             self.W_V = nn.Parameter(torch.zeros(d_in, d_in))
-            self.W_Q = nn.Parameter(torch.zeros(d_in, d_in)) if query == "linear" else None
+            self.W_Q = nn.Parameter(torch.zeros(d_in, d_in)) if options.query == "linear" else None
         self.register_buffer("firing_rate", torch.zeros(d_sae))
-        self.is_zeroed = check_choice("rate_mask", rate_mask, "excluded", "zeroed") == "zeroed"
+        self.is_zeroed = options.rate_mask == "zeroed"
         if self.is_zeroed:
             self.register_buffer("batches", torch.zeros(()))
 
@@ -302,18 +321,8 @@ class Sparsemax(SAE):
         return facts
 
 
-def read_scale(value: Any, d_in: int) -> tuple[float, bool]:
-    """A score scale from its option, and whether it is learned.
-
-    Raises:
-        UserError: it is none.
-    """
-    if value == "1/sqrt(d)":
-        return d_in**-0.5, False
-    if value == "learned":
-        return 1.0, True
+def read_scale(value: float | str, d_in: int) -> tuple[float, bool]:
+    """A score scale from its option, and whether it is learned."""
     if isinstance(value, str):
-        raise UserError(
-            f"score_scale: expected a number above 0, 1/sqrt(d) or learned, found {value!r}."
-        )
-    return check_number("score_scale", value, 1e-8, 1e8), False
+        return (1.0, True) if value == "learned" else (d_in**-0.5, False)
+    return value, False

@@ -1,28 +1,46 @@
 """TopK SAE: keep the k largest latents of each input (Gao et al. 2024, arXiv:2406.04093)."""
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
+from saeflow.config.options import FoundK, VariantOptions, option
 from saeflow.operators import SparseLatents, keep_topk, topk_sparse
-from saeflow.saes.base import SAE, Forward, Options, check_k, check_weight
-from saeflow.saes.schedules import make_schedule
+from saeflow.saes.base import SAE, Forward
+from saeflow.saes.schedules import ScheduleForm, make_schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopKOptions(VariantOptions):
+    """Options of `topk`."""
+
+    k: FoundK = option(
+        "Active latents of an input at the end of the schedule, and in use; {mean_l0_of: ENTRY/LABEL} takes the mean "
+        "L0 that another run of the store has on training activations.",
+        unit="latents",
+        counts_latents=True,
+    )
+    k_schedule: ScheduleForm = option(
+        "How k gets there.", default={"kind": "constant"}, counts_latents=True
+    )
+    auxk_weight: float = option(
+        "Weight of the AuxK loss (Gao et al. 2024, appendix A.2).",
+        default=0.03125,
+        low=0,
+        high=1e30,
+    )
 
 
 class TopK(SAE):
-    """z = TopK_k(relu(a)) per row; ties go to the lower index.
+    """z = TopK_k(relu(a)) per row; ties go to the lower index."""
 
-    Args:
-        k: latents per input at the end of the schedule, and for inference.
-        k_schedule: how k gets there.
-        auxk_weight: weight of the AuxK loss (1/32 in the paper).
-    """
+    Options = TopKOptions
 
-    def __init__(
-        self, d_in: int, d_sae: int, *, k: int, k_schedule: Options, auxk_weight: float
-    ) -> None:
+    def __init__(self, d_in: int, d_sae: int, options: TopKOptions) -> None:
         super().__init__(d_in, d_sae)
-        self.k = check_k(k, d_sae)
-        self.schedule = make_schedule("k", k, k_schedule, 1, d_sae)
-        self.auxk_weight = check_weight("auxk_weight", auxk_weight)
+        self.k = options.k
+        self.schedule = make_schedule("k", options.k, options.k_schedule, 1, d_sae)
+        self.auxk_weight = options.auxk_weight
 
     @property
     def is_sparse(self) -> bool:

@@ -1,10 +1,8 @@
 """The table of variants: a new one is one file, one line here."""
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from saeflow.config.options import with_defaults
 from saeflow.errors import UserError
 from saeflow.saes.adaptive_k import AdaptiveK
 from saeflow.saes.base import SAE
@@ -32,10 +30,11 @@ VARIANTS: dict[str, type[SAE]] = {
     "sparsemax": Sparsemax,
     "topk": TopK,
 }
+"""`saeflow.config.variants` reads this table without importing it: the options of NAME are NAMEOptions of the same file."""
 
 
 def build(variant: str, d_in: int, d_sae: int, options: Mapping[str, Any]) -> SAE:
-    """A new SAE of a variant, with zero weights until `initialise` or a load.
+    """Make an SAE of a variant, with zero weights until `initialise` or a load.
 
     Args:
         options: those that are not stated have the variant's defaults, where it has them.
@@ -45,21 +44,10 @@ def build(variant: str, d_in: int, d_sae: int, options: Mapping[str, Any]) -> SA
     """
     if variant not in VARIANTS:
         raise UserError(f"variant: expected one of {', '.join(VARIANTS)}, found {variant!r}.")
-    known = _options(VARIANTS[variant])
-    whole = with_defaults(variant, options) if isinstance(options, Mapping) else {}
-    if set(whole) != set(known):
-        found = ", ".join(options) if isinstance(options, Mapping) else repr(options)
-        raise UserError(
-            f"{variant}: expected the options {', '.join(known)}, found {found or 'none'}."
-        )
-    return VARIANTS[variant](d_in, d_sae, **whole)
-
-
-def _options(variant: type[SAE]) -> list[str]:
-    """The options of a variant: its constructor's own, after those of the variants it builds on."""
-    found: dict[str, None] = {}
-    for layer in reversed(variant.__mro__):
-        if issubclass(layer, SAE) and "__init__" in vars(layer):
-            parameters = inspect.signature(vars(layer)["__init__"]).parameters.values()
-            found |= {own.name: None for own in parameters if own.kind is own.KEYWORD_ONLY}
-    return list(found)
+    of_variant: Any = VARIANTS[variant]  # whose constructor takes the variant's own options
+    try:
+        read = of_variant.Options.read(options, d_sae)
+    except UserError as error:
+        raise error.within(variant) from None
+    made: SAE = of_variant(d_in, d_sae, read)
+    return made

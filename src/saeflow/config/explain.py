@@ -1,0 +1,100 @@
+"""Check values by a JSON schema, and say in one line each what is wrong with them."""
+
+import difflib
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+DESCRIBED = "docs/parameters.md"
+"""The document that describes every key."""
+_CHOICES = 12
+"""More names than this are not listed in a message."""
+
+
+def _is_whole(checker: Any, value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(checker: Any, value: Any) -> bool:
+    return _is_whole(checker, value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def validator(schema: Mapping[str, Any]) -> Any:
+    """A validator to which 1.0 is no integer, and neither infinity nor NaN a number."""
+    return _strict()(schema)
+
+
+@functools.cache
+def _strict() -> Any:
+    import jsonschema  # a tenth of a second, which most jobs of the workflow do not need
+
+    draft = jsonschema.Draft202012Validator
+    types = draft.TYPE_CHECKER.redefine_many({"integer": _is_whole, "number": _is_finite})
+    return jsonschema.validators.extend(draft, type_checker=types)
+
+
+def explained(errors: Iterable[Any]) -> list[str]:
+    """A line for each error of a validator, in the order of their places, none twice."""
+    ordered = sorted(errors, key=lambda error: list(map(str, error.path)))
+    return list(dict.fromkeys(map(_explain, ordered)))
+
+
+def listed(names: Any) -> str:
+    """Names in order, for a message."""
+    return ", ".join(sorted(names)) or "none"
+
+
+def _as_list(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _choices(error: Any) -> str:
+    """List the allowed names; of many, those most like the one that was found."""
+    names = sorted(map(str, error.validator_value))
+    if len(names) <= _CHOICES:
+        return ", ".join(names)
+    near = difflib.get_close_matches(str(error.instance), names, n=3, cutoff=0)
+    return f"{', '.join(near)} and {len(names) - len(near)} others of {DESCRIBED}"
+
+
+def _explain(error: Any) -> str:
+    """One line for a schema error: where, what was expected, what was found."""
+    if error.validator in ("oneOf", "anyOf") and error.context:
+        branches: dict[Any, list[Any]] = {}
+        for nested in error.context:
+            branches.setdefault(nested.schema_path[0], []).append(nested)
+        meant = [b for b in branches.values() if not any(e.validator == "const" for e in b)]
+        types = [
+            [e.validator_value for e in b if e.validator == "type" and not e.path] for b in meant
+        ]
+        if isinstance(error.instance, Mapping | list):  # a mistake in it, not that it is no null
+            meant = [b for b, other in zip(meant, types, strict=True) if not other] or meant
+        elif len(types) > 1 and all(types):
+            where = ".".join(str(part) for part in error.absolute_path)
+            wanted = " or ".join(str(value) for other in types for value in other)
+            return f"{where}: expected {wanted}, found {error.instance!r}."
+        if meant:  # the alternative with the fewest mistakes, and in it the deepest one
+            fewest = min(meant, key=lambda branch: len(branch))
+            return _explain(max(fewest, key=lambda nested: len(nested.absolute_path)))
+    where = ".".join(str(part) for part in error.absolute_path) or "the file"
+    found = repr(error.instance)
+    found = found if len(found) < 80 else found[:77] + "..."
+    match error.validator:
+        case "additionalProperties" | "unevaluatedProperties":
+            known = set(error.schema.get("properties", {}))
+            unknown = sorted(set(error.instance) - known)
+            return f"{where}: unknown key {listed(unknown)}. Known keys: {listed(known)}."
+        case "required":
+            missing = [key for key in error.validator_value if key not in error.instance]
+            return f"{where}: the key {listed(missing)} is missing. Add it (see {DESCRIBED})."
+        case "type":
+            wanted = " or ".join(_as_list(error.validator_value))
+            return f"{where}: expected {wanted}, found {found}."
+        case "enum":
+            return f"{where}: expected one of {_choices(error)}, found {found}."
+        case "const":
+            return f"{where}: expected {error.validator_value!r}, found {found}."
+        case _:
+            hint = error.schema.get("description", "")
+            return f"{where}: {error.message}" + (f" ({hint})" if hint else "") + "."
