@@ -9,8 +9,8 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "saeflow"
 LAYERS = (
-    "errors", "device", "files", "local_files", "progress", "plugins", "figure_needs", "config", "provenance", "plan", "operators",
-    "sources", "stores", "complexity", "saes", "training", "evaluation", "exchange", "preflight", "figures", "needs", "rehearsal",
+    "errors", "device", "files", "local_files", "progress", "plugins", "config", "provenance", "plan", "operators",
+    "sources", "stores", "complexity", "saes", "training", "tables", "evaluation", "exchange", "figures", "preflight", "needs", "rehearsal",
     "cli", "__main__",
 )  # fmt: skip
 

@@ -24,6 +24,10 @@ _TABLE = (*_MODEL, "pandas", "scipy")
 _PROBE = (*_STORE, "pandas", "scikit-learn", "scipy")
 _DRAW = ("jinja2", "matplotlib", "numpy", "pandas", "safetensors")
 _SHARED = ("config",)
+_WRITTEN = tuple(
+    f"tables/{name}" for name in ("evaluations", "files", "metrics", "numbers", "runs", "schema")
+)
+"""The modules of tables that measuring jobs run."""
 _ROW_POLICY = ("batch_size", "skip_first", "max_norm_multiple")
 _OF_IMAGES = ("labelled_sets", "concept_cards")
 
@@ -366,7 +370,7 @@ class Plan:
 
     @_once
     def key_evaluation(self, run: str) -> str:
-        code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation")
+        code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation", *_WRITTEN)
         config = self.evaluated[run]
         after = [self.key_sae(run), *self._after_stores(config.source, config.hook_point)]
         after += self._after_others(config.source, config.hook_point)
@@ -375,7 +379,16 @@ class Plan:
 
     @_once
     def key_latents(self, run: str) -> str:
-        code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation", "figures")
+        code = (
+            *_SHARED,
+            "operators",
+            "sources",
+            "stores",
+            "saes",
+            "evaluation",
+            "figures",
+            "tables",
+        )
         config = self.evaluated[run]
         after = [self.key_sae(run), *self._after_stores(config.source, config.hook_point)]
         slice_ = [self.latents(), self.evaluation(config.source), self.mark]
@@ -384,7 +397,7 @@ class Plan:
 
     @_once
     def key_interpretation(self, run: str) -> str:
-        code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation")
+        code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation", *_WRITTEN)
         config = self.evaluated[run]
         after = [self.key_sae(run), *self._after_stores(config.source, config.hook_point)]
         slice_: list[Any] = [self.interpretability(), self.row_policy()]
@@ -394,14 +407,14 @@ class Plan:
 
     @_once
     def key_baselines(self, source: str, hook_point: str) -> str:
-        code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation")
+        code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation", *_WRITTEN)
         slice_ = [self.evaluation(source), self.pca_ranks()]
         after = self._after_stores(source, hook_point) + self._after_others(source, hook_point)
         return job_key("baselines", slice_, code=code, libraries=_TABLE, after=after)
 
     @_once
     def key_stability(self, setting: str) -> str:
-        code = (*_SHARED, "operators", "stores", "saes", "evaluation")
+        code = (*_SHARED, "operators", "stores", "saes", "evaluation", *_WRITTEN)
         runs = self.seeds[setting]
         source = self.runs[runs[0]].source
         after = [self.key_sae(run) for run in runs]
@@ -410,7 +423,7 @@ class Plan:
 
     @_once
     def key_tables(self) -> str:
-        code = (*_SHARED, "evaluation/tables")
+        code = (*_SHARED, "tables")
         after = [self.key_evaluation(run) for run in self.evaluated]
         after += [self.key_baselines(*store) for store in self.stores]
         after += [self.key_probe(*probe) for probe in self.probes]
@@ -420,13 +433,13 @@ class Plan:
 
     @_once
     def key_figure(self, figure: str) -> str:
-        code = (*_SHARED, "figures")
+        code = (*_SHARED, "figures", "tables")
         after = [self.key_tables()]
         return job_key(figure, self.figure(), code=code, libraries=_DRAW, after=after)
 
     @_once
     def key_report(self) -> str:
-        code = (*_SHARED, "figures")
+        code = (*_SHARED, "figures", "tables")
         after = [self.key_tables(), *map(self.key_figure, self.params["figures"]["names"])]
         after += map(self.key_latents, self.pages)
         return job_key("report", self.params["figures"], code=code, libraries=_DRAW, after=after)

@@ -8,6 +8,7 @@ from typing import Any
 from saeflow import device
 from saeflow.complexity.scorers import check_scoring
 from saeflow.errors import UserError
+from saeflow.figures import check_figures
 from saeflow.plan import Plan
 from saeflow.sources import check_source
 from saeflow.sources.text import rows_per_context
@@ -22,11 +23,12 @@ def checked_plan(params: Mapping[str, Any]) -> Plan:
     """The plan of valid parameters whose parts fit each other; loads no model code.
 
     Raises:
-        UserError: a source, a scorer, a number of rows or of ranks that a later job would refuse.
+        UserError: a source, a scorer, a figure, a number of rows or of ranks that a later job would refuse.
     """
     for name, source in params["sources"].items():
         check_source(name, source, Path("results/sources") / name)
     plan = Plan(params)
+    check_figures(params, plan.runs.values())
     for source, _, name in plan.probes:
         check_scoring(name, plan.scoring(name), params["sources"][source])
     for source in plan.sources:

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 from saeflow.config import check_params
 from saeflow.device import has_gpu
 from saeflow.errors import UserError
-from saeflow.evaluation.tables import EXTRA as EXTRA_TABLES
 from saeflow.preflight import check_saes, checked_plan, device_problem
+from saeflow.tables.schema import TABLES
 
 if "{" in os.getcwd():
     # Snakemake 9 looks for its locks with the whole path as a pattern of wildcards.

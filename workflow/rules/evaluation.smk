@@ -252,20 +252,7 @@ rule collect_tables:
         stability=STABILITY,
         interpreted=INTERPRETED,
     output:
-        metrics="results/tables/metrics.csv",
-        summary="results/tables/summary.csv",
-        training="results/tables/training.csv",
-        options="results/tables/options.csv",
-        probing="results/tables/probing.csv",
-        detection="results/tables/detection.csv",
-        absorption="results/tables/absorption.csv",
-        complexity="results/tables/complexity.csv",
-        probes="results/tables/probes.csv",
-        histograms="results/tables/histograms.csv",
-        extra=expand(
-            "results/tables/{table}.csv",
-            table=[*EXTRA_TABLES, "stability"],
-        ),
+        tables=expand("results/tables/{table}.csv", table=TABLES),
         json="results/tables/metrics.json",
         record="results/tables/provenance.json",
     log:

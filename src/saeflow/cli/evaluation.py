@@ -331,7 +331,7 @@ def collect(
     key: Key = "",
 ) -> None:
     """Gather the tables of all runs."""
-    from saeflow.evaluation.tables import collect as collect_tables
+    from saeflow.tables.collect import collect as collect_tables
 
     folders = [path.parent for path in records]
     apart = ("train", "probe", "stability", "interpret")

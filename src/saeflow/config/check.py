@@ -10,7 +10,6 @@ from saeflow.config.schema import conform
 from saeflow.config.variants import variants, with_options
 from saeflow.config.yaml_file import read_yaml
 from saeflow.errors import UserError
-from saeflow.figure_needs import check_figures
 from saeflow.plugins import module_file
 
 RESERVED = {"baselines", "clean", "dimension", "identity", "mean", "on", "pca"}

@@ -26,22 +26,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFINITIONS = {
-    "probe_f1": "F1 of the letter's logistic probe of the activation on held-out words.",
-    "true_positives": "held-out words of the letter that its probe finds.",
-    "split_latents": "latents of the letter: one more while that raises the F1 of a probe of them by more than the jump.",
-    "sparse_f1": "F1 of the logistic probe of the letter's latents on held-out words.",
-    "absorption_fraction": (
-        "mean over true positives of the share of the letter's direction that other latents write in place of the letter's own."
-    ),
-    "full_absorption": (
-        "share of the true positives on which the letter's own latents are silent and one other latent writes its direction."
-    ),
-    "counted": (
-        "1 if the probe finds the letter (its F1 is above the least one), so that the letter counts in the means; in the line "
-        "`mean`, how many do."
-    ),
-}
 MEAN = "mean"
 SMALL_MODEL, SMALL_DICTIONARY = 10**9, 16384
 """Parameters and latents below which the measure says little: such models hardly spell (SAEBench's own warning)."""
@@ -132,7 +116,7 @@ def measure(
         device: where probes are trained.
 
     Returns:
-        Lines: letter, words (of test), what DEFINITIONS says, latents (the letter's own, with spaces between). A letter
+        Lines: the columns of the table `absorption` beside the id columns. A letter
         without words in one of the splits has no line. Last, the line `mean`; where fewer than min_letters count, it
         has no absorption.
     """

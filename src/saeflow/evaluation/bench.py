@@ -26,9 +26,11 @@ from saeflow.evaluation.latents import BINS, LOWEST, logit_lens, write_latents
 from saeflow.evaluation.measure import Measured, Observer, measure_rows
 from saeflow.evaluation.rows import RowSelection, RowStatistics, row_statistics
 from saeflow.evaluation.splice import ModelInTheLoop
-from saeflow.evaluation.tables import Evaluation, identify, write_evaluation
 from saeflow.evaluation.zero_shot import LabelledSets
 from saeflow.stores import open_store
+from saeflow.tables.evaluations import Evaluation, write_evaluation
+from saeflow.tables.metrics import brief
+from saeflow.tables.runs import identify
 
 logger = logging.getLogger(__name__)
 _LENS = 6  # tokens each way
@@ -393,7 +395,7 @@ def evaluate_sae(
         sae: as `saeflow.load` returns it.
         config: its config.json.
         benches: of the source and hook point it was trained on, the first measures on this source itself.
-        folder: written: metrics.csv, histograms.csv, the tables of EXTRA that the source has, and concept
+        folder: written: the tables of the job `evaluate`, and concept
             cards of images, those of another source in a folder of its name.
 
     Raises:
@@ -404,7 +406,7 @@ def evaluate_sae(
         bench.check_fits(config)
         sae = sae.to(bench.device).eval()
         found, measured, per_image = bench.measure(sae, is_trained=True)
-        logger.info("%s%s: %s", config["name"], bench.where, _brief(found.metrics))
+        logger.info("%s%s: %s", config["name"], bench.where, brief(found.metrics))
         results.append((identify(config), found))
         if per_image is not None:
             place = folder / bench.subfolder
@@ -466,7 +468,7 @@ def evaluate_baselines(ranks: list[int], benches: Sequence[Bench], folder: Path)
     for baseline, bench in itertools.product(fitted, benches):
         found, _, _ = bench.measure(baseline.to(bench.device).eval(), is_trained=False)
         name = f"{bench.source}/{bench.hook_point}/{baseline.variant}/k{baseline.width}"
-        logger.info("%s%s: %s", name, bench.where, _brief(found.metrics))
+        logger.info("%s%s: %s", name, bench.where, brief(found.metrics))
         ids = {
             "run": name,
             "source": bench.source,
@@ -492,8 +494,3 @@ def _png(pixels: np.ndarray, image: int) -> bytes:
     picture.thumbnail((_PICTURE, _PICTURE))
     picture.save(held, "PNG")
     return held.getvalue()
-
-
-def _brief(metrics: Mapping[str, float]) -> str:
-    names = ("fvu", "l0_mean", "ce_degradation", "zero_shot", "mmcs", "support_f1")
-    return ", ".join(f"{name} {metrics[name]:.4g}" for name in names if name in metrics)

@@ -20,17 +20,6 @@ from saeflow.plugins import load_function
 
 logger = logging.getLogger(__name__)
 
-DEFINITIONS = {
-    "balanced_accuracy": (
-        "mean of the shares of held-out windows with and without the latent that the scorer tells right; 0.5 is chance."
-    ),
-    "auc": "area under the ROC curve of the scorer's scores.",
-    "shuffled": "balanced accuracy where the held-out answers are shuffled; a control, near 0.5.",
-    "interpretable_share": (
-        "share of the sampled latents (of those that fire often enough to be judged, and on at most half of the rows) "
-        "whose balanced accuracy is at least the threshold."
-    ),
-}
 _SMOOTHING = 0.5
 
 

@@ -18,14 +18,6 @@ from saeflow.evaluation.reconstruction import Reconstruction
 from saeflow.evaluation.rows import RowSelection, RowStatistics, selected_rows
 from saeflow.files import write_json
 
-DEFINITIONS = {
-    "fvu_cls": "FVU over CLS tokens only, about their own mean; so for nmse_, cosine_ and l0_.",
-    "fvu_patches": "FVU over patches only, about their own mean; so for nmse_, cosine_ and l0_.",
-    "spearman_l0_objects": (
-        "Spearman correlation of an image's mean L0 over its tokens with its number of objects (scenes)."
-    ),
-    "spearman_k_hat_objects": "the same for the k that the SAE allows.",
-}
 CARDS, CARD_FACTS = "cards.safetensors", "cards.json"
 KINDS: dict[str, Literal["first", "rest"]] = {"cls": "first", "patches": "rest"}
 _PER_KIND = ("fvu", "nmse", "cosine")

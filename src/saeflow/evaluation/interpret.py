@@ -15,8 +15,8 @@ from saeflow.evaluation.detection import Scorer, Text, detect, scorer_of
 from saeflow.evaluation.measure import column_of
 from saeflow.evaluation.probing import Rows, probe
 from saeflow.evaluation.rows import selected_rows
-from saeflow.evaluation.tables import ABSORPTION, DETECTION, PROBING, identify, write_lines
 from saeflow.evaluation.tasks import asked, tasks
+from saeflow.tables.evaluations import write_of_run
 
 if TYPE_CHECKING:
     from saeflow.evaluation.bench import Bench
@@ -58,7 +58,7 @@ def interpret(
     rows = {split: _probed(*held[split], known[split]) for split in splits}
     chosen = settings["probing"]
     lines = probe(rows["train"], rows["evaluation"], chosen["k"], chosen["rows"], chosen["seed"])
-    write_lines(folder / PROBING, config, lines)
+    write_of_run(folder, "probing", config, lines)
     found: list[dict[str, Any]] = []
     if scorer is not None and detection is not None and "token" in held["train"][2]:
         train, test = (
@@ -69,13 +69,13 @@ def interpret(
             for split, (_, latents, columns) in held.items()
         )  # fmt: skip
         found = detect(train, test, detection, scorer)
-    write_lines(folder / DETECTION, config, found)
+    write_of_run(folder, "detection", config, found)
     spelling = settings["absorption"]
     has_words = spelling is not None and bench.model_in_the_loop is not None
     lines_of_letters = absorb(sae, bench, spelling) if has_words else []
-    write_lines(folder / ABSORPTION, config, lines_of_letters)
+    write_of_run(folder, "absorption", config, lines_of_letters)
     questions = len({line["task"] for line in lines})
-    logger.info("%s: %d questions, %d latents", identify(config)["run"], questions, len(found))
+    logger.info("%s: %d questions, %d latents", config["name"], questions, len(found))
 
 
 def _probed(

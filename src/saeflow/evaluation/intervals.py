@@ -20,7 +20,7 @@ RATIOS = {
     "ce_degradation": ("rise", "tokens"),
     "kl": ("divergence", "tokens"),
 }
-"""Metrics that have intervals: which sums are divided."""
+"""By metric that has an interval, the two sums whose quotient it is."""
 _SHARE = 0.95
 
 Sums = Mapping[str, np.ndarray]

@@ -1,7 +1,7 @@
 """Quality of reconstruction: sums over the whole split in float64, divided once.
 
-With x (rows, d_in) the evaluated activations, e = x - x_hat and m the mean row, DEFINITIONS says what
-each metric is. Formulas that the field reports under the same words are kept apart by name, for
+With x (rows, d_in) the evaluated activations, e = x - x_hat and m the mean row,
+`saeflow.tables.metrics` defines each metric. Formulas that the field reports under the same words are kept apart by name, for
 comparison with published numbers only.
 """
 
@@ -9,39 +9,6 @@ import torch
 from torch import Tensor
 
 from saeflow.errors import UserError
-
-DEFINITIONS = {
-    "nmse": "sum |e|^2 / sum |x|^2 over all rows (uncentred).",
-    "fvu": "sum |e|^2 / sum |x - m|^2 over all rows; m is the mean of the evaluated rows.",
-    "explained_variance": "1 - fvu.",
-    "cosine": "mean over rows of <x, x_hat> / (|x| |x_hat|); a row with a zero vector counts 0.",
-    "relative_norm": "sum |x_hat| / sum |x| over all rows (norms, not squares): below 1 is shrinkage.",
-    "mse": "sum |e|^2 / (rows d_in), per entry, in squared units of the activations.",
-    "fve_dictionary_learning": (
-        "1 - sum_d Var(e_d) / sum_d Var(x_d): the error about its own mean, so a constant bias is "
-        "free (dictionary_learning, SoftSAE, AdaptiveK). Here over all rows at once; the released "
-        "code averages it over batches."
-    ),
-    "ev_legacy_saelens": (
-        "mean over rows of 1 - |e|^2 / |x - m|^2 (SAELens up to 2025, SAEBench paper). Here m is the "
-        "mean of all evaluated rows, not of a batch; rows equal to m are left out."
-    ),
-    "ev_saelens_6_18": (
-        "1 - E / (P - (P / d_in)^2) with E and P the means over rows of |e|^2 and |x|^2 (SAELens 6.18, SAEBench "
-        "0.6): a square of a square, so it changes with the unit of the activations and may exceed 1. Only to "
-        "show the difference; absent where the denominator is 0."
-    ),
-    "nmse_token_openai": (
-        "mean over rows of |e|^2 / |x|^2 (OpenAI sparse_autoencoder); zero rows are left out."
-    ),
-    "nmse_layernorm_batchtopk": (
-        "mean over rows and dimensions of (e / (s + 1e-5))^2, s the standard deviation of the row's "
-        "entries (d_in - 1 in the denominator): the squared error on standardised rows (BatchTopK)."
-    ),
-    "r2_overcomplete": (
-        "1 - sum |e|^2 / sum_rd (x_rd - c)^2 with one scalar c, the mean of all entries (overcomplete)."
-    ),
-}
 
 _LAYERNORM_EPS = 1e-5  # BatchTopK, `preprocess_input`
 _TINY = 1e-24  # relative squared spread below which rows are equal but for rounding
@@ -93,7 +60,7 @@ class Reconstruction:
         return terms
 
     def metrics(self) -> dict[str, float]:
-        """Every metric of DEFINITIONS.
+        """Return every metric of reconstruction.
 
         Raises:
             UserError: the activations are all equal (their variance is 0), or something is not

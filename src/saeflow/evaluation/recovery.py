@@ -7,30 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-DEFINITIONS = {
-    "mmcs": (
-        "cosine similarity of decoder directions and true features, matched one to one for the "
-        "largest sum (Hungarian), averaged over the true features; one without a latent counts 0."
-    ),
-    "mcc": (
-        "the same on absolute cosines, averaged over the matched pairs, min(d_sae, features) of "
-        "them: the mean correlation coefficient of O'Neill et al. 2024 (arXiv:2411.13117)."
-    ),
-    "support_precision": (
-        "TP / sum of L0: share of the firing latents whose matched feature is on; a latent without "
-        "a matched feature is a false positive. Sums over all rows (micro-average)."
-    ),
-    "support_recall": "TP / sum of true counts: share of the features that are on whose latent fires.",
-    "support_f1": "2 TP / (sum of L0 + sum of true counts).",
-    "true_l0_mean": "mean number of features that are on.",
-    "spearman_l0_true": (
-        "Spearman correlation of a row's L0 with its true count; absent where either is constant."
-    ),
-    "spearman_k_hat_true": (
-        "the same for the k that the SAE allows (variants that choose it), in steps of 1/64."
-    ),
-}
-
 _K_STEPS = 64
 
 
@@ -126,11 +102,14 @@ class Recovery:
             self.k_pairs.update(zip(steps.tolist(), true_count.tolist(), strict=True))
 
     def metrics_of_dictionary(self) -> dict[str, float]:
-        """mmcs and mcc, which need no rows."""
-        return {"mmcs": float(self.matching.cosine.mean()), "mcc": self.mcc}
+        """Return matched_feature_cosine and mcc, which need no rows."""
+        return {
+            "matched_feature_cosine": float(self.matching.cosine.mean()),
+            "mcc": self.mcc,
+        }
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of DEFINITIONS, those with a value; needs at least one row."""
+        """Return the metrics of recovery that have a value; needs at least one row."""
         metrics: dict[str, float | None] = {
             **self.metrics_of_dictionary(),
             "support_precision": self.hits / self.fired if self.fired else None,

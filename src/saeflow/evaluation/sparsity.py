@@ -10,14 +10,6 @@ Histogram = list[tuple[float, float, int]]
 """Bins (left, right, count): left <= value < right."""
 
 DENSE_RATE = 0.1
-DEFINITIONS = {
-    "l0_mean": "mean over rows of the number of latents that are not 0.",
-    "l0_median": "50th percentile of that number (exact, linear between order statistics).",
-    "l0_p5": "5th percentile.",
-    "l0_p95": "95th percentile.",
-    "dead_fraction": "share of the latents that never fire over the evaluated rows.",
-    "dense_fraction": "share of the latents that fire on more than 10 % of the evaluated rows.",
-}
 
 _MOST_BINS = 256
 _RATE_BIN = 0.25  # decades
@@ -59,7 +51,7 @@ class Sparsity:
         return low + (high - low) * (place - math.floor(place))
 
     def metrics(self) -> dict[str, float]:
-        """The metrics of DEFINITIONS; dead and dense fractions only where there are latents."""
+        """Return the metrics of sparsity; dead and dense fractions only where there are latents."""
         values = torch.arange(self.d_sae + 1, device=self.l0_counts.device)
         metrics = {
             "l0_mean": int((self.l0_counts * values).sum()) / self.rows,

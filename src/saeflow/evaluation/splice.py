@@ -29,17 +29,6 @@ from saeflow.stores.batches import read_ahead
 
 logger = logging.getLogger(__name__)
 
-DEFINITIONS = {
-    "ce_clean": "mean cross-entropy of the next token, the model as it is.",
-    "ce_spliced": "the same with x_hat in the place of x at the hook point.",
-    "ce_mean": "the same with the mean row of the training split.",
-    "ce_zero": "the same with zero.",
-    "ce_degradation": "ce_spliced - ce_clean.",
-    "loss_recovered": "(ce_zero - ce_spliced) / (ce_zero - ce_clean); absent if zero costs nothing.",
-    "kl": "mean KL(clean || spliced) of the next-token distributions.",
-    "ce_tokens": "predicted tokens.",
-    "ce_first_position_kept": "1 if first positions keep their clean activation, else 0.",
-}
 
 CLEAN = "clean.json"
 _LOGITS_AT_ONCE = 1 << 24
@@ -316,7 +305,7 @@ class ModelInTheLoop:
         return whole
 
     def metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """The metrics of DEFINITIONS for one replacement, from its `sums`."""
+        """Return the metrics of one replacement, from its `sums`."""
         summary = self.summary
         rise, divergence, tokens = (float(sums[n].sum()) for n in ("rise", "divergence", "tokens"))
         clean, zero = summary["ce_clean"], summary["ce_zero"]

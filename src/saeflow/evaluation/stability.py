@@ -12,33 +12,8 @@ from torch import Tensor
 from saeflow.evaluation.correlation import correlation
 from saeflow.evaluation.recovery import cosines, match
 from saeflow.evaluation.rows import RowSelection, selected_rows
-from saeflow.evaluation.tables import (
-    STABILITY,
-    STABILITY_COLUMNS,
-    identify,
-    number,
-    setting_of,
-    write_csv,
-)
+from saeflow.tables.evaluations import write_of_seeds
 
-DEFINITIONS = {
-    "matched_cosine": (
-        "cosine similarity of decoder directions of two seeds, matched one to one for the largest sum "
-        "(Hungarian), averaged over the pairs; dead latents count, wherever they point. Up to 4096 latents."
-    ),
-    "matched_cosine_alive": (
-        "the same among latents that fire on an evaluated row, averaged over the fewer ones of the two seeds."
-    ),
-    "mutual_max_cosine": (
-        "above 4096 latents instead: mean cosine of those pairs that are each other's nearest. Not "
-        "comparable with matched_cosine: the latents without such a partner are left out."
-    ),
-    "mutual_share": "share of the latents in such pairs.",
-    "max_cosine_ab": "mean over latents of seed a of the largest cosine with one of seed b.",
-    "max_cosine_ba": "the other way round.",
-    "spearman_l0": "Spearman correlation between the seeds of a row's L0; absent where L0 is constant.",
-    "spearman_k_hat": "the same for the k that the SAE allows.",
-}
 MOST_MATCHED = 4096
 """Latents that Hungarian matching takes: 128 MiB of cosines, and time that grows with the cube."""
 _AT_ONCE = 1024
@@ -83,7 +58,7 @@ class PerSeed:
 def compare_dictionaries(
     a: Tensor, b: Tensor, fired: Sequence[np.ndarray], most_matched: int = MOST_MATCHED
 ) -> dict[str, float]:
-    """The metrics of DEFINITIONS that need directions.
+    """Return the metrics between two seeds that need directions.
 
     Args:
         a, b: (d_sae, d_in) directions of two seeds.
@@ -167,10 +142,6 @@ def write_stability(
         config: config.json of one of them.
         bench: of the store they were trained on.
     """
-    ids = identify(config)
-    known = {key: number(ids[key]) for key in STABILITY_COLUMNS if key in ids}
-    known["setting"] = setting_of({"run": ids["run"]})
     moved = {seed: sae.to(bench.device).eval() for seed, sae in saes.items()}
     found = compare_seeds(moved, bench.held_out, bench.selection, bench.batch_size, bench.device)
-    rows = [known | {key: number(value) for key, value in line.items()} for line in found]
-    write_csv(folder / STABILITY, STABILITY_COLUMNS, rows)
+    write_of_seeds(folder, config, found)

@@ -4,7 +4,7 @@ Each image becomes the class whose text it is nearest to, by cosine; an accuracy
 of the share of their images that are right. The text of a class is the mean of its unit text embeddings
 over the templates.
 
-Top-n protocols (`DEFINITIONS`): a class's concepts are ranked by how many tokens of its images they
+Top-n protocols: a class's concepts are ranked by how many tokens of its images they
 fire on. `paper` (arXiv:2604.14925 and its released code) ranks on the images that are scored, counts
 activations above 0.2, and leaves each image the concepts of its own, true class. `leak_free` ranks on
 training images, counts activations that are not 0, and gives every image the same concepts, the union of
@@ -45,11 +45,6 @@ from saeflow.sources.vision import POSITIONS, image_facts
 
 logger = logging.getLogger(__name__)
 
-DEFINITIONS = {
-    "zero_shot_clean": "accuracy of the model as it is, mean over labelled sets.",
-    "zero_shot": "the same with x_hat in the place of every token that the source's stores hold.",
-    "zero_shot_chance": "1 / number of classes, mean over labelled sets.",
-}
 COUNTS = (1, 5, 10, 50)
 """n of the top-n protocols; beside them `all` concepts."""
 PAPER_THRESHOLD = 0.2
@@ -321,7 +316,7 @@ class LabelledSets:
             top_n: classify through a few concepts too.
 
         Returns:
-            The metrics of DEFINITIONS; one line per set and setting.
+            The metrics of zero-shot classification; one line per set and setting.
         """
         lines: list[dict[str, Any]] = []
         spliced, clean, chance = [], [], []

@@ -8,14 +8,15 @@ from typing import Any
 import yaml
 
 from saeflow.errors import UserError
-from saeflow.evaluation import reconstruction, sparsity, splice
-from saeflow.evaluation.tables import METRICS, read_csv
 from saeflow.files import atomic_file
 from saeflow.provenance import read_record
 from saeflow.saes.files import CONFIG, WEIGHTS, read_config
+from saeflow.tables.files import read_csv
+from saeflow.tables.metrics import METRICS
+from saeflow.tables.render import Printed
+from saeflow.tables.schema import heading
 
 CARD = "README.md"
-DEFINITIONS = reconstruction.DEFINITIONS | sparsity.DEFINITIONS | splice.DEFINITIONS
 
 
 def write(sae: Path, evaluation: Path | None, folder: Path) -> None:
@@ -38,15 +39,20 @@ def write(sae: Path, evaluation: Path | None, folder: Path) -> None:
 
 
 def _metrics(evaluation: Path, run: str) -> list[tuple[str, str]]:
+    """Return the metrics of a run on its own source, as the table `metrics` has them."""
+    path = evaluation / "metrics.csv"
     found = [
         (line["metric"], line["value"])
-        for line in read_csv(evaluation / METRICS)
-        if line["run"] == run and line["metric"] in DEFINITIONS
+        for line in read_csv(path)
+        if line["run"] == run and line["evaluated_on"] == line["source"]
     ]
     if not found:
         raise UserError(
-            f"{evaluation / METRICS}: expected metrics of {run}, found none. Give the folder that `saeflow "
-            "evaluate` wrote for this SAE."
+            f"{path}: expected metrics of {run}, found none. Give the folder that `saeflow evaluate` wrote for this SAE."
+        )
+    if unknown := [name for name, _ in found if name not in METRICS]:
+        raise UserError(
+            f"{path}: expected metrics of this version, found {unknown[0]}. Evaluate the SAE again."
         )
     return found
 
@@ -110,16 +116,10 @@ def _yaml(facts: Mapping[str, Any]) -> str:
 
 
 def _table(metrics: list[tuple[str, str]]) -> str:
-    lines = [
-        f"| {name} | {float(value):.4g} | {DEFINITIONS[name].replace('|', chr(92) + '|')} |"
-        for name, value in metrics
-    ]
-    return "\n".join(
-        [
-            "## Held-out activations\n",
-            "| metric | value | what it is |",
-            "|---|---|---|",
-            *lines,
-            "",
-        ]
-    )
+    rows = []
+    for name, value in metrics:
+        metric = METRICS[name]
+        source = f" Source: {metric.source}." if metric.source else ""
+        rows.append([heading(name), metric.text(float(value)), metric.definition + source])
+    table = Printed(["metric", "value", "definition"], 3, rows, "")
+    return f"## Held-out activations\n\n{table.markdown()}\n"

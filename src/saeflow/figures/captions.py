@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from saeflow.figures import tables as read
+from saeflow.tables import compare
 
 
 def listed(words: Iterable[str]) -> str:
@@ -44,10 +44,12 @@ def seed_sentence(rows: pd.DataFrame) -> str:
 def size_sentence(rows: pd.DataFrame) -> str:
     """How many latents the SAEs of each panel have."""
     sizes: dict[str, list[str]] = {}
-    for panel in read.panels_of(rows):
-        held = read.one_panel(rows, panel)
-        shown = listed(f"{size:,.0f}" for size in sorted(held[read.is_sae(held)]["d_sae"].unique()))
-        sizes.setdefault(shown, []).append(read.panel_title(panel))
+    for panel in compare.panels_of(rows):
+        held = compare.one_panel(rows, panel)
+        shown = listed(
+            f"{size:,.0f}" for size in sorted(held[compare.is_sae(held)]["d_sae"].unique())
+        )
+        sizes.setdefault(shown, []).append(compare.panel_title(panel))
     if len(sizes) == 1:
         return f"SAEs have {next(iter(sizes))} latents."
     return (
@@ -57,7 +59,7 @@ def size_sentence(rows: pd.DataFrame) -> str:
 
 def budget_sentence(rows: pd.DataFrame) -> str:
     """How many tokens the runs were trained on."""
-    saes = rows[read.is_sae(rows)]
+    saes = rows[compare.is_sae(rows)]
     tokens = sorted(saes["tokens"].dropna().unique())
     others = sorted(saes.loc[saes["tokens"].isna(), "entry"].unique())
     unknown = f" How {listed(others)} was trained is not known here." if others else ""
@@ -66,7 +68,7 @@ def budget_sentence(rows: pd.DataFrame) -> str:
     if len(tokens) == 1:
         which = "The other" if others else "All"
         return f"{which} SAEs were trained on {compact(tokens[0])} tokens.{unknown}"
-    per_panel = rows[read.is_sae(rows)].groupby(["source", "hook_point"])["tokens"].nunique()
+    per_panel = rows[compare.is_sae(rows)].groupby(["source", "hook_point"])["tokens"].nunique()
     shown = listed(compact(value) for value in tokens)
     if per_panel.max() == 1:
         return f"SAEs of one panel were trained on equally many tokens ({shown}).{unknown}"
@@ -96,9 +98,11 @@ def scale_sentence(rows: pd.DataFrame, options: pd.DataFrame) -> str:
 def rows_sentence(rows: pd.DataFrame, cross_entropy: bool = False) -> str:
     """How many rows of each source were evaluated, and which were left out."""
     texts: dict[str, list[str]] = {}
-    for panel in read.panels_of(rows):
-        held = read.one_panel(rows, panel)
-        texts.setdefault(_policy(held.iloc[0], cross_entropy), []).append(read.panel_title(panel))
+    for panel in compare.panels_of(rows):
+        held = compare.one_panel(rows, panel)
+        texts.setdefault(_policy(held.iloc[0], cross_entropy), []).append(
+            compare.panel_title(panel)
+        )
     if len(texts) == 1:
         return "Evaluated on held-out rows: " + next(iter(texts)) + "."
     parts = [f"{listed(panels)}: {text}" for text, panels in texts.items()]

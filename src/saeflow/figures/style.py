@@ -1,4 +1,4 @@
-"""How every figure looks: sizes, type, one colour and marker per variant, names with units.
+"""How every figure looks: sizes, type, one colour and marker per variant.
 
 The colours of the variants differ by at least 23 in CIE 1976 Lab from each other, for normal vision and
 under simulated protanopia, deuteranopia and tritanopia (Machado et al. 2009, severity 1); markers differ
@@ -20,6 +20,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from saeflow.tables.runs import RANDOM_DECODER, variant_label
 
 COLUMN_WIDTH = 3.4  # inches, one column of a two-column paper
 TEXT_WIDTH = 7.0  # inches, the whole page
@@ -86,48 +88,32 @@ class Look:
 
 
 VARIANTS = {
-    "relu": Look("ReLU", "#4FA95D", "v"),
-    "gated": Look("Gated", "#0E370D", "D"),
-    "jumprelu": Look("JumpReLU", "#CD9F07", "P"),
-    "p_anneal": Look("P-anneal", "#F17CB5", "<"),
-    "topk": Look("TopK", "#2777E7", "o"),
-    "batch_topk": Look("BatchTopK", "#04B7FB", "s"),
-    "matryoshka": Look("Matryoshka", "#1F1388", "^"),
-    "soft_topk": Look("SoftSAE", "#883753", "X"),
-    "adaptive_k": Look("AdaptiveK", "#AE440E", ">"),
-    "sparsemax": Look("Sparsemax", "#9760AE", "*"),
-    "entmax": Look("Entmax", "#540056", "h"),
+    variant: Look(variant_label(variant), color, marker)
+    for variant, color, marker in (
+        ("relu", "#4FA95D", "v"),
+        ("gated", "#0E370D", "D"),
+        ("jumprelu", "#CD9F07", "P"),
+        ("p_anneal", "#F17CB5", "<"),
+        ("topk", "#2777E7", "o"),
+        ("batch_topk", "#04B7FB", "s"),
+        ("matryoshka", "#1F1388", "^"),
+        ("soft_topk", "#883753", "X"),
+        ("adaptive_k", "#AE440E", ">"),
+        ("sparsemax", "#9760AE", "*"),
+        ("entmax", "#540056", "h"),
+    )
 }
-RANDOM_DECODER = "random-decoder"
 BASELINES = {
-    RANDOM_DECODER: Look("Random decoder", "#555555", "d"),
-    "pca": Look("PCA", "#8A8A8A", "."),
-    "mean": Look("Mean", "#A8A8A8", "_"),
-    "identity": Look("Identity", "#C4C4C4", "_"),
+    name: Look(variant_label(name), color, marker)
+    for name, color, marker in (
+        (RANDOM_DECODER, "#555555", "d"),
+        ("pca", "#8A8A8A", "."),
+        ("mean", "#A8A8A8", "_"),
+        ("identity", "#C4C4C4", "_"),
+    )
 }
 _SPARE = (("#7A7A00", "p"), ("#006D6D", "H"), ("#B00060", "8"))  # for a variant added later
 LINE_STYLES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
-
-METRICS = {
-    "l0_mean": "mean L0 (active latents per token)",
-    "l0": "L0 (active latents per token)",
-    "k": "k",
-    "fvu": "FVU",
-    "nmse": "NMSE",
-    "explained_variance": "explained variance",
-    "cosine": "cosine similarity",
-    "relative_norm": "relative norm",
-    "dead_fraction": "dead latents (share)",
-    "dense_fraction": "dense latents (share)",
-    "ce_degradation": "cross-entropy degradation (nats/token)",
-    "loss_recovered": "loss recovered",
-    "kl": "KL divergence (nats/token)",
-    "mmcs": "mean max cosine",
-    "support_f1": "support F1",
-    "firing_rate": "firing rate (share of tokens)",
-    "tokens_seen": "training tokens",
-    "reconstruction": "reconstruction loss",
-}
 
 
 def look(variant: str, entry: str = "") -> Look:
@@ -144,7 +130,7 @@ def look(variant: str, entry: str = "") -> Look:
     if known is not None:
         return known
     color, marker = _SPARE[zlib.crc32(variant.encode()) % len(_SPARE)]
-    return Look(variant.replace("_", " "), color, marker)
+    return Look(variant_label(variant), color, marker)
 
 
 def rank(variant: str, entry: str = "") -> int:
@@ -156,11 +142,6 @@ def rank_of(look: Look) -> int:
     """Place of a look in legends and rows: variants, those added later, baselines."""
     fixed = [*VARIANTS.values(), None, *BASELINES.values()]
     return fixed.index(look) if look in fixed else len(VARIANTS)
-
-
-def metric_label(metric: str) -> str:
-    """A metric's name with its unit, for an axis."""
-    return METRICS.get(metric, metric.replace("_", " "))
 
 
 def shades(color: str, count: int) -> list[tuple[float, float, float]]:

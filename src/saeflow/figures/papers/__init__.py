@@ -1,0 +1,1 @@
+"""The papers' tables: each file makes one, named after the file, and declares it as FIGURE."""

@@ -1,0 +1,113 @@
+"""What the number of active latents follows: the objects of an image, and local intrinsic dimension."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from saeflow.errors import UserError
+from saeflow.figures import captions, style
+from saeflow.figures.figure import Drawing, Figure
+from saeflow.figures.needs import Need
+from saeflow.figures.series import ESTIMATORS, each_setting, series_of, stroke
+from saeflow.tables import compare
+from saeflow.tables.load import Tables
+
+_HEIGHT = 2.3  # inches
+
+
+def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
+    """L0 against the number of objects, and its rank correlation with local intrinsic dimension.
+
+    Raises:
+        UserError: neither was measured.
+    """
+    images = tables.contexts[tables.contexts["objects"].notna() & (tables.contexts["objects"] >= 0)]
+    dimension = tables.dimension[tables.dimension["spearman_l0"].notna()]
+    if images.empty and dimension.empty:
+        raise UserError(
+            "figures.names: adaptivity needs images of generated scenes or evaluation.dimension, the tables "
+            "have neither. Take adaptivity out of figures.names in params.yaml."
+        )
+    shown = {*images["run"], *dimension["run"]}
+    compare.check_budgets(tables, tables.wide[tables.wide["run"].isin(shown)], options)
+    panels = sorted({*compare.panels_of(images), *compare.panels_of(dimension)})
+    figure = style.new_figure(style.TEXT_WIDTH, _HEIGHT * len(panels) + 0.45)
+    axes = figure.subplots(len(panels), 3, squeeze=False)
+    legend: dict[str, Any] = {}
+    parts = []
+    for line, panel in zip(axes, panels, strict=True):
+        seen = compare.one_panel(images, panel)
+        parts.append(_objects(line[0], seen, panel, legend))
+        for ax, (estimator, title) in zip(line[1:], ESTIMATORS.items(), strict=True):
+            held = compare.one_panel(dimension, panel)
+            held = held[held["estimator"] == estimator]
+            parts.append(held)
+            _correlations(ax, held, title, legend)
+    legend["norm partialled out"] = Line2D([], [], color=style.INK, alpha=0.4)
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=4)
+    caption = (
+        "Left: mean number of active latents per token of an image, over its mean across images, against the "
+        "number of objects of the scene. Middle and right: Spearman correlation of a token's L0 with the "
+        "local intrinsic dimension around it, by the size of the neighbourhood it is estimated in; pale, "
+        "with what both owe to the activation's norm taken out. Variants with a fixed k are left out: their "
+        "L0 does not vary. "
+        f"{captions.budget_sentence(tables.wide[tables.wide['run'].isin(shown)])}"
+    )
+    return Drawing(figure, pd.concat(parts, ignore_index=True), caption)
+
+
+def _objects(
+    ax: Axes, held: pd.DataFrame, panel: compare.Panel, legend: dict[str, Any]
+) -> pd.DataFrame:
+    found = []
+    ax.set_title(compare.panel_title(panel))
+    ax.set_xlabel("objects in the scene")
+    ax.set_ylabel("L0 over its mean")
+    ax.grid(True)
+    series = series_of(held) if len(held) else []
+    for one in series:
+        for _, rows in each_setting(one.rows):
+            if rows["l0"].std() < 1e-6:
+                continue
+            means = (rows["l0"] / rows["l0"].mean()).groupby(rows["objects"]).mean()
+            style_of = stroke(one, series)
+            ax.plot(means.index, means, **style_of)
+            legend.setdefault(one.label, Line2D([], [], **style_of))
+            first = rows.iloc[0]
+            found += [
+                {"run": first["run"], "objects": count, "l0_over_mean": value}
+                for count, value in means.items()
+            ]
+    return pd.DataFrame(found)
+
+
+def _correlations(ax: Axes, held: pd.DataFrame, title: str, legend: dict[str, Any]) -> None:
+    ax.set_title(title)
+    ax.set_xlabel("neighbours")
+    ax.set_ylabel("Spearman of L0, dimension")
+    ax.axhline(0, color=style.FAINT, lw=0.8)
+    ax.grid(True)
+    series = series_of(held) if len(held) else []
+    for one in series:
+        means = one.rows.groupby("neighbours")[["spearman_l0", "partial_l0"]].mean()
+        style_of = stroke(one, series)
+        ax.plot(means.index, means["spearman_l0"], **style_of)
+        ax.plot(means.index, means["partial_l0"], **style_of | {"marker": "", "alpha": 0.4})
+        legend.setdefault(one.label, Line2D([], [], **style_of))
+    if len(held):
+        style.log_axis(ax, "x", held["neighbours"].min() / 1.2, held["neighbours"].max() * 1.2)
+        ax.set_xticks(sorted(held["neighbours"].unique()))
+        ax.minorticks_off()
+
+
+FIGURE = Figure(
+    title="What the number of latents follows",
+    draw=draw,
+    needs=Need(
+        "images of generated scenes, or evaluation.dimension of a source with SAEs whose L0 varies",
+        lambda asked: asked.objects() or asked.dimension(),
+    ),
+)

@@ -1,0 +1,123 @@
+"""What k follows: the number of latents in use against complexity scores and against local dimension."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from saeflow.errors import UserError
+from saeflow.figures import captions, style
+from saeflow.figures.figure import Drawing, Figure
+from saeflow.figures.needs import Need
+from saeflow.figures.series import Series, each_setting, series_of, stroke
+from saeflow.tables import compare
+from saeflow.tables.load import Tables
+
+_BINS = 8
+_HEIGHT = 2.3  # inches
+
+
+def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
+    """Mean L0 of held-out contexts against their complexity score, one panel per kind of score.
+
+    Raises:
+        UserError: no context has both.
+    """
+    keys = ["source", "hook_point", "context"]
+    scores = tables.complexity[tables.complexity["split"] == "evaluation"]
+    scores = scores.groupby([*keys, "complexity"])[["score"]].mean().reset_index()
+    contexts = tables.contexts
+    own = contexts["evaluated_on"] == contexts["source"]  # other sources' contexts have no scores
+    choosing = contexts[contexts["k_hat"].notna() & own]
+    rows = choosing.merge(scores, on=keys)
+    rows = rows[rows.groupby("run")["l0"].transform("std") > 1e-6]
+    if rows.empty:
+        raise UserError(
+            "figures.names: k_complexity needs a variant adaptive_k and evaluation.contexts_listed above 0, the "
+            "tables have no context with a score and an L0. Take k_complexity out of figures.names in params.yaml."
+        )
+    shown = tables.wide[tables.wide["run"].isin(rows["run"])]
+    compare.check_budgets(tables, shown, options)
+    panels = sorted(set(zip(rows["source"], rows["hook_point"], rows["complexity"], strict=True)))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = style.new_figure(style.TEXT_WIDTH, _HEIGHT * lines + 0.5)
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+    legend: dict[str, Line2D] = {}
+    parts = []
+    for ax, (source, hook_point, name) in zip(axes, panels, strict=False):
+        held = compare.one_panel(rows, compare.Panel(source, hook_point, source))
+        held = held[held["complexity"] == name]
+        series = series_of(held)
+        for one in series:
+            parts.append(_binned(ax, one, "score", stroke(one, series), legend))
+        ax.set_title(f"{source}: {name}")
+        ax.set_xlabel("complexity score")
+    for ax in axes[: len(panels)]:
+        ax.set_ylabel("L0 over its mean")
+        ax.grid(True)
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    figure.legend(
+        legend.values(),
+        legend,
+        loc="outside lower center",
+        ncols=style.legend_columns(list(legend), style.TEXT_WIDTH),
+    )
+    data = pd.concat(parts, ignore_index=True)
+    best = data.iloc[int(data["spearman"].abs().argmax())]
+    caption = (
+        f"Mean L0 of a context, over its mean across contexts, against the context's complexity score (the mean of its "
+        f"rows, where each has one), in {_BINS} bins of equally many held-out contexts; bars are standard errors. Shown "
+        "are the variants that choose k by input, darker shades for more active latents. The strongest rank "
+        f"correlation over contexts is {best['spearman']:.2f} ({best['run']}, {best['complexity']}). "
+        f"{captions.budget_sentence(shown)}"
+    )
+    return Drawing(figure, data, caption)
+
+
+def _binned(
+    ax: Axes, one: Series, x: str, stroke_of: dict[str, Any], legend: dict[str, Line2D]
+) -> pd.DataFrame:
+    """Draw one series as means of bins of equally many contexts; returns them."""
+    found = []
+    settings = sorted((s for _, s in each_setting(one.rows)), key=lambda s: s["l0"].mean())
+    shades = style.shades(one.look.color, len(settings))
+    for rows, shade in zip(settings, shades, strict=True):
+        first = rows.sort_values("run").iloc[0]
+        relative = rows["l0"] / rows["l0"].mean()
+        order = np.argsort(rows[x].to_numpy(), kind="stable")
+        spearman = rows[x].rank().corr(rows["l0"].rank())
+        for number, held in enumerate(np.array_split(order, _BINS)):
+            if not len(held):
+                continue
+            values = relative.to_numpy()[held]
+            error = values.std(ddof=1) / np.sqrt(len(held)) if len(held) > 1 else 0.0
+            found.append(
+                {
+                    "run": first["run"], "complexity": first["complexity"], "bin": number, "contexts": len(held),
+                    x: rows[x].to_numpy()[held].mean(), "l0_over_mean": values.mean(), "error": error,
+                    "spearman": spearman,
+                }
+            )  # fmt: skip
+        own = pd.DataFrame(found[-_BINS:])
+        own = own[own["run"] == first["run"]]
+        ax.errorbar(
+            own[x], own["l0_over_mean"], yerr=own["error"], capsize=1.6, elinewidth=0.7,
+            **stroke_of | {"color": shade},
+        )  # fmt: skip
+        legend.setdefault(one.label, Line2D([], [], **stroke_of))
+    return pd.DataFrame(found)
+
+
+FIGURE = Figure(
+    title="Latents against complexity",
+    draw=draw,
+    needs=Need(
+        "a run of the variant adaptive_k and evaluation.contexts_listed above 0",
+        lambda asked: asked.variant("adaptive_k") and asked.evaluation["contexts_listed"] > 0,
+    ),
+)

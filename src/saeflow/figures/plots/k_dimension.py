@@ -1,0 +1,73 @@
+"""Mean L0 of rows against the local intrinsic dimension around them, by estimator."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.lines import Line2D
+
+from saeflow.errors import UserError
+from saeflow.figures import captions, style
+from saeflow.figures.figure import Drawing, Figure
+from saeflow.figures.needs import Asked, Need
+from saeflow.figures.series import ESTIMATORS, each_setting, series_of, stroke
+from saeflow.tables import compare
+from saeflow.tables.load import Tables
+
+_HEIGHT = 2.3  # inches
+
+
+def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
+    """Mean L0 of rows against the local intrinsic dimension around them, by estimator.
+
+    Raises:
+        UserError: no dimension was estimated.
+    """
+    rows = tables.dimension_bins
+    rows = rows[rows.groupby("run")["l0"].transform("std") > 1e-6]
+    if rows.empty:
+        raise UserError(
+            "figures.names: k_dimension needs evaluation.dimension and a variant whose L0 varies, the tables have "
+            "none. Take k_dimension out of figures.names in params.yaml."
+        )
+    shown = tables.wide[tables.wide["run"].isin(rows["run"])]
+    compare.check_budgets(tables, shown, options)
+    neighbours = rows["neighbours"].max()
+    rows = rows[rows["neighbours"] == neighbours]
+    panels = [(panel, estimator) for panel in compare.panels_of(rows) for estimator in ESTIMATORS]
+    lines = len(panels) // 2
+    figure = style.new_figure(style.TEXT_WIDTH, _HEIGHT * lines + 0.5)
+    axes = figure.subplots(lines, 2, squeeze=False).ravel()
+    legend: dict[str, Line2D] = {}
+    for ax, (panel, estimator) in zip(axes, panels, strict=True):
+        held = compare.one_panel(rows, panel)
+        held = held[held["estimator"] == estimator]
+        series = series_of(held)
+        for one in series:
+            stroke_of = stroke(one, series)
+            for _, setting in each_setting(one.rows):
+                means = setting.groupby("bin")[["dimension", "l0"]].mean()
+                ax.plot(means["dimension"], means["l0"] / means["l0"].mean(), **stroke_of)
+            legend.setdefault(one.label, Line2D([], [], **stroke_of))
+        ax.grid(True)
+        ax.set_title(f"{compare.panel_title(panel)}: {ESTIMATORS[estimator]}")
+        ax.set_xlabel("local intrinsic dimension")
+        ax.set_ylabel("L0 over its mean")
+    figure.legend(
+        legend.values(),
+        legend,
+        loc="outside lower center",
+        ncols=style.legend_columns(list(legend), style.TEXT_WIDTH),
+    )
+    caption = (
+        "Mean L0 of held-out rows, over its mean, against the local intrinsic dimension around them, in ten bins of "
+        f"equally many rows; the dimension is estimated from {neighbours:g} neighbours. Variants with a fixed k are left "
+        f"out. {captions.budget_sentence(shown)}"
+    )
+    return Drawing(figure, rows, caption)
+
+
+FIGURE = Figure(
+    title="Latents against local dimension",
+    draw=draw,
+    needs=Need("evaluation.dimension of a source with SAEs whose L0 varies", Asked.dimension),
+)

@@ -1,0 +1,219 @@
+"""Training curves: one row of panels per series, a shade per setting, seeds as thin lines."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.figure import SubFigure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
+from saeflow.errors import UserError
+from saeflow.figures import captions, style
+from saeflow.figures.figure import Drawing, Figure
+from saeflow.figures.series import Series, each_setting, series_of, setting_label
+from saeflow.tables import compare
+from saeflow.tables.load import Tables
+from saeflow.tables.schema import IDS, axis_label
+
+_KNOWN = (
+    *IDS, "k_target", "setting", "series", "step", "tokens_seen", "loss", "l0", "dead", "lr",
+    "tokens_per_s",
+)  # fmt: skip
+_RECONSTRUCTION = "reconstruction"
+_ROUNDING = 1e-6  # of sums in float32, relative to the loss
+_SCHEDULE: dict[str, Any] = {"color": "#CDCDCD", "lw": 3.0, "solid_capstyle": "butt"}
+
+
+def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
+    """Losses, active latents with the k-schedule, and dead latents over training tokens.
+
+    Raises:
+        UserError: no run logged a step, or runs differ in budget.
+    """
+    steps = tables.training
+    if steps.empty:
+        raise UserError(
+            "figures.names: training needs logged steps, training.csv has none. "
+            "Take training out of figures.names in params.yaml."
+        )
+    wide = tables.wide
+    compare.check_budgets(tables, wide[wide["run"].isin(steps["run"])], options)
+    steps = compare.of_one_size(steps)
+    terms = loss_terms(steps)
+    figure = _draw(steps, terms)
+    ids = ["k_target" if column == "k" else column for column in IDS]
+    shown = [c for c in ("loss", _RECONSTRUCTION, *terms, "l0", "k", "dead") if c in steps]
+    data = steps[[*ids, "setting", "step", "tokens_seen", *shown]]
+    return Drawing(figure, data, _caption(steps, terms, tables.options))
+
+
+def loss_terms(steps: pd.DataFrame) -> list[str]:
+    """Loss terms besides the reconstruction: the columns that, added to it, give the loss.
+
+    Variants log other numbers too (k, a threshold, a penalty's weight) under names of their own; the
+    sum tells them apart. A term below a millionth of the loss may be missed.
+    """
+    found: set[str] = set()
+    if {"loss", _RECONSTRUCTION} <= set(steps.columns):
+        for _, entry in steps.groupby(["entry", "variant"]):
+            found |= _summands(entry[entry["run"] == entry["run"].iloc[0]])
+    return [column for column in steps.columns if column in found]
+
+
+def _summands(run: pd.DataFrame) -> set[str]:
+    """The smallest set of columns that makes up the loss of every logged step of one run.
+
+    A term that a run has in some steps only (SoftSAE's budget) is 0 in the others.
+    """
+    others = [
+        column
+        for column in run.columns
+        if column not in (*_KNOWN, _RECONSTRUCTION)
+        and pd.api.types.is_numeric_dtype(run[column])
+        and run[column].fillna(0).ne(0).any()
+    ]
+    rest = run["loss"] - run[_RECONSTRUCTION]
+    for size in range(len(others) + 1):
+        for chosen in itertools.combinations(others, size):
+            gap = (rest - run[list(chosen)].fillna(0).sum(axis=1)).abs().max()
+            if gap <= _ROUNDING * run["loss"].abs().max():
+                return set(chosen)
+    return set()
+
+
+def _caption(steps: pd.DataFrame, terms: list[str], options: pd.DataFrame) -> str:
+    count = captions.seeds(steps)
+    lines = "one line each" if count == "1" else f"one line for each of {count} seeds"
+    other = " and other loss terms" if terms else ""
+    return (
+        f"Training over tokens, one row of panels per kind of SAE, darker shades for more active "
+        f"latents, {lines}: reconstruction loss (per row, summed over its dimensions){other}, active latents "
+        f"per token with the k that the schedule allows (wide grey line), and share of latents that count as "
+        f"dead. Logged during training, on training batches. {captions.scale_sentence(steps, options)} "
+        f"{captions.size_sentence(steps)} {captions.budget_sentence(steps)}"
+    )
+
+
+def _draw(steps: pd.DataFrame, terms: list[str]) -> Canvas:
+    """One block per source and hook point, in it one row of panels per series."""
+    panels = compare.panels_of(steps)
+    blocks = [series_of(compare.one_panel(steps, panel)) for panel in panels]
+    row = 1.0 if max(map(len, blocks)) <= 5 else 0.8
+    heights = [row * len(block) + 0.62 for block in blocks]
+    figure = style.new_figure(style.TEXT_WIDTH, sum(heights))
+    parts = figure.subfigures(len(blocks), 1, squeeze=False, height_ratios=heights).ravel()
+    for part, panel, block in zip(parts, panels, blocks, strict=True):
+        part.suptitle(compare.panel_title(panel), x=0.01, ha="left", fontsize=8, fontweight="bold")
+        _block(part, panel, block, terms)
+    return figure
+
+
+def _block(part: SubFigure, panel: compare.Panel, block: list[Series], terms: list[str]) -> None:
+    terms = [
+        term for term in terms if any(series.rows[term].fillna(0).ne(0).any() for series in block)
+    ]
+    columns = ["reconstruction", *(["terms"] if terms else []), "l0", "dead"]
+    grid = part.subplots(
+        len(block), len(columns) + 1, squeeze=False, sharex="col", sharey="col",
+        width_ratios=[*[1.0] * len(columns), 1.15],
+    )  # fmt: skip
+    for line, series in zip(grid, block, strict=True):
+        _row(dict(zip(columns, line, strict=False)), series, terms)
+        line[-1].set_axis_off()
+        handles = _legend(series)
+        legend = line[-1].legend(
+            handles=handles, title=series.label.replace(" (", "\n("), loc="center left", alignment="left",
+            bbox_to_anchor=(-0.08, 0.5), title_fontsize=7, fontsize=6.5, borderpad=0,
+            ncols=1 if any(len(str(handle.get_label())) > 8 for handle in handles) else 2,
+            handlelength=1.1, handletextpad=0.4, columnspacing=0.7,
+        )  # fmt: skip
+        legend.set_in_layout(False)
+    titles = {
+        "reconstruction": axis_label("reconstruction"), "terms": "other loss terms",
+        "l0": "active latents (L0)", "dead": axis_label("dead"),
+    }  # fmt: skip
+    for column, name in enumerate(columns):
+        grid[0, column].set_title(titles[name])
+        grid[-1, column].set_xlabel(compare.panel_axis("tokens_seen", panel))
+        _finish([line[column] for line in grid], name)
+
+
+def _settings(series: Series) -> list[tuple[str, pd.DataFrame, Any]]:
+    """Label, steps and shade of each setting, those with the fewest active latents first."""
+    settings = [held for _, held in each_setting(series.rows)]
+    settings.sort(key=lambda held: held.groupby("run").tail(1)["l0"].mean())
+    colors = style.shades(series.look.color, len(settings))
+    labels = [setting_label(held.iloc[0], "k_target") for held in settings]
+    return list(zip(labels, settings, colors, strict=True))
+
+
+def _row(axes: dict[str, Axes], series: Series, terms: list[str]) -> None:
+    loss = _RECONSTRUCTION if _RECONSTRUCTION in series.rows else "loss"
+    own = [term for term in terms if series.rows[term].fillna(0).ne(0).any()]
+    for _, held, color in _settings(series):
+        for _, run in held.groupby("run"):
+            x, stroke = run["tokens_seen"], {"color": color, "lw": 0.8}
+            axes["reconstruction"].plot(x, run[loss], **stroke)
+            axes["l0"].plot(x, run["l0"], **stroke)
+            axes["dead"].plot(x, run["dead"], **stroke)
+            for i, term in enumerate(own):
+                shown = run[term].where(run[term] > 0)
+                axes["terms"].plot(x, shown, ls=style.LINE_STYLES[i % 4], **stroke)
+        first = held[held["run"] == held["run"].iloc[0]]
+        if "k" in first and first["k"].notna().any():
+            axes["l0"].plot(first["tokens_seen"], first["k"], zorder=1.5, **_SCHEDULE)
+    if terms and own:
+        axes["terms"].legend(
+            handles=[
+                Line2D([], [], color=style.INK, lw=0.8, ls=style.LINE_STYLES[i % 4], label=term)
+                for i, term in enumerate(own)
+            ],
+            loc="best", fontsize=6, handlelength=1.6, borderpad=0.1,
+        )  # fmt: skip
+    elif terms:
+        axes["terms"].set_visible(False)
+
+
+def _legend(series: Series) -> list[Line2D]:
+    handles = [
+        Line2D([], [], color=color, lw=1.4, label=label)
+        for label, _, color in _settings(series)
+        if label
+    ]
+    if "k" in series.rows and series.rows["k"].notna().any():
+        handles.append(Line2D([], [], label="schedule", **_SCHEDULE))
+    return handles
+
+
+def _finish(axes: list[Axes], name: str) -> None:
+    """Scales and ticks of one column, whose axes are shared."""
+    lines = [line for ax in axes for line in ax.lines]
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in lines])
+    values = values[np.isfinite(values)]
+    positive = values[values > 0]
+    low, high = (float(positive.min()), float(positive.max())) if len(positive) else (1.0, 1.0)
+    first = axes[0]  # the others share its scale
+    if name == "l0":
+        style.log_axis(first, "y", max(0.6, low / 1.4), high * 1.4)
+    elif name != "dead" and high / low > 6:
+        style.log_axis(first, "y", max(low, high / 1e5) / 1.3, high * 1.3)
+    else:
+        first.set_ylim(
+            0, max(0.1 if name == "dead" else 0.0, high * 1.08 if len(positive) else 0.1)
+        )
+        first.yaxis.set_major_locator(MaxNLocator(4))
+        first.yaxis.set_major_formatter(FuncFormatter(style.plain))
+    first.yaxis.set_minor_locator(NullLocator())
+    first.xaxis.set_major_formatter(FuncFormatter(style.plain))
+    first.xaxis.set_major_locator(MaxNLocator(3))
+    first.set_xlim(left=0)
+    for ax in axes:
+        ax.grid(True)
+
+
+FIGURE = Figure(title="Training", draw=draw)

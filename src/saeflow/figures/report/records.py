@@ -1,0 +1,170 @@
+"""What the report says of jobs: what was run, how long it took, which versions were used."""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from saeflow.errors import UserError
+from saeflow.figures import style
+from saeflow.files import read_json
+from saeflow.tables.numbers import natural
+
+JOBS = {
+    "fetch": "fetch the model", "prepare": "prepare inputs", "extract": "extract activations",
+    "merge": "merge stores", "score": "score complexity", "probe": "fit complexity probes", "train": "train SAEs", "import": "take over SAEs", "clean": "run the clean model",
+    "label": "prepare labelled sets", "dimension": "estimate local dimension",
+    "evaluate": "evaluate SAEs", "interpret": "probe latents", "latents": "show latents", "baselines": "evaluate baselines", "stability": "compare seeds", "collect": "collect tables",
+    "draw": "draw figures", "report": "write the report",
+}  # fmt: skip
+
+
+def read_record(path: Path, root: Path) -> dict[str, Any]:
+    """The facts of one provenance record.
+
+    Raises:
+        UserError: it lacks one.
+    """
+    values = read_json(path)
+    name = path.name.removesuffix("provenance.json").removesuffix(".")
+    result = path.with_name(name) if name else path.parent
+    try:
+        commit = values["code"]["commit"]
+        return {
+            "path": path,
+            "result": Path(os.path.relpath(result, root)).as_posix(),
+            "name": values["job"],
+            "digest": values["digest"],
+            "commit": (commit[:10] if commit else "no commit")
+            + (" + changes" if values["code"]["dirty"] else ""),
+            "device": values["device"],
+            "started": re.sub(r"T(\d\d:\d\d:\d\d).*", r" \1", str(values["started"])),
+            "seconds": float(values["duration_s"]),
+            "duration": duration(float(values["duration_s"])),
+            "params": values["params"],
+            "external": values["external"],
+            "versions": values["versions"],
+        }
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: expected a provenance record, found one without {error}. Delete the result and "
+            "rerun its step."
+        ) from None
+
+
+def record_order(record: Mapping[str, Any]) -> tuple[int, Any]:
+    known = list(JOBS)
+    name = record["name"]
+    return (known.index(name) if name in known else len(known), natural(record["result"]))
+
+
+def sources(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Name and parameters of every source whose inputs were prepared."""
+    found = []
+    for record in records:
+        source = record["params"].get("source")
+        if record["name"] == "prepare" and source:
+            facts = [(key.replace("_", " "), plain(value)) for key, value in source.items()]
+            rows = record["params"].get("rows")
+            facts += [("rows", plain(rows))] if rows else []
+            found.append({"name": Path(record["result"]).parent.name, "facts": facts})
+    return found
+
+
+def saes(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One line per entry of `saes`, each parameter with all its values."""
+    entries: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        run = record["params"].get("run")
+        if record["name"] == "train" and run:
+            entries.setdefault(run["entry"], []).append(run)
+    lines = []
+    for entry, runs in entries.items():
+        look = style.look(runs[0]["variant"], entry)
+        options = {
+            key: values_of(run["options"].get(key) for run in runs) for key in runs[0]["options"]
+        }
+        training = [run["training"] for run in runs]
+        lines.append(
+            {
+                "color": look.color,
+                "rank": style.rank(runs[0]["variant"], entry),
+                "entry": entry,
+                "label": look.label,
+                "stores": values_of(f"{run['source']}/{run['hook_point']}" for run in runs),
+                "d_sae": values_of(run["d_sae"] for run in runs),
+                "options": [
+                    f"{key} = {text}" for key, text in options.items() if text != "constant"
+                ],
+                "seeds": values_of(run["seed"] for run in runs),
+                "tokens": values_of(values["tokens"] for values in training),
+                "batch": values_of(values["batch_size"] for values in training),
+                "input_scale": values_of(values["input_scale"] for values in training),
+                "lr": values_of(values["lr"] for values in training),
+                "runs": len(runs),
+            }
+        )
+    return sorted(lines, key=lambda line: (line["rank"], natural(line["entry"])))
+
+
+def values_of(values: Iterable[Any]) -> str:
+    """All the values of a parameter in natural order, each once."""
+    return ", ".join(sorted({plain(value) for value in values}, key=natural))
+
+
+def plain(value: Any) -> str:
+    """A parameter as one line: lists and mappings without their brackets."""
+    if isinstance(value, Mapping) and "kind" in value:
+        rest = {key: part for key, part in value.items() if key != "kind"}
+        return " ".join(filter(None, [str(value["kind"]), plain(rest)]))
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {plain(part)}" for key, part in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(plain, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def job_times(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Count and times of each kind of job."""
+    kinds: dict[str, list[float]] = {}
+    for record in records:
+        kinds.setdefault(record["name"], []).append(record["seconds"])
+    most = max((sum(times) for times in kinds.values()), default=0.0) or 1.0
+    return [
+        {
+            "name": JOBS.get(kind, kind),
+            "count": len(times),
+            "total": duration(sum(times)),
+            "mean": duration(sum(times) / len(times)),
+            "longest": duration(max(times)),
+            "share": round(100 * sum(times) / most, 1),
+        }
+        for kind, times in kinds.items()
+    ]
+
+
+def duration(seconds: float) -> str:
+    """0.4 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def versions(records: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    found: dict[str, set[str]] = {}
+    for record in records:
+        for package, version in record["versions"].items():
+            found.setdefault(package, set()).add(version)
+    return [(package, ", ".join(sorted(found[package], key=natural))) for package in sorted(found)]

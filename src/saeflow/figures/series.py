@@ -1,0 +1,116 @@
+"""Series of runs as figures show them: what one line goes through, in the legend's order, with labels."""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from saeflow.figures import style
+from saeflow.tables.numbers import natural
+
+ESTIMATORS = {"mle": "maximum likelihood", "twonn": "TwoNN"}
+"""Of local intrinsic dimension, as panels name them."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """Runs that one line goes through."""
+
+    rows: pd.DataFrame
+    look: style.Look
+    label: str
+
+
+def series_of(rows: pd.DataFrame) -> list[Series]:
+    """Split the runs of one panel into series, in the legend's order, each with a label of its own.
+
+    A label is the variant's name; where the panel shows several series of a variant, what they
+    differ in is added: what the entry's name adds to the variant's, d_sae, schedule, else the setting.
+    """
+    keyed = sorted(
+        rows.groupby("series", sort=False),
+        key=lambda item: (
+            style.rank(item[1]["variant"].iloc[0], item[1]["entry"].iloc[0]),
+            natural(item[1]["entry"].iloc[0]),
+            natural(str(item[0])),
+        ),
+    )
+    looks = [style.look(held["variant"].iloc[0], held["entry"].iloc[0]) for _, held in keyed]
+    found = []
+    for i, (_, held) in enumerate(keyed):
+        twins = [j for j, chosen in enumerate(looks) if chosen == looks[i]]
+        label = _label(_first(held), [_first(keyed[j][1]) for j in twins], looks[i])
+        found.append(Series(held, looks[i], label))
+    return found
+
+
+def _first(held: pd.DataFrame) -> pd.Series:
+    """The run that names a series: one whose entry is called what its variant is, where there is one."""
+    own = held[[not _own_name(row) for _, row in held.iterrows()]]
+    return (own if len(own) else held).iloc[0]
+
+
+def _own_name(row: pd.Series) -> str:
+    """What an entry's name says beside source and variant: `mlp` of the source scenes' scenes-sparsemax-mlp."""
+    name = str(row["entry"]).removeprefix(f"{row['source']}-")
+    variant = str(row["variant"]).replace("_", "-")
+    return "" if name == variant else name.removeprefix(f"{variant}-")
+
+
+def _label(row: pd.Series, twins: list[pd.Series], chosen: style.Look) -> str:
+    parts = [chosen.label]
+    if _own_name(row) and len({twin["entry"] for twin in twins}) > 1:
+        parts = [f"{chosen.label} ({_own_name(row)})"]
+    if len({twin["d_sae"] for twin in twins}) > 1:
+        parts.append(f"{row['d_sae']:g} latents")
+    same = [
+        twin for twin in twins if (twin["entry"], twin["d_sae"]) == (row["entry"], row["d_sae"])
+    ]
+    if len({twin["schedule"] for twin in same}) > 1:
+        parts.append(str(row["schedule"]))
+    if len([twin for twin in same if twin["schedule"] == row["schedule"]]) > 1:
+        parts.append(re.sub(r"(^|-)(d|k)\d+(?=-|$)", "", str(row["setting"])).strip("-"))
+    return ", ".join(parts)
+
+
+def each_setting(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Settings of a series in natural order (k8 before k32): runs of one size and k, whichever entry asked for them."""
+    k = "k_target" if "k_target" in rows else "k"
+    known = rows.drop_duplicates("run").to_dict("records")
+    settings = {
+        row["run"]: row["setting"] if pd.isna(row[k]) else f"d{row['d_sae']:g}-k{row[k]:g}"
+        for row in known
+    }
+    of_row = rows["run"].map(settings)
+    for setting in sorted(set(settings.values()), key=natural):
+        yield setting, rows[of_row == setting]
+
+
+def entry_labels(rows: pd.DataFrame) -> list[str]:
+    """A label for each row: its entry and setting; its size and seed too, where the entry or setting has several."""
+    sizes = rows.groupby("entry")["d_sae"].transform("nunique")
+    has_seeds = rows.duplicated(["entry", "setting"], keep=False)
+    labels = []
+    for (_, row), n_sizes, several in zip(rows.iterrows(), sizes, has_seeds, strict=True):
+        size = f"{row['d_sae']:,.0f} latents" if n_sizes > 1 else ""
+        seed = f"seed {row['seed']:g}" if several else ""
+        parts = [str(row["entry"]), size, setting_label(row), seed]
+        labels.append(", ".join(filter(None, parts)))
+    return labels
+
+
+def setting_label(row: Mapping[Any, Any] | pd.Series, k: str = "k") -> str:
+    """What tells a setting from the others of its series: its k, or its penalty."""
+    if not pd.isna(row[k]):
+        return f"k = {row[k]:g}"
+    rest = re.sub(r"^d\d+-?", "", str(row["setting"]))
+    return re.sub(r"^(l1|target_l0|k_max|score_scale|alpha)(?=[\d.])", r"\1 = ", rest)
+
+
+def stroke(one: Series, series: list[Series]) -> dict[str, Any]:
+    """Return how a series is drawn: twins, of one variant, differ in their dashes."""
+    twins = [other.label for other in series if other.look == one.look]
+    dash = style.LINE_STYLES[twins.index(one.label) % len(style.LINE_STYLES)]
+    return {"color": one.look.color, "marker": one.look.marker, "ls": dash}

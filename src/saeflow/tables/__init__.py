@@ -1,0 +1,1 @@
+"""Tables: what the metrics are, the schema of every table, and how results are gathered, summarised and printed."""

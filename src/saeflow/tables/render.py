@@ -1,0 +1,161 @@
+"""Printed tables: Markdown and LaTeX from the same headings, numbers and notes that the report's HTML shows."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from saeflow.tables.files import Row
+from saeflow.tables.metrics import METRICS, printed
+from saeflow.tables.numbers import decimals, fixed
+from saeflow.tables.runs import is_baseline
+from saeflow.tables.schema import heading
+from saeflow.tables.summary import PANEL, accuracies, policy_note
+
+_WORDS = ("entry", "setting", "schedule", "seeds")
+
+
+@dataclass(frozen=True)
+class Printed:
+    """A table as it is printed.
+
+    Attributes:
+        head: headings.
+        words: how many of the first columns are no numbers.
+        body: cells of each row.
+        caption: one paragraph of plain text.
+        rule_before: number of the row that a rule is drawn above; None for none.
+    """
+
+    head: list[str]
+    words: int
+    body: list[list[str]]
+    caption: str
+    rule_before: int | None = None
+
+    def markdown(self) -> str:
+        """Return the table without its caption."""
+        rule = ["---"] * self.words + ["---:"] * (len(self.head) - self.words)
+        rows = (
+            " | ".join(cell.replace("|", "\\|") for cell in row)
+            for row in (self.head, rule, *self.body)
+        )
+        return "\n".join(f"| {row} |" for row in rows)
+
+    def latex(self) -> str:
+        """Return the table with its caption; needs \\usepackage{booktabs}."""
+        body = [" & ".join(map(escape_latex, row)) + r" \\" for row in self.body]
+        if self.rule_before:
+            body.insert(self.rule_before, r"\midrule")
+        return "\n".join(
+            [
+                r"\begin{table}",
+                r"\centering",
+                rf"\caption{{{escape_latex(self.caption)}}}",
+                rf"\begin{{tabular}}{{{'l' * self.words}{'r' * (len(self.head) - self.words)}}}",
+                r"\toprule",
+                " & ".join(map(escape_latex, self.head)) + r" \\",
+                r"\midrule",
+                *body,
+                r"\bottomrule",
+                r"\end{tabular}",
+                r"\end{table}",
+                "",
+            ]
+        )
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_",
+    "{": r"\{", "}": r"\}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    "±": r"$\pm$", "²": r"$^2$", "−": "$-$",
+}  # fmt: skip
+
+
+def escape_latex(text: str) -> str:
+    """Return text for LaTeX: its special characters escaped."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def mean_and_deviation(line: Mapping[str, str], name: str) -> tuple[str, str]:
+    """Return a summarised metric as it is printed: the deviation has as many decimals as the mean.
+
+    Args:
+        line: of the table `summary`.
+        name: of the metric.
+
+    Returns:
+        Mean and standard deviation; empty where the line has none.
+    """
+    mean, spread = line.get(f"{name}_mean", ""), line.get(f"{name}_sd", "")
+    if not mean:
+        return "", ""
+    metric = METRICS[name]
+    scale = 100 if metric.percent else 1
+    places = decimals(scale * float(mean), metric.digits)
+    return metric.text(float(mean)), fixed(scale * float(spread), places) if spread else ""
+
+
+def panels(lines: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
+    """Return the summary's lines by source, hook point and source measured on, in their order."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for line in lines:
+        found.setdefault(tuple(line[name] for name in PANEL), []).append(line)
+    return found
+
+
+def shown(lines: Iterable[Mapping[str, str]]) -> list[str]:
+    """Return the printed metrics that some line of a panel has."""
+    return [name for name in printed() if any(line.get(f"{name}_mean") for line in lines)]
+
+
+def note(lines: Sequence[Mapping[str, str]]) -> str:
+    """Say which rows a panel's numbers are of, and what ± means."""
+    policies = dict.fromkeys(policy_note(line) for line in lines if line["rows"])
+    parts = [*policies]
+    if any(line.get(f"{name}_sd") for line in lines for name in printed()):
+        parts.append("Means over seeds, ± one sample standard deviation.")
+    return " ".join(parts)
+
+
+def _summaries(lines: Iterable[Row]) -> list[tuple[str, Printed]]:
+    """Return title and table of each panel."""
+    found = []
+    for (source, hook_point, on), held in panels(lines).items():
+        title = f"{source}{'' if on == source else f' on {on}'}, {hook_point}"
+        names = shown(held)
+        head = [*_WORDS, *map(heading, names)]
+        body = []
+        for line in held:
+            cells = (" ± ".join(filter(None, mean_and_deviation(line, name))) for name in names)
+            body.append([*(line[column] for column in _WORDS), *cells])
+        saes = sum(not is_baseline(line) for line in held)
+        rule = saes if 0 < saes < len(held) else None
+        found.append((title, Printed(head, len(_WORDS), body, f"{title}. {note(held)}", rule)))
+    return found
+
+
+def summary_markdown(lines: Iterable[Row]) -> str:
+    """Return the summary as one Markdown table per panel, with its row policy."""
+    return "\n".join(
+        f"## {title}\n\n{table.markdown()}\n\n{table.caption.removeprefix(f'{title}. ')}\n"
+        for title, table in _summaries(lines)
+    )
+
+
+def summary_latex(lines: Iterable[Row]) -> str:
+    """Return the summary as one booktabs table per panel."""
+    return "\n".join(table.latex() for _, table in _summaries(lines))
+
+
+def classification_markdown(rows: Iterable[Row]) -> str:
+    """Return accuracies through the top n concepts as one Markdown table per set and protocol."""
+    return "\n".join(
+        f"## {title}\n\n{Printed(cells[0], 2, cells[1:], title).markdown()}\n"
+        for title, cells in accuracies(rows)
+    )
+
+
+def classification_latex(rows: Iterable[Row]) -> str:
+    """Return the same as booktabs tables."""
+    return "\n".join(
+        Printed(cells[0], 2, cells[1:], f"{title}.").latex() for title, cells in accuracies(rows)
+    )

@@ -1,0 +1,76 @@
+"""The identity of runs in tables: their id columns, settings and schedules."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+BASELINES = ("identity", "mean", "pca")
+RANDOM_DECODER = "random-decoder"
+"""An entry whose name holds this is a baseline, whatever its variant."""
+
+_LABELS = {
+    "relu": "ReLU", "gated": "Gated", "jumprelu": "JumpReLU", "p_anneal": "P-anneal", "topk": "TopK",
+    "batch_topk": "BatchTopK", "matryoshka": "Matryoshka", "soft_topk": "SoftSAE", "adaptive_k": "AdaptiveK",
+    "sparsemax": "Sparsemax", "entmax": "Entmax", RANDOM_DECODER: "Random decoder", "pca": "PCA", "mean": "Mean",
+    "identity": "Identity",
+}  # fmt: skip
+
+
+def variant_label(variant: str, entry: str = "") -> str:
+    """Return the name of a variant or baseline as people write it."""
+    name = RANDOM_DECODER if RANDOM_DECODER in entry else variant
+    return _LABELS.get(name) or variant.replace("_", " ")
+
+
+def identify(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the id columns of a trained SAE.
+
+    Args:
+        config: its config.json.
+    """
+    options = config["options"]
+    return {
+        "run": config["name"],
+        "source": config["source"],
+        "hook_point": config["hook_point"],
+        "entry": config["entry"],
+        "variant": config["variant"],
+        "schedule": describe_schedule(options),
+        "d_sae": config["d_sae"],
+        "k": options.get("k"),
+        "seed": config["seed"],
+        "tokens": config["training"]["tokens"],
+    }
+
+
+def describe_schedule(options: Mapping[str, Any]) -> str:
+    """Return `constant`, or the schedule among the options, such as `linear 576 until 0.01`."""
+    schedules = [options[key] for key in sorted(options) if key.endswith("_schedule")]
+    changing = [schedule for schedule in schedules if schedule and schedule["kind"] != "constant"]
+    return " + ".join(_describe(schedule) for schedule in changing) or "constant"
+
+
+def _describe(schedule: Mapping[str, Any]) -> str:
+    steps = f" in {schedule['steps']} steps" if "steps" in schedule else ""
+    return f"{schedule['kind']} {schedule['from']:g} until {schedule['until']:g}{steps}"
+
+
+def setting_of(run: str) -> str:
+    """Return a run's name without its place and its seed: runs of one setting differ in the seed only."""
+    return re.sub(r"-?seed\d+$", "", run.rsplit("/", 1)[-1])
+
+
+def measurement(row: Mapping[Any, Any]) -> str:
+    """Return the name of a measurement: the run's, with the source where that is not its own."""
+    own = row["evaluated_on"] == row["source"]
+    return str(row["run"]) if own else f"{row['run']} on {row['evaluated_on']}"
+
+
+def is_baseline(row: Mapping[Any, Any]) -> bool:
+    """Tell whether a row is of a baseline that needs no training."""
+    return row["variant"] in BASELINES
+
+
+def with_target(ids: Mapping[str, Any]) -> dict[str, Any]:
+    """Return id columns for a table that has a k of its own: the target k is `k_target`."""
+    return {"k_target" if name == "k" else name: value for name, value in ids.items()}
