@@ -323,7 +323,7 @@ def rows_of(law: str, data: Data, name: str, seeds: list[int]) -> Iterator[dict[
 
 
 METRICS = [
-    "l0_mean", "fvu", "mmcs", "support_f1", "spearman_l0_true", "spearman_k_hat_true",
+    "l0_mean", "fvu", "matched_feature_cosine", "support_f1", "spearman_l0_true", "spearman_k_hat_true",
 ]  # fmt: skip
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from saeflow.config import expand_runs, load_params, read_yaml, validate
 from saeflow.errors import UserError
-from saeflow.figure_needs import NEEDS
+from saeflow.figures import FIGURES, TABLES
+from saeflow.preflight import checked_plan
 
 ROOT = Path(__file__).parents[1]
 PRESETS = {path.stem: load_params(path) for path in sorted((ROOT / "presets").glob("*.yaml"))}
@@ -112,7 +113,10 @@ def test_what_is_pinned_is_a_commit() -> None:
             assert re.fullmatch("[0-9a-f]{40}", revision), (path, revision)
 
 
-@pytest.mark.parametrize("figure", sorted(NEEDS))
+NEEDY = sorted(name for name, figure in {**FIGURES, **TABLES}.items() if figure.needs)
+
+
+@pytest.mark.parametrize("figure", NEEDY)
 def test_a_figure_without_what_it_needs_is_refused_before_any_job(figure: str) -> None:
     """One synthetic TopK SAE allows hardly any figure."""
     params: Any = copy.deepcopy(read_yaml(ROOT / "tests/workflow/synthetic.yaml"))
@@ -125,11 +129,11 @@ def test_a_figure_without_what_it_needs_is_refused_before_any_job(figure: str) -
     for part in ("latents", "interpretability"):
         params["evaluation"].pop(part, None)
     params["figures"]["names"] = ["fvu_l0", "training"]
-    validate(params)
+    checked_plan(validate(params))
     if figure == "recovery":
         return
     params["figures"]["names"] = [figure]
     with pytest.raises(
         UserError, match=rf"figures\.names: {figure} needs .*; these parameters have"
     ):
-        validate(params)
+        checked_plan(validate(params))

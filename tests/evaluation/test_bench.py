@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from saeflow.evaluation.tables import collect
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -14,7 +15,6 @@ from saeflow.errors import UserError
 from saeflow.evaluation import Bench, benches, evaluate_baselines, evaluate_sae
 from saeflow.evaluation.recovery import Recovery
 from saeflow.evaluation.splice import write_clean
-from saeflow.evaluation.tables import collect
 from saeflow.saes import load, read_config
 from saeflow.sources.hook_points import splice
 from saeflow.stores import open_store
@@ -58,7 +58,7 @@ def test_baselines_of_synthetic_data_have_no_recovery(results: Path, tmp_path: P
     assert list(table.index) == [
         "synthetic/features/identity/k12", "synthetic/features/mean/k0", "synthetic/features/pca/k2",
     ]  # fmt: skip
-    assert not {"mmcs", "support_f1", "ce_clean"} & set(table.columns)
+    assert not {"matched_feature_cosine", "support_f1", "ce_clean"} & set(table.columns)
     assert (table.first_position_excluded == 0).all()  # contexts mean nothing there
 
 
@@ -98,7 +98,13 @@ def test_the_true_code_is_recovered_whole(results: Path) -> None:
 
     oracle.encode = encode
     got = bench.measure(oracle, is_trained=True)[0].metrics
-    for name in ("mmcs", "mcc", "support_precision", "support_recall", "support_f1"):
+    for name in (
+        "matched_feature_cosine",
+        "mcc",
+        "support_precision",
+        "support_recall",
+        "support_f1",
+    ):
         assert got[name] == pytest.approx(1, abs=1e-6), name
     assert got["spearman_l0_true"] == pytest.approx(1, abs=1e-12)
     assert got["explained_variance"] == pytest.approx(1, abs=1e-9)
@@ -140,10 +146,13 @@ def test_trained_saes_go_from_folder_to_tables(results: Path, tmp_path: Path, va
     text = found.loc[f"tiny/{HOOK_POINT}/{variant}/d24-seed0"]
     features = load_file(results / "sources/synthetic/inputs/dictionary.safetensors")["features"]
     untrained = Recovery(features, torch.randn(24, 12, generator=torch.Generator().manual_seed(0)))
-    assert synthetic.mmcs > untrained.metrics_of_dictionary()["mmcs"] + 0.1
+    assert (
+        synthetic.matched_feature_cosine
+        > untrained.metrics_of_dictionary()["matched_feature_cosine"] + 0.1
+    )
     assert synthetic.support_recall > 0.5
     assert np.isnan(synthetic.kl)
-    assert np.isnan(text.mmcs)
+    assert np.isnan(text.matched_feature_cosine)
     assert 0 < text.fvu < 0.9
     assert text.ce_tokens == 6 * 15
     if variant == "topk":

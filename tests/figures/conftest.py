@@ -14,19 +14,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from saeflow.evaluation.tables import (
-    EXTRA,
-    HISTOGRAM_COLUMNS,
-    MEASURED_IDS,
-    METRIC_COLUMNS,
-    OF_LATENTS,
-    OPTION_COLUMNS,
-    STABILITY_COLUMNS,
-    read_csv,
-    summarise,
-    with_target,
-)
+from saeflow.tables.files import read_csv
+from saeflow.tables.runs import with_target
+from saeflow.tables.schema import columns_of, tables_of
+from saeflow.tables.summary import summarise
 
+EXTRA = [name for name in tables_of("evaluate") if name not in ("metrics", "histograms")]
 IDS = [
     "run",
     "source",
@@ -95,7 +88,9 @@ class Bench:
         self.pictured: list[str] = []
         self.stability: list[dict[str, Any]] = []
         self.options: list[dict[str, Any]] = []
-        self.of_latents: dict[str, list[dict[str, Any]]] = {name: [] for name in OF_LATENTS}
+        self.of_latents: dict[str, list[dict[str, Any]]] = {
+            name: [] for name in tables_of("interpret")
+        }
 
     def see(self, ids: dict[str, Any], l0: float, quality: float) -> None:
         """Metrics of an SAE of images beside the others' metrics."""
@@ -140,17 +135,17 @@ class Bench:
         for k in (1, 5):
             for method in ("latents", "neurons"):
                 line = {**known, **sizes, "method": method, "k": k, "accuracy": 0.6 + k / 50}
-                self.of_latents["probing.csv"].append(line)
+                self.of_latents["probing"].append(line)
         whole = {"method": "activation", "accuracy": 0.95}
-        self.of_latents["probing.csv"].append({**known, **sizes, **whole})
+        self.of_latents["probing"].append({**known, **sizes, **whole})
         for latent in (3, 9):
             line = {"latent": latent, "firing": 50, "balanced_accuracy": latent / 10, "auc": 0.7}
             line |= {"shuffled": 0.5, "interpretable": int(latent == 9)}
-            self.of_latents["detection.csv"].append({**known, **line})
+            self.of_latents["detection"].append({**known, **line})
         for letter, counted in (("s", 1), ("mean", 21)):
             line = {"letter": letter, "words": 40, "probe_f1": 0.9, "counted": counted}
             line |= {"split_latents": 1.5, "absorption_fraction": 0.25, "full_absorption": 0.125}
-            self.of_latents["absorption.csv"].append({**known, **line})
+            self.of_latents["absorption"].append({**known, **line})
         self.pictured.append(ids["run"])
         if ids["variant"] != "topk":
             for i, control in enumerate(("own", "shuffled_k", "mean_k", "batch_threshold")):
@@ -269,7 +264,7 @@ class Bench:
         add("dense_fraction", l0 / 8000)
         if panel == SYNTHETIC:
             found = math.exp(-abs(math.log(l0 / 20)) / 3) / (0.6 + quality / 2.2)
-            add("mmcs", min(0.995, found))
+            add("matched_feature_cosine", min(0.995, found))
             add("support_f1", min(0.99, found**2))
             add("true_l0_mean", 20.0)
             self.see(ids, l0, quality)
@@ -349,8 +344,8 @@ class Bench:
 
     def write(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "metrics.csv", METRIC_COLUMNS, measured(self.metrics))
-        write(folder / "histograms.csv", HISTOGRAM_COLUMNS, measured(self.histograms))
+        write(folder / "metrics.csv", columns_of("metrics"), measured(self.metrics))
+        write(folder / "histograms.csv", columns_of("histograms"), measured(self.histograms))
         ids = ["k_target" if column == "k" else column for column in IDS]
         steps = ["step", "tokens_seen", "loss", "reconstruction", "auxk", "l1", "l1_weight",
                  "threshold", "k", "l0", "dead", "lr",
@@ -358,14 +353,12 @@ class Bench:
         write(folder / "training.csv", [*ids, *steps], self.training)
         write(folder / "complexity.csv", COMPLEXITY, self.complexity)
         write(folder / "probes.csv", PROBES, self.probes)
-        for name, columns in EXTRA.items():
-            write(folder / f"{name}.csv", [*MEASURED_IDS, *columns], measured(self.extra[name]))
-        write(folder / "stability.csv", STABILITY_COLUMNS, self.stability)
-        for name, columns in OF_LATENTS.items():
-            write(
-                folder / name, [*with_target(dict.fromkeys(IDS)), *columns], self.of_latents[name]
-            )
-        write(folder / "options.csv", OPTION_COLUMNS, self.options)
+        for name in EXTRA:
+            write(folder / f"{name}.csv", columns_of(name), measured(self.extra[name]))
+        write(folder / "stability.csv", columns_of("stability"), self.stability)
+        for name in tables_of("interpret"):
+            write(folder / f"{name}.csv", columns_of(name), self.of_latents[name])
+        write(folder / "options.csv", columns_of("options"), self.options)
         self.cards(folder / "cards")
         lines = summarise(read_csv(folder / "metrics.csv"))
         write(folder / "summary.csv", list(lines[0]), lines)

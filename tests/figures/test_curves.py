@@ -8,7 +8,7 @@ import pytest
 
 from saeflow.errors import UserError
 from saeflow.figures import FIGURES, captions, load_tables, style
-from saeflow.figures.curves import loss_terms
+from saeflow.figures.plots.training import loss_terms
 
 from .conftest import TEXT, Maker
 
@@ -25,7 +25,7 @@ def folder(make_tables: Maker, tmp_path: Path) -> Path:
 
 def test_data_are_the_logged_steps(folder: Path) -> None:
     with style.context():
-        data = FIGURES["training"](load_tables(folder), STRICT).data
+        data = FIGURES["training"].draw(load_tables(folder), STRICT).data
     with (folder / "training.csv").open() as file:
         logged = list(csv.DictReader(file))
     assert len(data) == len(logged)
@@ -53,7 +53,7 @@ def test_a_logged_number_that_is_no_loss_term_is_not_drawn_as_one() -> None:
 def test_the_schedule_lies_under_the_active_latents(folder: Path) -> None:
     loaded = load_tables(folder)
     with style.context():
-        figure = FIGURES["training"](loaded, STRICT).figure
+        figure = FIGURES["training"].draw(loaded, STRICT).figure
     axes = [ax for part in figure.subfigs for ax in part.axes]
     panel = next(ax for ax in axes if ax.get_title(loc="left") == "active latents (L0)")
     row = axes[axes.index(panel) + 5]  # the second series: TopK, below ReLU
@@ -68,7 +68,7 @@ def test_no_logged_step_is_an_error(folder: Path) -> None:
     text = (folder / "training.csv").read_text().splitlines()[0]
     (folder / "training.csv").write_text(text + "\n")
     with pytest.raises(UserError, match="Take training out"):
-        FIGURES["training"](load_tables(folder), STRICT)
+        FIGURES["training"].draw(load_tables(folder), STRICT)
 
 
 def test_the_caption_says_the_units_of_losses() -> None:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 
 from saeflow.errors import UserError
 from saeflow.figures import FIGURES, Drawing, load_tables, style
-from saeflow.figures.distributions import pool
+from saeflow.figures.ridges import pool
 
 from .conftest import SYNTHETIC, TEXT
 
@@ -22,7 +22,9 @@ STRICT = {"allow_unequal_budgets": False}
 def drawn(tables: Path) -> dict[str, Drawing]:
     loaded = load_tables(tables)
     with style.context():
-        return {name: FIGURES[name](loaded, STRICT) for name in ("l0_histograms", "firing_rates")}
+        return {
+            name: FIGURES[name].draw(loaded, STRICT) for name in ("l0_histograms", "firing_rates")
+        }
 
 
 def bins(tables: Path, histogram: str) -> list[dict[str, str]]:
@@ -115,4 +117,4 @@ def test_tables_without_a_histogram_are_an_error(tables: Path) -> None:
     loaded = load_tables(tables)
     loaded = replace(loaded, histograms=loaded.histograms[:0])
     with pytest.raises(UserError, match="l0_histograms needs SAEs with the histogram l0"):
-        FIGURES["l0_histograms"](loaded, STRICT)
+        FIGURES["l0_histograms"].draw(loaded, STRICT)

@@ -7,12 +7,13 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot
 
-from saeflow.evaluation.tables import EXTRA, read_csv, summarise
 from saeflow.figures import FIGURES, TABLES, load_tables
-from saeflow.figures import tables as read
-from saeflow.figures.report import _sections
+from saeflow.figures.report.results import sections
+from saeflow.tables.compare import check_budgets
+from saeflow.tables.files import read_csv
+from saeflow.tables.summary import summarise
 
-from .conftest import SYNTHETIC, TEXT, Maker
+from .conftest import EXTRA, SYNTHETIC, TEXT, Maker
 
 STRICT = {"allow_unequal_budgets": False}
 OTHER = "wikitext"
@@ -51,7 +52,7 @@ def two(one: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", [n for n in (*FIGURES, *TABLES) if n not in WITHOUT_ROWS])
 def test_every_figure_takes_them(name: str, two: Path) -> None:
-    made = {**FIGURES, **TABLES}[name](load_tables(two), STRICT)
+    made = {**FIGURES, **TABLES}[name].draw(load_tables(two), STRICT)
     assert len(made.data)
     pyplot.close("all")
 
@@ -60,8 +61,8 @@ def test_every_figure_takes_them(name: str, two: Path) -> None:
 def test_each_source_is_a_panel_of_its_own_numbers(
     figure: str, metric: str, one: Path, two: Path
 ) -> None:
-    alone = FIGURES[figure](load_tables(one), STRICT).data
-    drawing = FIGURES[figure](load_tables(two), STRICT)
+    alone = FIGURES[figure].draw(load_tables(one), STRICT).data
+    drawing = FIGURES[figure].draw(load_tables(two), STRICT)
     data = drawing.data
     is_other = data["evaluated_on"] == OTHER
     own, other = (data[held].reset_index(drop=True) for held in (~is_other, is_other))
@@ -76,8 +77,8 @@ def test_each_source_is_a_panel_of_its_own_numbers(
 
 def test_tables_have_a_column_only_where_there_is_another_source(one: Path, two: Path) -> None:
     for name in ("table_dictionary_size", "table_ablation"):
-        alone = TABLES[name](load_tables(one), STRICT).data
-        both = TABLES[name](load_tables(two), STRICT).data
+        alone = TABLES[name].draw(load_tables(one), STRICT).data
+        both = TABLES[name].draw(load_tables(two), STRICT).data
         assert "evaluated_on" not in alone
         own, other = (
             both[held] for held in (both["evaluated_on"] != OTHER, both["evaluated_on"] == OTHER)
@@ -89,17 +90,17 @@ def test_tables_have_a_column_only_where_there_is_another_source(one: Path, two:
 
 def test_scores_are_of_the_own_sources_contexts(one: Path, two: Path) -> None:
     """Contexts of another source have the same numbers, and no score."""
-    alone, both = (FIGURES["k_complexity"](load_tables(p), STRICT).data for p in (one, two))
+    alone, both = (FIGURES["k_complexity"].draw(load_tables(p), STRICT).data for p in (one, two))
     pd.testing.assert_frame_equal(alone, both)
 
 
 def test_the_report_has_a_table_for_each(two: Path) -> None:
-    titles = [section["title"] for section in _sections(read_csv(two / "summary.csv"))]
+    titles = [section["title"] for section in sections(read_csv(two / "summary.csv"))]
     assert titles[:2] == [f"{TEXT[0]}, {TEXT[1]}", f"{TEXT[0]} on {OTHER}, {TEXT[1]}"]
     assert titles[2:] == [SYNTHETIC[0], f"{SYNTHETIC[0]} on {OTHER}"]
 
 
 def test_rows_of_one_panel_must_be_equally_many(two: Path) -> None:
     tables = load_tables(two)
-    read.check_budgets(tables, tables.wide, STRICT)  # 100 here, more there
+    check_budgets(tables, tables.wide, STRICT)  # 100 here, more there
     assert len(tables.wide) == tables.wide["run"].nunique() == 2 * tables.wide["trained"].nunique()

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from saeflow.figures import FIGURES, style
-from saeflow.figures.tables import Tables, load_tables
+from saeflow.tables.load import Tables, load_tables
 
 from .conftest import SYNTHETIC, TEXT, Maker
 
@@ -28,7 +28,7 @@ def loaded(make_tables: Maker, tmp_path_factory: pytest.TempPathFactory) -> Tabl
 
 def drawn(tables: Tables) -> pd.DataFrame:
     with style.context():
-        return FIGURES["k_complexity"](tables, STRICT).data
+        return FIGURES["k_complexity"].draw(tables, STRICT).data
 
 
 def test_bins_hold_equally_many_contexts_in_order_of_their_score(loaded: Tables) -> None:

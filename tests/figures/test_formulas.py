@@ -21,7 +21,7 @@ def test_points_are_the_differences_of_the_tables(make_tables: Maker, tmp_path: 
     legacy = fvu.assign(metric="ev_legacy_saelens", value=1 - fvu["value"] - 0.125)
     pd.concat([metrics, legacy]).to_csv(path / "metrics.csv", index=False)
     with style.context():
-        drawing = FIGURES["ev_formulas"](load_tables(path), STRICT)
+        drawing = FIGURES["ev_formulas"].draw(load_tables(path), STRICT)
     by_label = {}
     for line in drawing.figure.axes[0].lines:
         by_label[line.get_marker()] = line.get_ydata()
@@ -39,4 +39,4 @@ def test_without_saes_it_says_what_to_change(make_tables: Maker, tmp_path: Path)
     metrics = pd.read_csv(path / "metrics.csv")
     metrics[metrics["variant"].isin(["pca", "mean"])].to_csv(path / "metrics.csv", index=False)
     with pytest.raises(UserError, match="ev_formulas needs evaluated SAEs"):
-        FIGURES["ev_formulas"](load_tables(path), STRICT)
+        FIGURES["ev_formulas"].draw(load_tables(path), STRICT)

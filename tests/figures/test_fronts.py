@@ -26,7 +26,9 @@ def values(tables: Path, metric: str) -> dict[str, float]:
 def drawn(tables: Path) -> dict[str, Drawing]:
     loaded = load_tables(tables)
     with style.context():
-        return {name: FIGURES[name](loaded, STRICT) for name in ("fvu_l0", "ce_l0", "recovery")}
+        return {
+            name: FIGURES[name].draw(loaded, STRICT) for name in ("fvu_l0", "ce_l0", "recovery")
+        }
 
 
 @pytest.mark.parametrize(
@@ -34,7 +36,7 @@ def drawn(tables: Path) -> dict[str, Drawing]:
     [
         ("fvu_l0", "fvu", {"smollm2", "toy"}),
         ("ce_l0", "ce_degradation", {"smollm2"}),
-        ("recovery", "mmcs", {"toy"}),
+        ("recovery", "matched_feature_cosine", {"toy"}),
         ("recovery", "support_f1", {"toy"}),
     ],
 )
@@ -116,17 +118,19 @@ def test_a_figure_without_rows_says_what_to_change(make_tables: Maker, tmp_path:
     with pytest.raises(
         UserError, match=r"ce_l0 needs SAEs with the metric ce_degradation.*Take ce_l0 out"
     ):
-        FIGURES["ce_l0"](loaded, STRICT)
+        FIGURES["ce_l0"].draw(loaded, STRICT)
     loaded = load_tables(make_tables(tmp_path / "b", panels=[TEXT], seeds=1))
-    with pytest.raises(UserError, match="recovery needs SAEs with the metric mmcs"):
-        FIGURES["recovery"](loaded, STRICT)
+    with pytest.raises(
+        UserError, match="recovery needs SAEs with the metric matched_feature_cosine"
+    ):
+        FIGURES["recovery"].draw(loaded, STRICT)
 
 
 def test_one_seed_of_one_setting_can_be_drawn(make_tables: Maker, tmp_path: Path) -> None:
     entries = [("topk", "topk", 1.0, (16,))]
     loaded = load_tables(make_tables(tmp_path, panels=[TEXT], entries=entries, seeds=1))
     with style.context():
-        drawing = FIGURES["fvu_l0"](loaded, STRICT)
+        drawing = FIGURES["fvu_l0"].draw(loaded, STRICT)
     assert "Each point is one seed, error bars 95 % bootstrap intervals" in drawing.caption
     assert drawing.data["fvu_seed_sd"].isna().all()
     bars = drawing.figure.axes[0].collections
@@ -153,7 +157,7 @@ def test_a_negative_degradation_is_shown_on_a_linear_axis(
     ]
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
     with style.context():
-        ax = FIGURES["ce_l0"](load_tables(folder), STRICT).figure.axes[0]
+        ax = FIGURES["ce_l0"].draw(load_tables(folder), STRICT).figure.axes[0]
     assert ax.get_yscale() == "linear"
     assert ax.get_ylim()[0] < -0.002
 
@@ -168,7 +172,7 @@ def test_entries_named_for_their_source_are_one_line_of_the_legend(
     loaded = load_tables(folder)
     assert {"topk", "toy-topk"} <= set(loaded.wide["entry"])
     with style.context():
-        legend = FIGURES["fvu_l0"](loaded, STRICT).figure.legends[0]
+        legend = FIGURES["fvu_l0"].draw(loaded, STRICT).figure.legends[0]
     assert [text.get_text() for text in legend.get_texts()] == ["TopK", "PCA", "Mean"]
 
 
@@ -178,7 +182,7 @@ def test_a_second_entry_of_a_variant_has_its_colour_and_another_line(
     entries = [("topk", "topk", 1.0, (8, 32)), ("topk-annealed", "topk", 0.9, (8, 32))]
     loaded = load_tables(make_tables(tmp_path, panels=[TEXT], entries=entries, seeds=1))
     with style.context():
-        first, second = FIGURES["fvu_l0"](loaded, STRICT).figure.legends[0].get_lines()[:2]
+        first, second = FIGURES["fvu_l0"].draw(loaded, STRICT).figure.legends[0].get_lines()[:2]
     assert first.get_color() == second.get_color() == style.VARIANTS["topk"].color
     assert first.get_linestyle() != second.get_linestyle()
     assert first.get_markerfacecolor() != second.get_markerfacecolor()
@@ -193,6 +197,6 @@ def test_points_of_many_entries_of_a_variant_can_be_told_apart(
     ]
     loaded = load_tables(make_tables(tmp_path, panels=[TEXT], entries=entries, seeds=1))
     with style.context():
-        lines = FIGURES["fvu_l0"](loaded, STRICT).figure.legends[0].get_lines()[: len(entries)]
+        lines = FIGURES["fvu_l0"].draw(loaded, STRICT).figure.legends[0].get_lines()[: len(entries)]
     assert {line.get_color() for line in lines} == {style.VARIANTS["sparsemax"].color}
     assert len({(line.get_marker(), line.get_markerfacecolor()) for line in lines}) == len(entries)

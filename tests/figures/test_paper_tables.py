@@ -9,7 +9,7 @@ import pytest
 
 from saeflow.errors import UserError
 from saeflow.figures import TABLES, draw
-from saeflow.figures.tables import load_tables
+from saeflow.tables.load import load_tables
 
 from .conftest import SYNTHETIC, TEXT, Maker
 
@@ -66,7 +66,7 @@ def test_a_table_is_csv_markdown_latex_and_a_caption(
 
 
 def test_sizes_are_means_over_seeds(folder: Path) -> None:
-    data = TABLES["table_dictionary_size"](load_tables(folder), STRICT).data
+    data = TABLES["table_dictionary_size"].draw(load_tables(folder), STRICT).data
     line = data[
         (data["source"] == TEXT[0]) & (data["entry"] == "topk/k8") & (data["d_sae"] == 1152)
     ]
@@ -79,7 +79,7 @@ def test_sizes_are_means_over_seeds(folder: Path) -> None:
 
 
 def test_an_ablation_compares_one_size(folder: Path) -> None:
-    data = TABLES["table_ablation"](load_tables(folder), STRICT).data
+    data = TABLES["table_ablation"].draw(load_tables(folder), STRICT).data
     assert set(data["setting"].str.partition("-")[0]) == {"d2304"}
     assert len(data) == data["setting"].nunique() * data["source"].nunique()
     line = data[data["source"] == TEXT[0]].iloc[0]
@@ -90,7 +90,7 @@ def test_an_ablation_compares_one_size(folder: Path) -> None:
 
 
 def test_accuracy_is_that_of_the_classification(folder: Path) -> None:
-    data = TABLES["table_top_n"](load_tables(folder), STRICT).data
+    data = TABLES["table_top_n"].draw(load_tables(folder), STRICT).data
     line = data[(data["setting"] == "d2304-k8") & (data["protocol"] == "paper")]
     rows = pd.read_csv(folder / "classification.csv", dtype={"n": str})
     rows = rows[rows["run"].str.contains("topk/d2304-k8-") & (rows["protocol"] == "paper")]
@@ -101,7 +101,7 @@ def test_accuracy_is_that_of_the_classification(folder: Path) -> None:
 
 
 def test_the_guide_stands_above_what_it_guides(folder: Path) -> None:
-    data = TABLES["table_guided_k"](load_tables(folder), STRICT).data
+    data = TABLES["table_guided_k"].draw(load_tables(folder), STRICT).data
     assert data["role"].tolist() == ["guide", "guided"]
     assert data["entry"].tolist() == ["relu", "topk"]
     guide = f"{TEXT[0]}/{TEXT[1]}/relu/d2304-l10.1-seed0"
@@ -110,20 +110,20 @@ def test_the_guide_stands_above_what_it_guides(folder: Path) -> None:
 
 
 def test_cost_is_against_topk_of_the_same_size(folder: Path, tmp_path: Path) -> None:
-    data = TABLES["table_training_cost"](load_tables(folder), STRICT).data
+    data = TABLES["table_training_cost"].draw(load_tables(folder), STRICT).data
     assert (data["against_topk"] == 1).all()  # the fabricated runs are equally fast
     assert data["hours_of_1e9"].iloc[0] == pytest.approx(1e9 / 40_000 / 3600)
 
 
 def test_the_share_of_interpretable_latents_is_counted(folder: Path) -> None:
-    data = TABLES["table_interpretability"](load_tables(folder), STRICT).data
+    data = TABLES["table_interpretability"].draw(load_tables(folder), STRICT).data
     assert (data["interpretable"] == 0.5).all()
     assert data["balanced_accuracy"].iloc[0] == pytest.approx((0.3 + 0.9) / 2)
     assert data["probe_k5"].iloc[0] == pytest.approx(0.7)
 
 
 def test_absorption_is_the_mean_over_letters_with_its_warning(folder: Path) -> None:
-    table = TABLES["table_absorption"](load_tables(folder), STRICT)
+    table = TABLES["table_absorption"].draw(load_tables(folder), STRICT)
     assert (table.data["absorption_fraction"] == 0.25).all()
     assert (table.data["letters"] == 21).all()
     assert "meaningless for models below about 1 B parameters" in table.caption

@@ -16,7 +16,7 @@ STRICT = {"allow_unequal_budgets": False}
 def test_a_panel_for_each_quantity_that_moved(tables: Path) -> None:
     loaded = load_tables(tables)
     with style.context():
-        drawing = FIGURES["schedules"](loaded, STRICT)
+        drawing = FIGURES["schedules"].draw(loaded, STRICT)
     titles = [
         [ax.get_title(loc="left") for ax in part.axes if ax.lines]
         for part in drawing.figure.subfigs
@@ -30,7 +30,7 @@ def test_a_panel_for_each_quantity_that_moved(tables: Path) -> None:
 def test_lines_are_the_logged_values(tables: Path) -> None:
     loaded = load_tables(tables)
     with style.context():
-        figure = FIGURES["schedules"](loaded, STRICT).figure
+        figure = FIGURES["schedules"].draw(loaded, STRICT).figure
     panel = next(ax for ax in figure.subfigs[0].axes if "L1" in ax.get_title(loc="left"))
     steps = loaded.training
     one = steps[(steps["source"] == TEXT[0]) & (steps["variant"] == "relu") & (steps["seed"] == 0)]
@@ -43,13 +43,13 @@ def test_nothing_that_moves_is_an_error(make_tables: Maker, tmp_path: Path) -> N
     lines = (folder / "training.csv").read_text().splitlines()
     (folder / "training.csv").write_text("\n".join(lines[:2]) + "\n")
     with pytest.raises(UserError, match="Take schedules out"):
-        FIGURES["schedules"](load_tables(folder), STRICT)
+        FIGURES["schedules"].draw(load_tables(folder), STRICT)
 
 
 def test_complexity_shows_held_out_contexts_with_the_tables_quality(tables: Path) -> None:
     loaded = load_tables(tables)
     with style.context():
-        drawing = FIGURES["complexity"](loaded, STRICT)
+        drawing = FIGURES["complexity"].draw(loaded, STRICT)
     assert set(drawing.data["split"]) == {"evaluation"}
     titles = [ax.get_title(loc="left") for ax in drawing.figure.axes if ax.lines]
     assert titles == [f"{TEXT[0]}: labels, block 19", f"{SYNTHETIC[0]}: labels"]
@@ -66,4 +66,4 @@ def test_complexity_without_a_probe_is_an_error(make_tables: Maker, tmp_path: Pa
         header = (folder / name).read_text().splitlines()[0]
         (folder / name).write_text(header + "\n")
     with pytest.raises(UserError, match="Take complexity out"):
-        FIGURES["complexity"](load_tables(folder), STRICT)
+        FIGURES["complexity"].draw(load_tables(folder), STRICT)

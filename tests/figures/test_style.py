@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from saeflow.figures import style
+from saeflow.tables.schema import axis_label
 
 # Machado, Oliveira & Fernandes 2009, severity 1.0, on linear RGB.
 VISION = {
@@ -74,8 +75,8 @@ def test_a_variant_added_later_has_a_fixed_look_of_its_own() -> None:
 
 
 def test_axis_labels_have_units() -> None:
-    assert style.metric_label("ce_degradation") == "cross-entropy degradation (nats/token)"
-    assert style.metric_label("some_new_metric") == "some new metric"
+    assert axis_label("ce_degradation") == "cross-entropy degradation (nats/token)"
+    assert axis_label("some_new_metric") == "some new metric"
 
 
 @pytest.mark.parametrize(

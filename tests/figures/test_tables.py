@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 
 from saeflow.errors import UserError
-from saeflow.figures import tables as read
-from saeflow.figures.tables import check_budgets, load_tables, series_of
+from saeflow.figures.series import each_setting, entry_labels, series_of
+from saeflow.tables import compare
+from saeflow.tables.compare import check_budgets
+from saeflow.tables.load import load_tables
 
 from .conftest import ENTRIES, SYNTHETIC, TEXT, Maker
 
@@ -17,7 +19,7 @@ STRICT = {"allow_unequal_budgets": False}
 
 def test_a_series_goes_through_every_k_or_penalty_and_seed(tables: Path) -> None:
     wide = load_tables(tables).wide
-    found = series_of(read.one_panel(wide[read.is_sae(wide)], read.Panel(*TEXT, TEXT[0])))
+    found = series_of(compare.one_panel(wide[compare.is_sae(wide)], compare.Panel(*TEXT, TEXT[0])))
     assert [series.label for series in found] == ["ReLU", "TopK", "BatchTopK", "Random decoder"]
     assert all(len(series.rows) == 4 * 2 for series in found)
     assert found[0].rows["k"].isna().all()
@@ -27,7 +29,7 @@ def test_a_series_goes_through_every_k_or_penalty_and_seed(tables: Path) -> None
 def test_two_entries_of_a_variant_are_told_apart(make_tables: Maker, tmp_path: Path) -> None:
     entries = [("topk", "topk", 1.0, (8,)), ("topk-annealed", "topk", 1.0, (8,))]
     wide = load_tables(make_tables(tmp_path, panels=[TEXT], entries=entries)).wide
-    found = series_of(wide[read.is_sae(wide)])
+    found = series_of(wide[compare.is_sae(wide)])
     assert [series.label for series in found] == ["TopK", "TopK (annealed)"]
     assert found[0].look == found[1].look
 
@@ -35,9 +37,9 @@ def test_two_entries_of_a_variant_are_told_apart(make_tables: Maker, tmp_path: P
 def test_entries_that_differ_in_k_only_are_one_series(make_tables: Maker, tmp_path: Path) -> None:
     entries = [("topk", "topk", 1.0, (8, 32)), ("topk-guided", "topk", 1.0, (19,))]
     wide = load_tables(make_tables(tmp_path, panels=[TEXT], entries=entries)).wide
-    (found,) = series_of(wide[read.is_sae(wide)])
+    (found,) = series_of(wide[compare.is_sae(wide)])
     assert found.label == "TopK"
-    settings = [(name, set(rows["k"]), len(rows)) for name, rows in read.each_setting(found.rows)]
+    settings = [(name, set(rows["k"]), len(rows)) for name, rows in each_setting(found.rows)]
     assert settings == [("d2304-k8", {8}, 2), ("d2304-k19", {19}, 2), ("d2304-k32", {32}, 2)]
 
 
@@ -45,8 +47,8 @@ def test_the_size_of_most_saes_is_shown(make_tables: Maker, tmp_path: Path) -> N
     entries = [("topk", "topk", 1.0, (8, 32)), ("relu", "relu", 1.0, None)]
     wide = load_tables(make_tables(tmp_path, panels=[TEXT], entries=entries)).wide
     larger = wide[(wide["variant"] == "topk")].assign(d_sae=9999)
-    kept = read.of_one_size(pd.concat([wide, larger]))
-    assert set(kept.loc[read.is_sae(kept), "d_sae"]) == {2304}
+    kept = compare.of_one_size(pd.concat([wide, larger]))
+    assert set(kept.loc[compare.is_sae(kept), "d_sae"]) == {2304}
     assert len(kept) == len(wide)
 
 
@@ -67,7 +69,7 @@ def test_sources_may_have_budgets_of_their_own(
 ) -> None:
     loaded = load_tables(tables)
     rows = loaded.wide.copy()
-    rows.loc[(rows["source"] == SYNTHETIC[0]) & read.is_sae(rows), "tokens"] = 1
+    rows.loc[(rows["source"] == SYNTHETIC[0]) & compare.is_sae(rows), "tokens"] = 1
     check_budgets(loaded, rows, STRICT)
     rows.loc[rows["run"] == rows["run"].iloc[0], "tokens"] = 2
     with pytest.raises(UserError, match="training tokens"):
@@ -122,7 +124,7 @@ def test_labels_name_sizes_and_seeds_only_where_there_are_several() -> None:
         ("soft-topk", "d128-k8", 128, 8, 1), ("adaptive-k", "d64-k_max30", 64, None, 0),
     ]  # fmt: skip
     rows = pd.DataFrame(lines, columns=["entry", "setting", "d_sae", "k", "seed"])
-    assert read.entry_labels(rows) == [
+    assert entry_labels(rows) == [
         "soft-topk, 64 latents, k = 8", "soft-topk, 128 latents, k = 8, seed 0",
         "soft-topk, 128 latents, k = 8, seed 1", "adaptive-k, k_max = 30",
     ]  # fmt: skip

@@ -25,15 +25,18 @@ def check_figures(params: Mapping[str, Any], runs: Iterable[Any]) -> None:
         runs: their `SAEConfig`s.
 
     Raises:
-        UserError: `figures.names` has one.
+        UserError: `figures.names` has some, a line each.
     """
     asked = Asked(params, runs)
+    found = []
     for name in params["figures"]["names"]:
         needs = find(name).needs
         if needs is not None and not needs.is_there(asked):
-            raise UserError(
+            found.append(
                 f"figures.names: {name} needs {needs.what}; these parameters have none. Add it, or take {name} out."
             )
+    if found:
+        raise UserError(*found)
 
 
 def draw(name: str, tables: Path, options: Mapping[str, Any], folder: Path) -> None:
@@ -55,7 +58,7 @@ def draw(name: str, tables: Path, options: Mapping[str, Any], folder: Path) -> N
     known = load_tables(tables)
     texts = {}
     if isinstance(figure, TableFigure):
-        table = figure.make(known, options)
+        table = figure.draw(known, options)
         table = replace(table, caption=style.marked(table.caption, mark))
         data, texts["caption.md"] = table.data, table.caption + "\n"
         printed = figure.printed(table)

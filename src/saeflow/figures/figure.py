@@ -68,13 +68,12 @@ class TableFigure:
     """A table that the report can hold; declared as FIGURE in a file of `figures.papers`.
 
     Attributes:
-        title, needs: as of Figure.
-        make: as `Figure.draw`.
+        title, draw, needs: as of Figure.
         columns: those that no table of `results/tables` has, by name.
     """
 
     title: str
-    make: Callable[[Tables, Mapping[str, Any]], PaperTable]
+    draw: Callable[[Tables, Mapping[str, Any]], PaperTable]
     needs: Need | None = None
     columns: Mapping[str, Column] = field(default_factory=dict)
 

@@ -10,7 +10,7 @@ from saeflow.tables import compare
 from saeflow.tables.load import Tables
 
 
-def make(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
+def draw(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
     """Make the table; seeds of a setting are averaged."""
     chosen = tables.options[tables.options["variant"] == "sparsemax"]
     wanted = ["architecture", "activation", "score_scale"]
@@ -36,6 +36,6 @@ def make(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
 
 FIGURE = TableFigure(
     title="Architecture and activation of the Sparsemax SAE",
-    make=make,
+    draw=draw,
     needs=Need("a run of the variant sparsemax", lambda asked: asked.variant("sparsemax")),
 )

@@ -11,7 +11,7 @@ from saeflow.tables.load import Tables
 from saeflow.tables.schema import Column
 
 
-def make(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
+def draw(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
     """Make the table; seeds of a setting are averaged."""
     rows = tables.absorption
     rows = rows[rows["letter"] == "mean"]
@@ -43,7 +43,7 @@ def make(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
 
 FIGURE = TableFigure(
     title="Absorption of first letters",
-    make=make,
+    draw=draw,
     columns={"letters": Column(definition="Letters that the probe finds.", kind="count")},
     needs=Need(
         "evaluation.interpretability with absorption", lambda asked: asked.interprets("absorption")

@@ -10,7 +10,7 @@ from saeflow.figures.sizes import METRICS, l0_sentence, sized
 from saeflow.tables.load import Tables
 
 
-def make(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
+def draw(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
     """Make the table; seeds of a setting are averaged."""
     rows = sized(tables, options, "table_dictionary_size")
     metrics = ["l0_mean", *(metric for metric in METRICS if metric in rows)]
@@ -27,6 +27,6 @@ def make(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
 
 FIGURE = TableFigure(
     title="The size of the dictionary, in numbers",
-    make=make,
+    draw=draw,
     needs=SIZES,
 )

@@ -13,7 +13,7 @@ from saeflow.tables import compare
 from saeflow.tables.load import Tables
 
 
-def make(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
+def draw(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
     """Make the table."""
     guides = tables.options[
         (tables.options["option"] == "guide") & (tables.options["chosen"] != "null")
@@ -46,7 +46,7 @@ def make(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
 
 FIGURE = TableFigure(
     title="TopK at the k that another SAE found",
-    make=make,
+    draw=draw,
     needs=Need(
         "an entry with options: {k: {mean_l0_of: RUN}}",
         lambda asked: any(run.guide for run in asked.runs),

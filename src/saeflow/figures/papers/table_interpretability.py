@@ -11,7 +11,7 @@ from saeflow.tables.load import Tables
 from saeflow.tables.schema import Column
 
 
-def make(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
+def draw(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
     """Make the table; seeds of a setting are averaged."""
     rows = tables.detection
     if rows.empty:
@@ -40,7 +40,7 @@ def make(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
 
 FIGURE = TableFigure(
     title="Latents that a simple model predicts",
-    make=make,
+    draw=draw,
     columns={"judged": Column(definition="Latents that are judged.", kind="count")},
     needs=Need(
         "evaluation.interpretability with detection", lambda asked: asked.interprets("detection")

@@ -8,7 +8,7 @@ from saeflow.figures.needs import PROBES
 from saeflow.tables.load import Tables
 
 
-def make(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
+def draw(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
     """Make the table."""
     rows = tables.probes[tables.probes["split"] == "evaluation"]
     if rows.empty:
@@ -33,6 +33,6 @@ def make(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
 
 FIGURE = TableFigure(
     title="Complexity probes",
-    make=make,
+    draw=draw,
     needs=PROBES,
 )

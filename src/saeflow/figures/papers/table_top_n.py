@@ -13,7 +13,7 @@ from saeflow.tables.load import Tables
 from saeflow.tables.numbers import natural
 
 
-def make(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
+def draw(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
     """Make the table; seeds of a setting are averaged."""
     rows = tables.classification
     rows = rows[compare.is_sae(rows) & (rows["concepts"] == "on") & (rows["labels"] == "true")]
@@ -46,6 +46,6 @@ def make(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
 
 FIGURE = TableFigure(
     title="Classification through the top n concepts, in numbers",
-    make=make,
+    draw=draw,
     needs=LABELLED,
 )

@@ -8,7 +8,7 @@ from saeflow.tables.load import Tables
 from saeflow.tables.schema import Column
 
 
-def make(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
+def draw(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
     """Make the table."""
     steps = tables.training
     if steps.empty or "tokens_per_s" not in steps:
@@ -30,7 +30,7 @@ def make(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
 
 FIGURE = TableFigure(
     title="What training costs",
-    make=make,
+    draw=draw,
     columns={
         "against_topk": Column(
             definition="Throughput of TopK over the variant's.", label="time against TopK"

@@ -14,20 +14,17 @@ import pandas as pd
 import pytest
 
 from saeflow.errors import UserError
-from saeflow.evaluation.tables import (
-    METRIC_COLUMNS,
-    Evaluation,
-    as_latex,
+from saeflow.tables.collect import collect
+from saeflow.tables.evaluations import Evaluation, write_evaluation
+from saeflow.tables.numbers import natural, number
+from saeflow.tables.render import (
     classification_latex,
     classification_markdown,
-    collect,
-    describe_schedule,
     escape_latex,
-    identify,
-    natural,
-    number,
-    write_evaluation,
+    summary_latex,
 )
+from saeflow.tables.runs import describe_schedule, identify
+from saeflow.tables.schema import columns_of
 
 
 def config(entry: str, k: int | None, seed: int, **changes: Any) -> dict[str, Any]:
@@ -85,7 +82,7 @@ def gather(runs: list[tuple[Path, Path]], folder: Path) -> Path:
 
 def test_long_table_has_the_ids_of_each_run(runs: list[tuple[Path, Path]], tmp_path: Path) -> None:
     rows = rows_of(gather(runs, tmp_path / "tables") / "metrics.csv")
-    assert list(rows[0]) == list(METRIC_COLUMNS)
+    assert list(rows[0]) == columns_of("metrics")
     fvu = {row["run"]: row for row in rows if row["metric"] == "fvu"}
     row = fvu["text/blocks.1.resid_post/topk/d64-k8-seed1"]
     assert (row["entry"], row["k"], row["seed"], row["tokens"]) == ("topk", "8", "1", "1000")
@@ -144,7 +141,7 @@ def test_printed_tables_state_the_row_policy(runs: list[tuple[Path, Path]], tmp_
         assert "(12.5" in text
         assert "keeping the activation of each first position" in text
     assert (
-        "| topk | d64-k8 | constant | 3 | 8 ± 0 | 0.2333 ± 0.15 |"
+        "| topk | d64-k8 | constant | 3 | 8.00 ± 0.00 | 0.233 ± 0.153 |"
         in (folder / "summary.md").read_text()
     )
 
@@ -164,7 +161,7 @@ def test_every_special_character_of_latex_is_escaped() -> None:
     assert escape_latex("a_b&50%{#}$~^\\") == (
         r"a\_b\&50\%\{\#\}\$\textasciitilde{}\textasciicircum{}\textbackslash{}"
     )
-    assert as_latex([]) == ""
+    assert summary_latex([]) == ""
 
 
 def test_metrics_json_is_nested_for_dvc(runs: list[tuple[Path, Path]], tmp_path: Path) -> None:
@@ -215,7 +212,7 @@ def test_schedules_are_told_apart() -> None:
 
 
 def test_gathering_tables_loads_no_torch() -> None:
-    code = "import sys, saeflow.evaluation.tables; sys.exit('torch' in sys.modules)"
+    code = "import sys, saeflow.tables.collect; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
