@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from saeflow.tables.numbers import decimals, fixed, significant
 
 
@@ -27,7 +28,9 @@ def test_no_rounding_is_off_by_more_than_half_of_the_last_digit() -> None:
         printed = float(significant(value).replace(",", ""))
         exponent = math.floor(math.log10(abs(value)))
         unit = min(max(10.0 ** (exponent - 2), 1e-4), 1.0)
-        assert abs(printed - value) <= 0.5001 * unit * (10 if abs(printed) >= 10 ** (exponent + 1) else 1)
+        assert abs(printed - value) <= 0.5001 * unit * (
+            10 if abs(printed) >= 10 ** (exponent + 1) else 1
+        )
 
 
 def test_a_deviation_has_as_many_decimals_as_its_mean() -> None:

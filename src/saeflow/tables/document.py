@@ -61,7 +61,7 @@ def _metrics(metrics: Mapping[str, Metric]) -> str:
         rows.append(
             [f"`{name}`", metric.label, metric.definition + source, unit, bounds, _BETTER[metric.better]]
         )  # fmt: skip
-    return _table(["metric", "label", "definition", "unit", "bounds", ""], rows)
+    return _table(["metric", "label", "definition", "unit", "bounds", "direction"], rows)
 
 
 def _columns(columns: Mapping[str, Column]) -> str:
