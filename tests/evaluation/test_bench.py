@@ -7,7 +7,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from saeflow.evaluation.tables import collect
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
@@ -18,6 +17,7 @@ from saeflow.evaluation.splice import write_clean
 from saeflow.saes import load, read_config
 from saeflow.sources.hook_points import splice
 from saeflow.stores import open_store
+from saeflow.tables.collect import collect
 
 from .conftest import EVALUATION, HOOK_POINT, TEXT, make_stores, train_sae
 
