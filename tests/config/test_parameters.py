@@ -2,6 +2,7 @@
 
 import copy
 import importlib.resources
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,49 +11,72 @@ import pytest
 import yaml
 
 from saeflow.cli import main
-from saeflow.config import ROOT, load_params, read_yaml, validate
+from saeflow.config import ROOT, expand_runs, load_params, read_yaml, validate
 from saeflow.config.describe import as_markdown, as_text, keys
 from saeflow.config.options import defaults
 from saeflow.config.variants import variants
 from saeflow.errors import UserError
 from saeflow.plan import Plan
 
-MINIMAL = """\
-sources:
-  gpt2:
-    kind: text
-    model: {hub: openai-community/gpt2, revision: 607a30d783dfa663caf39e06633721c8d4cfcd7e}
-    hook_points: [blocks.8.resid_pre]
-    text: {bundled: english}
-    evaluation_share: 0.1
-    context_length: 128
-stores:
-  gpt2: {train_rows: 1000000, evaluation_rows: 20000}
-training:
-  tokens: 4000000
-  batch_size: 2048
-saes:
-  topk:
-    variant: topk
-    store: gpt2/blocks.8.resid_pre
-    d_sae: 6144
-    options: {k: [16, 32, 64]}
-  jumprelu:
-    variant: jumprelu
-    store: gpt2/blocks.8.resid_pre
-    d_sae: 6144
-    options: {l0_weight: 1.0, target_l0: 32}
-"""
+PAGE = (ROOT / "docs" / "own-data.md").read_text()
+MINIMAL = re.search(r"## A whole parameter file\n.*?```yaml\n(.*?)```", PAGE, re.DOTALL)[1]
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 
 
-def test_thirty_lines_are_a_parameter_file() -> None:
+def test_the_parameter_file_of_the_documentation_is_whole_in_thirty_lines() -> None:
     assert len(MINIMAL.splitlines()) <= 30
     plan = Plan(validate(yaml.safe_load(MINIMAL)))
     assert len(plan.runs) == 4
     training = plan.runs["gpt2/blocks.8.resid_pre/topk/d6144-k16-seed0"].training
     assert (training.betas, training.lr, training.grad_clip) == ((0.9, 0.999), "auto", 1.0)
     assert plan.store("gpt2")["shard_rows"] % plan.store("gpt2")["chunk_rows"] == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "filled"),
+    [
+        (
+            {
+                "kind": "synthetic", "d_in": 16, "n_features": 32, "l0_law": {"kind": "constant", "mean": 3},
+                "frequency_exponent": 0, "coefficient": {"kind": "normal", "mean": 1, "std": 0.2}, "noise_std": 0,
+            },
+            {"hook_points": ["features"], "skip_first": False, "max_norm_multiple": None, "seed": 0},
+        ),
+        (
+            {
+                "kind": "vision", "model": {"hub": "openai/clip-vit-base-patch16", "revision": 40 * "a"},
+                "hook_points": ["vision.blocks.2.resid_post"], "evaluation_share": 0.1, "tokens": "cls",
+                "images": {"dataset": "a/b", "revision": 40 * "b", "split": "train", "image_column": "image", "streaming": True},
+            },
+            {
+                "unreadable_share": 0, "max_norm_multiple": 10,
+                "images": {"name": None, "label_column": None, "shuffle_seed": None},
+            },
+        ),
+    ],
+)  # fmt: skip
+def test_a_source_has_the_defaults_of_its_kind(source: Any, filled: Any) -> None:
+    params: Any = yaml.safe_load(MINIMAL)
+    hook_point = source.get("hook_points", ["features"])[0]
+    params["sources"], params["stores"] = {"one": source}, {"one": params["stores"]["gpt2"]}
+    for entry in params["saes"].values():
+        entry["store"] = f"one/{hook_point}"
+    found = validate(params)["sources"]["one"]
+    assert_kept(filled, found)
+    assert_kept(source, found)
+    assert "prepend_bos" not in found
+
+
+def test_an_entry_has_the_training_of_all_where_it_states_none() -> None:
+    params: Any = yaml.safe_load(MINIMAL)
+    params["training"]["lr"] = 0.001
+    params["saes"]["topk"]["grad_clip"] = None
+    runs = expand_runs(validate(params))
+    assert {run.training.lr for run in runs} == {0.001}
+    assert {(run.entry, run.training.grad_clip) for run in runs} == {
+        ("topk", None),
+        ("jumprelu", 1.0),
+    }
 
 
 def stated(value: Any) -> Any:

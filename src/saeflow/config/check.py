@@ -184,7 +184,7 @@ SCORER = "evaluation.interpretability.detection.scorer"
 
 
 def scorer_file(interpretability: Mapping[str, Any]) -> Path | None:
-    """Where the scorer of evaluation.interpretability is, if it is one of the user's own.
+    """Return the file of the scorer of evaluation.interpretability, if it is one of the user's own.
 
     Raises:
         UserError: there is no such file.
@@ -276,7 +276,7 @@ def _check_on(
 
 
 def _scenes(source: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Where a source asks for generated scenes, and for which."""
+    """Yield each place where a source asks for generated scenes, with the scenes."""
     for name, holder in (("images", source.get("images")), ("model", source.get("model"))):
         inside = holder.get("trained", holder) if holder else {}
         if "scenes" in inside:
@@ -295,20 +295,12 @@ def _check_run(run: SAEConfig, params: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"{where}.store: no such store: {run.source}/{run.hook_point}. Known: {listed(_stores(params))}."
         )
-    options = run.options
-    for problem in variants()[run.variant].of(options).problems(run.d_sae):
+    options = variants()[run.variant].of(run.options)
+    for problem in options.problems(run.d_sae):
         yield f"{where}.options.{problem}"
-    if options.get("form") == "per_context" and source.get("tokens", "cls") != "cls":
-        yield (
-            f"{where}.options.form: per_context trains on one row a context, of images the CLS token alone; "
-            f"{run.source} has tokens: {source['tokens']}. Take per_token or soft, or a source of tokens: cls."
-        )
-    if options.get("architecture") == "shared" and run.training.input_scale == "centred":
-        yield (
-            f"{where}.input_scale: centred takes the mean row away, which a saved SAE gives back in its b_dec; "
-            "architecture shared has none. Set unit or raw for this entry, or take architecture mlp."
-        )
-    name = options.get("complexity")
+    for problem in options.misfits(source, run.training.input_scale):
+        yield f"{where}.{problem}"
+    name = run.options.get("complexity")
     if name is not None and name not in params["complexity"]:
         yield (
             f"{where}.options.complexity: no such entry: {name}. Known: {listed(params['complexity'])}."

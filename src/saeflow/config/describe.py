@@ -33,11 +33,18 @@ those of `model` is described key by key; which keys go together, a mistake's me
 `make docs` writes this page from `src/saeflow/config/params.schema.yaml` and the options that each file of
 `src/saeflow/saes/` states. `saeflow parameters KEY` prints a part of it.
 """
+_OF_OPTIONS = """\
+`saes.NAME.options` takes those of the entry's variant. A list of values is swept.
+
+A schedule leads an option to its own value: `{kind: constant}` has it from the first step on; `{kind: linear, from: 64, until:
+0.2}` moves from 64 to it over the first 20 % of the steps, as `cosine` and `exponential` do; `{kind: step, from: 64, until: 0.2,
+steps: 4}` makes four equal jumps.
+"""
 
 
 @dataclass(frozen=True)
 class Key:
-    """What is to know of one key.
+    """One key of `params.yaml`, or one option.
 
     Attributes:
         kind: the `kind` of the mapping that takes the key, where others do not.
@@ -90,7 +97,7 @@ def options_of(variant: type[VariantOptions]) -> list[Key]:
 
 
 def as_text(prefix: str) -> str:
-    """What is to know of some keys.
+    """Describe some keys.
 
     Args:
         prefix: the first names of a key, such as `stores` or `evaluation.bootstrap`; a variant, for its options;
@@ -132,7 +139,7 @@ def as_markdown() -> str:
             parts += [_table(key for key in shown if key.kind == kind)]
     parts += [
         "## Options of variants\n",
-        "`saes.NAME.options` takes those of the entry's variant; a list of values is swept.\n",
+        _OF_OPTIONS,
     ]
     for name, options in variants().items():
         parts += [f"### {name}\n", _table(options_of(options))]

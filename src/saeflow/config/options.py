@@ -122,6 +122,10 @@ class VariantOptions:
                 if not 1 <= count <= d_sae:
                     yield f"{where}: expected 1..{d_sae} (d_sae), found {count}."
 
+    def misfits(self, source: Mapping[str, Any], input_scale: str) -> Iterator[str]:
+        """Say what does not fit the source or the input scale of the entry; a line begins with a key of the entry."""
+        yield from ()
+
 
 def stated(field: "dataclasses.Field[Any]") -> Stated:
     """All that is stated of an option."""

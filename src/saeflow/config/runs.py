@@ -11,7 +11,7 @@ from saeflow.errors import UserError
 
 SPLITS = ("train", "evaluation")
 IMPORTED = "imported-"
-"""What the label of a run that another library trained starts with."""
+"""Start of the label of a run that another library trained."""
 
 
 @dataclass(frozen=True, kw_only=True)

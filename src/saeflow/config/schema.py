@@ -102,7 +102,7 @@ def _parts(schema: Mapping[str, Any], value: Mapping[str, Any]) -> Iterator[Mapp
 
 
 def _applies(condition: Mapping[str, Any], value: Mapping[str, Any]) -> bool:
-    """Whether a mapping has the keys, and the words under some keys, that an `if` of the schema asks for."""
+    """Return whether a mapping has the keys, and the words under some keys, that an `if` of the schema asks for."""
     words = condition.get("properties", {})
     return set(condition.get("required", ())) <= set(value) and all(
         value[name] in about.get("enum", [about.get("const")])

@@ -117,7 +117,7 @@ def _statements(module: str) -> dict[str, ast.stmt]:
 
 @functools.cache
 def _take(module: str, name: str) -> Any:
-    """What a module of `saes` binds to a name, without running the rest of the module."""
+    """Return what a module of `saes` binds to a name, without running the rest of the module."""
     node = _statements(module)[name]
     if isinstance(node, ast.ImportFrom) and node.module:
         alias = next(alias for alias in node.names if (alias.asname or alias.name) == name)

@@ -1,9 +1,9 @@
 """AdaptiveK SAE: k from a linear probe of the context's complexity (arXiv:2508.17320)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -76,6 +76,13 @@ class AdaptiveKOptions(VariantOptions):
             yield f"k_min: expected at most k_max ({self.k_max}), found {self.k_min}."
         if (self.alpha is None) == (self.form == "soft"):
             yield f"alpha: expected a number with form soft, null with others, found {self.alpha!r}."
+
+    def misfits(self, source: Mapping[str, Any], input_scale: str) -> Iterator[str]:
+        if self.form == "per_context" and source.get("tokens", "cls") != "cls":
+            yield (
+                "options.form: per_context trains on one row a context, of images the CLS token alone; the source has "
+                f"tokens: {source['tokens']}. Take per_token or soft, or a source of tokens: cls."
+            )
 
 
 class AdaptiveK(PerInputK):

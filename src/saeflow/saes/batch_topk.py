@@ -23,7 +23,7 @@ class BatchTopKOptions(TopKOptions):
         "Step from which batches count for the threshold in use.", default=1000, unit="steps", low=0
     )
     threshold_start: Literal["unbiased", "first_batch"] = option(
-        "How the running mean behind the threshold starts: unbiased weighs its batches alike while they are few; "
+        "Start of the running mean behind the threshold: unbiased weighs its batches alike while they are few; "
         "first_batch takes the first batch's minimum and moves from it as slowly as later (dictionary_learning).",
         default="unbiased",
     )

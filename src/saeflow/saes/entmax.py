@@ -23,7 +23,7 @@ class EntmaxOptions(SparsemaxOptions):
         "Sharpness: 2 is sparsemax, and towards 1 it nears softmax.", above=1, high=2
     )
     is_alpha_learned: bool = option(
-        "Whether alpha is learned, from its option on, which must be below 2.", default=False
+        "true: alpha is learned, from its option on, which must be below 2.", default=False
     )
 
     def problems(self, d_sae: int) -> Iterator[str]:

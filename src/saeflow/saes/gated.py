@@ -9,7 +9,7 @@ from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents, decode_sparse, lowered
 from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
-from saeflow.saes.initialisation import Initialisation
+from saeflow.saes.initialisation import INITIALISATION, Initialisation
 from saeflow.saes.schedules import ScheduleForm, make_schedule
 
 
@@ -21,11 +21,10 @@ class GatedOptions(VariantOptions):
         "Weight of the L1 penalty on the gate at the end of its schedule.", low=0, high=1e30
     )
     l1_schedule: ScheduleForm = option(
-        "How l1 gets there.", default={"kind": "linear", "from": 0, "until": 0.05}
+        "Schedule by which l1 reaches its value.",
+        default={"kind": "linear", "from": 0, "until": 0.05},
     )
-    initialisation: Initialisation = option(
-        "How the weights start; see src/saeflow/saes/initialisation.py.", default="unit"
-    )
+    initialisation: Initialisation = option(INITIALISATION, default="unit")
 
 
 class Gated(FollowsDensity):

@@ -10,6 +10,14 @@ if TYPE_CHECKING:
     from saeflow.saes.base import SAE
 
 Initialisation = Literal["unit", "zero_bias", "short", "kaiming"]
+INITIALISATION = (
+    "First weights. unit: rows of W_dec of random directions and length 1, W_enc their transpose, b_enc 0, b_dec the "
+    "geometric median of training rows; zero_bias: the same with b_dec 0 (Gated and JumpReLU of dictionary_learning); "
+    "short: b_dec 0, rows of length 0.1, W_enc their transpose, b_enc uniform within 1 / sqrt(d_in) of 0 (Standard and "
+    "P-anneal of dictionary_learning); kaiming: W_enc uniform within sqrt(6 / d_sae) of 0 and drawn on its own, rows of "
+    "W_dec of length 1, b_enc 0, b_dec the geometric median (the ReLU SAE of the Sparsemax release)."
+)
+"""The meaning of an option `initialisation`."""
 SHORT = 0.1  # length of a row, dictionary_learning's AutoEncoder
 
 
@@ -17,12 +25,7 @@ def initialise(sae: "SAE", how: str, x: torch.Tensor, generator: torch.Generator
     """Set W_enc, b_enc, W_dec and b_dec.
 
     Args:
-        how: unit, rows of W_dec of random directions and length 1, W_enc their transpose, b_enc 0, b_dec
-            the geometric median of x; zero_bias, the same with b_dec 0 (Gated and JumpReLU of
-            dictionary_learning); short, b_dec 0, rows of length 0.1, W_enc their transpose, b_enc uniform
-            within 1 / sqrt(d_in) of 0 (Standard and P-anneal of dictionary_learning); kaiming, W_enc
-            uniform within sqrt(6 / d_sae) of 0 and drawn on its own, rows of W_dec unit, b_enc 0, b_dec
-            the geometric median (the ReLU SAE of the Sparsemax release).
+        how: see `INITIALISATION`.
         x: (B, d_in) training rows, as the SAE sees them.
     """
     with torch.no_grad():

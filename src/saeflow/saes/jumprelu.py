@@ -12,7 +12,7 @@ from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents, jumprelu, lowered, step
 from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
-from saeflow.saes.initialisation import Initialisation
+from saeflow.saes.initialisation import INITIALISATION, Initialisation
 from saeflow.saes.schedules import ScheduleForm, make_schedule
 
 
@@ -24,7 +24,8 @@ class JumpReLUOptions(VariantOptions):
         "Weight of the sparsity term at the end of its schedule.", low=0, high=1e30
     )
     l0_schedule: ScheduleForm = option(
-        "How l0_weight gets there.", default={"kind": "linear", "from": 0, "until": 0.05}
+        "Schedule by which l0_weight reaches its value.",
+        default={"kind": "linear", "from": 0, "until": 0.05},
     )
     target_l0: float | None = option(
         "Active latents of an input on average; null for the plain penalty.",
@@ -33,7 +34,9 @@ class JumpReLUOptions(VariantOptions):
         counts_latents=True,
     )
     target_schedule: ScheduleForm = option(
-        "How target_l0 gets there.", default={"kind": "constant"}, counts_latents=True
+        "Schedule by which target_l0 reaches its value.",
+        default={"kind": "constant"},
+        counts_latents=True,
     )
     threshold: float = option(
         "The thresholds at the start (Rajamanoharan et al. 2024, for rows of mean squared norm 1).",
@@ -55,9 +58,7 @@ class JumpReLUOptions(VariantOptions):
         "that a latent below theta feels it only where theta is within half a bandwidth of 0.",
         default="standard",
     )
-    initialisation: Initialisation = option(
-        "How the weights start; see src/saeflow/saes/initialisation.py.", default="unit"
-    )
+    initialisation: Initialisation = option(INITIALISATION, default="unit")
 
     def problems(self, d_sae: int) -> Iterator[str]:
         yield from super().problems(d_sae)

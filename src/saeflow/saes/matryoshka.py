@@ -48,7 +48,7 @@ class MatryoshkaOptions(BatchTopKOptions):
     )
 
     def boundaries(self, d_sae: int) -> list[int]:
-        """Where each group but the last ends."""
+        """Return the end of each group but the last."""
         fractions = self.groups["fractions"]
         return [round(sum(fractions[: i + 1]) * d_sae) for i in range(len(fractions))]
 

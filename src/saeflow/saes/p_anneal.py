@@ -10,7 +10,7 @@ from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents, lowered
 from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
-from saeflow.saes.initialisation import Initialisation
+from saeflow.saes.initialisation import INITIALISATION, Initialisation
 from saeflow.saes.schedules import ScheduleForm, make_schedule
 
 
@@ -22,19 +22,18 @@ class PAnnealOptions(VariantOptions):
         "Weight of the penalty while p is 1, at the end of its schedule.", low=0, high=1e30
     )
     l1_schedule: ScheduleForm = option(
-        "How l1 gets there.", default={"kind": "linear", "from": 0, "until": 0.05}
+        "Schedule by which l1 reaches its value.",
+        default={"kind": "linear", "from": 0, "until": 0.05},
     )
     p_end: float = option("The last p (Karvonen et al. 2024).", default=0.2, low=0.01, high=1)
     p_updates: int = option("Number of jumps of p.", default=10, unit="jumps", low=1)
     anneal_start: float = option("Share of the steps before the annealing.", low=0, high=1)
     first_jump: Literal["at_start", "after_interval"] = option(
-        "When p jumps first: at_start of the annealing, or after_interval (dictionary_learning, whose 10 values of p "
+        "Time of the first jump of p: at_start of the annealing, or after_interval (dictionary_learning, whose 10 values of p "
         "make 9 jumps).",
         default="at_start",
     )
-    initialisation: Initialisation = option(
-        "How the weights start; see src/saeflow/saes/initialisation.py.", default="unit"
-    )
+    initialisation: Initialisation = option(INITIALISATION, default="unit")
 
 
 class PAnneal(FollowsDensity):

@@ -9,7 +9,7 @@ from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents, lowered
 from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
-from saeflow.saes.initialisation import Initialisation
+from saeflow.saes.initialisation import INITIALISATION, Initialisation
 from saeflow.saes.schedules import ScheduleForm, make_schedule
 
 
@@ -19,16 +19,15 @@ class ReLUOptions(VariantOptions):
 
     l1: float = option("Weight of the L1 penalty at the end of its schedule.", low=0, high=1e30)
     l1_schedule: ScheduleForm = option(
-        "How l1 gets there.", default={"kind": "linear", "from": 0, "until": 0.05}
+        "Schedule by which l1 reaches its value.",
+        default={"kind": "linear", "from": 0, "until": 0.05},
     )
     loss: Literal["squared", "norm_weighted"] = option(
         "squared: the error is summed over d_in; norm_weighted: the mean of (x - x_hat)^2 / ||x||, over dimensions "
         "too (the ReLU SAE of the Sparsemax release).",
         default="squared",
     )
-    initialisation: Initialisation = option(
-        "How the weights start; see src/saeflow/saes/initialisation.py.", default="unit"
-    )
+    initialisation: Initialisation = option(INITIALISATION, default="unit")
 
 
 class ReLU(FollowsDensity):

@@ -5,47 +5,43 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from saeflow.config.explain import explained, validator
 from saeflow.config.options import Form
 from saeflow.errors import UserError
 
 _UNTIL = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
-ScheduleForm = Annotated[
-    Mapping[str, Any],
-    Form(
+_FROM = {"type": "number", "minimum": 0}
+_FORM = {
+    "type": "object",
+    "oneOf": [
         {
-            "type": "object",
-            "oneOf": [
-                {
-                    "additionalProperties": False,
-                    "required": ["kind"],
-                    "properties": {"kind": {"const": "constant"}},
-                },
-                {
-                    "additionalProperties": False,
-                    "required": ["kind", "from", "until"],
-                    "properties": {
-                        "kind": {"enum": ["linear", "cosine", "exponential"]},
-                        "from": {"type": "number", "minimum": 0},
-                        "until": _UNTIL,
-                    },
-                },
-                {
-                    "additionalProperties": False,
-                    "required": ["kind", "from", "until", "steps"],
-                    "properties": {
-                        "kind": {"const": "step"},
-                        "from": {"type": "number", "minimum": 0},
-                        "until": _UNTIL,
-                        "steps": {"type": "integer", "minimum": 1},
-                    },
-                },
-            ],
-        }
-    ),
-]
-"""How an option gets to its own value: `kind`, the value it starts `from`, and the share of the steps `until` which."""
-
-KINDS = ("constant", "linear", "cosine", "exponential", "step")
+            "additionalProperties": False,
+            "required": ["kind"],
+            "properties": {"kind": {"const": "constant"}},
+        },
+        {
+            "additionalProperties": False,
+            "required": ["kind", "from", "until"],
+            "properties": {
+                "kind": {"enum": ["linear", "cosine", "exponential"]},
+                "from": _FROM,
+                "until": _UNTIL,
+            },
+        },
+        {
+            "additionalProperties": False,
+            "required": ["kind", "from", "until", "steps"],
+            "properties": {
+                "kind": {"const": "step"},
+                "from": _FROM,
+                "until": _UNTIL,
+                "steps": {"type": "integer", "minimum": 1},
+            },
+        },
+    ],
+}
+ScheduleForm = Annotated[Mapping[str, Any], Form(_FORM)]
+"""Parameters of a schedule: its kind, the value it starts `from`, the share of the steps `until` which it moves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,32 +82,15 @@ def make_schedule(
     Raises:
         UserError: an unknown kind or key, or a value out of range.
     """
-    values = dict(params)
-    kind = values.pop("kind", None)
-    fields = {"constant": set(), "step": {"from", "until", "steps"}}.get(kind, {"from", "until"})
-    if kind not in KINDS or set(values) != fields:
-        raise UserError(
-            f"{name}_schedule: expected kind (one of {', '.join(KINDS)}) with its keys, found "
-            f"{dict(params)}."
-        )
-    start, until, steps = (
-        values.get("from", target),
-        values.get("until", 1.0),
-        values.get("steps", 1),
-    )
-    for what, value, least, most in (
-        ("from", start, low, high), (name, target, low, high), ("until", until, 0, 1)
-    ):  # fmt: skip
-        if not _is_number(value) or not least <= value <= most:
-            raise UserError(
-                f"{name}_schedule: expected {what} in {least:g}..{most:g}, found {value!r}."
-            )
-    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-        raise UserError(f"{name}_schedule: expected steps to be a whole number, found {steps!r}.")
-    if kind == "exponential" and (start <= 0 or target <= 0):
-        raise UserError(f"{name}_schedule: an exponential schedule needs values above 0.")
-    return Schedule(target=target, kind=kind, start=start, until=until, steps=steps)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    where = f"{name}_schedule"
+    form = {"properties": {where: _FORM}}
+    if problems := explained(validator(form).iter_errors({where: dict(params)})):
+        raise UserError(*problems)
+    start = params.get("from", target)
+    for what, value in (("from", start), (name, target)):
+        if not low <= value <= high:
+            raise UserError(f"{where}: expected {what} in {low:g}..{high:g}, found {value!r}.")
+    if params["kind"] == "exponential" and (start <= 0 or target <= 0):
+        raise UserError(f"{where}: an exponential schedule needs values above 0.")
+    moves = {name: params[name] for name in ("until", "steps") if name in params}
+    return Schedule(target=target, kind=params["kind"], start=start, **moves)

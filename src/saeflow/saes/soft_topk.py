@@ -41,7 +41,9 @@ class SoftTopKOptions(VariantOptions):
         counts_latents=True,
     )
     k_schedule: ScheduleForm = option(
-        "How the budget gets there.", default={"kind": "constant"}, counts_latents=True
+        "Schedule by which the budget reaches its value.",
+        default={"kind": "constant"},
+        counts_latents=True,
     )
     k_max: float | TimesK = option(
         "The largest k_hat, of which k_hat starts at about a half: a number, or {times_k: m} for m k (2 in the released "
@@ -64,7 +66,9 @@ class SoftTopKOptions(VariantOptions):
         low=1e-8,
         high=1e8,
     )
-    alpha_schedule: ScheduleForm = option("How alpha gets there.", default={"kind": "constant"})
+    alpha_schedule: ScheduleForm = option(
+        "Schedule by which alpha reaches its value.", default={"kind": "constant"}
+    )
     budget_weight: float = option(
         "Weight of the budget loss, lambda_k.", default=1.0, low=0, high=1e30
     )
@@ -72,7 +76,7 @@ class SoftTopKOptions(VariantOptions):
         "Share of the steps, the last ones, with the hard top-k.", default=0.04, low=0, high=1
     )
     hard_phase: Literal["full", "decoder"] = option(
-        "What the error trains then: full, encoder and decoder; decoder, the decoder alone (released code), beside "
+        "Parameters that the error trains while the top-k is hard: full, encoder and decoder; decoder, the decoder alone (released code), beside "
         "AuxK, which still trains the encoder's columns of dead latents.",
         default="full",
     )

@@ -1,8 +1,8 @@
 """Sparsemax SAE: an input attends to shared concepts, most of them with weight 0 (arXiv:2604.14925)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class SparsemaxOptions(VariantOptions):
         "identity, or linear for a learned W_Q (architecture shared only).", default="identity"
     )
     score_scale: float | Literal["1/sqrt(d)", "learned"] = option(
-        "What scores are multiplied by: a number; 1/sqrt(d); or learned, from 1 on.",
+        "Factor of the scores: a number; 1/sqrt(d); or learned, from 1 on.",
         default="1/sqrt(d)",
         low=1e-8,
         high=1e8,
@@ -56,7 +56,7 @@ class SparsemaxOptions(VariantOptions):
         high=1,
     )
     rate_mask: Literal["excluded", "zeroed"] = option(
-        "How latents above max_rate are left out. excluded: the rate is a running mean (decay 0.99) of how often a latent "
+        "Treatment of latents above max_rate. excluded: the rate is a running mean (decay 0.99) of how often a latent "
         "is not 0, and those left out have the score -inf; zeroed: it is the mean over all batches of how often it is above "
         "0, and they have the score 0, which the simplex may still choose (released code).",
         default="excluded",
@@ -72,12 +72,14 @@ class SparsemaxOptions(VariantOptions):
         low=0,
         high=1e30,
     )
-    l1_schedule: ScheduleForm = option("How l1 gets there.", default={"kind": "constant"})
+    l1_schedule: ScheduleForm = option(
+        "Schedule by which l1 reaches its value.", default={"kind": "constant"}
+    )
     beta2: float = option("beta2 of Adam; beta1 is 0.9.", default=0.99, low=0, high=0.999999)
     initialisation: Literal["unit", "kaiming"] = option(
         "unit: random unit concepts and every map the identity (mlp: as other variants); kaiming: concepts uniform within "
         "sqrt(6 / d_sae) of 0 and maps within sqrt(6 / d_in), so that scores have a standard deviation of 2 / sqrt(d_sae) "
-        "(released code; mlp: see src/saeflow/saes/initialisation.py).",
+        "(released code; mlp: as relu).",
         default="unit",
     )
 
@@ -85,6 +87,13 @@ class SparsemaxOptions(VariantOptions):
         yield from super().problems(d_sae)
         if self.query == "linear" and self.architecture == "mlp":
             yield "query: expected identity with the architecture mlp, found 'linear'."
+
+    def misfits(self, source: Mapping[str, Any], input_scale: str) -> Iterator[str]:
+        if self.architecture == "shared" and input_scale == "centred":
+            yield (
+                "input_scale: centred takes the mean row away, which a saved SAE gives back in its b_dec; architecture "
+                "shared has none. Set unit or raw for this entry, or take architecture mlp."
+            )
 
 
 class Sparsemax(SAE):

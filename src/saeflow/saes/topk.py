@@ -21,7 +21,7 @@ class TopKOptions(VariantOptions):
         counts_latents=True,
     )
     k_schedule: ScheduleForm = option(
-        "How k gets there.", default={"kind": "constant"}, counts_latents=True
+        "Schedule by which k reaches its value.", default={"kind": "constant"}, counts_latents=True
     )
     auxk_weight: float = option(
         "Weight of the AuxK loss (Gao et al. 2024, appendix A.2).",
