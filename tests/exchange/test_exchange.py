@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from saeflow.config.options import with_defaults
 from saeflow.errors import UserError
 from saeflow.exchange import FORMATS, export_sae, import_sae, plain_of, sae_of
 from saeflow.exchange.plain import Plain
 from saeflow.saes import SAE, build, load, save
+from saeflow.saes.variants import VARIANTS
 
 D_IN, D_SAE, ROWS = 12, 40, 64
 CONSTANT = {"kind": "constant"}
@@ -32,6 +34,10 @@ OURS: dict[str, dict[str, Any]] = {
         "threshold": 0.1, "bandwidth": 0.1,
     },
     "gated": {"l1": 0.1, "l1_schedule": CONSTANT},
+}  # fmt: skip
+STATED = {
+    **OURS, "soft_topk": {"k": 5}, "adaptive_k": {"complexity": "scores", "k_min": 2, "k_max": 10},
+    "entmax": {"alpha": 1.5},
 }  # fmt: skip
 THEIRS = {
     "saelens": [
@@ -249,6 +255,32 @@ def test_a_pickle_is_not_run(tmp_path: Path) -> None:
         assert not trap.exists()
     pickle.loads(pickle.dumps(Trap(trap)))  # noqa: S301
     assert trap.exists()  # so the trap is one
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("variant", sorted(VARIANTS))
+def test_every_variant_is_written_or_refused_in_one_line(
+    variant: str, library: str, tmp_path: Path
+) -> None:
+    """Also with the defaults of each variant that chooses its latents by input, such as the Sparsemax SAE."""
+    options = with_defaults(variant, STATED.get(variant, {}))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sae = build(variant, D_IN, D_SAE, options)
+        sae.initialise(torch.randn(ROWS, D_IN), torch.Generator().manual_seed(0))
+    config = {"variant": variant, "options": options, "d_in": D_IN, "d_sae": D_SAE, **ABOUT}
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "out").mkdir()
+    save(sae.state_dict(), tmp_path / "sae", config)
+    if variant in OURS:
+        export_sae(tmp_path / "sae", library, tmp_path / "out")
+        assert list((tmp_path / "out").iterdir())
+        return
+    with pytest.raises(
+        UserError, match=r"found one that chooses its latents by input\. Take --library hub"
+    ):
+        export_sae(tmp_path / "sae", library, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_an_unknown_library_is_refused(tmp_path: Path) -> None:

@@ -100,21 +100,19 @@ def plain_of(sae: SAE) -> Plain:
             fixed k.
     """
     with torch.no_grad():
-        parts = affine(sae)
         match sae:
             case TopK():
-                return Plain("topk", **parts, k=int(sae.k))
+                return Plain("topk", **affine(sae), k=int(sae.k))
             case BatchTopK():
-                return Plain(
-                    "jumprelu", **parts, threshold=sae.threshold.cpu().expand(sae.d_sae).clone()
-                )
+                threshold = sae.threshold.cpu().expand(sae.d_sae).clone()
+                return Plain("jumprelu", **affine(sae), threshold=threshold)
             case JumpReLU():
-                return Plain("jumprelu", **parts, threshold=sae.theta.cpu().clone())
+                return Plain("jumprelu", **affine(sae), threshold=sae.theta.cpu().clone())
             case Gated():
                 r_mag, b_mag = sae.r_mag.cpu().clone(), sae.b_mag.cpu().clone()
-                return Plain("gated", **parts, r_mag=r_mag, b_mag=b_mag)
+                return Plain("gated", **affine(sae), r_mag=r_mag, b_mag=b_mag)
             case ReLU() | PAnneal():
-                return Plain("relu", **parts)
+                return Plain("relu", **affine(sae))
     raise UserError(
         f"{type(sae).__name__}: expected a variant that other libraries know (relu, p_anneal, topk, batch_topk, "
         "matryoshka, jumprelu, gated), found one that chooses its latents by input. Take --library hub, which holds "
