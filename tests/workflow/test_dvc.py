@@ -101,6 +101,13 @@ def test_differences_are_shown(repository: Any) -> None:
     metrics = json.loads(project.run("dvc", "metrics", "diff", "--json", first, second))
     assert any("k12" in name for name in metrics["results/tables/metrics.json"])
     assert "file://" in project.run("dvc", "plots", "diff", first, second)
+    shown = json.loads(project.run("dvc", "plots", "diff", "--json", first, second))
+    (plot,) = (plot for plots in shown["data"].values() for plot in plots)
+    points = plot["content"]["data"]["values"]
+    assert len({point["rev"] for point in points}) == 2
+    assert all(
+        float(point["l0_mean_mean"]) > 0 and float(point["fvu_mean"]) > 0 for point in points
+    )
 
 
 def test_a_fresh_clone_gets_the_results_from_the_cache(repository: Any, tmp_path: Path) -> None:
