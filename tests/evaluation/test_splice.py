@@ -134,7 +134,11 @@ def test_matches_whole_forward_passes(
     tmp_path: Path, kind: str, hook_point: str, skip_first: bool
 ) -> None:
     folder, model, ids = make_source(tmp_path, kind)
-    got = measured(make_loop(folder, hook_point, skip_first=skip_first), damaged)
+    loop = make_loop(folder, hook_point, skip_first=skip_first)
+    loop.zero_costs = (
+        True  # for the formula's sake; a random model is not always worse without an activation
+    )
+    got = measured(loop, damaged)
     only = all_but_first if skip_first else (lambda replace: replace)
     mean = MEAN.float()
     expected, scores = {}, {}
@@ -174,6 +178,7 @@ def test_identity_costs_nothing_and_the_mean_baseline_is_ce_mean(
 ) -> None:
     folder, _, _ = make_source(tmp_path, kind)
     loop = make_loop(folder, hook_point, skip_first=True)
+    loop.zero_costs = True
     identity = measured(loop, Identity(WIDTH).forward)
     assert identity["ce_degradation"] == pytest.approx(0, abs=1e-6)
     assert identity["kl"] == pytest.approx(0, abs=1e-6)
@@ -181,6 +186,24 @@ def test_identity_costs_nothing_and_the_mean_baseline_is_ce_mean(
     mean = measured(loop, Mean(MEAN).forward)
     assert mean["ce_spliced"] == pytest.approx(mean["ce_mean"], abs=1e-6)
     assert measured(loop, torch.zeros_like)["loss_recovered"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("is_needed", [True, False])
+def test_loss_is_recovered_only_where_the_ablation_costs_any(
+    tmp_path: Path, is_needed: bool
+) -> None:
+    """On what the model itself writes each block matters; one whose MLP gives nothing is not missed."""
+    folder, model, ids = make_source(tmp_path, "gpt2")
+    if not is_needed:
+        torch.nn.init.zeros_(model.transformer.h[1].mlp.c_proj.weight)
+        model.save_pretrained(folder / "model")
+    written = model.generate(
+        ids[:, :1], min_length=LENGTH, max_length=LENGTH, do_sample=False, pad_token_id=0
+    )
+    np.save(folder / "inputs" / "evaluation.npy", written.numpy().astype(np.int32))
+    found = measured(make_loop(folder, "blocks.1.mlp_out", skip_first=False), damaged)
+    assert ("loss_recovered" in found) == is_needed
+    assert (found["ce_zero"] - found["ce_clean"] > 0.1) == is_needed
 
 
 @pytest.mark.parametrize(("kind", "hook_point"), [CASES[0], CASES[3], CASES[5], CASES[8]])

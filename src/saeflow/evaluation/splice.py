@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from saeflow.errors import UserError
+from saeflow.evaluation.intervals import bounds, resample
 from saeflow.files import read_json, write_json
 from saeflow.sources.copies import Copies
 from saeflow.sources.hook_points import HookPoint, capture, logits, resume_at, run_from
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 CLEAN = "clean.json"
 _LOGITS_AT_ONCE = 1 << 24
+_RESAMPLING = {"resamples": 1000, "seed": 0}
 
 Replace = Callable[[Tensor], Tensor]
 """Activations (n, d_in) float32, whatever the model's dtype, to what takes their place, same shape."""
@@ -56,8 +59,8 @@ def write_clean(
         ce_contexts: how many contexts, spread evenly over the split.
         device: where the model runs.
         out: written: `contexts-NNNNN.safetensors`, one per `forward_batch` contexts, with token_ids
-            (n, length), activation (n, length, d_in), ce (n (length - 1),), for hook points inside a
-            block block_input (n, length, d_model), and what the KL needs: `clean_expectations`, or
+            (n, length), activation (n, length, d_in), ce (n (length - 1),), zero_rise (n,), what zero in the
+            place of activations adds to each context's sum, for hook points inside a block block_input (n, length, d_model), and what the KL needs: `clean_expectations`, or
             hidden (n, length, d_model) where the lm head is no plain matrix; and clean.json with
             the means over all of them.
 
@@ -89,7 +92,10 @@ def write_clean(
             sums["clean"] += parts["ce"].sum()
             for name, replace in replacements.items():
                 hidden = spliced_hidden(model, hook_point, parts, replace, keep_first)
-                sums[name] += token_losses(model, hidden, token_ids).sum()
+                losses = token_losses(model, hidden, token_ids)
+                sums[name] += losses.sum()
+                if name == "zero":
+                    parts["zero_rise"] = (losses - parts["ce"]).reshape(len(rows), -1).sum(1)
             tokens += parts["ce"].numel()
             parts["token_ids"] = token_ids.to(torch.int32)
             save_file(
@@ -268,6 +274,16 @@ class ModelInTheLoop:
         self.files = sorted(found, key=lambda path: int(path.stem.removeprefix("contexts-")))
         self.model = load_model(model_folder, device)
         self.device = device
+        self.zero_costs = self._zero_costs()
+
+    def _zero_costs(self) -> bool:
+        """Whether zero in the place of activations raises the loss: its 95 % interval lies above 0."""
+        rises = []
+        for path in self.files:
+            with safe_open(path, "np") as file:
+                rises.append(file.get_tensor("zero_rise"))
+        low, _ = bounds(resample({"rise": np.concatenate(rises)}, _RESAMPLING)["rise"])
+        return low > 0
 
     def sums(self, replace: Replace) -> dict[str, np.ndarray]:
         """Return the sums of each context with one replacement, such as an SAE's `forward`.
@@ -320,7 +336,7 @@ class ModelInTheLoop:
             "ce_tokens": tokens,
             "ce_first_position_kept": float(summary["keep_first"]),
         }
-        if zero != clean:
+        if self.zero_costs:
             metrics["loss_recovered"] = (zero - spliced) / (zero - clean)
         return metrics
 

@@ -68,6 +68,11 @@ def policy_note(line: Mapping[str, str]) -> str:
             f" Cross-entropy and KL: {line['ce_tokens']} predicted tokens, in nats, {kept} the "
             "activation of each first position."
         )
+        if line.get("loss_recovered_mean") == "":
+            text += (
+                " Loss recovered is blank: what zero in the place of the activations costs is not clear of 0, the "
+                "95 % interval over contexts."
+            )
     return text
 
 
