@@ -44,7 +44,7 @@ class InMemory:
 
     def __init__(self, path: Path) -> None:
         store = open_store(path)
-        self.d_in, self.model = store.d_in, store.model
+        self.d_in, self.model, self.positions = store.d_in, store.model, store.positions
         self.scale, self.mean = store.scale, store.mean
         self.x = store.read(0, min(ROWS, store.rows)).float()
 

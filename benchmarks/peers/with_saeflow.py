@@ -65,7 +65,7 @@ def options_of(case: Case) -> dict[str, dict[str, Any]]:
 class InMemory:
     """Batches as a store gives them."""
 
-    scale = 1.0
+    scale, positions = 1.0, slice(0, None)
 
     def __init__(self, case: Case, rows: Iterator[Tensor]) -> None:
         self.d_in, self.rows = case.d_in, rows

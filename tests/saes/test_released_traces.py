@@ -57,7 +57,7 @@ class Trace:
 class Store:
     """The trace's batches, as a store gives them."""
 
-    model, scale, d_in = None, 1.0, D_IN
+    model, scale, d_in, positions = None, 1.0, D_IN, slice(0, None)
 
     def __init__(self, batches: list[Tensor]) -> None:
         self.all = batches

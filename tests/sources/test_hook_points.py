@@ -203,6 +203,45 @@ def test_hook_lets_gradients_through_and_works_while_generating() -> None:
     assert torch.equal(clean, spliced)
 
 
+@pytest.mark.parametrize(
+    ("positions", "seen"),
+    [
+        (slice(1, None), lambda n: range(1, n)),
+        (slice(0, 1), lambda n: range(1)),
+        (slice(2, 4), lambda n: range(2, 4)),
+    ],
+)
+def test_positions_that_training_left_out_keep_their_activations(
+    positions: slice, seen: Callable[[int], range]
+) -> None:
+    """Against the reconstruction of chosen positions by hand; and one token at a time, with a cache."""
+    model, sae = tiny_model("llama"), Scaled(0.3)
+    given = TOKEN_IDS[:2]
+    chosen = list(seen(given.shape[1]))
+
+    def by_hand(x: Tensor) -> Tensor:
+        x = x.clone()
+        x[:, chosen] = (0.3 * x[:, chosen].double()).to(x.dtype)
+        return x
+
+    with torch.no_grad():
+        with splice(model, "blocks.2.resid_post", by_hand):
+            expected = model(given).logits
+        with hook(model, "blocks.2.resid_post", sae, positions=positions):
+            torch.testing.assert_close(model(given).logits, expected)
+            begun = model(given[:, :3], use_cache=True)
+            found = [begun.logits]
+            for n in range(3, given.shape[1]):
+                step = model(given[:, n : n + 1], past_key_values=begun.past_key_values)
+                found.append(step.logits)
+        torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
+        sae.positions = positions  # an SAE's own, of its config, are the default
+        with hook(model, "blocks.2.resid_post", sae):
+            torch.testing.assert_close(model(given).logits, expected)
+        with hook(model, "blocks.2.resid_post", sae, positions=slice(None)):
+            assert (model(given).logits - expected).abs().max() > 1e-3
+
+
 def test_hook_refuses_an_sae_of_another_width() -> None:
     model = tiny_model("llama")
     with (

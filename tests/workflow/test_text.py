@@ -212,7 +212,8 @@ def test_the_worked_example_runs(
     ):
         assert said in printed
     assert found["spliced"].loss != found["clean"].loss
-    assert sum(found["seen"]) == 6 + 11  # the prompt, then one at a time
+    assert sum(found["seen"]) == 5 + 11  # the prompt without position 0, then one at a time
+    assert found["rise"] == pytest.approx(found["metrics"]["ce_degradation"], abs=1e-4)
     model, sae, ids = found["model"], found["sae"], found["ids"]
     torch.manual_seed(0)
     fresh = load_model(done.folder / "results/sources/gpt2/model", "cpu")

@@ -36,12 +36,13 @@ from saeflow.errors import UserError
 from saeflow.files import read_json, write_json
 from saeflow.operators import SparseLatents
 from saeflow.progress import progress
+from saeflow.sources.base import positions
 from saeflow.sources.copies import Copies
 from saeflow.sources.hook_points import HookPoint, capture, resume_at, run_from
 from saeflow.sources.layouts import EMBEDDING
 from saeflow.sources.models import load_config, load_model, load_tokenizer
 from saeflow.sources.preprocessing import load_preprocessing, normalised
-from saeflow.sources.vision import POSITIONS, image_facts
+from saeflow.sources.vision import image_facts
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +230,7 @@ class LabelledSets:
         self.folder, self.device = clean, device
         self.summary = read_json(clean / SETS)
         self.model: Any = load_model(model_folder, device)
-        self.positions = POSITIONS[self.summary["tokens"]]
+        self.positions = positions(self.summary)
         self.hook_point: str = self.summary["hook_point"]
 
     def _files(self, name: str, split: str) -> list[Path]:

@@ -103,6 +103,7 @@ class SAE(nn.Module):
     of_latents: tuple[str, ...] = ("W_enc", "b_enc", "W_dec")
     """Parameters and buffers with an entry for each latent, along the last dimension of `W_enc` and the
     first of the others."""
+    positions = slice(0, None)  # of each context, those that it was trained on
     widened = 1  # times `most` that there is room for, once rows were cut
     divides_latents = True  # whether its latents may be divided among ranks
     ranks = Ranks()  # this process alone

@@ -93,7 +93,22 @@ def load(folder: Path | str) -> SAE:
         raise UserError(f"{path}: {', '.join(bad)} is not finite. Train the SAE again.")
     sae = build(*described)
     sae.load_state_dict(tensors)
+    sae.positions = _positions(folder / CONFIG, config)
     return sae.eval()
+
+
+def _positions(path: Path, config: Mapping[str, Any]) -> slice:
+    """The positions of a context that the SAE was trained on; all of them where its config does not say."""
+    found = config.get("positions", [0, None])
+    if (
+        not isinstance(found, list)
+        or len(found) != 2
+        or any(value is not None and (type(value) is not int or value < 0) for value in found)
+    ):
+        raise UserError(
+            f"{path}: positions: expected [start, stop], whole numbers or null, found {found!r}. Train the SAE again."
+        )
+    return slice(*found)
 
 
 def _kind(tensor: torch.Tensor | None) -> str:

@@ -1,8 +1,8 @@
 """The interface of every source of activations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -23,6 +23,20 @@ class Block:
     """By name: (rows, ...), which input each row came from and, where known, its truth."""
     wait: Callable[[], None] = lambda: None
     """Returns when the activations have arrived from the device; on a CPU at once."""
+
+
+_TOKENS = {"all": slice(0, None), "cls": slice(0, 1), "patches": slice(1, None)}
+
+
+def positions(params: Mapping[str, Any]) -> slice:
+    """Of each context of a source, the positions that give a row.
+
+    Args:
+        params: one entry of `sources`.
+    """
+    if "tokens" in params:
+        return _TOKENS[params["tokens"]]
+    return slice(int(params.get("skip_first", False)), None)
 
 
 def generator(seed: int, stream: int, number: int) -> np.random.Generator:

@@ -195,10 +195,11 @@ def hook(
     *,
     edit: Callable[[Tensor], Tensor] | None = None,
     keep_error: bool = False,
+    positions: slice | None = None,
 ) -> Iterator[None]:
     """While the context is open, the model runs on `sae`'s reconstructions at a hook point.
 
-    Gradients flow through. The SAE sees every position, also those that its training left out.
+    Gradients flow through. Positions that the SAE's training left out keep their activations, as in the evaluation.
 
     Args:
         model: a causal language model of a known layout or CLIP.
@@ -208,7 +209,16 @@ def hook(
             `clamp`, `scale`, `add`, or any function of them; it may also only look at them.
         keep_error: add what the SAE does not reconstruct, x - x_hat, so that the model is changed by the
             edit alone; without an edit nothing is changed then.
+        positions: those that the SAE sees, counted from the start of each sequence (so no left padding); None:
+            those that it was trained on (`sae.positions`), all of them where that is not known.
     """
+    seen = positions if positions is not None else getattr(sae, "positions", slice(None))
+    done = 0
+
+    def count_done(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal done
+        cache = kwargs.get("past_key_values")
+        done = 0 if cache is None else int(cache.get_seq_length())
 
     def rebuild(rows: Tensor) -> Tensor:
         if edit is None and not keep_error:
@@ -228,11 +238,24 @@ def hook(
                 f"{hook_point}: activations have width {x.shape[-1]}, but the SAE expects {d_in}. "
                 "Use an SAE that was trained on this model and hook point."
             )
-        rows = x.reshape(-1, x.shape[-1]).to(device=own.device, dtype=own.dtype)
-        return rebuild(rows).reshape(x.shape).to(device=x.device, dtype=x.dtype)
+        first, last, _ = seen.indices(done + x.shape[1]) if x.ndim == 3 else (0, 0, 1)
+        part = x[:, max(0, first - done) : max(0, last - done)] if x.ndim == 3 else x
+        rows = part.reshape(-1, x.shape[-1]).to(device=own.device, dtype=own.dtype)
+        if not len(rows):
+            return x
+        rebuilt = rebuild(rows).reshape(part.shape).to(device=x.device, dtype=x.dtype)
+        if part.shape == x.shape:
+            return rebuilt
+        before, after = x[:, : max(0, first - done)], x[:, max(0, last - done) :]
+        return torch.cat([before, rebuilt, after], dim=1)
 
-    with splice(model, hook_point, replace):
-        yield
+    body = decoder_of(model, HookPoint.parse(hook_point).tower)
+    counting = body.register_forward_pre_hook(count_done, with_kwargs=True)
+    try:
+        with splice(model, hook_point, replace):
+            yield
+    finally:
+        counting.remove()
 
 
 @torch.no_grad()

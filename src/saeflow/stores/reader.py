@@ -11,6 +11,7 @@ from torch import Tensor
 from saeflow.errors import UserError
 from saeflow.files import read_json
 from saeflow.progress import progress
+from saeflow.sources.base import positions
 from saeflow.stores.batches import batches_in_memory, shuffled_batches
 from saeflow.stores.blocks import ACTIVATIONS
 from saeflow.stores.content import (
@@ -51,6 +52,11 @@ class Store:
         self.median_norm: float = attrs["median_norm"]
         self.kind = DTYPES[attrs["dtype"]]
         self.dtype = self.kind.torch
+
+    @property
+    def positions(self) -> slice:
+        """Of each context of the source, the positions whose rows are here."""
+        return positions(self.attrs["source_params"])
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop) as a new tensor (stop - start, d_in).

@@ -64,6 +64,11 @@ class Batches(Shuffled, Protocol):
     mean: Tensor
     model: str | None
 
+    @property
+    def positions(self) -> slice:
+        """Of each context, those that give a row."""
+        ...
+
     def last_rows(self) -> Shuffled:
         """Each context's last row alone."""
         ...
@@ -453,7 +458,11 @@ class Run:
         weights, config = self.weights(), dataclasses.asdict(self.config)
         if self.ranks.rank:
             return {}
-        read = {"d_in": self.store.d_in, "scale": self.store.scale, "model": self.store.model}
+        seen = self.store.positions
+        read = {
+            "d_in": self.store.d_in, "scale": self.store.scale, "model": self.store.model,
+            "positions": [seen.start, seen.stop],
+        }  # fmt: skip
         save(weights, self.folder, config | read)
         write_steps(self.folder / STEPS, self.rows)
         delete_checkpoints(self.folder)
