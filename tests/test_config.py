@@ -370,3 +370,19 @@ def test_a_source_that_is_only_evaluated_on_has_the_hook_points_and_no_training_
     params["sources"]["news"]["hook_points"] = ["blocks.3.resid_post"]
     with pytest.raises(UserError, match=r"found news without blocks\.19\.resid_post"):
         validate(params)
+
+
+def test_too_many_runs_are_counted_and_not_expanded() -> None:
+    """Of 300 billion; expanding them would take days."""
+    params = copy.deepcopy(PARAMS)
+    entry = params["saes"]["topk"]
+    entry |= {"d_sae": [512 + i for i in range(1000)], "seed": list(range(1000))}
+    entry["options"] = {
+        **entry["options"],
+        "k": list(range(1, 301)),
+        "auxk_weight": [0.01 * i for i in range(1000)],
+    }
+    with pytest.raises(
+        UserError, match=r"expected at most 20,000 SAEs, found 300,\d+,\d+,\d+, .* of saes\.topk"
+    ):
+        validate(params)

@@ -58,7 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 class Samples:
     """Endless batches, each made from its number alone."""
 
-    d_in = D_IN
+    d_in, positions = D_IN, slice(0, None)
 
     def __init__(self, scale: float = 3.0, on_batch: Callable[[int], None] | None = None) -> None:
         self.scale = scale

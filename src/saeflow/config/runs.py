@@ -1,6 +1,7 @@
 """Expand the entries of `saes` into runs: one SAE, one seed each."""
 
 import itertools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -85,12 +86,12 @@ def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
     `seeds`, where it is given, takes the place of every entry's own.
 
     Raises:
-        UserError: two runs would have one name.
+        UserError: two runs would have one name, or there are more than MOST_RUNS.
     """
     runs: dict[str, SAEConfig] = {}
-    for entry, values in with_options(params)["saes"].items():
-        if "import" in values:
-            continue
+    trained = {k: v for k, v in with_options(params)["saes"].items() if "import" not in v}
+    _check_number(trained, params["seeds"])
+    for entry, values in trained.items():
         shared = {key: params["training"][key] for key in params["training"]}
         training = {key: values.get(key, shared[key]) for key in shared}
         training["betas"] = tuple(training["betas"])
@@ -120,6 +121,25 @@ def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
                 guide=_guide(store, picked.get("k")),
             )
     return list(runs.values())
+
+
+MOST_RUNS = 20_000
+"""SAEs of one parameter file: with more, Snakemake would plan for hours before the first job."""
+
+
+def _check_number(entries: Mapping[str, Any], seeds: Any) -> None:
+    """Refuse sweeps of more SAEs than can be planned, before they are expanded."""
+    counts = {}
+    for entry, values in entries.items():
+        axes = [values["store"], values["d_sae"], seeds or values["seed"]]
+        axes += values["options"].values()
+        counts[entry] = math.prod(len(_aslisted(axis)) for axis in axes)
+    if (total := sum(counts.values())) > MOST_RUNS:
+        entry = max(counts, key=lambda name: counts[name])
+        raise UserError(
+            f"saes: expected at most {MOST_RUNS:,} SAEs, found {total:,}, most of them the {counts[entry]:,} of "
+            f"saes.{entry}. Shorten its lists, or divide the sweep among several parameter files."
+        )
 
 
 def imports(params: Mapping[str, Any]) -> list[ImportConfig]:
