@@ -436,7 +436,22 @@ def write_records(
     written: dict[str, dict[str, Any]] = {
         "sources/smollm2/model": record("fetch", {"model": SOURCE["model"]}, 4.2),
         "sources/smollm2/inputs": record(
-            "prepare", {"source": SOURCE, "rows": {"train": 100_000, "evaluation": 12_000}}, 3.1
+            "prepare",
+            {"source": SOURCE, "rows": {"train": 100_000, "evaluation": 12_000}},
+            3.1,
+            read={
+                "files": {
+                    f"part{i}.jsonl": {"documents": 10 + i, "tokens": 20_000 + i} for i in range(6)
+                },
+                "left_out": {"null": 7, "empty": 1},
+                "shared_runs": 0.0123,
+            },
+        ),
+        "evaluations/scenes/labelled/pets": record(
+            "label",
+            {"labelled": {"per_class": {"train": 2, "test": 3}}},
+            2.2,
+            read={"images": {"train": 74, "test": 111}, "left_out": {"an image of train": 5}},
         ),
         "stores/smollm2/train": record("merge", {}, 9.3),
         "tables": record("collect", {}, 0.4),

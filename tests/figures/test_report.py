@@ -135,6 +135,18 @@ def test_every_result_is_listed_with_digest_commit_and_time(page: Page, results:
     assert "context length" in page.text
 
 
+def test_what_was_read_and_left_out_is_counted(page: Page) -> None:
+    assert (
+        "part3.jsonl: 13 documents, 20,003 tokens; 2 other files: 29 documents, 40,009 tokens"
+        in page.text
+    )
+    assert "7: null; 1: empty" in page.text
+    assert "1.2 % of evaluation's runs of 32 tokens" in page.text
+    assert "pets (labelled, for scenes)" in page.text
+    assert "train 74 images, test 111 images" in page.text
+    assert "5: an image of train" in page.text
+
+
 def test_schedules_are_drawn(page: Page) -> None:
     lines = [attributes for tag, attributes in page.tags if tag == "polyline"]
     assert (

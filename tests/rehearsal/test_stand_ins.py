@@ -94,7 +94,7 @@ def test_text_comes_from_the_column_split_and_configuration(
         "dataset": str(folder), "name": name, "revision": PIN, "split": "validation", "column": "body",
         "streaming": streaming,
     }  # fmt: skip
-    documents = list(read_documents(text))
+    documents = [document.text for document in read_documents(text)]
     assert len(documents) > 50
     assert len(set(documents)) == len(documents)
     assert sum(map(len, documents)) > 50_000
@@ -103,7 +103,8 @@ def test_text_comes_from_the_column_split_and_configuration(
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
 def test_text_comes_from_files(suffix: str, tmp_path: Path) -> None:
     path = written(tmp_path, "documents", f"d{suffix}", column="body")
-    documents = list(read_documents({"files": [str(path)], "column": "body"}))
+    text = {"files": [str(path)], "column": "body"}
+    documents = [document.text for document in read_documents(text)]
     assert sum(map(len, documents)) > 50_000
 
 

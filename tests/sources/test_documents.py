@@ -2,6 +2,8 @@
 
 import json
 import re
+import sysconfig
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest
+from saeflow.sources import english
 from saeflow.sources.documents import (
     PASSAGE_CHARACTERS,
     documents_digests,
@@ -21,6 +24,10 @@ from saeflow.sources.documents import (
 )
 
 STORIES = [f"Story {i}: once there was a number {i * i}.\n\nThe end — “ended”." for i in range(50)]
+
+
+def read(text: dict[str, Any]) -> list[str]:
+    return [document.text for document in read_documents(text)]
 
 
 def files(*paths: Path) -> dict[str, Any]:
@@ -41,15 +48,59 @@ def parquet(tmp_path: Path) -> Path:
 def test_parquet_and_jsonl_rows_are_documents(parquet: Path, tmp_path: Path) -> None:
     jsonl = tmp_path / "stories.jsonl"
     jsonl.write_text("".join(json.dumps({"story": s, "n": 1}) + "\n" for s in STORIES[:5]) + "\n")
-    found = list(read_documents(files(*sorted(parquet.iterdir()), jsonl)))
-    assert found == STORIES + STORIES[:5]
+    found = read(files(*sorted(parquet.iterdir()), jsonl))
+    assert sorted(found) == sorted(STORIES + STORIES[:5])
+
+
+def test_files_are_read_in_turns_in_proportion_to_their_sizes(
+    parquet: Path, tmp_path: Path
+) -> None:
+    """Whatever number of documents is taken, each file has given its share of them, by its size."""
+    large, small = tmp_path / "large.jsonl", tmp_path / "small.jsonl"
+    for path, count in ((large, 300), (small, 100)):
+        path.write_text(
+            "".join(json.dumps({"story": f"{i:03d} " * 20}) + "\n" for i in range(count))
+        )
+    plain = tmp_path / "plain.txt"
+    plain.write_text("\n\n".join(f"{i:03d} " * (PASSAGE_CHARACTERS // 4) for i in range(3)))
+    found = list(read_documents(files(large, small, plain)))
+    assert Counter(document.file for document in found) == {
+        str(large): 300, str(small): 100, str(plain): 3,
+    }  # fmt: skip
+    for name in (large, small, plain):  # in each file's own order
+        numbers = [document.text[:3] for document in found if document.file == str(name)]
+        assert numbers == sorted(numbers)
+    assert {document.file for document in found[:3]} == {str(large), str(small), str(plain)}
+    for taken in (40, 120, 200, 360):
+        counts = Counter(document.file for document in found[:taken])
+        assert abs(counts[str(large)] - 3 * counts[str(small)]) <= 4
+    assert list(read_documents(files(large, small, plain))) == found
+
+
+def test_more_files_than_are_open_at_once_are_all_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("saeflow.sources.documents._OPEN_FILES", 3)
+    paths = [tmp_path / f"{i}.jsonl" for i in range(10)]
+    for i, path in enumerate(paths):
+        path.write_text("".join(json.dumps({"story": f"{i} {j}"}) + "\n" for j in range(5)))
+    found = read(files(*paths))
+    assert sorted(found) == sorted(f"{i} {j}" for i in range(10) for j in range(5))
+    assert found == read(files(*paths))
+
+
+def test_every_files_column_is_checked_before_any_document_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({"story": STORIES[0]}) + "\n")
+    pq.write_table(pa.table({"tale": ["a", "b"]}), tmp_path / "b.parquet")
+    with pytest.raises(UserError, match=r"b\.parquet: no column 'story' of text. Columns: tale"):
+        next(read_documents(files(tmp_path / "a.jsonl", tmp_path / "b.parquet")))
 
 
 def test_a_text_file_is_cut_at_blank_lines_into_passages(tmp_path: Path) -> None:
     paragraphs = [f"{i} " + "word " * 200 for i in range(40)]
     path = tmp_path / "book.txt"
     path.write_text("\n\n".join(paragraphs))
-    found = list(read_documents(files(path)))
+    found = read(files(path))
     assert "\n\n".join(found).split() == path.read_text().split()
     assert len(found) == 10  # each of four paragraphs of about 1000 characters
     for passage in found[:-1]:
@@ -60,44 +111,57 @@ def test_a_text_file_is_cut_at_blank_lines_into_passages(tmp_path: Path) -> None
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_data_set_is_read_through_the_datasets_library(streaming: bool, parquet: Path) -> None:
     text = hub_set(parquet, streaming=streaming)
-    assert list(read_documents(text)) == STORIES
+    assert read(text) == STORIES
     with pytest.raises(UserError, match=r"no column 'text' of text\. Columns: id, story"):
-        list(read_documents(text | {"column": "text"}))
+        read(text | {"column": "text"})
     with pytest.raises(UserError, match="cannot be opened"):
-        list(read_documents(text | {"split": "validation"}))
+        read(text | {"split": "validation"})
 
 
 def test_documents_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "stories.jsonl"
     path.write_text(json.dumps({"story": STORIES[0]}) + "\nbroken\n")
-    assert next(read_documents(files(path))) == STORIES[0]
+    assert next(read_documents(files(path))).text == STORIES[0]
     with pytest.raises(UserError, match=r"stories\.jsonl, line 2: expected one JSON object"):
-        list(read_documents(files(path)))
+        read(files(path))
 
 
 def test_bundled_english_is_not_cut_short() -> None:
     assert len(list(islice(read_documents({"bundled": "english"}), 100))) == 100
 
 
+def test_modules_that_give_no_document_are_counted() -> None:
+    """Of the library's modules, those with too little text, against a count of the documents themselves."""
+    left_out: Counter[str] = Counter()
+    documents = list(read_documents({"bundled": "python"}, left_out))
+    library = Path(sysconfig.get_path("stdlib"))
+    modules = [
+        path
+        for path in library.rglob("*.py")
+        if english.LEFT_OUT.isdisjoint(path.relative_to(library).parts)
+    ]
+    assert left_out.total() == len(modules) - len(documents) > 0
+
+
 def test_what_is_wrong_with_a_file_is_one_line(tmp_path: Path, parquet: Path) -> None:
     with pytest.raises(UserError, match=r"no such file: .*gone\.txt"):
-        list(read_documents(files(tmp_path / "gone.txt")))
+        read(files(tmp_path / "gone.txt"))
     path = sorted(parquet.iterdir())[0]
     with pytest.raises(UserError, match=r"no column 'text' of text\. Columns: id, story\."):
-        list(read_documents({"files": [str(path)], "column": "text"}))
+        read({"files": [str(path)], "column": "text"})
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"damaged or no Parquet file"):
-        list(read_documents(files(path)))
+        read(files(path))
     (tmp_path / "a.jsonl").write_text('{"story": 7}\n')
     with pytest.raises(
         UserError, match=r"a\.jsonl, line 1: expected text in column 'story', found a JSON int"
     ):
-        list(read_documents(files(tmp_path / "a.jsonl")))
+        read(files(tmp_path / "a.jsonl"))
     (tmp_path / "a.jsonl").write_text('{"text": "7"}\n')
     with pytest.raises(
         UserError, match=r"a\.jsonl, line 1: no column 'story' of text. Columns: text"
     ):
-        list(read_documents(files(tmp_path / "a.jsonl")))
+        read(files(tmp_path / "a.jsonl"))
 
 
 CELLS = {
@@ -138,7 +202,7 @@ def test_what_is_not_text_is_refused_in_every_format(name: str, tmp_path: Path) 
         texts.append(files(tmp_path / "a.jsonl"))
     for text in texts:
         with pytest.raises(UserError, match=expected):
-            list(read_documents(text))
+            read(text)
 
 
 def test_nulls_are_left_out_and_counted_in_every_format(
@@ -156,9 +220,12 @@ def test_nulls_are_left_out_and_counted_in_every_format(
     }
     for place, text in texts.items():
         caplog.clear()
-        assert list(read_documents(text)) == ["one", "two"]
+        assert read(text) == ["one", "two"]
         assert f"2 documents: null, left out; the first is {tmp_path}" in caplog.text
         assert place in caplog.text
+        left_out: Counter[str] = Counter()
+        assert len(list(read_documents(text, left_out))) == 2
+        assert left_out == {"null": 2}
 
 
 def test_text_of_any_type_of_arrow_is_read(tmp_path: Path) -> None:
@@ -170,7 +237,7 @@ def test_text_of_any_type_of_arrow_is_read(tmp_path: Path) -> None:
     ]
     for kind in kinds:
         pq.write_table(pa.table({"story": pa.array(["a", "b", "a"], kind)}), tmp_path / "a.parquet")
-        assert list(read_documents(files(tmp_path / "a.parquet"))) == ["a", "b", "a"]
+        assert read(files(tmp_path / "a.parquet")) == ["a", "b", "a"]
 
 
 def test_half_a_surrogate_pair_is_left_out_and_named(
@@ -178,7 +245,7 @@ def test_half_a_surrogate_pair_is_left_out_and_named(
 ) -> None:
     rows = ["whole \U0001f600", "half \ud83d", "lost \ufffd"]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"story": r}) + "\n" for r in rows))
-    assert list(read_documents(files(tmp_path / "a.jsonl"))) == [rows[0], rows[2]]
+    assert read(files(tmp_path / "a.jsonl")) == [rows[0], rows[2]]
     assert "1 documents: half of a surrogate pair, left out; the first is" in caplog.text
     assert re.search(r"with U\+FFFD, .*a\.jsonl, line 3", caplog.text)
 
@@ -192,7 +259,7 @@ def test_a_rotten_parquet_page_is_one_line(codec: str, tmp_path: Path) -> None:
     held[len(held) // 2] ^= 1
     path.write_bytes(held)
     with pytest.raises(UserError, match=r"a\.parquet, after row \d+: damaged or no Parquet file"):
-        list(read_documents(files(path)))
+        read(files(path))
 
 
 def test_a_column_of_text_that_is_no_utf_8_is_one_line(tmp_path: Path) -> None:
@@ -200,7 +267,7 @@ def test_a_column_of_text_that_is_no_utf_8_is_one_line(tmp_path: Path) -> None:
     column = pa.StringArray.from_buffers(2, cells.buffers()[1], cells.buffers()[2])
     pq.write_table(pa.table({"story": column}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"a\.parquet, row 2: expected UTF-8"):
-        list(read_documents(files(tmp_path / "a.parquet")))
+        read(files(tmp_path / "a.parquet"))
 
 
 def test_digests_name_what_was_read(parquet: Path) -> None:

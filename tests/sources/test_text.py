@@ -73,8 +73,8 @@ def folder(model_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def prepare(params: dict[str, Any], folder: Path, **rows: int) -> None:
-    prepare_inputs(params, rows, folder / "model", folder / "inputs")
+def prepare(params: dict[str, Any], folder: Path, **rows: int) -> dict[str, Any]:
+    return prepare_inputs(params, rows, folder / "model", folder / "inputs")
 
 
 def packed(
@@ -82,8 +82,8 @@ def packed(
 ) -> tuple[list[list[int]], list[int]]:
     """Independent reference, one token at a time: all contexts, and the document each begins in."""
     stream = []
-    for number, text in enumerate(documents):
-        if text and is_evaluation(text, params["evaluation_share"]) == (split == "evaluation"):
+    for number, text in enumerate(filter(None, documents)):
+        if is_evaluation(text, params["evaluation_share"]) == (split == "evaluation"):
             ids = tokenizer.encode(text, add_special_tokens=False)
             stream += [(number, token) for token in [*ids, tokenizer.eos_token_id]]
     bos = [tokenizer.bos_token_id] if params["prepend_bos"] else []
@@ -117,6 +117,39 @@ def test_contexts_hold_the_documents_of_their_split_one_after_another(
         assert len(tokens) == -(-n // (16 - skip_first)) < len(contexts)
         assert tokens.tolist() == contexts[: len(tokens)]
         assert first.tolist() == numbers[: len(tokens)]
+
+
+def test_what_was_read_is_counted_by_file(
+    params: dict[str, Any],
+    documents: list[str],
+    folder: Path,
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"other {text}"}) + "\n" for text in documents))
+    unread = tmp_path / "empty.jsonl"
+    unread.write_text('{"text": null}\n')
+    paths = [*params["text"]["files"], str(other), str(unread)]
+    read = prepare(
+        params | {"text": {"files": paths, "column": "text"}}, folder, train=6000, evaluation=1500
+    )
+    assert list(read["files"]) == paths
+    contexts = sum(len(np.load(folder / "inputs" / f"{s}.npy")) for s in ("train", "evaluation"))
+    assert sum(of["tokens"] for of in read["files"].values()) == contexts * 15  # without BOS
+    assert read["left_out"] == {"empty": 1, "null": 1}
+    first, second, third = read["files"].values()
+    assert third == {"documents": 0, "tokens": 0}
+    assert (
+        abs(first["tokens"] - second["tokens"]) < 800
+    )  # the longest document has 600 tokens or less
+    kept = np.concatenate(
+        [np.load(folder / "inputs" / f"{s}.npy")[:, 1:].ravel() for s in ("train", "evaluation")]
+    )
+    ends = int((kept == tokenizer.eos_token_id).sum())
+    assert (
+        ends <= first["documents"] + second["documents"] <= ends + 2
+    )  # the last of each split is cut
 
 
 def test_pieces_of_any_size_pack_alike(

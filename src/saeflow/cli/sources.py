@@ -69,7 +69,7 @@ def prepare(
             key=key,
         ) as job,
     ):
-        prepare_inputs(values, counts, model, job.path, threads)
+        job.details["read"] = prepare_inputs(values, counts, model, job.path, threads)
 
 
 def label(
@@ -96,4 +96,4 @@ def label(
             key=key,
         ) as job,
     ):
-        prepare_labelled(values, model, job.path, threads)
+        job.details["read"] = prepare_labelled(values, model, job.path, threads)

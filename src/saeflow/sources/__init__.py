@@ -82,7 +82,7 @@ def prepare_inputs(
     model: Path,
     folder: Path,
     workers: int = 1,
-) -> None:
+) -> dict[str, Any]:
     """Write what a source reads: token ids of its text, pixels of its images, or its true dictionary.
 
     Args:
@@ -91,8 +91,11 @@ def prepare_inputs(
         model: the folder that `fetch_model` wrote (text and vision sources).
         folder: existing folder to write into.
         workers: processes that may help.
+
+    Returns:
+        What was read and what was left out, for the record.
     """
-    _kind(params).prepare_inputs(params, rows, model, folder, workers)
+    return dict(_kind(params).prepare_inputs(params, rows, model, folder, workers))
 
 
 def open_source(params: Mapping[str, Any], folder: Path, device: str) -> Source:

@@ -1,11 +1,14 @@
 """Documents, one string each: from a data set, from local files, or the bundled English."""
 
 import hashlib
+import heapq
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,52 +23,92 @@ PASSAGE_CHARACTERS = 4000
 """A .txt file is cut into documents at the first blank line after this many characters."""
 _PARQUET_ROWS = 1024
 
-Cell = tuple[str, int, str | None]
-"""Where a document stands: its file and what it counts, the number there; and its text, None for a null."""
+_OPEN_FILES = 64
+"""Files that are read in turn; of more, the next is opened where one ends."""
 
 
-def read_documents(text: Mapping[str, Any]) -> Iterator[str]:
+class Document(NamedTuple):
+    """A document, and the file or data set that it is of."""
+
+    text: str
+    file: str
+
+
+class Cell(NamedTuple):
+    """Where a document stands, and its text; None for a null."""
+
+    file: str
+    unit: str  # what is counted in the file: row, line, passage
+    number: int
+    text: str | None
+
+    @property
+    def place(self) -> str:
+        return f"{self.file}, {self.unit} {self.number}"
+
+
+def read_documents(
+    text: Mapping[str, Any], left_out: Counter[str] | None = None
+) -> Iterator[Document]:
     """Documents in a fixed order, read as they are asked for.
+
+    Of several files, documents are taken in turn, so that at any moment each file has been read to the same
+    share of its size on disk.
 
     Args:
         text: {bundled: english | python} | {files, column, encoding} |
             {dataset, name, revision, split, column, streaming}.
+        left_out: counts what is no document, by the reason, as it is met.
 
     Raises:
         UserError: a file is missing or damaged, has no such column, or one that does not hold text.
     """
+    counts = Counter[str]() if left_out is None else left_out
     if "bundled" in text:
-        yield from english.documents(text["bundled"])
+        kind = text["bundled"]
+        counts.update(english.left_out(kind))
+        yield from (Document(one, f"{BUNDLED}{kind}") for one in english.documents(kind))
     else:
-        yield from _only_text(_files(text) if "files" in text else _dataset(text))
+        yield from _only_text(_files(text) if "files" in text else _dataset(text), counts)
 
 
-def _only_text(cells: Iterable[Cell]) -> Iterator[str]:
-    """The documents among some cells; what is left out, and what was lost before, is counted in the log."""
-    counts: dict[str, int] = {}
+def _only_text(cells: Iterable[Cell], left_out: Counter[str]) -> Iterator[Document]:
+    """The documents among some cells; what is left out, and what was lost before, is named in the log."""
+    noted: Counter[str] = Counter()
     first: dict[str, str] = {}
-
-    def count(what: str, where: str) -> None:
-        counts[what] = counts.get(what, 0) + 1
-        first.setdefault(what, where)
-
+    before = Counter(left_out)
     try:
-        for place, number, document in cells:
-            if document is None:
-                count("null, left out", f"{place} {number}")
+        for cell in cells:
+            if reason := _no_document(cell.text):
+                left_out[reason] += 1
+                first.setdefault(reason, cell.place)
                 continue
-            try:
-                document.encode()
-            except UnicodeEncodeError:  # which no tokenizer takes
-                count("half of a surrogate pair, left out", f"{place} {number}")
-                continue
+            document = str(cell.text)
             for sign, what in _SIGNS.items():
                 if sign in document:
-                    count(what, f"{place} {number}")
-            yield document
+                    noted[what] += 1
+                    first.setdefault(what, cell.place)
+            yield Document(document, cell.file)
     finally:
-        for what, number in counts.items():
+        for reason, number in (left_out - before).items():
+            logger.warning(
+                "text: %d documents: %s, left out; the first is %s", number, reason, first[reason]
+            )
+        for what, number in noted.items():
             logger.warning("text: %d documents: %s; the first is %s", number, what, first[what])
+
+
+def _no_document(text: str | None) -> str | None:
+    """Why a cell is left out; None where it is not."""
+    if text is None:
+        return "null"
+    if not text:
+        return "empty"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "half of a surrogate pair"  # which no tokenizer takes
+    return None
 
 
 _SIGNS = {
@@ -75,15 +118,52 @@ _SIGNS = {
 
 
 def _files(text: Mapping[str, Any]) -> Iterator[Cell]:
+    """Cells of all files in turn: the next one is of the file that has been read to the smallest share."""
+    paths = [Path(name) for name in text["files"]]
+    check_files(text)
+    if len(paths) > _OPEN_FILES:  # the first ones are no better sample than any others
+        paths = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))]
+    waiting = iter(enumerate(paths))
+    turns: list[tuple[float, int, float, Iterator[Cell]]] = []
+
+    def open_next() -> None:
+        for number, path in islice(waiting, 1):
+            size = max(1, path.stat().st_size)
+            start = turns[0][0] if turns else 0.0
+            heapq.heappush(turns, (start, number, size, _cells(path, text)))
+
+    for _ in range(_OPEN_FILES):
+        open_next()
+    while turns:
+        share, number, size, cells = heapq.heappop(turns)
+        cell = next(cells, None)
+        if cell is None:
+            open_next()
+            continue
+        yield cell
+        heapq.heappush(turns, (share + (len(cell.text or "") + 1) / size, number, size, cells))
+
+
+def check_files(text: Mapping[str, Any]) -> None:
+    """Check that each file is there and begins with text in the column that is named.
+
+    Raises:
+        UserError: one does not.
+    """
     for path in map(Path, text["files"]):
         if not path.is_file():
             raise UserError(f"text.files: no such file: {path}. Fix the path.")
-        suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
-        if suffix == ".parquet":
-            yield from _parquet(path, text["column"])
-        else:
-            read = _jsonl if suffix == ".jsonl" else _text
-            yield from read(path, text["column"], text.get("encoding"))
+        cells = _cells(path, text)
+        next(cells, None)
+        cells.close()
+
+
+def _cells(path: Path, text: Mapping[str, Any]) -> Generator[Cell]:
+    suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+    if suffix == ".parquet":
+        return _parquet(path, text["column"])
+    read = _jsonl if suffix == ".jsonl" else _text
+    return read(path, text["column"], text.get("encoding"))
 
 
 def documents_digests(text: Mapping[str, Any]) -> dict[str, str]:
@@ -131,22 +211,21 @@ def _not_text(where: str, column: str, found: str, columns: Iterable[str] = ()) 
     )
 
 
-def _text(path: Path, column: str, encoding: str | None) -> Iterator[Cell]:
+def _text(path: Path, column: str, encoding: str | None) -> Generator[Cell]:
     """Passages of whole paragraphs; memory is bounded by the longest paragraph."""
-    place = f"{path}, passage"
     lines: list[str] = []
     size, number = 0, 1
     for line in read_lines(path, encoding):
         if not line.strip() and size >= PASSAGE_CHARACTERS:
-            yield place, number, "".join(lines).strip()
+            yield Cell(str(path), "passage", number, "".join(lines).strip())
             lines, size, number = [], 0, number + 1
         lines.append(line)
         size += len(line)
     if rest := "".join(lines).strip():
-        yield place, number, rest
+        yield Cell(str(path), "passage", number, rest)
 
 
-def _jsonl(path: Path, column: str, encoding: str | None) -> Iterator[Cell]:
+def _jsonl(path: Path, column: str, encoding: str | None) -> Generator[Cell]:
     place = f"{path}, line"
     for number, line in enumerate(read_lines(path, encoding), start=1):
         if not line.strip():
@@ -162,10 +241,10 @@ def _jsonl(path: Path, column: str, encoding: str | None) -> Iterator[Cell]:
         cell = row[column]
         if cell is not None and not isinstance(cell, str):
             raise _not_text(f"{place} {number}", column, f"a JSON {type(cell).__name__}", row)
-        yield place, number, cell
+        yield Cell(str(path), "line", number, cell)
 
 
-def _parquet(path: Path, column: str) -> Iterator[Cell]:
+def _parquet(path: Path, column: str) -> Generator[Cell]:
     import pyarrow.parquet as parquet
     from pyarrow.lib import ArrowException
 
@@ -181,7 +260,7 @@ def _parquet(path: Path, column: str) -> Iterator[Cell]:
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
                 for cell in batch.column(0):
                     number += 1
-                    yield place, number, cell.as_py()
+                    yield Cell(str(path), "row", number, cell.as_py())
     except UnicodeDecodeError as error:
         raise UserError(
             f"{place} {number}: expected UTF-8, found {error.reason} in a column of text. Write the file again."
@@ -225,4 +304,4 @@ def _dataset(text: Mapping[str, Any]) -> Iterator[Cell]:
         cell = row[column]
         if cell is not None and not isinstance(cell, str):
             raise _not_text(f"{place} {number}", column, f"a {type(cell).__name__}", row)
-        yield place, number, cell
+        yield Cell(name, "row", number, cell)

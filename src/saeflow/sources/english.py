@@ -34,6 +34,15 @@ def topics() -> int:
     return sum(1 for _ in _topics(_library() / TOPICS))
 
 
+def left_out(kind: str = "english") -> dict[str, int]:
+    """How many of the library's modules give no document, by the reason."""
+    given = len(documents(kind)) - (topics() if kind == "english" else 0)
+    what = "of docstrings " if kind == "english" else ""
+    reason = f"a module with less than {MIN_CHARACTERS} characters {what}(or no Python source)"
+    count = sum(1 for _ in _modules()) - given
+    return {reason: count} if count else {}
+
+
 def _english() -> Iterator[str]:
     yield from _topics(_library() / TOPICS)
     for path in _modules():

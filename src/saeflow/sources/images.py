@@ -3,6 +3,7 @@
 Everything under a folder and every cell of a data set is an image, or named, counted or refused.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -48,17 +49,23 @@ class Item:
         params, number = self.content
         return f"{params['seed']} {number}".encode()
 
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of `identity`."""
+        return hashlib.sha256(self.identity).digest()
+
 
 Images = tuple[list[str] | None, Iterator[Item]]
 """Class names, if it has classes, and the images in a fixed order."""
 
 
-def read_images(images: Mapping[str, Any]) -> Images:
+def read_images(images: Mapping[str, Any], left_out: Counter[str] | None = None) -> Images:
     """Open a collection of images.
 
     Args:
         images: {scenes} | {folder} | {dataset, name, revision, split, image_column, label_column,
             streaming, shuffle_seed}.
+        left_out: counts the files of a folder that are no images, by the reason.
 
     Raises:
         UserError: it is missing, or has no images.
@@ -70,7 +77,9 @@ def read_images(images: Mapping[str, Any]) -> Images:
             for n, scene in enumerate(scenes.scenes(params))
         )
         return list(scenes.CLASSES), items
-    return _folder(Path(images["folder"])) if "folder" in images else _dataset(images)
+    if "folder" in images:
+        return _folder(Path(images["folder"]), Counter() if left_out is None else left_out)
+    return _dataset(images)
 
 
 def images_digests(images: Mapping[str, Any]) -> dict[str, str]:
@@ -83,27 +92,26 @@ def images_digests(images: Mapping[str, Any]) -> dict[str, str]:
     return {f"dataset:{images['dataset']}": images["revision"]}
 
 
-def _folder(folder: Path) -> Images:
+def _folder(folder: Path, left_out: Counter[str]) -> Images:
     """Images of a folder: its subfolders are the classes; without any, images have none."""
     if not folder.is_dir():
         raise UserError(f"images.folder: no such folder: {folder}. Fix the path.")
     found: list[tuple[Path, str | None]] = []
-    left_out: Counter[str] = Counter()
+    others: Counter[str] = Counter()
     for path in files_below(folder):
         parts = path.relative_to(folder).parts
         suffix = path.suffix.lower()
         if any(_is_hidden(part) for part in parts):
-            left_out["hidden"] += 1
+            others["hidden"] += 1
         elif suffix not in SUFFIXES:
-            left_out[suffix or "no suffix"] += 1
+            others[suffix or "no suffix"] += 1
         else:
             found.append((path, parts[0] if len(parts) > 1 else None))
     suffixes = Counter(path.suffix.lower() for path, _ in found)
     logger.info("%s: %d images (%s)", folder, len(found), _counts(suffixes))
-    if left_out:
-        logger.warning(
-            "%s: %d files are left out (%s)", folder, left_out.total(), _counts(left_out)
-        )
+    if others:
+        logger.warning("%s: %d files are left out (%s)", folder, others.total(), _counts(others))
+    left_out.update({f"a file that is no image ({kind})": count for kind, count in others.items()})
     if not found:
         raise UserError(
             f"{folder}: expected images ({', '.join(sorted(SUFFIXES))}) in it or in one subfolder a class, "

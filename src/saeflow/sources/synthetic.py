@@ -89,7 +89,7 @@ def prepare_inputs(
     model: Path,
     folder: Path,
     workers: int = 1,
-) -> None:
+) -> dict[str, Any]:
     """Draw the true dictionary and the structure of its firing.
 
     Args:
@@ -99,6 +99,9 @@ def prepare_inputs(
         folder: written: dictionary.safetensors with `features` (n_features, d_in) unit rows,
             `rates` (n_features,), `parents` (n_features,) with -1 for none and, where firing is
             correlated, `loadings` (n_features, rank); structure.json with the contexts of each split.
+
+    Returns:
+        Nothing for the record: nothing is read.
     """
     from safetensors.numpy import save_file
 
@@ -120,6 +123,7 @@ def prepare_inputs(
     contexts = {split: math.ceil(n / ROWS_PER_CONTEXT) for split, n in rows.items()}
     until = _until(params, tensors, hierarchy, rng)
     write_json(folder / STRUCTURE, {"contexts": contexts, "fires_until": until})
+    return {}
 
 
 def _hierarchy(params: Mapping[str, Any]) -> Hierarchy | None:

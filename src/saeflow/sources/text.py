@@ -3,7 +3,9 @@
 import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +13,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from saeflow.errors import UserError
-from saeflow.sources.base import Column
-from saeflow.sources.documents import documents_digests, is_evaluation, read_documents
+from saeflow.sources.base import Column, positions
+from saeflow.sources.documents import (
+    Document,
+    documents_digests,
+    is_evaluation,
+    read_documents,
+)
 from saeflow.sources.layouts import check_hook_points
 from saeflow.sources.model_source import ModelSource
+from saeflow.sources.overlap import RUN, shared_runs
 from saeflow.sources.text_files import check_encoding
 
 if TYPE_CHECKING:
@@ -54,7 +62,7 @@ def prepare_inputs(
     model: Path,
     folder: Path,
     workers: int = 1,
-) -> None:
+) -> dict[str, Any]:
     """Tokenise and pack documents into contexts, split by document; memory stays bounded.
 
     Documents follow one another with the tokenizer's EOS after each; a context may begin and end inside
@@ -66,6 +74,10 @@ def prepare_inputs(
         model: the folder that `fetch_model` wrote.
         folder: written: `{split}.npy` (contexts, context_length) int32 token ids, and
             `{split}_documents.npy` (contexts,) int32, which document each context begins in.
+
+    Returns:
+        What was read, for the record: `files`, of each file (or data set) the documents and tokens in the
+        contexts; `left_out`, how many documents by the reason; `shared_runs`, see `overlap`.
 
     Raises:
         UserError: too little text, or the tokenizer or model does not fit.
@@ -80,23 +92,47 @@ def prepare_inputs(
     eos = _special(tokenizer, "eos")
     n_contexts = {split: math.ceil(n / rows_per_context(params)) for split, n in rows.items()}
     packers = {split: _Packer(folder, split, n, length, bos) for split, n in n_contexts.items()}
+    left_out: Counter[str] = Counter()
     logged = time.monotonic()
-    for batch in _batches(params["text"], params["evaluation_share"], packers):
-        encoded = tokenizer([text for _, _, text in batch], add_special_tokens=False, verbose=False)
-        for (number, split, _), ids in zip(batch, encoded["input_ids"], strict=True):
+    for batch in _batches(params["text"], params["evaluation_share"], packers, left_out):
+        texts = [document.text for _, _, document in batch]
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
+        for (number, split, document), ids in zip(batch, encoded["input_ids"], strict=True):
             tokens = np.array([*ids, eos], dtype=np.int32)
             if tokens.max() >= config.vocab_size:
                 raise UserError(
                     f"{model}: the tokenizer gives id {tokens.max()}, the model knows ids below "
                     f"{config.vocab_size}. Use the tokenizer that belongs to the model."
                 )
-            packers[split].add(number, tokens)
+            packers[split].add(_Piece(number, document.file, tokens))
         if time.monotonic() - logged > _LOG_EVERY_S:
             logged = time.monotonic()
             logger.info("%s", ", ".join(map(str, packers.values())))
     for packer in packers.values():
         packer.close()
     logger.info("%s", ", ".join(map(str, packers.values())))
+    names = [str(Path(name)) for name in params["text"].get("files", ())] or sorted(
+        {name for packer in packers.values() for name in packer.n_tokens}
+    )
+    read: dict[str, Any] = {
+        "files": {
+            name: {
+                "documents": sum(packer.n_documents[name] for packer in packers.values()),
+                "tokens": sum(packer.n_tokens[name] for packer in packers.values()),
+            }
+            for name in names
+        },
+        "left_out": dict(left_out),
+    }
+    if len(packers) == 2:  # without their BOS
+        bodies = [packers[split].tokens[:, len(bos) :] for split in ("train", "evaluation")]
+        read["shared_runs"] = shared_runs(*bodies)
+        logger.info(
+            "of evaluation's runs of %d tokens, %.3g %% stand in train too",
+            RUN,
+            100 * read["shared_runs"],
+        )
+    return read
 
 
 def _check_model(config: Any, length: int) -> None:
@@ -118,16 +154,19 @@ def _special(tokenizer: Any, name: str) -> int:
 
 
 def _batches(
-    text: Mapping[str, Any], share: float, packers: Mapping[str, "_Packer"]
-) -> Iterator[list[tuple[int, str, str]]]:
-    """Documents that are still wanted as (number, split, text), some characters at a time."""
-    batch: list[tuple[int, str, str]] = []
+    text: Mapping[str, Any],
+    share: float,
+    packers: Mapping[str, "_Packer"],
+    left_out: Counter[str],
+) -> Iterator[list[tuple[int, str, Document]]]:
+    """Documents that are still wanted as (number, split, document), some characters at a time."""
+    batch: list[tuple[int, str, Document]] = []
     characters = 0
-    for number, document in enumerate(read_documents(text)):
-        split = "evaluation" if is_evaluation(document, share) else "train"
-        if document and split in packers and not packers[split].is_full:
+    for number, document in enumerate(read_documents(text, left_out)):
+        split = "evaluation" if is_evaluation(document.text, share) else "train"
+        if split in packers and not packers[split].is_full:
             batch.append((number, split, document))
-            characters += len(document)
+            characters += len(document.text)
         if characters >= _CHARACTERS_AT_ONCE:
             yield batch
             batch, characters = [], 0
@@ -135,6 +174,16 @@ def _batches(
                 return
     if batch:
         yield batch
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Tokens of a document, or those that its contexts have left over."""
+
+    document: int
+    file: str
+    tokens: np.ndarray
+    is_rest: bool = False
 
 
 class _Packer:
@@ -149,8 +198,10 @@ class _Packer:
         self.body = length - len(bos)
         self.tokens = _new_array(folder / f"{split}.npy", (n, length))
         self.documents = _new_array(folder / f"{split}_documents.npy", (n,))
-        self.pending: list[tuple[int, np.ndarray]] = []
+        self.pending: list[_Piece] = []
         self.pending_size = 0
+        self.n_documents: Counter[str] = Counter()
+        self.n_tokens: Counter[str] = Counter()
 
     @property
     def is_full(self) -> bool:
@@ -159,25 +210,35 @@ class _Packer:
     def __str__(self) -> str:
         return f"{self.split}: {self.count} of {self.n} contexts"
 
-    def add(self, document: int, tokens: np.ndarray) -> None:
+    def add(self, piece: _Piece) -> None:
         """Append a document's tokens, and write the contexts that are complete."""
-        self.pending.append((document, tokens))
-        self.pending_size += len(tokens)
+        self.pending.append(piece)
+        self.pending_size += len(piece.tokens)
         full = min(self.pending_size // self.body, self.n - self.count)
         if full == 0:
             return
-        joined = np.concatenate([tokens for _, tokens in self.pending])
-        numbers = np.array([number for number, _ in self.pending])
-        ends = np.cumsum([len(tokens) for _, tokens in self.pending])
+        joined = np.concatenate([piece.tokens for piece in self.pending])
+        numbers = np.array([piece.document for piece in self.pending])
+        ends = np.cumsum([len(piece.tokens) for piece in self.pending])
         starts = np.arange(full) * self.body
         rows = slice(self.count, self.count + full)
         self.tokens[rows, : len(self.bos)] = self.bos
         self.tokens[rows, len(self.bos) :] = joined[: full * self.body].reshape(full, self.body)
         self.documents[rows] = numbers[np.searchsorted(ends, starts, side="right")]
         self.count += full
+        self._count_used(full * self.body)
         rest = joined[full * self.body :]
-        self.pending = [(document, rest)] if len(rest) else []
+        left = _Piece(piece.document, piece.file, rest, is_rest=len(rest) < len(piece.tokens))
+        self.pending = [left] if len(rest) else []
         self.pending_size = len(rest)
+
+    def _count_used(self, size: int) -> None:
+        """Count the first tokens that wait, and their documents, as used."""
+        for piece in self.pending:
+            used = min(size, len(piece.tokens))
+            self.n_tokens[piece.file] += used
+            self.n_documents[piece.file] += used > 0 and not piece.is_rest
+            size -= used
 
     def close(self) -> None:
         """Put the last contexts on disk.
@@ -215,8 +276,7 @@ class TextSource(ModelSource):
     }
 
     def __init__(self, params: Mapping[str, Any], folder: Path, device: str) -> None:
-        first = int(params["skip_first"])
-        super().__init__(params, folder, device, slice(first, None), rows_per_context(params))
+        super().__init__(params, folder, device, positions(params), rows_per_context(params))
 
     @cached_property
     def d_in(self) -> dict[str, int]:

@@ -5,12 +5,13 @@ then reads pixels mapped from disk and never waits for a decoder.
 """
 
 import csv
-import hashlib
 import logging
 import math
 import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import takewhile
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 
 from saeflow.errors import UserError
 from saeflow.files import read_json, write_json
-from saeflow.sources.base import Column
+from saeflow.sources.base import Column, positions
 from saeflow.sources.decoding import Ready, Unreadable, ready_images
 from saeflow.sources.images import NO_LABEL, Images, Item, images_digests, read_images
 from saeflow.sources.layouts import EMBEDDING, check_hook_points
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FACTS = "images.json"
-POSITIONS = {"all": slice(0, None), "cls": slice(0, 1), "patches": slice(1, None)}
 _LOG_EVERY_S = 30
 
 
@@ -69,7 +69,7 @@ def prepare_inputs(
     model: Path,
     folder: Path,
     workers: int = 1,
-) -> None:
+) -> dict[str, Any]:
     """Decode the images of both splits to the model's size; memory stays bounded.
 
     An image's own bytes decide its split, so that equal images share one.
@@ -83,27 +83,41 @@ def prepare_inputs(
             (images, down, across), the class of the object on each patch; and images.json.
         workers: processes that decode.
 
+    Returns:
+        What was read, for the record: `images` by split, and `left_out`, how many by the reason.
+
     Raises:
         UserError: too few images, or too many that cannot be read.
     """
     preprocessing = load_preprocessing(model)
     wanted = {s: math.ceil(n / rows_per_context(params, preprocessing)) for s, n in rows.items()}
-    images = read_images(params["images"])
+    left_out: Counter[str] = Counter()
+    images = read_images(params["images"], left_out)
 
     def split_of(item: Item) -> str:
-        share = int.from_bytes(hashlib.sha256(item.identity).digest()[:8], "big") / 2**64
+        share = int.from_bytes(item.digest[:8], "big") / 2**64
         return "evaluation" if share < params["evaluation_share"] else "train"
 
-    _, unreadable = write_images(
-        images, split_of, wanted, preprocessing, params["unreadable_share"], workers, folder
+    written = write_images(
+        images,
+        split_of,
+        wanted,
+        preprocessing,
+        params["unreadable_share"],
+        workers,
+        folder,
+        left_out,
     )
-    write_json(folder / FACTS, {"classes": images[0], "unreadable": unreadable})
+    write_json(folder / FACTS, {"classes": images[0], "unreadable": written.unreadable})
+    return {"images": written.images, "left_out": dict(left_out)}
 
 
 def prepare_labelled(
     labelled: Mapping[str, Any], model: Path, folder: Path, workers: int = 1
-) -> None:
+) -> dict[str, Any]:
     """Decode a labelled set's images, at most so many of each class.
+
+    No image of test is one of train, byte by byte: where both are read from one folder, they share it out.
 
     Args:
         labelled: an entry of `evaluation.labelled_sets`: train and test (images), per_class,
@@ -112,12 +126,16 @@ def prepare_labelled(
         folder: written: as `prepare_inputs` does, with the splits train and test; images.json has the
             classes and the templates too.
 
+    Returns:
+        What was read, for the record: `images` by split, and `left_out`, how many by the reason.
+
     Raises:
         UserError: images without classes, different ones in train and test, a class without images, or
             templates that take no class name.
     """
     preprocessing = load_preprocessing(model)
-    found = {split: read_images(labelled[split]) for split in ("train", "test")}
+    left_out: Counter[str] = Counter()
+    found = {split: read_images(labelled[split], left_out) for split in ("train", "test")}
     classes = found["train"][0] or []
     for split, (own, _) in found.items():
         where = f"labelled_sets: {split}"
@@ -138,22 +156,28 @@ def prepare_labelled(
             raise UserError(
                 f"labelled_sets.templates: expected one {{}} for the class in each, found {template!r}."
             )
-    totals = {}
+    read: dict[str, int] = {}
+    in_train: set[bytes] = set()
     for split, images in found.items():
-        counts, _ = write_images(
-            images, partial(_always, split), {split: None}, preprocessing, labelled["unreadable_share"],
-            workers, folder, labelled["per_class"][split],
+        written = write_images(
+            images, partial(_unless_in, in_train, split), {split: None}, preprocessing, labelled["unreadable_share"],
+            workers, folder, left_out, labelled["per_class"][split],
         )  # fmt: skip
-        if missing := [name for i, name in enumerate(classes) if not counts[i]]:
+        if missing := [name for i, name in enumerate(classes) if not written.of_class[i]]:
+            again = left_out[IN_TRAIN]
             raise UserError(
                 f"labelled_sets: {split}: no images of {len(missing)} of {len(classes)} classes, such as "
-                f"{missing[0]}. Give images of every class."
+                f"{missing[0]}{f' ({again} are images of train too)' if again else ''}. Give images of every "
+                "class, which are not all taken for train (per_class)."
             )
-        totals[f"{split}_images"] = sum(counts)
+        read |= written.images
+        in_train |= written.digests
     names = [name.replace("_", " ") for name in classes]
+    totals = {f"{split}_images": count for split, count in read.items()}
     write_json(
         folder / FACTS, {"classes": names, **totals, "templates": list(labelled["templates"])}
     )
+    return {"images": read, "left_out": dict(left_out)}
 
 
 def _named(classes: list[str], names: list[str]) -> list[str]:
@@ -194,32 +218,49 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
 
 
-def _always(split: str, item: Item) -> str:
-    return split
+def _unless_in(others: set[bytes], split: str, item: Item) -> str | None:
+    """The split of an image, None where it is one of some others."""
+    return None if others and item.digest in others else split
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" ... ({len(names)})" if len(names) > 3 else "")
 
 
+IN_TRAIN = "an image of train"
+
+
+@dataclass(frozen=True)
+class Written:
+    """Images that were written."""
+
+    images: dict[str, int]
+    """By split."""
+    of_class: list[int]
+    unreadable: list[str]
+    """Ids of those that cannot be read."""
+    digests: set[bytes]
+    """SHA-256 of what makes each the same as another, of sets with so many of each class."""
+
+
 def write_images(
     images: Images,
-    split_of: Callable[[Item], str],
+    split_of: Callable[[Item], str | None],
     wanted: Mapping[str, int | None],
     preprocessing: Preprocessing,
     unreadable_share: float,
     workers: int,
     folder: Path,
+    left_out: Counter[str],
     per_class: int | None = None,
-) -> tuple[list[int], list[str]]:
+) -> Written:
     """Write the first readable images of each split, in order.
 
     Args:
+        split_of: the split of an image; None where it is an image of train, and left out.
         wanted: images by split; None: as many as there are.
+        left_out: counts the images that are not written, by the reason.
         per_class: at most so many of each class; images without one are left out.
-
-    Returns:
-        Images of each class, and the ids of those that cannot be read.
 
     Raises:
         UserError: too few images, or too many that cannot be read.
@@ -229,40 +270,54 @@ def write_images(
     unreadable = Unreadable(unreadable_share, sum(n or 0 for n in wanted.values()))
     counts = [0] * len(classes or [])
     logged = time.monotonic()
-    unlabelled = 0
+    digests: set[bytes] = set()
+    own: Counter[str] = Counter()
 
-    def takes(item: Item) -> bool:
+    def writer_of(item: Item) -> PixelWriter | None:
+        """Where an image is wanted, None where it is not."""
         if per_class is not None and (item.label == NO_LABEL or counts[item.label] >= per_class):
-            return False
-        writer = writers.get(split_of(item))
-        return writer is not None and not writer.is_full
+            return None
+        split = split_of(item)
+        writer = None if split is None else writers.get(split)
+        return None if writer is None or writer.is_full else writer
 
     def done() -> bool:
         full = all(writer.is_full for writer in writers.values())
         return full or (per_class is not None and all(n >= per_class for n in counts))
 
     def offered() -> Iterator[Item]:
-        nonlocal unlabelled
         for item in takewhile(lambda _: not done(), items):
-            unlabelled += per_class is not None and item.label == NO_LABEL
-            if takes(item):
+            own["without a class"] += per_class is not None and item.label == NO_LABEL
+            own[IN_TRAIN] += split_of(item) is None
+            if writer_of(item):
                 yield item
 
     for item, ready in ready_images(offered(), preprocessing, workers):
         unreadable.add(item, ready if isinstance(ready, str) else None)
-        if isinstance(ready, Ready) and takes(item):  # decoding runs ahead of what is still wanted
-            writers[split_of(item)].add(item, ready)
+        writer = writer_of(item)  # decoding runs ahead of what is still wanted
+        if isinstance(ready, Ready) and writer is not None:
+            writer.add(item, ready)
             if item.label != NO_LABEL:
                 counts[item.label] += 1
+            if per_class is not None:
+                digests.add(item.digest)
         if time.monotonic() - logged > _LOG_EVERY_S:
             logged = time.monotonic()
             logger.info("%s", ", ".join(map(str, writers.values())))
-    for writer in writers.values():
+    for split, writer in writers.items():
+        if not writer.count and own[IN_TRAIN]:
+            raise UserError(
+                f"labelled_sets: {split}: every image is one of train too. Give other images, or take fewer for train "
+                "(per_class)."
+            )
         writer.close()
     logger.info("%s; %d unreadable", ", ".join(map(str, writers.values())), len(unreadable.ids))
-    if unlabelled:
-        logger.warning("%d images without a class are left out", unlabelled)
-    return counts, unreadable.ids
+    own["unreadable"] = len(unreadable.ids)
+    left_out.update(own := +own)
+    for reason, number in own.items():
+        logger.warning("%d images are left out: %s", number, reason)
+    images_of = {split: writer.count for split, writer in writers.items()}
+    return Written(images_of, counts, unreadable.ids, digests)
 
 
 class PixelWriter:
@@ -351,7 +406,7 @@ class VisionSource(ModelSource):
     def __init__(self, params: Mapping[str, Any], folder: Path, device: str) -> None:
         self.preprocessing = load_preprocessing(folder / "model")
         n_rows = rows_per_context(params, self.preprocessing)
-        super().__init__(params, folder, device, POSITIONS[params["tokens"]], n_rows)
+        super().__init__(params, folder, device, positions(params), n_rows)
         names = ["label"] + (["objects", "cover"] if "scenes" in params["images"] else [])
         self._names = names
         self.columns: dict[str, Column] = {

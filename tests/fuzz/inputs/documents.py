@@ -24,7 +24,8 @@ from .reading import (
 def documents_of(path: Path, **options: Any) -> list[str]:
     from saeflow.sources.documents import read_documents
 
-    return list(read_documents({"files": [str(path)], "column": "text", **options}))
+    text = {"files": [str(path)], "column": "text", **options}
+    return [document.text for document in read_documents(text)]
 
 
 def is_whole(text: str) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from saeflow.errors import UserError
 from saeflow.figures import style
 from saeflow.files import read_json
+from saeflow.sources.overlap import RUN
 from saeflow.tables.numbers import natural
 
 JOBS = {
@@ -44,6 +45,8 @@ def read_record(path: Path, root: Path) -> dict[str, Any]:
             "duration": duration(float(values["duration_s"])),
             "params": values["params"],
             "external": values["external"],
+            "read": values.get("read", {}),
+            "notes": values.get("notes", {}),
             "versions": values["versions"],
         }
     except (KeyError, TypeError) as error:
@@ -59,17 +62,57 @@ def record_order(record: Mapping[str, Any]) -> tuple[int, Any]:
     return (known.index(name) if name in known else len(known), natural(record["result"]))
 
 
-def sources(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Name and parameters of every source whose inputs were prepared."""
+_SOME = 4
+"""Files that are named one by one in a line of the report; the record names all."""
+
+
+def sources(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Name and parameters of every source whose inputs were prepared, and of labelled sets; what was read of each."""
+    notes = {record["result"]: record["notes"] for record in records if record["name"] == "fetch"}
     found = []
     for record in records:
-        source = record["params"].get("source")
-        if record["name"] == "prepare" and source:
-            facts = [(key.replace("_", " "), plain(value)) for key, value in source.items()]
-            rows = record["params"].get("rows")
-            facts += [("rows", plain(rows))] if rows else []
-            found.append({"name": Path(record["result"]).parent.name, "facts": facts})
+        params, place = record["params"], Path(record["result"])
+        if record["name"] == "prepare" and params.get("source"):
+            name, values = place.parent.name, params["source"]
+        elif record["name"] == "label" and params.get("labelled"):
+            name, values = f"{place.name} (labelled, for {place.parts[-3]})", params["labelled"]
+        else:
+            continue
+        facts = [(key.replace("_", " "), plain(value)) for key, value in values.items()]
+        rows = params.get("rows")
+        facts += [("rows", plain(rows))] if rows else []
+        facts += list(notes.get((place.parent / "model").as_posix(), {}).items())
+        found.append({"name": name, "facts": facts + _read(record["read"])})
     return found
+
+
+def _read(read: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was read of a source, file by file, and what was left out."""
+    facts = []
+    if files := read.get("files"):
+        counts = [
+            f"{name}: {plain(of['documents'])} documents, {plain(of['tokens'])} tokens"
+            for name, of in files.items()
+        ]
+        if len(counts) > _SOME:
+            rest = list(files.values())[_SOME:]
+            documents, tokens = (sum(of[what] for of in rest) for what in ("documents", "tokens"))
+            counts[_SOME:] = [
+                f"{len(rest)} other files: {plain(documents)} documents, {plain(tokens)} tokens"
+            ]
+        facts.append(("read", "; ".join(counts)))
+    if images := read.get("images"):
+        facts.append(
+            ("read", ", ".join(f"{split} {plain(n)} images" for split, n in images.items()))
+        )
+    if read:
+        left_out = read.get("left_out", {})
+        reasons = "; ".join(f"{plain(count)}: {reason}" for reason, count in left_out.items())
+        facts.append(("left out", reasons or "nothing"))
+    if "shared_runs" in read:
+        percent = 100 * read["shared_runs"]
+        facts.append(("in both splits", f"{percent:.2g} % of evaluation's runs of {RUN} tokens"))
+    return facts
 
 
 def saes(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
