@@ -1,6 +1,7 @@
 """The vision source on a real small CLIP, against the library's own forward pass."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from saeflow.errors import UserError
 from saeflow.sources import check_source, open_source, prepare_inputs
+from saeflow.sources.clip_training import make_tokenizer
 from saeflow.sources.hook_points import capture, hook, resume_at, run_from, splice
 from saeflow.sources.models import fetch_model, load_model
 from saeflow.sources.preprocessing import load_preprocessing, normalised
@@ -91,6 +93,21 @@ def reference(model: Any, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def pixels() -> torch.Tensor:
     return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_word_of_captions_is_one_token() -> None:
+    """Words as CLIP splits them, written out by hand: letters, single digits, punctuation, endings."""
+    captions = ["A dog's ball, (tiny) cafés", "red-blue!", "12 don't... <|endoftext|> naïve"]
+    tokenizer = make_tokenizer(captions)
+    expected = [
+        ["a", "dog", "'s", "ball", ",", "(", "tiny", ")", "cafés"],
+        ["red", "-", "blue", "!"],
+        ["1", "2", "don", "'t", "...", "<|endoftext|>", "naïve"],
+    ]
+    for caption, words in zip(captions, expected, strict=True):
+        ids = tokenizer(caption, add_special_tokens=False)["input_ids"]
+        assert len(ids) == len(words)
+        assert [tokenizer.decode([token]).strip() for token in ids] == words
 
 
 def test_every_hook_point_of_the_image_tower(model: Path, pixels: torch.Tensor) -> None:
@@ -254,13 +271,35 @@ def labelled(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_a_labelled_set_has_so_many_of_each_class(model: Path, tmp_path: Path) -> None:
-    folder = make_set(tmp_path / "set", {"golden_retriever": 5, "cat": 4})
+    folder = make_set(tmp_path / "set", {"golden_retriever": 5, "cat": 5})
     prepare_labelled(labelled(folder), model, tmp_path, 2)
     assert np.bincount(np.load(tmp_path / "train_labels.npy")).tolist() == [2, 2]
     assert np.bincount(np.load(tmp_path / "test_labels.npy")).tolist() == [3, 3]
     facts = json.loads((tmp_path / "images.json").read_text())
     assert facts["classes"] == ["cat", "golden retriever"]
     assert (facts["train_images"], facts["test_images"]) == (4, 6)
+
+
+def test_train_and_test_of_a_labelled_set_share_no_image(model: Path, tmp_path: Path) -> None:
+    folder = make_set(tmp_path / "set", {"a": 5, "b": 6})
+    shutil.copyfile(folder / "a" / "0.png", folder / "a" / "again.png")
+    read = prepare_labelled(labelled(folder), model, tmp_path, 2)
+    pixels = {split: np.load(tmp_path / f"{split}.npy") for split in ("train", "test")}
+    assert (
+        {split: len(x) for split, x in pixels.items()} == read["images"] == {"train": 4, "test": 6}
+    )
+    found = {split: {image.tobytes() for image in x} for split, x in pixels.items()}
+    assert not found["train"] & found["test"]
+    assert read["left_out"]["an image of train"] >= 4
+    most = labelled(folder, per_class={"train": 6, "test": 1})  # all of a, and not all of b
+    (folder / "b" / "6.png").write_bytes((folder / "b" / "5.png").read_bytes() + b" ")
+    with pytest.raises(
+        UserError, match=r"test: no images of 1 of 2 classes, such as a \(\d+ are images of train"
+    ):
+        prepare_labelled(most, model, tmp_path)
+    every = labelled(folder, per_class={"train": 9, "test": 1})
+    with pytest.raises(UserError, match=r"test: every image is one of train too"):
+        prepare_labelled(every, model, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +336,7 @@ def test_class_names_whose_order_is_in_doubt_are_refused(
 
 
 def test_class_names_follow_the_numbers_of_the_classes(model: Path, tmp_path: Path) -> None:
-    folder = make_set(tmp_path / "set", {str(number): 2 for number in range(12)})
+    folder = make_set(tmp_path / "set", {str(number): 3 for number in range(12)})
     picture = folder / "0" / "0.png"
     picture.rename(folder / "beside.png")
     names = [f"name {number}" for number in range(12)]
@@ -325,8 +364,6 @@ def test_sets_without_classes_or_with_different_ones(model: Path, tmp_path: Path
 
 
 def test_preprocessing_must_fit_the_model(model: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = tmp_path / "model"
     shutil.copytree(model, copy)
     path = copy / "preprocessor_config.json"

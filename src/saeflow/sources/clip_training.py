@@ -135,20 +135,14 @@ def clip_config(options: Mapping[str, Any], **text: Any) -> Any:
 def make_tokenizer(captions: list[str]) -> Any:
     """CLIP's byte-pair encoding with merges that make one token of every word of the captions.
 
-    The words' order decides which pieces are merged, so that the result is always the same (training
-    breaks ties by chance).
+    A word is what CLIP's own splitting makes of a caption: letters, one digit, punctuation, or an ending such as
+    `'s`. The words' order decides which pieces are merged, so that the result is always the same (training breaks
+    ties by chance).
     """
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import CLIPTokenizer
-
-    letters = sorted(ByteLevel.alphabet())
-    words = sorted({word for text in captions for word in text.replace(",", " , ").split()})
+    tokenizer = _tokenizer([])
+    words = sorted({word for text in captions for word in _words(tokenizer, text)})
     merges: dict[tuple[str, str], None] = {}
     while True:
-        merged = dict.fromkeys("".join(pair) for pair in merges)
-        known = [*letters, *(letter + _END for letter in letters), *merged, *_SPECIAL]
-        vocabulary = {piece: number for number, piece in enumerate(known)}
-        tokenizer: Any = CLIPTokenizer(vocab=vocabulary, merges=list(merges))
         pieces = [found for word in words if len(found := tokenizer.tokenize(word)) > 1]
         if not pieces:
             return tokenizer
@@ -157,6 +151,26 @@ def make_tokenizer(captions: list[str]) -> Any:
             for piece in rest:
                 merges[front, piece] = None
                 front += piece
+        tokenizer = _tokenizer(list(merges))
+
+
+def _tokenizer(merges: list[tuple[str, str]]) -> Any:
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    letters = sorted(ByteLevel.alphabet())
+    merged = dict.fromkeys("".join(pair) for pair in merges)
+    known = [*letters, *(letter + _END for letter in letters), *merged, *_SPECIAL]
+    vocabulary = {piece: number for number, piece in enumerate(known)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges)
+
+
+def _words(tokenizer: Any, text: str) -> list[str]:
+    """The words of a text that are encoded each by itself."""
+    backend = tokenizer.backend_tokenizer
+    clean = backend.normalizer.normalize_str(text)
+    found = backend.pre_tokenizer.pre_tokenize_str(clean)
+    return [clean[start:stop] for _, (start, stop) in found]
 
 
 def _pairs(options: Mapping[str, Any], workers: int) -> tuple[np.ndarray, list[str], np.ndarray]:
