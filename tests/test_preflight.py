@@ -12,7 +12,14 @@ import torch
 from saeflow.cli.arguments import parse_json
 from saeflow.config import load_params, validate
 from saeflow.errors import UserError
-from saeflow.preflight import check_saes, checked_plan, device_problem
+from saeflow.preflight import (
+    check_inputs,
+    check_saes,
+    checked_plan,
+    device_problem,
+    take_results,
+    warnings,
+)
 
 ROOT = Path(__file__).parents[1]
 PARAMS = load_params(ROOT / "params.yaml")
@@ -121,3 +128,53 @@ def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_json_of_a_command_line_holds_finite_numbers(number: str) -> None:
     with pytest.raises(UserError, match=f"--run: expected finite numbers, found {number}"):
         parse_json("--run", f'{{"training": {{"lr": {number}}}}}')
+
+
+def test_results_belong_to_one_parameter_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    take_results(["params.yaml"])
+    take_results([tmp_path / "params.yaml"])  # the same file under another name
+    message = r"expected the parameter file that they were made from, params\.yaml, found presets/tiny\.yaml"
+    with pytest.raises(UserError, match=message + r".* add `--directory FOLDER`"):
+        take_results([tmp_path / "presets/tiny.yaml"])
+    take_results(["params.yaml"])
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [".parameters.json"]
+
+
+def test_many_passes_over_few_rows_are_said() -> None:
+    assert warnings(checked_plan(PARAMS)) == []
+    (warning,) = warnings(checked_plan(changed("saes/varying-topk/tokens", 80000 * 12)))
+    assert (
+        "saes.varying-topk: training passes 12 times over the 80,000 rows of stores.varying."
+        in warning
+    )
+
+
+def test_an_evaluation_on_training_data_is_refused() -> None:
+    """`python` reading the text of smollm2 with a larger evaluation split: part of it was trained on."""
+    params = copy.deepcopy(PARAMS)
+    params["sources"]["python"]["text"] = {"bundled": "english"}
+    params["evaluation"]["also_on"] = {"smollm2": ["python"]}
+    checked_plan(validate(params))  # the same share: the same documents
+    params["sources"]["python"]["evaluation_share"] = 0.3
+    message = r"also_on\.smollm2: python reads what smollm2 is trained on \(bundled english\), .* 0\.3 is above 0\.15"
+    with pytest.raises(UserError, match=message):
+        checked_plan(validate(params))
+
+
+def test_a_file_without_the_column_is_refused_before_the_first_job(tmp_path: Path) -> None:
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, key in zip(paths, ("text", "body"), strict=True):
+        path.write_text(json.dumps({key: "words"}) + "\n")
+    given = {"files": [str(path) for path in paths], "column": "text"}
+    params = copy.deepcopy(PARAMS)
+    params["sources"]["smollm2"]["text"] = given
+    plan = checked_plan(validate(params))
+    with pytest.raises(
+        UserError, match=r"sources\.smollm2\.text: .*b\.jsonl, line 1: no column 'text'"
+    ):
+        check_inputs(plan)
+    paths[1].write_text(json.dumps({"text": "words"}) + "\n")
+    check_inputs(plan)

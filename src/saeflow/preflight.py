@@ -1,7 +1,10 @@
 """Everything that can be known of a run before its first job, and is refused there."""
 
 import math
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,14 @@ from saeflow import device
 from saeflow.complexity.scorers import check_scoring
 from saeflow.errors import UserError
 from saeflow.figures import check_figures
+from saeflow.files import read_json, write_json
 from saeflow.plan import Plan
 from saeflow.sources import check_source
+from saeflow.sources.documents import check_files
 from saeflow.sources.text import rows_per_context
 
+OWNER = Path("results/.parameters.json")
+"""Names the parameter file whose results lie beside it."""
 _ANY_WIDTH = 4
 """No option depends on the width of the activations, which only the model knows."""
 _SMALL = 1 << 20
@@ -33,6 +40,7 @@ def checked_plan(params: Mapping[str, Any]) -> Plan:
         check_scoring(name, plan.scoring(name), params["sources"][source])
     for source in plan.sources:
         _check_rows(plan, source)
+        _check_leaks(plan, source)
     _check_budgets(plan)
     return plan
 
@@ -71,11 +79,93 @@ def check_saes(plan: Plan) -> None:
         raise UserError(*found.values())
 
 
+_MANY_PASSES = 10
+
+
+def warnings(plan: Plan) -> list[str]:
+    """What is allowed and seldom meant: trainings that read the same rows again and again."""
+    found: dict[tuple[str, int, int], list[str]] = {}
+    for run in plan.runs.values():
+        rows = plan.rows(run.source)["train"]
+        if run.training.tokens > _MANY_PASSES * rows:
+            found.setdefault((run.source, rows, run.training.tokens), []).append(run.entry)
+    return [
+        f"{', '.join(f'saes.{entry}' for entry in dict.fromkeys(entries))}: training passes {tokens / rows:,.0f} times "
+        f"over the {rows:,} rows of stores.{source}.train_rows (tokens {tokens:,}). More rows may serve better."
+        for (source, rows, tokens), entries in found.items()
+    ]
+
+
+def check_inputs(plan: Plan) -> None:
+    """Check that each file of text is there and begins with text in its column; reads the first rows of each.
+
+    Raises:
+        UserError: one does not.
+    """
+    for name in plan.sources:
+        text = plan.params["sources"][name].get("text", {})
+        if "files" in text:
+            try:
+                check_files(text)
+            except UserError as error:
+                raise error.within(f"sources.{name}.text") from None
+
+
 def device_problem(runtime: Mapping[str, Any]) -> str | None:
     """Say in one line why this machine cannot run on `runtime.device`, or return None."""
     asked = runtime["device"]
     problem = device.missing(asked, runtime["ranks"]["count"])
     return None if problem is None else device.refusal(asked, problem)
+
+
+_OF_RUN = re.compile(
+    r"results/(?:saes|evaluations(?:/latents|/interpretability)?)/(?P<run>[^/]+/[^/]+/(?!on/)[^/]+/[^/]+)/[^/]+"
+)
+_OF_SOURCE = re.compile(r"results/(?:sources|stores)/(?P<source>[^/]+)/.+")
+
+
+def check_targets(plan: Plan, targets: Iterable[str]) -> None:
+    """Check the runs and sources that files asked of snakemake are of.
+
+    Args:
+        targets: of a command line; what is no file of the results is passed over.
+
+    Raises:
+        UserError: there is no such run or source.
+    """
+    for target in targets:
+        for what, pattern, known in (
+            ("run", _OF_RUN, list(plan.evaluated)),
+            ("source", _OF_SOURCE, list(plan.params["sources"])),
+        ):
+            found = pattern.fullmatch(target)
+            if found and found[what] not in known:
+                near = get_close_matches(found[what], known, 1, 0)
+                raise UserError(
+                    f"{target}: expected a {what} of the parameters, found {found[what]}. The nearest is {near[0]}. Fix the "
+                    "name (`snakemake -n` lists all jobs)."
+                )
+
+
+def take_results(files: Iterable[Path | str]) -> None:
+    """Note that the results here are those of some parameter files.
+
+    Args:
+        files: as snakemake was told them.
+
+    Raises:
+        UserError: they are those of others: tables and the report would be replaced, old figures stay.
+    """
+    names = [os.path.relpath(path) for path in files]
+    owner = read_json(OWNER) if OWNER.exists() else names
+    if owner != names:
+        raise UserError(
+            f"results: expected the parameter file that they were made from, {', '.join(map(str, owner))}, found "
+            f"{', '.join(names)}. Give each file a folder of its own: add `--directory FOLDER`, or move results away. "
+            f"(If the file was only renamed, delete {OWNER}.)"
+        )
+    OWNER.parent.mkdir(exist_ok=True)
+    write_json(OWNER, names)
 
 
 def _check_rows(plan: Plan, source: str) -> None:
@@ -102,6 +192,30 @@ def _check_rows(plan: Plan, source: str) -> None:
                 f"evaluation.dimension.neighbours: expected less than half of the {count} rows that are sampled of "
                 f"{source}, found {max(chosen['neighbours'])}. Sample more rows, or lower it."
             )
+
+
+def _check_leaks(plan: Plan, source: str) -> None:
+    """Refuse SAEs measured on what they were trained on: another source of the same text or images, split otherwise."""
+    own = plan.params["sources"][source]
+    for other in plan.others(source):
+        theirs = plan.params["sources"][other]
+        same = _collections(own) & _collections(theirs)
+        if same and theirs["evaluation_share"] > own["evaluation_share"]:
+            raise UserError(
+                f"evaluation.also_on.{source}: {other} reads what {source} is trained on ({min(same)}), and its "
+                f"evaluation_share {theirs['evaluation_share']} is above {own['evaluation_share']}, so that SAEs would be "
+                "measured on their training data. Give both the same evaluation_share, or other data."
+            )
+
+
+def _collections(source: Mapping[str, Any]) -> set[str]:
+    """Names of the texts or images that a source reads."""
+    chosen = source.get("text") or source.get("images") or {}
+    if "files" in chosen:
+        return {str(Path(name).resolve()) for name in chosen["files"]}
+    if "dataset" in chosen:
+        return {f"{chosen['dataset']} {chosen['name']} {chosen['split']}"}
+    return {f"{key} {chosen[key]}" for key in ("bundled", "folder", "scenes") if key in chosen}
 
 
 def _check_budgets(plan: Plan) -> None:

@@ -1,6 +1,7 @@
 """Mistakes that stop the real workflow before its first job, and paths that only look like mistakes."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,44 @@ def test_a_path_with_spaces_quotes_and_braces_works_and_a_missing_device_does_no
     project.write(SYNTHETIC)
     project.snakemake(FIRST)
     assert (folder / FIRST).exists()
+
+
+def last_line(said: str) -> str:
+    return said.strip().splitlines()[-1]
+
+
+def test_what_went_wrong_is_the_last_line(tmp_path: Path) -> None:
+    """A job that fails, a run that is misspelt, a parameter file that is not there: one line at the end."""
+    project = Project(tmp_path, SYNTHETIC)
+    project.snakemake(FIRST)
+    damaged = tmp_path / "results/sources/synthetic/inputs/dictionary.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    said = project.snakemake("results/stores/synthetic/train/provenance.json", code=1)
+    assert "Traceback" not in said
+    assert re.match(
+        r"error: .*dictionary\.safetensors: its bytes changed since it was made .* "
+        r"\[extract_part; the whole log: logs/extract_part/\S+\.log\]$",
+        last_line(said),
+    )
+    misspelt = "results/saes/synthetic/features/tokp/d48-k8-seed0/provenance.json"
+    said = project.snakemake(misspelt, code=2)
+    assert "Traceback" not in said
+    assert last_line(said).startswith(f"error: {misspelt}: expected a run of the parameters, found")
+    assert "The nearest is synthetic/features/topk/" in last_line(said)
+    # Snakemake reads it before the Snakefile, and ends by itself.
+    said = project.snakemake(FIRST, "--configfile", "gone.yaml", code=1)
+    assert "gone.yaml" in last_line(said)
+
+
+def test_another_parameter_file_gets_a_folder_of_its_own(tmp_path: Path) -> None:
+    project = Project(tmp_path, SYNTHETIC)
+    project.snakemake(FIRST)
+    (tmp_path / "other.yaml").write_text((tmp_path / "params.yaml").read_text())
+    said = project.snakemake(FIRST, "--configfile", "other.yaml", "--forceall", code=2)
+    assert (
+        "error: results: expected the parameter file that they were made from, params.yaml" in said
+    )
+    assert "add `--directory FOLDER`" in said
+    project.snakemake(FIRST, "--configfile", "other.yaml", "--directory", "elsewhere")
+    assert (tmp_path / "elsewhere" / FIRST).exists()
+    project.snakemake(FIRST, "--forceall")  # the first file's own

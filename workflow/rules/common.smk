@@ -1,5 +1,6 @@
 """What the rules share: the validated parameters, the plan of jobs with their keys, paths."""
 
+import atexit
 import json
 import os
 import shlex
@@ -17,7 +18,16 @@ sys.path.insert(0, str(Path(workflow.basedir) / "src"))
 from saeflow.config import check_params
 from saeflow.device import has_gpu
 from saeflow.errors import UserError
-from saeflow.preflight import check_saes, checked_plan, device_problem
+from saeflow.failures import failures
+from saeflow.preflight import (
+    check_inputs,
+    check_saes,
+    check_targets,
+    checked_plan,
+    device_problem,
+    take_results,
+    warnings,
+)
 from saeflow.tables.schema import TABLES
 
 if "{" in os.getcwd():
@@ -25,8 +35,10 @@ if "{" in os.getcwd():
     snakemake.persistence.file.listfiles = lambda path: listfiles(os.path.relpath(path))
 
 try:
-    config.update(check_params(config, workflow.overwrite_configfiles or ["params.yaml"]))
+    parameter_files = workflow.overwrite_configfiles or ["params.yaml"]
+    config.update(check_params(config, parameter_files))
     plan = checked_plan(config)
+    check_targets(plan, sys.argv[1:])  # Snakemake tells the targets later, as an exception
 except UserError as error:
     print(*(f"error: {line}" for line in error.lines), sep="\n", file=sys.stderr)
     sys.exit(2)
@@ -49,13 +61,17 @@ shell.prefix(f"set -euo pipefail; {prefix}".replace("{", "{{").replace("}", "}}"
 onstart:
     # What takes torch to know, once before the first job and not for a plan.
     try:
+        check_inputs(plan)
         check_saes(plan)
+        for warning in warnings(plan):
+            print(f"warning: {warning}", file=sys.stderr)
         if (
             workflow.local_exec
             and not has_conda
             and (problem := device_problem(config["runtime"]))
         ):
             raise UserError(problem)
+        take_results(parameter_files)
     except UserError as error:
         print(*(f"error: {line}" for line in error.lines), sep="\n", file=sys.stderr)
         sys.exit(2)
@@ -67,6 +83,12 @@ onstart:
         for path in Path("results").rglob(pattern):
             if path.stat().st_mtime > time.time():
                 os.utime(path)
+
+
+onerror:
+    # What went wrong, in one line a failed job, below all that Snakemake has to say of it.
+    for line in failures(map(Path, log)):
+        atexit.register(print, line, file=sys.stderr, flush=True)
 
 
 wildcard_constraints:

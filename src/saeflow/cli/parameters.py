@@ -17,14 +17,23 @@ def validate(
     params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
     """Check a parameter file, and print what it asks for."""
-    from saeflow.preflight import check_saes, checked_plan, device_problem
+    from saeflow.preflight import (
+        check_inputs,
+        check_saes,
+        checked_plan,
+        device_problem,
+        warnings,
+    )
 
     values = load_params(params)
     try:
         plan = checked_plan(values)
+        check_inputs(plan)
         check_saes(plan)
     except UserError as error:
         raise error.within(params) from None
+    for warning in warnings(plan):
+        logging.getLogger(__name__).warning("%s: %s", params, warning)
     if problem := device_problem(values["runtime"]):  # the jobs may run on another machine
         logging.getLogger(__name__).warning("%s: %s", params, problem)
     typer.echo(

@@ -183,7 +183,7 @@ METRICS: dict[str, Metric] = {
         axis="cross-entropy degradation (nats/token)", better="lower", summary="mean", printed=True,
     ),
     "loss_recovered": Metric(
-        label="loss recovered", definition="(ce_zero - ce_spliced) / (ce_zero - ce_clean); absent if zero costs nothing.",
+        label="loss recovered", definition="(ce_zero - ce_spliced) / (ce_zero - ce_clean); absent where what zero costs is not clear of 0.",
         better="higher", summary="mean", printed=True,
     ),
     "kl": Metric(

@@ -1,0 +1,41 @@
+"""What went wrong in a run of Snakemake: the last line that each failed job has said."""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+_FAILED = re.compile(
+    r"^Error in rule (?P<rule>\w+):\n(?P<facts>(?:    .*\n|\n(?=    ))*)", re.MULTILINE
+)
+_LOG = re.compile(r"^    log: (?P<path>.+?)(?: \(check log file.*)?$", re.MULTILINE)
+
+
+def failures(logs: Iterable[Path]) -> list[str]:
+    """Lines for a terminal, one a failed job, each once.
+
+    Args:
+        logs: what Snakemake wrote of the run.
+    """
+    found = {}
+    text = "\n".join(log.read_text(encoding="utf-8", errors="backslashreplace") for log in logs)
+    for failed in _FAILED.finditer(text):
+        named = _LOG.search(failed["facts"])
+        if named is None:
+            continue
+        path = Path(named["path"].split(", ")[0])
+        if said := _last_words(path):
+            found[said] = f"{said} [{failed['rule']}; the whole log: {path}]"
+    return list(found.values())
+
+
+def _last_words(path: Path) -> str | None:
+    """The line of a job's log that says what went wrong: the last `error: ...`, or the last line of all."""
+    if not path.is_file():
+        return None
+    lines = [
+        line.strip()
+        for line in path.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
+    ]
+    errors = [line for line in lines if line.startswith("error: ")]
+    found = errors or [f"error: {line}" for line in lines if line]
+    return found[-1] if found else None
