@@ -53,6 +53,11 @@ def test_the_shipped_parameters_pass() -> None:
             "batch_size: expected a multiple of the 3",
         ),
         ("runtime/ranks", {"count": 5, "split": "latents"}, "d_sae: expected a multiple of the 5"),
+        (
+            "figures/names",
+            ["fvu_10"],
+            "figures.names: unknown figure 'fvu_10'. Known: adaptivity, ",
+        ),
     ],
 )
 def test_numbers_that_do_not_fit_each_other(path: str, value: Any, message: str) -> None:

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from saeflow.errors import UserError
-from saeflow.figures import FIGURES, TABLES, draw, style
+from saeflow.figures import FIGURES, draw, style
 
 from .conftest import SYNTHETIC, TEXT, Maker
 
@@ -123,10 +123,3 @@ def test_unequal_budgets_can_be_drawn_on_request_and_the_caption_says_so(
 def test_an_unknown_figure_is_refused(small: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"unknown figure 'fvu'.*Known: .*, fvu_l0"):
         draw("fvu", small, STRICT, tmp_path)
-
-
-def test_the_schema_knows_every_figure() -> None:
-    from saeflow.config.schema import params_schema
-
-    named = params_schema()["properties"]["figures"]["properties"]["names"]["items"]["enum"]
-    assert set(named) == {*FIGURES, *TABLES}
