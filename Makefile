@@ -52,6 +52,7 @@ check: setup
 docs: setup
 	python docs/tree.py
 	saeflow parameters --markdown > docs/parameters.md
+	python -m saeflow.tables docs/tables.md
 
 # A file's tests run in one process: what its fixtures make, a whole workflow in some, is made once.
 test: check

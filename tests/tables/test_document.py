@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_docs_tables_is_up_to_date() -> None:
     page = (ROOT / "docs/tables.md").read_text(encoding="utf-8")
-    assert page == document(), "run python -m saeflow.tables docs/tables.md"
+    assert page == document(), "run `make docs`"
 
 
 def test_every_table_column_and_metric_is_described() -> None:
