@@ -451,7 +451,11 @@ def write_records(
             "label",
             {"labelled": {"per_class": {"train": 2, "test": 3}}},
             2.2,
-            read={"images": {"train": 74, "test": 111}, "left_out": {"an image of train": 5}},
+            read={
+                "images": {"train": 74, "test": 111},
+                "left_out": {"an image of train": 5},
+                "in_both": 3,
+            },
         ),
         "stores/smollm2/train": record("merge", {}, 9.3),
         "tables": record("collect", {}, 0.4),

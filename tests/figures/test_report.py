@@ -145,6 +145,7 @@ def test_what_was_read_and_left_out_is_counted(page: Page) -> None:
     assert "pets (labelled, for scenes)" in page.text
     assert "train 74 images, test 111 images" in page.text
     assert "5: an image of train" in page.text
+    assert "3 images of test" in page.text
 
 
 def test_schedules_are_drawn(page: Page) -> None:

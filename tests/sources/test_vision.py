@@ -291,6 +291,10 @@ def test_train_and_test_of_a_labelled_set_share_no_image(model: Path, tmp_path: 
     found = {split: {image.tobytes() for image in x} for split, x in pixels.items()}
     assert not found["train"] & found["test"]
     assert read["left_out"]["an image of train"] >= 4
+    assert read["in_both"] == 0
+    copy = shutil.copytree(folder, tmp_path / "copy")  # another collection of the same images
+    apart = labelled(folder, test={"folder": str(copy)}, per_class={"train": 9, "test": 9})
+    assert prepare_labelled(apart, model, tmp_path)["in_both"] == 11  # one stands there twice
     most = labelled(folder, per_class={"train": 6, "test": 1})  # all of a, and not all of b
     (folder / "b" / "6.png").write_bytes((folder / "b" / "5.png").read_bytes() + b" ")
     with pytest.raises(

@@ -117,7 +117,8 @@ def prepare_labelled(
 ) -> dict[str, Any]:
     """Decode a labelled set's images, at most so many of each class.
 
-    No image of test is one of train, byte by byte: where both are read from one folder, they share it out.
+    Where train and test are one collection, no image of test is one of train, byte by byte: they share it out.
+    Of two collections, images that stand in both are counted.
 
     Args:
         labelled: an entry of `evaluation.labelled_sets`: train and test (images), per_class,
@@ -127,7 +128,8 @@ def prepare_labelled(
             classes and the templates too.
 
     Returns:
-        What was read, for the record: `images` by split, and `left_out`, how many by the reason.
+        What was read, for the record: `images` by split, `left_out`, how many by the reason, and `in_both`, the
+        images of test that are images of train too.
 
     Raises:
         UserError: images without classes, different ones in train and test, a class without images, or
@@ -157,10 +159,12 @@ def prepare_labelled(
                 f"labelled_sets.templates: expected one {{}} for the class in each, found {template!r}."
             )
     read: dict[str, int] = {}
+    is_one = labelled["train"] == labelled["test"]
     in_train: set[bytes] = set()
+    in_both = 0
     for split, images in found.items():
         written = write_images(
-            images, partial(_unless_in, in_train, split), {split: None}, preprocessing, labelled["unreadable_share"],
+            images, partial(_unless_in, in_train if is_one else set(), split), {split: None}, preprocessing, labelled["unreadable_share"],
             workers, folder, left_out, labelled["per_class"][split],
         )  # fmt: skip
         if missing := [name for i, name in enumerate(classes) if not written.of_class[i]]:
@@ -171,13 +175,16 @@ def prepare_labelled(
                 "class, which are not all taken for train (per_class)."
             )
         read |= written.images
+        in_both = len(in_train & written.digests)
         in_train |= written.digests
+    if in_both:
+        logger.warning("labelled_sets: %d images of test are images of train too", in_both)
     names = [name.replace("_", " ") for name in classes]
     totals = {f"{split}_images": count for split, count in read.items()}
     write_json(
         folder / FACTS, {"classes": names, **totals, "templates": list(labelled["templates"])}
     )
-    return {"images": read, "left_out": dict(left_out)}
+    return {"images": read, "left_out": dict(left_out), "in_both": in_both}
 
 
 def _named(classes: list[str], names: list[str]) -> list[str]:

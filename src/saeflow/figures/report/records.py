@@ -109,6 +109,8 @@ def _read(read: Mapping[str, Any]) -> list[tuple[str, str]]:
         left_out = read.get("left_out", {})
         reasons = "; ".join(f"{plain(count)}: {reason}" for reason, count in left_out.items())
         facts.append(("left out", reasons or "nothing"))
+    if read.get("in_both"):
+        facts.append(("in both splits", f"{plain(read['in_both'])} images of test"))
     if "shared_runs" in read:
         percent = 100 * read["shared_runs"]
         facts.append(("in both splits", f"{percent:.2g} % of evaluation's runs of {RUN} tokens"))
