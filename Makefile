@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -
 QUIET := --disable-pip-version-check -q --progress-bar off
 PIP := $(BIN)/python -m pip install $(QUIET)
 
-.PHONY: setup demo full rehearse test test-heavy test-all check docs bench bench-gpu torture truth
+.PHONY: setup demo full rehearse test test-heavy test-all versions check docs bench bench-gpu torture truth
 
 setup: .venv/ready
 
@@ -63,6 +63,10 @@ test-heavy: setup
 	$(PYTEST) -m heavy
 
 test-all: test test-heavy
+
+# A short test with the newest releases that pip resolves, and with the oldest that pyproject.toml allows.
+versions:
+	PYTHON=$(PYTHON) .ci/versions
 
 # Against other libraries, in environments of their own, and against the machine's limits; about half an hour.
 bench: setup
