@@ -434,7 +434,12 @@ def write_records(
 ) -> list[Path]:
     """Records of a whole run, as its jobs would leave them."""
     written: dict[str, dict[str, Any]] = {
-        "sources/smollm2/model": record("fetch", {"model": SOURCE["model"]}, 4.2),
+        "sources/smollm2/model": record(
+            "fetch",
+            {"model": SOURCE["model"]},
+            4.2,
+            notes={"tokenizer": "text is split as by GPT-2"},
+        ),
         "sources/smollm2/inputs": record(
             "prepare",
             {"source": SOURCE, "rows": {"train": 100_000, "evaluation": 12_000}},

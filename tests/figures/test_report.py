@@ -141,6 +141,7 @@ def test_what_was_read_and_left_out_is_counted(page: Page) -> None:
         in page.text
     )
     assert "7: null; 1: empty" in page.text
+    assert "text is split as by GPT-2" in page.text
     assert "1.2 % of evaluation's runs of 32 tokens" in page.text
     assert "pets (labelled, for scenes)" in page.text
     assert "train 74 images, test 111 images" in page.text

@@ -249,6 +249,7 @@ def write_gguf(
     drop: str | None = None,
     settings: dict[str, float] | None = None,
     per_file: int = 0,
+    pre: str | None = "gpt-2",
 ) -> Any:
     """The tiny Llama model as a GGUF file, and the model itself.
 
@@ -257,6 +258,7 @@ def write_gguf(
         drop: the GGUF name of a tensor that is left out.
         settings: numbers beside the model's own.
         per_file: tensors of each file of a split model; 0 for one file.
+        pre: how the tokenizer splits text.
     """
     model = tiny_model("llama")
     config, state = model.config, model.state_dict()
@@ -275,6 +277,8 @@ def write_gguf(
     writer.add_vocab_size(config.vocab_size)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     writer.add_tokenizer_model("gpt2")
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list([token for token, _ in vocabulary])
     writer.add_token_types([3 if number < 2 else 1 for _, number in vocabulary])
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
@@ -415,6 +419,33 @@ def test_the_tokenizer_is_the_one_in_the_gguf_file_whatever_lies_beside_it(
     PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>").save_pretrained(tmp_path)
     fetch_model({"gguf": str(tmp_path / "tiny.gguf")}, HOOKS, out)
     check_converted(out, model, tokenizer)
+
+
+def test_a_gguf_file_splits_text_as_it_says_or_that_is_said(
+    tmp_path: Path, out: Path, tokenizer: PreTrainedTokenizerFast, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "tiny.gguf"
+
+    def notes_of(pre: str | None) -> dict[str, str]:
+        caplog.clear()
+        write_gguf(path, tokenizer, pre=pre)
+        notes = fetch_model({"gguf": str(path)}, HOOKS, out)
+        assert [record.levelname for record in caplog.records] == ["WARNING"] * len(notes)
+        assert all(note in caplog.text for note in notes.values())
+        return notes
+
+    assert notes_of("gpt-2") == {}
+    plain = load_tokenizer(out).backend_tokenizer.pre_tokenizer
+    assert notes_of("llama-bpe") == {}  # whose splitting transformers knows
+    assert load_tokenizer(out)("12345").input_ids != load_tokenizer(out)("12").input_ids
+    assert type(load_tokenizer(out).backend_tokenizer.pre_tokenizer) is not type(plain)
+    assert "the file says smollm" in notes_of("smollm")["tokenizer"]
+    assert "does not say how" in notes_of("default")["tokenizer"]
+    assert "does not say how" in notes_of(None)["tokenizer"]
+    with pytest.raises(
+        UserError, match=r"splits text as 'viking' \(tokenizer\.ggml\.pre\), which transformers"
+    ):
+        notes_of("viking")
 
 
 @pytest.fixture

@@ -40,7 +40,8 @@ def fetch(
         ) as job,
     ):
         if like is None:
-            fetch_model(values["model"], values["hook_points"], job.path, threads)
+            notes = fetch_model(values["model"], values["hook_points"], job.path, threads)
+            job.details["notes"] = notes
         else:
             provenance.check(like)
             take_model(like, values["hook_points"], job.path)

