@@ -20,6 +20,8 @@ from tables import RESULTS
 from saeflow.config import ROOT, load_params
 from saeflow.needs import one_pass
 from saeflow.saes import VARIANTS
+from saeflow.sources import english
+from saeflow.sources.models import load_tokenizer
 
 SOURCE = "smollm2"
 
@@ -43,6 +45,18 @@ def images_s() -> float:
     each = table("vision", "Extraction").set_index("measure")["median"]
     (ms,) = each[each.index.str.contains("decoding to the model's size")]
     return 1000 / float(ms)
+
+
+def tokens_s() -> float:
+    """Tokens made of text in a second, by the language model's tokenizer, as sources are prepared."""
+    tokenizer = load_tokenizer(ROOT / "results/sources" / SOURCE / "model")
+    documents = english.documents("python")[:300]
+    rates = []
+    for _ in range(3):
+        began = time.perf_counter()
+        ids = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+        rates.append(sum(map(len, ids)) / (time.perf_counter() - began))
+    return statistics.median(rates)
 
 
 def job_s() -> float:
@@ -76,6 +90,7 @@ def main() -> None:
         "product_gflops": round(float(limits["product GFLOP/s"].median())),
         "forward_gflops": round(forward_gflops()),
         "images_s": round(images_s()),
+        "tokens_s": float(f"{tokens_s():.2g}"),
         "store_read_gb_s": round(float(reads[reads.index.str.contains("first epoch")].iloc[0]), 2),
         "store_write_gb_s": round(float(writes.iloc[0]), 2),
         "job_s": round(job_s(), 1),

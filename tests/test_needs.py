@@ -105,6 +105,22 @@ def test_as_many_jobs_are_counted_as_snakemake_starts(name: str, tmp_path: Path)
     assert sum(need.jobs for need in needs.steps()) == sum(job_counts(started).values())
 
 
+def test_tokenising_and_the_disk_of_merging_are_counted() -> None:
+    params = load_params(ROOT / "params.yaml")
+    needs = needs_of(params)
+    store, source = params["stores"]["smollm2"], params["sources"]["smollm2"]
+    contexts = sum(
+        -(-store[f"{s}_rows"] // (source["context_length"] - 1)) for s in ("train", "evaluation")
+    )
+    steps = [need for need in needs.steps() if need.what.startswith("smollm2: ")]
+    prepare, extract = (next(n for n in steps if n.step == step) for step in ("prepare", "extract"))
+    tokenising = contexts * source["context_length"] / needs.rates.tokens_s
+    assert prepare.hours * 3600 == pytest.approx(tokenising + 2 * needs.rates.job_s)
+    rows = store["train_rows"] + store["evaluation_rows"]
+    assert needs.merging_disk == extract.disk == rows * 3 * 576 * 2  # three hook points, bfloat16
+    assert "they take up to 242 MB more of disk" in as_text(needs)
+
+
 def test_a_group_is_one_job_of_training_and_one_of_evaluation(tmp_path: Path) -> None:
     Project(tmp_path, SYNTHETIC)
     params = load_params(tmp_path / "params.yaml")

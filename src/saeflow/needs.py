@@ -20,7 +20,7 @@ from saeflow.files import canonical_json
 from saeflow.plan import Plan
 
 NUMBERS = (
-    "product_gflops", "forward_gflops", "images_s", "store_read_gb_s", "store_write_gb_s", "job_s"
+    "product_gflops", "forward_gflops", "images_s", "tokens_s", "store_read_gb_s", "store_write_gb_s", "job_s"
 )  # fmt: skip
 _FLOAT = 4
 _WORDS_TRAINED = 4
@@ -40,6 +40,8 @@ class Rates:
     """Of a model's forward pass."""
     images_s: float
     """Images decoded to a model's size in a second."""
+    tokens_s: float
+    """Tokens made of text in a second."""
     store_read_gb_s: float
     store_write_gb_s: float
     job_s: float
@@ -147,6 +149,11 @@ class Needs:
         what = f"tables, {_count(len(figures), 'figure')}, the report"
         yield Need("draw", what, 2 + len(figures), 0, _PROCESS, seconds / 3600)
 
+    @property
+    def merging_disk(self) -> float:
+        """Bytes beside all results while the parts of the largest source are merged into its stores."""
+        return max((need.disk for need in self.steps() if need.step == "extract"), default=0)
+
     def _stores(self, source: str) -> Iterator[Need]:
         """Fetching, preparing and extracting."""
         params, one = self.plan.params["sources"][source], self.passes[source]
@@ -154,7 +161,11 @@ class Needs:
         n_labelled = len(self.plan.labelled(source))
         contexts = sum(math.ceil(rows / one.rows) for rows in splits.values())
         weights = one.weights if self.plan.has_model(source) else 0
-        seconds = contexts / self.rates.images_s if self.plan.is_vision(source) else 0.0
+        seconds = 0.0
+        if self.plan.is_vision(source):
+            seconds = contexts / self.rates.images_s
+        elif "context_length" in params:
+            seconds = contexts * params["context_length"] / self.rates.tokens_s
         yield Need(
             "prepare", f"{source}: {contexts:,} contexts", 1 + n_labelled + (weights > 0),
             weights + contexts * one.input_bytes, _PROCESS + 2 * weights,
@@ -383,7 +394,9 @@ def as_text(*needs: Needs) -> str:
         ).rstrip()
         for line in lines
     ]
-    notes = []
+    notes = [
+        f"While a source's parts are merged into its stores, they take up to {_bytes(needs[0].merging_disk)} more of disk."
+    ]
     for one in needs:
         assumed = ", ".join(one.rates.arithmetic)
         notes.append(
