@@ -206,3 +206,20 @@ def test_no_entry_repeats_a_default_of_its_variant(path: Path) -> None:
         if entry["options"].get(option, ...) == default
     ]
     assert not repeated
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        (("sources", "gpt2", "kind"), "sources.gpt2: the key kind is missing"),
+        (("saes", "topk", "variant"), "saes.topk: the key variant is missing"),
+    ],
+)
+def test_a_missing_key_that_decides_what_else_is_allowed_is_the_only_mistake(
+    path: tuple[str, str, str], line: str
+) -> None:
+    params: Any = yaml.safe_load(MINIMAL)
+    del params[path[0]][path[1]][path[2]]
+    with pytest.raises(UserError) as caught:
+        validate(params)
+    assert [one.split(". Add it")[0] for one in caught.value.lines] == [line]

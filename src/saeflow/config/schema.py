@@ -32,7 +32,7 @@ def params_schema() -> dict[str, Any]:
     trained["properties"]["variant"]["enum"] = list(variants())
     trained["allOf"] = [
         {
-            "if": {"properties": {"variant": {"const": name}}},
+            "if": {"required": ["variant"], "properties": {"variant": {"const": name}}},
             "then": {"properties": {"options": options_schema(options, is_swept=True)}},
         }
         for name, options in variants().items()
