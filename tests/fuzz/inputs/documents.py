@@ -81,7 +81,7 @@ def jsonl(rng: random.Random, folder: Path) -> None:
         if found is REFUSED and expected is not None and not damaged:
             raise WrongError("refused text that is whole")
         return
-    texts = [cell for cell in expected if cell is not None and is_whole(cell)]
+    texts = [cell for cell in expected if cell and is_whole(cell)]
     demand(found == texts, f"expected {str(texts)[:200]}, found {str(found)[:200]}")
     if len(texts) < len(expected):
         demand(any("left out" in line for line in log), "cells are left out and the log is silent")
