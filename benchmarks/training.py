@@ -27,7 +27,8 @@ from saeflow.config import ROOT, SAEConfig, expand_runs, load_params
 from saeflow.stores import open_store
 from saeflow.training.checkpoints import delete_checkpoints
 from saeflow.training.memory import keep_freed_memory
-from saeflow.training.trainer import Run, advance
+from saeflow.training.run import Run
+from saeflow.training.trainer import advance
 
 STORES = "results/stores/smollm2/train"
 STORE = f"{STORES}/blocks.19.resid_post.zarr"

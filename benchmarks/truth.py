@@ -40,7 +40,8 @@ from saeflow.saes.base import Forward
 from saeflow.saes.topk import TopK
 from saeflow.sources import open_source, prepare_inputs
 from saeflow.training.optimizer import Optimizer
-from saeflow.training.trainer import Run, advance
+from saeflow.training.run import Run
+from saeflow.training.trainer import advance
 
 D_IN, N_FEATURES, D_SAE, MEAN_L0, MOST = 96, 192, 192, 6, 11
 ROWS = {"train": 131_072, "evaluation": 16_384}

@@ -14,10 +14,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_its_parts_run_on_a_cpu() -> None:
-    done = run("--device", "cpu", "--only", "loop", "extraction")
+    done = run("--device", "cpu", "--only", "loop", "groups", "extraction")
     assert done.returncode == 0, done.stderr
     assert "problem" not in done.stdout
-    for what in ("product, bf16 (G)", "loop from the store", "loader alone", "bare forward"):
+    for what in (
+        "product, bf16 (G)",
+        "loop from the store",
+        "loader alone",
+        "one group",
+        "bare forward",
+    ):
         assert what in done.stdout
 
 

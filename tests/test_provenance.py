@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,20 @@ def test_the_record_says_who_made_it(chain: Path) -> None:
     assert set(record["code"]) == {"digest", "commit", "dirty"}
     assert record["versions"]["numpy"]
     assert len(record["lock"]) == 64
+
+
+def test_results_of_one_process_share_its_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter([100.0, 100.0, 180.0, 180.0])
+    monkeypatch.setattr(provenance.time, "time", lambda: next(now))
+    folders = [tmp_path / name for name in "ab"]
+    with ExitStack() as stack:
+        jobs = [stack.enter_context(provenance.job(folder, name="train")) for folder in folders]
+        jobs[0].share, jobs[1].share = 0.75, 0.25
+    records = [provenance.read_record(folder) for folder in folders]
+    assert [record["duration_s"] for record in records] == [60, 20]
+    assert [record["job_duration_s"] for record in records] == [80, 80]
 
 
 def test_atomic_file_keeps_the_old_one_on_failure(tmp_path: Path) -> None:

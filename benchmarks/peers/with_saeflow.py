@@ -17,7 +17,8 @@ from saeflow.config import SAEConfig, TrainingConfig
 from saeflow.stores import open_store
 from saeflow.training.checkpoints import delete_checkpoints
 from saeflow.training.memory import keep_freed_memory
-from saeflow.training.trainer import Run, advance
+from saeflow.training.run import Run
+from saeflow.training.trainer import advance
 
 ROWS = 1 << 17
 FOREVER = 10**9

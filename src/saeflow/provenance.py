@@ -44,6 +44,7 @@ VERSIONED = (
     "numcodecs", "safetensors", "matplotlib",
 )  # fmt: skip
 PARTIAL = ".partial"
+_NO_TIME = {"duration_s": 0.0, "job_duration_s": 0.0}
 _UNFINISHED = (PARTIAL, ".parts", ".groups")
 _JOB_FILE = "job.json"
 
@@ -56,6 +57,8 @@ class Job:
     resumed: bool
     details: dict[str, Any] = field(default_factory=dict)
     """Extra facts for the record, such as the content digest of a store."""
+    share: float = 1.0
+    """Of the time, where one process makes several results at once."""
 
 
 def record_path(result: Path) -> Path:
@@ -215,7 +218,10 @@ def job(
         raise
     job_file.unlink(missing_ok=True)
     outputs = folder_digests(partial)
-    _write_record(partial / RECORD, outputs, identity, key, device, started, running.details)
+    took = time.time() - started
+    times = {"duration_s": round(took * running.share, 2), "job_duration_s": round(took, 2)}
+    details = times | running.details
+    _write_record(partial / RECORD, outputs, identity, key, device, started, details)
     replace_folder(partial, result)
 
 
@@ -228,7 +234,9 @@ def record_file(
         "inputs": {str(path): check(path) for path in inputs},
     }  # fmt: skip
     record = file.with_name(file.name + "." + RECORD)
-    _write_record(record, {file.name: file_digest(file)}, identity, key, "cpu", time.time(), {})
+    _write_record(
+        record, {file.name: file_digest(file)}, identity, key, "cpu", time.time(), _NO_TIME
+    )
 
 
 def _write_record(
@@ -256,7 +264,6 @@ def _write_record(
         "device": label(device),
         "versions": _versions(),
         "started": began.isoformat(timespec="seconds"),
-        "duration_s": round(time.time() - started, 2),
         **details,
     }
     write_json(path, body | {"record_digest": json_digest(body)})

@@ -16,7 +16,7 @@ from saeflow.config import SAEConfig, TrainingConfig
 from saeflow.errors import UserError
 from saeflow.saes import InputScale, build, load
 from saeflow.training import train
-from saeflow.training.trainer import Run
+from saeflow.training.run import Run
 
 WHERE = {"source": "tiny", "hook_point": "blocks.2.resid_post", "complexity": "labels"}
 

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from saeflow.config import SAEConfig, TrainingConfig
 from saeflow.config.variants import with_defaults, with_preset
-from saeflow.saes import SAE, Forward
+from saeflow.saes import SAE
 from saeflow.saes.adaptive_k import AdaptiveK
 from saeflow.saes.batch_topk import BatchTopK
 from saeflow.saes.soft_topk import SoftTopK
 from saeflow.saes.sparsemax import Sparsemax
-from saeflow.training.trainer import Run
+from saeflow.training.run import Run, Stepped
 
 GOLDEN = Path(__file__).parent / "golden"
 D_IN, D_SAE, BATCH, STEPS = 32, 256, 256, 100
@@ -75,14 +75,14 @@ class Traced(Run):
     trace: Arrays
     at_step: AtStep
 
-    def set_lr(self) -> float:
+    def set_lr(self) -> None:
         together, *apart = self.optimizer.param_groups
         together["lr"] = float(self.trace["step.lr"][self.step])
         for group in apart:
             group["lr"] = float(self.trace["step.probe_lr"][self.step])
-        return float(together["lr"])
+        self.optimizer.tell_rates()
 
-    def one_step(self, x: Tensor) -> tuple[Forward, dict[str, Tensor], float]:
+    def one_step(self, x: Tensor) -> Stepped:
         begin = type(self.sae).begin_step
 
         def begin_step(step: int, total: int) -> None:
@@ -411,7 +411,7 @@ def test_training_follows_the_released_code(case: Case, is_sparse: bool) -> None
     sae.run = functools.partial(type(sae).run, sae, is_sparse=is_sparse)  # type: ignore[method-assign]
     found: list[dict[str, float]] = []
     for x in run.batches(case.start):
-        fwd, losses, _ = run.one_step(x)
+        fwd, losses = run.one_step(x)
         run.step += 1
         facts = {**{name: float(term) for name, term in losses.items()}, **sae.facts(fwd)}
         found.append({**facts, "l0": float(fwd.l0().double().mean())})

@@ -8,7 +8,7 @@ import torch
 from saeflow.errors import UserError
 from saeflow.operators import native
 from saeflow.training.finite import Watch
-from saeflow.training.trainer import Run
+from saeflow.training.run import Run
 
 from .conftest import RUNTIME, Samples, config
 

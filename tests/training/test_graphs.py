@@ -1,5 +1,6 @@
 """A recorded step does what the step does, and is recorded anew when something of it changes."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from saeflow.config import SAEConfig
 from saeflow.operators import native, sparse
 from saeflow.saes import VARIANTS
 from saeflow.training.graphs import WARM, Replayed, capture_cuda
-from saeflow.training.trainer import Run
+from saeflow.training.run import Run
 
 from .conftest import RUNTIME, Samples, config
 
 STEPS = 16
+MOVES = {
+    "topk": "k", "soft_topk": "temperature", "jumprelu": "k", "gated": "l1_weight", "p_anneal": "l1_weight",
+    "relu": "l1_weight",
+}  # fmt: skip
+"""The column of steps.csv that a schedule of theirs moves until step 20 or 60."""
+FOLLOW_DENSITY = ("gated", "jumprelu", "p_anneal", "relu", "soft_topk")
 
 
 class Tape(TorchDispatchMode):
@@ -73,19 +81,35 @@ def as_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sparse, "is_padded", True)
 
 
+def cold(setting: SAEConfig) -> SAEConfig:
+    """Soft masks that a list holds, at a temperature that moves."""
+    if setting.variant != "soft_topk":
+        return setting
+    falls = {"kind": "exponential", "from": 4e-3, "until": 0.3}
+    return dataclasses.replace(
+        setting, options={**setting.options, "alpha": 1e-3, "alpha_schedule": falls}
+    )
+
+
+@pytest.mark.parametrize("first", [0, 120])  # while schedules move, and at rest
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_recorded_steps_are_the_steps(variant: str, tmp_path: Path) -> None:
+def test_recorded_steps_are_the_steps(variant: str, first: int, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"steps": 200, "dead_after_tokens": 500, "log_every_steps": 4}
-    plain, recorded = (Run(Samples(), config(variant, **changes), RUNTIME, tmp_path) for _ in "ab")
+    setting = cold(config(variant, **changes))
+    plain, recorded = (Run(Samples(), setting, RUNTIME, tmp_path) for _ in "ab")
     taped: list[Tape] = []
     recorded.replayed = Replayed(recorded.work, capture_on(recorded, taped))
     for run in (plain, recorded):
-        run.step = 120  # schedules have come to rest, or not: then no step is replayed
-    batches = [x for x, _ in zip(plain.batches(120), range(STEPS), strict=False)]
+        run.step = first
+    batches = [x for x, _ in zip(plain.batches(first), range(STEPS), strict=False)]
     for x in batches:
         plain.take(x, 0.0)
         recorded.take(x, 0.0)
     assert taped
+    if variant in MOVES and not first:
+        assert len({row[MOVES[variant]] for row in recorded.rows}) > 1
+    if variant not in FOLLOW_DENSITY:
+        assert len(taped) == 1
     for one, other in zip(state(recorded), state(plain), strict=True):
         assert torch.equal(one, other)
     timed = {"tokens_per_s"}

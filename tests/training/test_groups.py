@@ -12,6 +12,8 @@ from saeflow.config import SAEConfig
 from saeflow.errors import UserError
 from saeflow.training import train, train_group
 from saeflow.training.checkpoints import checkpoints, read_checkpoint
+from saeflow.training.clock import Clock, shares
+from saeflow.training.trainer import Trained
 
 from .conftest import RUNTIME, Samples, config
 
@@ -45,6 +47,10 @@ def folders(path: Path, group: list[SAEConfig]) -> list[tuple[SAEConfig, Path, N
     return found
 
 
+def contents(found: list[Trained]) -> list[dict[str, str]]:
+    return [trained.content for trained in found]
+
+
 class Counted(Samples):
     """Counts the batches that are read."""
 
@@ -66,7 +72,9 @@ def test_a_group_ends_with_the_bits_of_separate_runs(
     ]
     store = Counted()
     together = train_group(store, folders(tmp_path / "together", group), QUIET)
-    assert together == alone
+    assert contents(together) == alone
+    assert sum(trained.share for trained in together) == pytest.approx(1)
+    assert all(trained.share > 0 for trained in together)
     assert len({digests["weights"] for digests in alone}) == 4
     initialisations, streams = 4, 2
     assert store.read == initialisations + streams * 30
@@ -76,6 +84,15 @@ def test_a_group_ends_with_the_bits_of_separate_runs(
             "config.json",
             "steps.csv",
         }
+
+
+def test_a_run_has_the_share_of_the_time_that_its_steps_took() -> None:
+    clocks = [Clock(torch.device("cpu")) for _ in range(3)]
+    assert shares(clocks) == [1 / 3] * 3
+    for clock, seconds in zip(clocks, (3.0, 0.5, 0.0), strict=True):
+        clock.add(seconds)
+    clocks[1].add(0.5)
+    assert shares(clocks) == [0.75, 0.25, 0.0]
 
 
 def breaks_at(count: int) -> Callable[[int], None]:
@@ -95,7 +112,7 @@ def breaks_at(count: int) -> Callable[[int], None]:
     "count", [4 + 7, 4 + 25, 4 + 30 + 12]
 )  # in a stream, after its shorter run, in the next
 def test_an_interrupted_group_goes_on(group: list[SAEConfig], count: int, tmp_path: Path) -> None:
-    expected = train_group(Samples(), folders(tmp_path / "undisturbed", group), QUIET)
+    expected = contents(train_group(Samples(), folders(tmp_path / "undisturbed", group), QUIET))
     wanted = folders(tmp_path / "interrupted", group)
     with pytest.raises(OSError, match="the disk is gone"):
         train_group(Samples(on_batch=breaks_at(count)), wanted, EVERY_STEP)
@@ -104,7 +121,7 @@ def test_an_interrupted_group_goes_on(group: list[SAEConfig], count: int, tmp_pa
         for _, folder, _ in wanted
     ]
     assert steps[0] == [min(count - 5, 30)]
-    assert train_group(Samples(), wanted, QUIET) == expected
+    assert contents(train_group(Samples(), wanted, QUIET)) == expected
 
 
 def test_a_loss_that_is_not_finite_names_its_run(group: list[SAEConfig], tmp_path: Path) -> None:

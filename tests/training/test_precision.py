@@ -12,7 +12,7 @@ from torch import Tensor
 
 from saeflow.operators import SparseLatents
 from saeflow.saes import VARIANTS, build
-from saeflow.training.trainer import Run
+from saeflow.training.run import Run
 
 from .conftest import CONSTANT, OPTIONS, config
 
@@ -68,7 +68,7 @@ def last_steps(variant: str, precision: str, folder: Path) -> tuple[float, float
             run.sae.b_enc.sub_(1.5)
     losses, counts = [], []
     for x in itertools.islice(run.batches(), STEPS):
-        fwd, terms, _ = run.one_step(x)
+        fwd, terms = run.one_step(x)
         run.step += 1
         losses.append(float(terms["loss"]))
         counts.append(

@@ -12,7 +12,7 @@ from saeflow.training import train
 from saeflow.training.checkpoints import checkpoints, read_checkpoint
 
 from .conftest import OPTIONS, Samples
-from .on_ranks import BREAKS_AT, EVERY_STEP, QUIET, breaks, setting
+from .on_ranks import BREAKS_AT, EVERY_STEP, QUIET, acting_as_gpu, breaks, setting
 
 SPLITS = ("batch", "latents")
 UNDIVIDED = ("soft_topk", "sparsemax", "entmax")
@@ -74,6 +74,15 @@ def test_two_ranks_train_the_sae_of_one(
         assert refused.startswith("runtime.ranks.split: latents of")
         return
     assert_same_sae(together / split / variant, alone / variant)
+
+
+@pytest.mark.parametrize("variant", OPTIONS)
+def test_two_ranks_that_act_as_gpus_train_the_sae_of_one(
+    variant: str, together: Path, tmp_path: Path
+) -> None:
+    with acting_as_gpu():
+        train(Samples(), setting(variant), QUIET, tmp_path)
+    assert_same_sae(together / "as_gpu" / variant, tmp_path)
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -27,7 +27,10 @@ from saeflow.saes.topk import TopK
 from saeflow.training import train
 from saeflow.training.checkpoints import checkpoints, read_checkpoint, write_checkpoint
 from saeflow.training.optimizer import Optimizer
-from saeflow.training.trainer import Run, advance, lr_factor, peak_lr, write_steps
+from saeflow.training.rates import lr_factor, peak_lr
+from saeflow.training.run import Run
+from saeflow.training.steps import write_steps
+from saeflow.training.trainer import advance
 
 from .conftest import D_IN, OPTIONS, RUNTIME, Samples, config
 
@@ -199,7 +202,7 @@ def test_a_latent_that_fires_in_a_batch_is_alive_in_it(tmp_path: Path) -> None:
     seen: list[Tensor] = []
     losses = run.sae.losses
     run.sae.losses = lambda fwd, dead: seen.append(dead) or losses(fwd, dead)
-    fwd, _, _ = run.one_step(next(run.batches()))
+    fwd, _ = run.one_step(next(run.batches()))
     assert torch.equal(seen[0], ~fwd.fired())
     assert bool(seen[0][:8].all())
     assert not bool(seen[0].all())

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from saeflow.operators import native, sparse
 from saeflow.saes import VARIANTS
-from saeflow.training.trainer import Run
+from saeflow.training.run import Run
 
 from .conftest import CONSTANT, RUNTIME, Samples, config
 

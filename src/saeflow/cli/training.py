@@ -92,9 +92,9 @@ def train(
         tasks = [
             (config, provenance.partial_of(folder), probe) for config, folder, _, probe in wanted
         ]
-        contents = train_group(reader, tasks, machine, ranks)
-        for job, content in zip(jobs, contents, strict=False):
-            job.details["content"] = content
+        found = train_group(reader, tasks, machine, ranks)
+        for job, trained in zip(jobs, found, strict=False):
+            job.details["content"], job.share = trained.content, trained.share
 
 
 def _guide_of(config: SAEConfig, saes: Path | None) -> Path | None:

@@ -51,20 +51,23 @@ def batch_topk(values: Tensor, k: float) -> Tensor:
     return keep_positions(values, _choose(values, k).flat)
 
 
-def batch_topk_sparse(values: Tensor, k: float, most: int | None = None) -> SparseLatents:
+def batch_topk_sparse(values: Tensor, k: float | Tensor, most: int | None = None) -> SparseLatents:
     """`batch_topk` of a (B, n) matrix as sparse latents: round(B * k) entries, rows of any length.
 
     Args, Raises: as `batch_topk`, with one leading dimension. Differentiable in the values.
-        most: see `sparse.room`; then nothing is raised for what a row holds, and the values are constants.
+        most: see `sparse.room`; then nothing is raised for what a row holds, the values are constants, and k
+            may be () float64 on the device.
     """
     if values.ndim != 2:
         raise ValueError(f"values must be (B, n), got {tuple(values.shape)}")
     if (capacity := room(values, most)) is not None:
-        return SparseLatents.of(selection.batch_topk(values, round(len(values) * k), capacity))
+        wanted = len(values) * k
+        total = wanted.round().long() if isinstance(wanted, Tensor) else round(wanted)
+        return SparseLatents.of(selection.batch_topk(values, total, capacity))
     return _choose(values, k).taken_from(values)
 
 
-def _choose(values: Tensor, k: float) -> SparseLatents:
+def _choose(values: Tensor, k: float | Tensor) -> SparseLatents:
     """The kept entries of (..., n) as rows, without gradient."""
     rows = as_rows(values, "values")
     if isinstance(k, bool) or not isinstance(k, Real):

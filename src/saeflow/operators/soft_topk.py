@@ -38,7 +38,7 @@ PROBLEMS = ("", NOT_FINITE, ABSENT)  # by the kernel's numbers
 
 
 def soft_topk(
-    values: Tensor, k: float | Tensor, temperature: float, *, reach: float | None = None
+    values: Tensor, k: float | Tensor, temperature: float | Tensor, *, reach: float | None = None
 ) -> Tensor:
     """Mask p_i = F((values_i - b) / temperature) with b chosen so that each row sums to k.
 
@@ -51,7 +51,8 @@ def soft_topk(
         values: (..., n) floating point, n >= 1; -inf excludes an entry.
         k: sum of the mask, real, 0 <= k <= n, a number or a tensor that broadcasts to the
             leading shape.
-        temperature: > 0, in units of `values`; the mask tends to the hard top-k as it falls to 0.
+        temperature: > 0, in units of `values`; the mask tends to the hard top-k as it falls to 0. () float64 on
+            the device, it is not looked at before kernels read it.
         reach: temperatures from b at which the mask counts as 0 or 1, at least that of None, the
             precision's own (30; 80 in float64). A longer one takes the plain path.
 
@@ -68,19 +69,19 @@ def soft_topk(
 
     Source: LapSum, Struski et al. 2025 (arXiv:2503.06242), section 3; SoftSAE (arXiv:2605.06610).
     """
-    if not temperature > 0:
+    if not isinstance(temperature, Tensor) and not temperature > 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")
     if not isinstance(k, Tensor):
         k = torch.tensor(k, dtype=torch.float64)
     k = k.to(values.device).expand(values.shape[:-1])
     far = FAR_DOUBLE if values.dtype == torch.float64 else FAR
-    return _SoftTopK.apply(values, k, float(temperature), max(far, reach or far))
+    return _SoftTopK.apply(values, k, temperature, max(far, reach or far))
 
 
 def soft_topk_sparse(
     values: Tensor,
     k: Tensor,
-    temperature: float,
+    temperature: float | Tensor,
     margin: Tensor | float = 0.0,
     most: int | None = None,
     *,
@@ -112,7 +113,7 @@ def soft_topk_sparse(
 
 
 def soft_topk_of(
-    latents: SparseLatents, k: Tensor, temperature: float, *, reach: float | None = None
+    latents: SparseLatents, k: Tensor, temperature: float | Tensor, *, reach: float | None = None
 ) -> SparseLatents:
     """`soft_topk` of the entries of each row, if those that are absent would get 0.
 
@@ -125,7 +126,7 @@ def soft_topk_of(
 
 
 def _threshold(
-    block: Tensor, k: Tensor, temperature: float, start: int, reach: float
+    block: Tensor, k: Tensor, temperature: float | Tensor, start: int, reach: float
 ) -> tuple[Entries, Tensor, Tensor]:
     """The entries whose mask may be above 0, and b as an entry of the row plus an offset."""
     rank = k.ceil().long().clamp(min=1)
@@ -155,7 +156,7 @@ def _threshold(
 
 
 def _offset(
-    entries: Tensor, k: Tensor, guess: Tensor, log_rest: Tensor, temperature: float
+    entries: Tensor, k: Tensor, guess: Tensor, log_rest: Tensor, temperature: float | Tensor
 ) -> Tensor:
     """b - guess in the dtype of the entries; `log_rest` is relative to the guess, see `_solve`."""
     x = (entries.double() - guess[:, None]) / temperature
@@ -194,7 +195,9 @@ def _solve(x: Tensor, k: Tensor, log_rest: Tensor) -> Tensor:
     return t.clamp(lowest - 10 * FAR_DOUBLE, highest + 10 * FAR_DOUBLE)
 
 
-def _distance(entries: Tensor, guess: Tensor, offset: Tensor, temperature: float) -> Tensor:
+def _distance(
+    entries: Tensor, guess: Tensor, offset: Tensor, temperature: float | Tensor
+) -> Tensor:
     """(entries - b) / temperature; near b the first difference is exact, whatever b's size."""
     return (entries - guess[:, None]).sub_(offset[:, None]).div_(temperature)
 
@@ -207,7 +210,9 @@ def _tail(minus_distance: Tensor, reach: float) -> Tensor:
 
 class _SoftTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, k: Tensor, temperature: float, reach: float) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, k: Tensor, temperature: float | Tensor, reach: float
+    ) -> Tensor:
         rows = as_rows(values, "values")
         k = k.detach().reshape(-1).double()
         is_wrong = ~((k >= 0) & (k <= rows.shape[1]))
@@ -219,14 +224,21 @@ class _SoftTopK(torch.autograd.Function):
         ctx.is_native = native.serves(rows) and reach == FAR
         if ctx.is_native:
             mask = torch.empty_like(rows)
-            arrays = (rows, k, np.float32(temperature), mask, guess, offset)
+            arrays = (rows, k, np.float32(float(temperature)), mask, guess, offset)
             for row, problem in native.spread("soft.mask_rows", len(rows), *arrays):
                 refuse_row(row, PROBLEMS[problem])
             ctx.save_for_backward(values, guess, offset)
             return mask.view(values.shape).to(values.dtype)
         if gpu.serves_scores(rows):
             mask, problems = torch.empty_like(rows), torch.empty_like(k, dtype=torch.int32)
-            of_row = (k.contiguous(), rows.new_full((), temperature), reach, mask, guess, offset)
+            of_row = (
+                k.contiguous(),
+                gpu.on_device(temperature, torch.float32, rows),
+                reach,
+                mask,
+                guess,
+                offset,
+            )
             gpu.launch_rows("soft_rows", rows, *of_row, problems)
             for number, problem in enumerate(PROBLEMS[1:] if is_read else (), 1):
                 refuse_rows(problems == number, 0, problem)
@@ -253,10 +265,21 @@ class _SoftTopK(torch.autograd.Function):
         grad_rows = grad.reshape(rows.shape).to(rows.dtype)
         grad_values, grad_k = torch.zeros_like(rows), torch.zeros_like(guess)
         if ctx.is_native:
-            arrays = (rows, grad_rows.contiguous(), guess, offset, np.float32(ctx.temperature))
+            arrays = (
+                rows,
+                grad_rows.contiguous(),
+                guess,
+                offset,
+                np.float32(float(ctx.temperature)),
+            )
             native.spread("soft.gradient_rows", len(rows), *arrays, grad_values, grad_k)
         elif gpu.serves_scores(rows):
-            of_row = (grad_rows.contiguous(), guess, offset, rows.new_full((), ctx.temperature))
+            of_row = (
+                grad_rows.contiguous(),
+                guess,
+                offset,
+                gpu.on_device(ctx.temperature, torch.float32, rows),
+            )
             out = (ctx.reach, grad_values, grad_k)
             gpu.launch_rows("soft_gradient_rows", rows, *of_row, *out)
         for at, near in ctx.near:

@@ -80,7 +80,8 @@ def topk_sparse(values: Tensor, k: int | Tensor, most: int | None = None) -> Spa
     """`keep_topk` of a (B, n) matrix as sparse latents: exactly k entries a row, zeros included.
 
     Args, Raises: as `keep_topk`, with one leading dimension. Differentiable in the values.
-        most: see `sparse.room`; then nothing is raised for what a row holds, and the values are constants.
+        most: see `sparse.room`; then nothing is raised for what a row holds, the values are constants, and k
+            may be () on the device, at most the room.
     """
     if values.ndim != 2:
         raise ValueError(f"values must be (B, n), got {tuple(values.shape)}")

@@ -8,7 +8,7 @@ besides the pre-activations (its k, its norm) is the `condition`, worked out onc
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from saeflow.config.options import VariantOptions
 from saeflow.errors import UserError
 from saeflow.operators import (
     SparseLatents,
+    acts_as_gpu,
     decode_sparse,
     gather_columns,
     gather_pre_acts,
@@ -27,6 +28,7 @@ from saeflow.operators import (
     rounding,
     select_auxk,
 )
+from saeflow.operators.gpu.lists import capacity_for
 from saeflow.saes.initialisation import initialise
 from saeflow.saes.input_scale import InputScale
 from saeflow.saes.ranks import Ranks, check_divides
@@ -60,6 +62,11 @@ class Forward:
     def values(self) -> Tensor:
         """Every latent that is stored: (count,) on the sparse path, (B, d_sae) on the dense one."""
         return self.latents.values if isinstance(self.latents, SparseLatents) else self.latents
+
+    def forget_scores(self) -> None:
+        """Free the pre-activations of the sparse path, which nothing needs once the loss is known."""
+        if self.is_sparse:
+            self.pre_acts = self.pre_acts.new_empty(0)
 
     def l0(self) -> Tensor:
         """(B,) number of non-zero latents."""
@@ -110,6 +117,8 @@ class SAE(nn.Module):
 
     def __init__(self, d_in: int, d_sae: int) -> None:
         super().__init__()
+        self.numbers: dict[str, Any] = {}  # see `Moving`
+        self.copies: dict[str, Tensor] = {}
         self.d_in, self.d_sae = d_in, d_sae
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).t())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
@@ -132,14 +141,32 @@ class SAE(nn.Module):
 
     @property
     def room(self) -> int | None:
-        """`most`, None where ranks share selections: those need what each row has."""
-        return self.most * self.widened if self.ranks.size == 1 else None
+        """`most`, None where ranks divide latents: their selections need what each row has."""
+        return self.most * self.widened if self.ranks.of_latents == 1 else None
 
     def dials(self) -> dict[str, object]:
-        """All that the host decides of a step's kernels: while it is the same, they are."""
+        """All that the host decides of a step's kernels: while it is the same, they are.
+
+        What is `Moving` is no part of it: kernels read that when they run.
+        """
         kinds = (bool, int, float, str, type(None))
         named = {name: value for name, value in vars(self).items() if isinstance(value, kinds)}
-        return {**named, "is_sparse": self.is_sparse, "widened": self.widened}
+        capacity = None if self.room is None else capacity_for(min(self.room, self.d_sae))
+        return {**named, "is_sparse": self.is_sparse, "capacity": capacity}
+
+    def moved(self, name: str, dtype: torch.dtype | None = None) -> Any:
+        """A `Moving` attribute for kernels: on a GPU its copy there, (), elsewhere the number itself.
+
+        Args:
+            dtype: of the copy; None: the weights'.
+        """
+        if self.room is None or not acts_as_gpu(self.W_dec):
+            return getattr(self, name)
+        copy = self.copies.get(name)
+        if copy is None or copy.device != self.W_dec.device:
+            copy = self.W_dec.new_full((), getattr(self, name), dtype=torch.float64)
+            self.copies[name] = copy
+        return copy.to(self.W_dec.dtype if dtype is None else dtype)
 
     def settle(self) -> None:
         """Decide the path of the steps to come from what the last ones measured: a wait for the device."""
@@ -337,10 +364,11 @@ class SAE(nn.Module):
     def auxk(self, fwd: Forward, dead: Tensor) -> Tensor:
         """Return the loss of dead latents (d_sae,) that reconstruct the residual (Gao et al. 2024)."""
         residual, k_aux = (fwd.x - fwd.x_hat).detach(), self.d_in // 2
-        if self.ranks.size == 1 and room(fwd.pre_acts, k_aux) is not None:
+        if self.ranks.of_latents == 1 and room(fwd.pre_acts, k_aux) is not None:
             chosen = select_auxk(fwd.pre_acts.detach(), dead, k_aux, k_aux)
             chosen = self.gather(fwd.x, chosen, fwd.is_rounded)
-            share = residual_share(residual, decode_sparse(chosen.relu(), self.W_dec))
+            e_hat = decode_sparse(chosen.relu(), self.W_dec)
+            share = residual_share(residual, e_hat, self.ranks.over_batch)
             return share.where(dead.any(), 0)
         columns = dead.nonzero()[:, 0]
         if int(self.ranks.over_latents(residual.new_tensor(len(columns)))) == 0:
@@ -350,7 +378,10 @@ class SAE(nn.Module):
                 acts = self.gather_columns(fwd, columns)
             else:
                 acts = fwd.pre_acts.index_select(1, columns)
-            e_hat = keep_topk(acts.relu(), k_aux) @ self.W_dec[columns]
+            active = acts.relu()
+            if len(columns) > k_aux:
+                active = keep_topk(active, k_aux)
+            e_hat = active @ self.W_dec.index_select(0, columns)
         else:
             chosen = select_auxk(fwd.pre_acts.detach(), dead, k_aux)
             chosen = self.ranks.largest_of_rows(chosen, k_aux)
@@ -372,12 +403,6 @@ class SAE(nn.Module):
         if self.has_unit_norm and self.W_dec.grad is not None:
             along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)
             self.W_dec.grad.addcmul_(along[:, None], self.W_dec, value=-1)
-
-    @torch.no_grad()
-    def project_weights(self) -> None:
-        """Give the decoder's rows unit norm again."""
-        if self.has_unit_norm and self.W_dec.requires_grad:
-            self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True))
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:

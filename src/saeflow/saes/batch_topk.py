@@ -9,7 +9,7 @@ from torch import Tensor
 from saeflow.config.options import option
 from saeflow.operators import SparseLatents, batch_topk, batch_topk_sparse
 from saeflow.saes.base import SAE, Forward
-from saeflow.saes.schedules import make_schedule
+from saeflow.saes.schedules import Moving, make_schedule
 from saeflow.saes.topk import TopKOptions
 
 MOST = 8  # times k, latents of one input: a GPU makes room for these
@@ -42,12 +42,13 @@ class BatchTopK(SAE):
 
     Options = BatchTopKOptions
 
+    k = Moving[float]()
     threshold: Tensor
     threshold_weight: Tensor
 
     def __init__(self, d_in: int, d_sae: int, options: BatchTopKOptions) -> None:
         super().__init__(d_in, d_sae)
-        self.k: float = options.k
+        self.k = options.k
         self.schedule = make_schedule("k", options.k, options.k_schedule, 1, d_sae)
         self.auxk_weight = options.auxk_weight
         self.threshold_start_step = options.threshold_start_step
@@ -79,7 +80,8 @@ class BatchTopK(SAE):
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
         if self.training:
-            chosen = batch_topk_sparse(pre_acts, self.k * self.ranks.of_batch, self.room)
+            k = self.moved("k", torch.float64) * self.ranks.of_batch
+            chosen = batch_topk_sparse(pre_acts, k, self.room)
             return self.ranks.largest_of_batch(chosen, round(self.ranks.rows(pre_acts) * self.k))
         return SparseLatents.from_above(pre_acts, self.threshold, self.room)
 

@@ -47,8 +47,7 @@ class FollowsDensity(SAE):
         return 0 <= self.known < below
 
     def dials(self) -> dict[str, object]:
-        room = (self.most - 1).bit_length()  # to a power of two
-        return {**super().dials(), "known": None, "room": room}
+        return {**super().dials(), "known": None}
 
     @property
     def most(self) -> int:

@@ -10,7 +10,7 @@ from saeflow.operators import SparseLatents, decode_sparse, lowered
 from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
-from saeflow.saes.schedules import ScheduleForm, make_schedule
+from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,7 @@ class Gated(FollowsDensity):
     Options = GatedOptions
 
     betas = (0.0, 0.999)
+    l1 = Moving[float]()
     of_latents = (*FollowsDensity.of_latents, "r_mag", "b_mag")
 
     def __init__(self, d_in: int, d_sae: int, options: GatedOptions) -> None:
@@ -76,7 +77,7 @@ class Gated(FollowsDensity):
             penalty, part = positive.sum(), positive @ W_dec
         x_gate = self.ranks.over_latents(part) + b_dec
         return super().losses(fwd, dead) | {
-            "l1": self.l1 * self.ranks.over_both(penalty) / self.ranks.rows(fwd.x),
+            "l1": self.moved("l1") * self.ranks.over_both(penalty) / self.ranks.rows(fwd.x),
             "gate": self.ranks.batch_mean((fwd.x - x_gate).square().sum(1)),
         }
 

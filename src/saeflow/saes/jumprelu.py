@@ -13,7 +13,7 @@ from saeflow.operators import SparseLatents, jumprelu, lowered, step
 from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
-from saeflow.saes.schedules import ScheduleForm, make_schedule
+from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +79,8 @@ class JumpReLU(FollowsDensity):
     Options = JumpReLUOptions
 
     betas = (0.0, 0.999)
+    weight = Moving[float]()
+    target = Moving[float | None]()
 
     def __init__(self, d_in: int, d_sae: int, options: JumpReLUOptions) -> None:
         super().__init__(d_in, d_sae)
@@ -149,8 +151,8 @@ class JumpReLU(FollowsDensity):
         else:
             count = step(acts, self.theta, self.bandwidth).sum()
         l0 = self.ranks.over_both(count) / self.ranks.rows(fwd.x)
-        term = l0 if self.target is None else (l0 / self.target - 1).square()
-        return super().losses(fwd, dead) | {"l0_penalty": self.weight * term}
+        term = l0 if self.target is None else (l0 / self.moved("target") - 1).square()
+        return super().losses(fwd, dead) | {"l0_penalty": self.moved("weight") * term}
 
     def unlisted(self, latents: SparseLatents, rows: int) -> Tensor:
         """() 0, with the gradient of theta that `step` has from the zeros that are not listed."""

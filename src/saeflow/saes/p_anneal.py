@@ -11,7 +11,7 @@ from saeflow.operators import SparseLatents, lowered
 from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
-from saeflow.saes.schedules import ScheduleForm, make_schedule
+from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,7 @@ class PAnneal(FollowsDensity):
     Options = PAnnealOptions
 
     WINDOW = 10
+    l1 = Moving[float]()
     place: Tensor  # (1,) int64, of this step in `recent`
     recent: Tensor
     factor: Tensor
@@ -107,7 +108,7 @@ class PAnneal(FollowsDensity):
     @property
     def weight(self) -> Tensor:
         """() the penalty's weight now, in float64."""
-        return self.l1 * self.factor
+        return self.moved("l1", torch.float64) * self.factor
 
     @torch.no_grad()
     def end_step(self, fwd: Forward) -> None:

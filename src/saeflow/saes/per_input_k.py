@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 
+import torch
 from torch import Tensor
 
 from saeflow.operators import (
@@ -14,6 +15,7 @@ from saeflow.operators import (
 )
 from saeflow.operators.soft_topk import FAR
 from saeflow.saes.density import FollowsDensity
+from saeflow.saes.schedules import Moving
 
 
 class PerInputK(FollowsDensity):
@@ -29,13 +31,25 @@ class PerInputK(FollowsDensity):
         reach: temperatures below the threshold down to which the soft mask is above 0.
     """
 
-    temperature: float = 0.0
+    temperature = Moving[float]()
     is_fixed: bool = False
     reach: float | None = None
+
+    def __init__(self, d_in: int, d_sae: int) -> None:
+        super().__init__(d_in, d_sae)
+        self.temperature = 0.0
 
     @abstractmethod
     def k_hat(self, x: Tensor) -> Tensor:
         """(B,) in the weights' precision, in 0..d_sae: how many latents each input may use, with gradient."""
+
+    @property
+    def heat(self) -> float | Tensor:
+        """The temperature for kernels."""
+        return self.moved("temperature", torch.float64)
+
+    def dials(self) -> dict[str, object]:
+        return {**super().dials(), "is_soft": self.is_soft}
 
     @property
     def is_soft(self) -> bool:
@@ -69,7 +83,7 @@ class PerInputK(FollowsDensity):
         assert condition is not None
         v = (pre_acts.detach() if self.training and self.is_fixed else pre_acts).relu()
         if self.is_soft:
-            return v * soft_topk(v, condition, self.temperature, reach=self.reach)
+            return v * soft_topk(v, condition, self.heat, reach=self.reach)
         return keep_topk(v, condition.detach().floor().long())
 
     def select(
@@ -80,7 +94,7 @@ class PerInputK(FollowsDensity):
             v = pre_acts.relu()
             most = None if self.reaches_far else self.room
             reach = self.reach
-            return soft_topk_sparse(v, condition, self.temperature, margin, most, reach=reach)
+            return soft_topk_sparse(v, condition, self.heat, margin, most, reach=reach)
         k = condition.floor().long()
         return self.ranks.largest_of_rows(topk_sparse(pre_acts, k, self.room), k)
 
@@ -89,6 +103,6 @@ class PerInputK(FollowsDensity):
         v = selected.with_values(values.relu())
         if self.is_soft:
             assert condition is not None
-            mask = soft_topk_of(v, condition, self.temperature, reach=self.reach)
+            mask = soft_topk_of(v, condition, self.heat, reach=self.reach)
             return v.with_values(v.values * mask.values)
         return v

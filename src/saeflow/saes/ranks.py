@@ -7,6 +7,7 @@ what all ranks hold are then summed over ranks; what all of them compute alike f
 """
 
 import os
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from saeflow.errors import UserError
 from saeflow.operators import SparseLatents, topk_sparse
+from saeflow.operators.gpu.lists import OVERFLOW, Lists
 from saeflow.operators.rows import pad
 
 Split = Literal["batch", "latents"]
@@ -176,6 +178,8 @@ class Ranks:
         """
         if self.size == 1:
             return chosen
+        if chosen.lists is not None:
+            return SparseLatents.of(self._largest_of_lists(chosen.lists, total))
         padded = chosen.values.new_full((1, total), float("-inf"))
         count = len(chosen.values)
         padded[0, :count] = chosen.values.detach()
@@ -183,6 +187,20 @@ class Ranks:
         mine = torch.zeros(self.size * total, dtype=torch.bool, device=padded.device)
         mine[best.columns] = True
         return chosen.keep(mine[self.rank * total :][:count])
+
+    def _largest_of_lists(self, lists: Lists, total: int) -> Lists:
+        """The same of lists of a fixed size, equal on all ranks; the host waits for nothing."""
+        own = lists.values.detach().masked_fill(~lists.real, float("-inf"))
+        everyone = torch.stack(self.gather(own))
+        threshold = everyone.view(-1).sort(descending=True).values[min(total, everyone.numel()) - 1]
+        above, ties = everyone > threshold, everyone == threshold
+        ties &= everyone > float("-inf")
+        order = ties.view(-1).cumsum(0).view_as(ties)
+        best = above | (ties & (order <= total - above.sum()))
+        kept = lists.keep(best[self.rank])
+        is_cut = (lists.status & OVERFLOW != 0) & (kept.counts == lists.capacity)
+        status = (kept.status & ~OVERFLOW) | (OVERFLOW * is_cut).int()
+        return replace(kept, status=status)
 
 
 def check_divides(what: str, number: int, ranks: Ranks, split: Split) -> None:

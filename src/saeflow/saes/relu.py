@@ -10,7 +10,7 @@ from saeflow.operators import SparseLatents, lowered
 from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
-from saeflow.saes.schedules import ScheduleForm, make_schedule
+from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +34,8 @@ class ReLU(FollowsDensity):
     """z = relu(a); the loss adds l1 * sum_i z_i, the mean over the batch; decoder rows are unit."""
 
     Options = ReLUOptions
+
+    l1 = Moving[float]()
 
     def __init__(self, d_in: int, d_sae: int, options: ReLUOptions) -> None:
         super().__init__(d_in, d_sae)
@@ -60,7 +62,7 @@ class ReLU(FollowsDensity):
         losses = super().losses(fwd, dead)
         if self.loss == "norm_weighted":
             losses["reconstruction"] = self.norm_weighted_error(fwd)
-        return losses | {"l1": self.l1 * penalty}
+        return losses | {"l1": self.moved("l1") * penalty}
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         return {"l1_weight": self.l1}

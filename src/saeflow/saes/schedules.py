@@ -3,7 +3,9 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Generic, TypeVar, overload
+
+from torch import Tensor
 
 from saeflow.config.explain import explained, validator
 from saeflow.config.options import Form
@@ -43,6 +45,8 @@ _FORM = {
 ScheduleForm = Annotated[Mapping[str, Any], Form(_FORM)]
 """Parameters of a schedule: its kind, the value it starts `from`, the share of the steps `until` which it moves."""
 
+Number = TypeVar("Number")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -72,6 +76,35 @@ class Schedule:
             case "exponential":
                 return self.start * (self.target / self.start) ** share
         return self.start + (self.target - self.start) * share
+
+
+class Moving(Generic[Number]):
+    """An attribute of an SAE that a schedule moves: the host's number, and a copy that a GPU's kernels read.
+
+    The copy stays where it is, so that a step that was recorded once serves while the number moves.
+    """
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    @overload
+    def __get__(self, sae: None, owner: type) -> "Moving[Number]": ...
+
+    @overload
+    def __get__(self, sae: Any, owner: type) -> Number: ...
+
+    def __get__(self, sae: Any, owner: type) -> "Moving[Number] | Number":
+        if sae is None:
+            return self
+        number: Number = sae.numbers[self.name]
+        return number
+
+    def __set__(self, sae: Any, number: Number) -> None:
+        sae.numbers[self.name] = number
+        copy: Tensor | None = sae.copies.get(self.name)
+        if copy is not None:
+            value: Any = number
+            copy.fill_(value)
 
 
 def make_schedule(

@@ -13,7 +13,7 @@ from saeflow.config.options import Form, VariantOptions, option
 from saeflow.operators import pre_acts
 from saeflow.saes.base import Forward
 from saeflow.saes.per_input_k import PerInputK
-from saeflow.saes.schedules import ScheduleForm, make_schedule
+from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
 
 BETA = 5.0  # of the budget's softplus
 
@@ -120,10 +120,11 @@ class SoftTopK(PerInputK):
     Options = SoftTopKOptions
 
     divides_latents = False
+    k = Moving[float]()
 
     def __init__(self, d_in: int, d_sae: int, options: SoftTopKOptions) -> None:
         super().__init__(d_in, d_sae)
-        self.k: float = options.k
+        self.k = options.k
         self.schedule = make_schedule("k", options.k, options.k_schedule, 1, d_sae)
         self.k_max = options.largest_k
         self.temperature = options.alpha
@@ -173,7 +174,7 @@ class SoftTopK(PerInputK):
         losses = super().losses(fwd, dead) | {"auxk": self.auxk_weight * self.auxk(fwd, dead)}
         if self.is_soft:
             assert fwd.condition is not None
-            over = self.ranks.batch_mean(fwd.condition) - self.k
+            over = self.ranks.batch_mean(fwd.condition) - self.moved("k")
             losses["budget"] = self.budget_weight * softplus(over, beta=BETA)
         return losses
 

@@ -21,7 +21,7 @@ from saeflow.operators import (
 )
 from saeflow.saes.base import SAE, Forward
 from saeflow.saes.initialisation import kaiming, uniform
-from saeflow.saes.schedules import ScheduleForm, make_schedule
+from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
 
 RATE_DECAY = 0.99
 MOST = 1024  # concepts of one input: a GPU makes room for these
@@ -109,6 +109,7 @@ class Sparsemax(SAE):
     Options = SparsemaxOptions
 
     has_unit_norm = False
+    l1 = Moving[float]()
     divides_latents = False
     firing_rate: Tensor
     batches: Tensor
@@ -278,6 +279,9 @@ class Sparsemax(SAE):
     def begin_step(self, step: int, total: int) -> None:
         self.l1 = self.schedule(step, total)
 
+    def dials(self) -> dict[str, object]:
+        return {**super().dials(), "has_l1": self.l1 > 0}
+
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         losses = super().losses(fwd, dead)
         if self.loss == "norm_weighted":
@@ -289,7 +293,7 @@ class Sparsemax(SAE):
                 norm[fwd.latents.rows] if isinstance(fwd.latents, SparseLatents) else norm[:, None]
             )
             penalty = self.ranks.over_batch((fwd.values.abs() / of_rows).sum())
-            losses["l1"] = self.l1 * penalty / self.ranks.rows(fwd.x)
+            losses["l1"] = self.moved("l1") * penalty / self.ranks.rows(fwd.x)
         return losses
 
     @torch.no_grad()

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from saeflow.config.options import FoundK, VariantOptions, option
 from saeflow.operators import SparseLatents, keep_topk, topk_sparse
 from saeflow.saes.base import SAE, Forward
-from saeflow.saes.schedules import ScheduleForm, make_schedule
+from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class TopK(SAE):
 
     Options = TopKOptions
 
+    k = Moving[int]()
+
     def __init__(self, d_in: int, d_sae: int, options: TopKOptions) -> None:
         super().__init__(d_in, d_sae)
         self.k = options.k
@@ -59,7 +62,8 @@ class TopK(SAE):
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
-        return self.ranks.largest_of_rows(topk_sparse(pre_acts, self.k, self.room), self.k)
+        chosen = topk_sparse(pre_acts, self.moved("k", torch.int32), self.room)
+        return self.ranks.largest_of_rows(chosen, self.k)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         return super().losses(fwd, dead) | {"auxk": self.auxk_weight * self.auxk(fwd, dead)}

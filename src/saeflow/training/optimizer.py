@@ -1,7 +1,7 @@
 """Adam for SAEs: the decoder's gradient projected, the whole clipped, unit decoder rows after the step.
 
-On a CPU two passes over the weights do all of it, one that measures and one that updates. Elsewhere
-torch's own pieces do the same, and are the reference.
+Two passes over the weights do all of it, one that measures and one that updates. It is no `torch.optim.Optimizer`,
+whose first call imports torch's compiler: 2 s and 150 MiB of every training process, for nothing that is used here.
 """
 
 import math
@@ -10,41 +10,60 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
+from torch.nn.utils import clip_grad_norm_
 
 from saeflow.config import TrainingConfig
 from saeflow.operators import acts_as_gpu, native
 from saeflow.operators.gpu.update import Part, update
 from saeflow.saes import SAE
 
+EPSILON = 1e-8
 
-class Optimizer(torch.optim.Adam):
+
+class Optimizer:
     """Adam over what an SAE trains.
 
     Args:
         sae: on its device, with `requires_grad` settled.
         config: its betas, where the variant has none of its own, and the largest gradient norm.
 
-    The first of `param_groups` holds what is clipped together, the second, where there is one, what the
-    variant sets apart.
+    Attributes:
+        param_groups: params, lr, betas and eps; the first holds what is clipped together, the second, where
+            there is one, what the variant sets apart.
+        state: of each parameter, laid out alike: its moments exp_avg and exp_avg_sq, and (), the steps in
+            which it had a gradient. They are made before the first step, so that on a CPU what a step needs and
+            frees is one block of memory, which the next step finds whole.
     """
 
     def __init__(self, sae: SAE, config: TrainingConfig) -> None:
         trained = {name: p for name, p in sae.named_parameters() if p.requires_grad}
         apart = [trained.pop(name) for name in sae.apart]
         groups = [list(trained.values()), *([apart] if apart else [])]
-        super().__init__(
-            [{"params": group} for group in groups], betas=sae.betas or config.betas, fused=True
-        )
+        settings = {"lr": 0.0, "betas": sae.betas or config.betas, "eps": EPSILON}
+        self.param_groups: list[dict[str, Any]] = [{"params": g, **settings} for g in groups]
+        self.state: dict[Tensor, dict[str, Tensor]] = {
+            parameter: {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+            for group in groups
+            for parameter in group
+        }
         self.sae = sae
         self.largest_norm = math.inf if config.grad_clip is None else config.grad_clip
-        # Of each group, on the device: steps taken, learning rate.
-        self.scalars = [torch.zeros(2, device=sae.W_dec.device).unbind() for _ in self.param_groups]
+        self.rates = torch.zeros(len(groups), device=sae.W_dec.device).unbind()  # of each group
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
 
     def tell_rates(self) -> None:
         """Put each group's learning rate on the device."""
-        for group, (_, lr) in zip(self.param_groups, self.scalars, strict=True):
-            lr.fill_(group["lr"])
+        for group, rate in zip(self.param_groups, self.rates, strict=True):
+            rate.fill_(group["lr"])
 
     def measure(self) -> Tensor:
         """Remove the decoder gradient's part along its rows; the norm () of what is clipped together.
@@ -102,18 +121,11 @@ class Optimizer(torch.optim.Adam):
             skip: () bool; true: weights and moments stay as they are.
         """
         gradients = self._gradients(*self.param_groups)
-        if acts_as_gpu(norm):
+        if acts_as_gpu(norm) or not native.serves(*(parameter for parameter, _ in gradients)):
             largest = self.largest_norm
-            for group, scalars in zip(self.param_groups, self.scalars, strict=True):
-                self._update_at_once(group, scalars, norm, skip, largest)
+            for group, rate in zip(self.param_groups, self.rates, strict=True):
+                self._update_at_once(group, rate, norm, skip, largest)
                 largest = math.inf
-            return
-        if not native.serves(*(parameter for parameter, _ in gradients)):
-            together = [p for p, _ in self._gradients(self.param_groups[0])]
-            clip_grads_with_norm_(together, self.largest_norm, norm)
-            self.found_inf = skip.float()  # torch's fused Adam then writes nothing
-            self.step()
-            self.sae.project_weights()
             return
         if bool(skip):
             return
@@ -125,7 +137,7 @@ class Optimizer(torch.optim.Adam):
     def _update_group(self, group: dict[str, Any], clip: float) -> None:
         (beta1, beta2), epsilon = group["betas"], group["eps"]
         for parameter, gradient in self._gradients(group):
-            state = self._state(parameter, torch.zeros(()))
+            state = self.state[parameter]
             state["step"] += 1
             t = float(state["step"])
             rate, correction = group["lr"] / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t)
@@ -136,39 +148,22 @@ class Optimizer(torch.optim.Adam):
             native.spread("adam.update_rows", len(rows[0]), *rows, is_unit, *numbers)
 
     def _update_at_once(
-        self,
-        group: dict[str, Any],
-        scalars: tuple[Tensor, ...],
-        norm: Tensor,
-        skip: Tensor,
-        largest_norm: float,
+        self, group: dict[str, Any], rate: Tensor, norm: Tensor, skip: Tensor, largest_norm: float
     ) -> None:
         """One pass over each parameter of a group, for which the host does not wait."""
-        count, lr = scalars
-        parts = []
+        parts, steps = [], []
         for parameter, gradient in self._gradients(group):
-            state = self._state(parameter, count)
-            if state["step"] is not count:  # of a checkpoint
-                count.copy_(state["step"])
-                state["step"] = count
+            state = self.state[parameter]
             if gradient.stride() != parameter.stride():
                 gradient = torch.empty_like(parameter).copy_(gradient)
             as_rows = _rows if parameter.ndim == 2 else _flat
             moments = as_rows(state["exp_avg"]), as_rows(state["exp_avg_sq"])
             is_unit = self._is_unit(parameter)
             parts.append(Part(as_rows(parameter), as_rows(gradient), *moments, is_unit=is_unit))
+            steps.append(state["step"])
         options = {"betas": group["betas"], "eps": group["eps"], "largest_norm": largest_norm}
         if parts:
-            update(parts, norm, count, lr, skip, **options)
-
-    def _state(self, parameter: Tensor, count: Tensor) -> dict[str, Tensor]:
-        """Return Adam's state of a parameter, with its steps counted in `count` from the first on."""
-        state = self.state[parameter]
-        if not state:
-            state["step"] = count
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        return state
+            update(parts, norm, steps, rate, skip, **options)
 
     def _gradients(self, *groups: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """The parameters of some groups that have a gradient, and theirs."""

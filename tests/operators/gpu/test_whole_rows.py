@@ -47,6 +47,9 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "entmax 1.2": lambda v: entmax(v[:1], 1.2),
     "soft_topk, cold": lambda v: soft_topk(v, K.to(v.device) + 0.5, 1e-3),
     "soft_topk, hot": lambda v: soft_topk(v, K.to(v.device) * 10.0 + 3, 1.0),
+    "soft_topk, temperature on the device": lambda v: soft_topk(
+        v, K.to(v.device) + 3.5, torch.full((), 0.7, dtype=torch.float64, device=v.device)
+    ),
 }
 
 

@@ -34,7 +34,7 @@ class Part:
 def update(
     parts: Sequence[Part],
     norm: Tensor,
-    step: Tensor,
+    steps: Sequence[Tensor],
     lr: Tensor,
     skip: Tensor,
     *,
@@ -47,7 +47,7 @@ def update(
     Args:
         parts: written in place.
         norm: () float32, of the whole gradient.
-        step: () float32, steps taken so far; one more afterwards, written in place.
+        steps: () float32 of each part, steps taken so far; one more afterwards, written in place.
         lr: () float32.
         skip: () bool; true: nothing is written.
         betas, eps: Adam's.
@@ -55,14 +55,15 @@ def update(
 
     Source: Kingma & Ba 2015 (arXiv:1412.6980), with torch.optim.Adam's order of operations.
     """
-    step.add_(~skip)
+    torch._foreach_add_(list(steps), [(~skip).float()] * len(steps))
     beta1, beta2 = betas
-    taken = step.double().clamp(min=1)
-    rate = lr.double() / (1 - beta1**taken)
-    correction = (1 - beta2**taken).rsqrt()
-    clip = (largest_norm / (norm.double() + 1e-6)).clamp(max=1)
-    numbers = torch.stack((clip, rate, correction)).float()
-    for part in parts:
+    taken = torch.stack(list(steps)).double().clamp(min=1)
+    rates = lr.double() / (1 - beta1**taken)
+    corrections = (1 - beta2**taken).rsqrt()
+    clip = (largest_norm / (norm.double() + 1e-6)).clamp(max=1).expand_as(rates)
+    # Four numbers a part, the last of which is not read: kernels are compiled for aligned addresses.
+    of_parts = torch.stack((clip, rates, corrections, clip), dim=1).float()
+    for part, numbers in zip(parts, of_parts, strict=True):
         if gpu.runs_triton(part.parameter) and part.parameter.numel():
             _launch(part, numbers, skip, beta1, beta2, eps)
         else:
@@ -73,7 +74,7 @@ def _update(
     part: Part, numbers: Tensor, skip: Tensor, beta1: float, beta2: float, eps: float
 ) -> None:
     """The plain form."""
-    clip, rate, correction = numbers.unbind()
+    clip, rate, correction, _ = numbers.unbind()
     gradient = part.gradient * clip
     first = part.exp_avg + (1 - beta1) * (gradient - part.exp_avg)
     second = beta2 * part.exp_avg_sq + (1 - beta2) * gradient.square()

@@ -1,0 +1,369 @@
+"""One training run and all of its state, from a store's shuffled batches to saved weights."""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from saeflow.complexity.files import PROBE
+from saeflow.config import SAEConfig
+from saeflow.errors import UserError
+from saeflow.files import file_digest, json_digest
+from saeflow.operators import acts_as_gpu
+from saeflow.saes import SAE, Forward, InputScale, Ranks, build, save
+from saeflow.saes.ranks import check_divides
+from saeflow.stores.batches import on_device
+from saeflow.training.checkpoints import (
+    checkpoints,
+    delete_checkpoints,
+    read_checkpoint,
+    write_checkpoint,
+)
+from saeflow.training.clock import Clock, running
+from saeflow.training.finite import NotFinite, Watch
+from saeflow.training.graphs import Replayed, capture_cuda
+from saeflow.training.live import Live
+from saeflow.training.optimizer import Optimizer
+from saeflow.training.rates import lr_factor, peak_lr, warm_up
+from saeflow.training.steps import STEPS, steps_digest, write_steps
+
+logger = logging.getLogger(__name__)
+
+
+class Shuffled(Protocol):
+    """Rows in endless shuffled batches."""
+
+    def batches(
+        self, batch_size: int, seed: int, start_batch: int = 0, *, pin: bool = False
+    ) -> Iterator[Tensor]:
+        """Endless shuffled batches (B, d_in), from any number on; dropped when done with."""
+        ...
+
+
+class Batches(Shuffled, Protocol):
+    """The interface that the trainer needs of a store."""
+
+    d_in: int
+    scale: float
+    mean: Tensor
+    model: str | None
+
+    @property
+    def positions(self) -> slice:
+        """Of each context, those that give a row."""
+        ...
+
+    def last_rows(self) -> Shuffled:
+        """Each context's last row alone."""
+        ...
+
+
+class Stepped(NamedTuple):
+    """The pass and the loss, with its terms, of a step that was taken."""
+
+    fwd: Forward
+    losses: dict[str, Tensor]
+
+
+class Run:
+    """One training run and all of its state."""
+
+    def __init__(
+        self,
+        store: Batches,
+        config: SAEConfig,
+        runtime: Mapping[str, Any],
+        folder: Path,
+        probe: Path | None = None,
+        ranks: Ranks | None = None,
+    ) -> None:
+        self.ranks = ranks or Ranks()
+        check_divides("batch_size", config.training.batch_size, self.ranks, "batch")
+        self.store, self.config, self.runtime, self.folder = store, config, runtime, folder
+        self.probe = probe
+        self.device = torch.device(runtime["device"])
+        self.is_bf16 = runtime["precision"] == "bf16"
+        self.total = config.training.steps
+        self.sae: SAE = build(config.variant, store.d_in, config.d_sae, config.options)
+        self.inputs = InputScale.of(config.training.input_scale, store)
+        if self.inputs.shift is not None and self.sae.b_dec is None:
+            raise UserError(
+                f"saes.{config.entry}.input_scale: expected a scale without a shift, since the SAE has no b_dec to "
+                f"fold it into, found {config.training.input_scale}. Set unit or raw."
+            )
+        if probe is not None:
+            self.sae.take_probe(probe, self.inputs)
+        self.inputs = self.inputs.to(self.device)
+        self.rows_of: Shuffled = store if self.sae.trains_on == "all" else store.last_rows()
+        self.step = 0
+        self.clock = Clock(self.device)
+        self.logged = 0, 0.0  # steps and seconds of this process up to the last line of the log
+        self.taken = 0  # steps of this process
+        self.rows: list[dict[str, float]] = []
+        found = checkpoints(folder)
+        if not found:
+            with closing(self.batches()) as batches:
+                generator = torch.Generator().manual_seed(config.seed)
+                self.sae.initialise(next(batches).cpu(), generator)
+        self.sae.join(self.ranks)
+        self.sae.to(self.device).train()
+        self.watch = Watch(self.device)
+        self.cut = torch.zeros(
+            (), dtype=torch.int64, device=self.device
+        )  # rows, since the last log
+        self.replayed: Replayed[Stepped] | None = None
+        if self.device.type == "cuda" and self.ranks.size == 1:
+            self.replayed = Replayed(self.work, capture_cuda)
+        self.silent = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=self.device)
+        if not config.training.train_decoder:
+            self.sae.freeze_decoder()
+        self.optimizer = Optimizer(self.sae, config.training)
+        if found:
+            self.restore(found[-1])
+        logging_to = runtime.get("logging")
+        is_first = self.ranks.rank == 0
+        self.live = Live(config, logging_to, self.step) if logging_to and is_first else None
+
+    @property
+    def identity(self) -> str:
+        """Digest of what decides the weights: a checkpoint of another run is refused."""
+        run: dict[str, Any] = {
+            "config": dataclasses.asdict(self.config),
+            "precision": self.runtime["precision"],
+        }
+        if self.probe is not None:
+            run["probe"] = file_digest(self.probe / PROBE)
+        if self.inputs.shift is not None:
+            run["shift"] = self.inputs.shift.tolist()
+        return json_digest({**run, "d_in": self.store.d_in, "scale": self.store.scale})
+
+    @property
+    def dead(self) -> Tensor:
+        """(d_sae,) bool: latents silent for the last `dead_after_tokens` tokens, the step's own batch counted."""
+        return self.silent >= self.config.training.dead_after_tokens
+
+    def batches(self, start: int = 0) -> Generator[Tensor, None, None]:
+        """Batches (B, d_in) from a number on, in this run's input scale."""
+        with closing(self.raw_batches(start)) as batches:
+            for batch in batches:
+                yield self.inputs(batch)
+
+    def raw_batches(self, start: int = 0) -> Generator[Tensor, None, None]:
+        """Batches (B, d_in) from a number on, on the device, as runs of one stream share them."""
+        size, seed = self.config.training.batch_size, self.config.seed
+        locked = {"pin": True} if self.device.type == "cuda" else {}
+        yield from on_device(self.rows_of.batches(size, seed, start, **locked), self.device)
+
+    @property
+    def stream(self) -> tuple[object, ...]:
+        """Return what decides the batches, besides the store."""
+        return self.sae.trains_on, self.config.training.batch_size, self.config.seed
+
+    def take(self, x: Tensor, waited: float) -> None:
+        """The next step, of its raw batch, for which it waited some seconds; now and then a line of the log."""
+        with running([self.clock]):
+            stepped = self.one_step(self.inputs(self.ranks.own_rows(x)))
+        self.end(stepped, waited)
+
+    def one_step(self, x: Tensor) -> Stepped:
+        """Forward, losses, gradients, update; on a GPU recorded and launched at once."""
+        self.begin()
+        if self.replayed is None:
+            return self.work(x)
+        return self.replayed(x, tuple(self.sae.dials().items()))
+
+    def begin(self) -> None:
+        """Set all that schedules decide of the next step."""
+        self.sae.begin_step(self.step, self.total)
+        self.watch.begin(self.step)
+        self.set_lr()
+
+    def end(self, stepped: Stepped, waited: float) -> None:
+        """Count a step that was taken, and log it if it is one of those that are."""
+        config = self.config.training
+        self.clock.add(waited)
+        self.step += 1
+        self.taken += 1
+        if self.step % config.log_every_steps and self.step < self.total:
+            return
+        self.check()
+        if acts_as_gpu(self.sae.W_dec):
+            self.sae.settle()
+            self.make_room()
+        steps_before, seconds_before = self.logged
+        seconds = self.clock.read()
+        rows = (self.taken - steps_before) * config.batch_size
+        self.log(stepped, rows / (seconds - seconds_before))
+        self.logged = self.taken, seconds
+
+    def make_room(self) -> None:
+        """Say how many rows were cut, if any were, and double the room of a row."""
+        if cut := int(self.cut):
+            logger.warning(
+                "%s: step %d: %d rows since the last line of the log had more active latents than there was room "
+                "for, and lost some; there is twice the room from here on",
+                self.config.name, self.step, cut,
+            )  # fmt: skip
+            self.cut.zero_()
+            self.sae.widened *= 2
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the products of a step."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.is_bf16)
+
+    def work(self, x: Tensor) -> Stepped:
+        """A step without what the host decides of it: on a GPU, work for the device alone."""
+        sae = self.sae
+        self.optimizer.zero_grad()  # scores then lie where the last step's gradients and scores lay
+        try:
+            with self.autocast():
+                fwd = sae.run(x)
+                losses = self.judge(fwd)
+                fwd.forget_scores()
+        except (
+            ValueError
+        ) as error:  # an operator met NaN, or weights so large that their products overflow
+            with torch.no_grad():
+                seen = (x, *sae.parameters(), sae.pre_activations(x))
+            if all(bool(values.isfinite().all()) for values in seen):
+                raise
+            self.refuse(NotFinite(self.step, str(error), not bool(x.isfinite().all())))
+        losses["loss"].backward()
+        return self.learn(fwd, losses)
+
+    def judge(self, fwd: Forward) -> dict[str, Tensor]:
+        """Count which latents fired; the loss of a pass, and its terms."""
+        self.silent.add_(self.ranks.rows(fwd.x))
+        self.silent.masked_fill_(self.ranks.any_row(fwd.fired()), 0)
+        terms = self.sae.losses(fwd, self.dead)
+        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+
+    def learn(self, fwd: Forward, losses: Mapping[str, Tensor]) -> Stepped:
+        """Update weights and statistics, once gradients are there."""
+        self.optimizer.share()
+        norm = self.optimizer.measure()
+        terms = {**losses, "gradient norm": norm}
+        cannot_be_taken = self.watch.look(fwd.x, terms)
+        if not acts_as_gpu(fwd.x):  # where nothing is waited for
+            self.check()
+        self.optimizer.update(norm, cannot_be_taken)
+        self.sae.end_step(fwd)
+        self.cut.add_(fwd.cut_rows())
+        return Stepped(fwd, {name: term.detach() for name, term in losses.items()})
+
+    def set_lr(self) -> None:
+        training, peak = self.config.training, peak_lr(self.config)
+        together, *apart = self.optimizer.param_groups
+        together["lr"] = peak * lr_factor(self.step, self.total, training)
+        for group in apart:
+            group["lr"] = peak * warm_up(self.step - self.sae.apart_from(self.total), training)
+        self.optimizer.tell_rates()
+
+    def check(self) -> None:
+        """Stop if a step could not be taken since the last check; none after it was."""
+        if (found := self.watch.read()) is not None:
+            self.refuse(found)
+
+    def refuse(self, found: NotFinite) -> NoReturn:
+        """Stop at a step that cannot be taken; the weights are still those before it."""
+        last = checkpoints(self.folder)
+        kept = f"the last good checkpoint is {last[-1]}" if last else "there is no checkpoint yet"
+        terms, advice = found.terms, "Lower lr, or look at the options."
+        if found.is_of_batch:
+            terms, advice = f"the batch is not finite; {terms}", "Look at the store."
+        raise UserError(
+            f"saes.{self.config.entry}: the loss is not finite at step {found.step} (batch {found.step} of "
+            f"{self.config.name}; {terms}); {kept}. {advice}"
+        )
+
+    def log(self, stepped: Stepped, speed: float) -> None:
+        fwd = stepped.fwd
+        self.rows.append(
+            {
+                "step": self.step,
+                "tokens_seen": self.step * self.config.training.batch_size,
+                **{name: float(loss) for name, loss in stepped.losses.items()},
+                **self.sae.facts(fwd),
+                "l0": float(self.ranks.over_both(fwd.l0().sum()) / self.ranks.rows(fwd.x)),
+                "dead": float(self.ranks.over_latents(self.dead.sum()) / self.config.d_sae),
+                "lr": float(self.optimizer.param_groups[0]["lr"]),
+                "tokens_per_s": round(speed, 1),
+            }
+        )
+        if self.live is not None:
+            self.live.add(self.rows[-1])
+
+    def checkpoint(self) -> None:
+        """Write all state, and the steps so far for whoever watches."""
+        self.check()
+        tensors = self.weights("sae.")
+        for name, parameter in self.sae.named_parameters():
+            for key, part in self.optimizer.state.get(parameter, {}).items():
+                whole = self.sae.whole_of(name, part) if part.ndim else part.clone()
+                tensors[f"adam.{name}.{key}"] = whole
+        silent = self.sae.whole_of("W_dec", self.silent)
+        if self.ranks.rank:
+            return
+        rows = np.frombuffer(json.dumps(self.rows).encode(), np.uint8)
+        tensors |= {
+            "silent": silent,
+            "widened": torch.tensor(self.sae.widened),
+            "rows": torch.from_numpy(rows.copy()),
+        }
+        write_checkpoint(self.folder, self.step, tensors, {"run": self.identity})
+        if self.rows:
+            write_steps(self.folder / STEPS, self.rows)
+
+    def weights(self, prefix: str = "") -> dict[str, Tensor]:
+        """The state of the whole SAE, which every rank has to ask for."""
+        state = self.sae.state_dict()
+        return {prefix + name: self.sae.whole_of(name, part) for name, part in state.items()}
+
+    def restore(self, path: Path) -> None:
+        """Take all state from a checkpoint of this run."""
+        tensors, facts = read_checkpoint(path)
+        if facts["run"] != self.identity:
+            raise UserError(
+                f"{path}: a checkpoint of another run (other parameters, or another store). Delete "
+                f"{self.folder} to train afresh."
+            )
+        self.step, self.rows = facts["step"], json.loads(tensors["rows"].numpy().tobytes())
+        part_of = self.sae.part_of
+        weights = {name: part_of(name, tensors[f"sae.{name}"]) for name in self.sae.state_dict()}
+        self.sae.load_state_dict(weights)
+        for name, parameter in self.sae.named_parameters():
+            for key, held in self.optimizer.state.get(parameter, {}).items():
+                if (saved := tensors.get(f"adam.{name}.{key}")) is not None:
+                    held.copy_(part_of(name, saved) if saved.ndim else saved)
+        self.silent.copy_(part_of("W_dec", tensors["silent"]))
+        self.sae.widened = int(tensors["widened"])
+        logger.info("going on from %s", path)
+
+    def finish(self) -> dict[str, str]:
+        """Write the SAE in raw units, and its steps; digests of both, of no file on ranks but the first."""
+        with torch.no_grad():
+            self.sae.fold_scale(self.inputs.scale)
+            if self.inputs.shift is not None:
+                self.sae.fold_shift(self.inputs.shift)
+        weights, config = self.weights(), dataclasses.asdict(self.config)
+        if self.ranks.rank:
+            return {}
+        seen = self.store.positions
+        read = {
+            "d_in": self.store.d_in, "scale": self.store.scale, "model": self.store.model,
+            "positions": [seen.start, seen.stop],
+        }  # fmt: skip
+        save(weights, self.folder, config | read)
+        write_steps(self.folder / STEPS, self.rows)
+        delete_checkpoints(self.folder)
+        return {
+            "weights": file_digest(self.folder / "weights.safetensors"),
+            "steps": steps_digest(self.rows),
+        }
