@@ -132,6 +132,18 @@ def test_the_parameters_that_are_rehearsed_stay_as_they_are() -> None:
     assert params == before
 
 
+def test_a_labelled_set_of_one_collection_has_images_for_both_splits() -> None:
+    params = load_params(ROOT / "presets/sparsemax-vision.yaml")
+    name, labelled = next(iter(params["evaluation"]["labelled_sets"].items()))
+    labelled["test"] = labelled["train"]
+    rehearsal = rehearsal_of(params)
+    small = rehearsal.params["evaluation"]["labelled_sets"][name]
+    assert small["train"] == small["test"]
+    (made,) = (one for one in rehearsal.stand_ins if one.path == small["train"]["dataset"])
+    wanted = sum(small["per_class"].values())
+    assert made.recipe["count"] == wanted * len(made.recipe["classes"])
+
+
 def test_sources_of_one_model_share_its_stand_in() -> None:
     params = load_params(ROOT / "params.yaml")
     sources = rehearsal_of(params).params["sources"]

@@ -366,8 +366,10 @@ class _Sources:
                 count = _contexts_needed(source, store)
                 source["images"] = self._images(source["images"], [], count)
         for name, labelled in sets.items():
+            each = 4 if labelled["train"] == labelled["test"] else 2  # one collection is shared out
             for split in ("train", "test"):
-                labelled[split] = self._images(labelled[split], names[name], 2 * len(names[name]))
+                count = each * len(names[name])
+                labelled[split] = self._images(labelled[split], names[name], count)
         for name, scoring in self.params["complexity"].items():
             if scoring.get("contexts"):
                 scoring["contexts"] = min(scoring["contexts"], 40)
