@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow.sources.base import Block
+from saeflow.sources import KINDS, Block, SourceKind
 from saeflow.stores import finalise, write_part
 
 STORE = {
@@ -60,3 +60,17 @@ def write_drawn(source: Drawn, folder: Path) -> Path:
     write_part(source, "train", 0, 1, STORE, folder / "part")
     finalise([folder / "part"], "drawn", PARAMS, "train", STORE, {}, folder / "store")
     return folder / "store" / "drawn.zarr"
+
+
+def _open(params: Mapping[str, Any], folder: Path, device: str) -> Drawn:
+    raise NotImplementedError("rows are drawn by `Drawn`, not opened from a folder")
+
+
+KIND = SourceKind(
+    check=lambda name, params, folder: None,
+    external_inputs=lambda params: {},
+    prepare_inputs=lambda params, rows, model, folder, workers: {},
+    open=_open,
+    rows_per_context=lambda params: Drawn.rows_per_context,
+)
+KINDS["drawn"] = __name__

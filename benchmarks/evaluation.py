@@ -6,6 +6,7 @@ A language model of random weights is read from, and spliced into, at half of it
 benchmarks/results/evaluation.md and .csv.
 """
 
+import dataclasses
 import multiprocessing
 import statistics
 import subprocess
@@ -27,11 +28,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from saeflow.evaluation import splice
-from saeflow.evaluation.bench import Bench
+from saeflow.evaluation.evaluate import measure
+from saeflow.evaluation.in_model import text
+from saeflow.evaluation.in_model.text import NextTokens, write_clean
 from saeflow.evaluation.interpret import _read
-from saeflow.evaluation.rows import row_statistics
-from saeflow.evaluation.splice import ModelInTheLoop, write_clean
+from saeflow.evaluation.setup import Setup
 from saeflow.files import file_digest
 from saeflow.saes import build
 from saeflow.sources.hook_points import splice as spliced
@@ -143,7 +144,7 @@ def one_pass(root: Path) -> dict[str, pd.DataFrame]:
     folder = root / "model"
     language_model(shape, CONTEXTS, folder)
     model = load_model(folder / "model", "cpu")
-    splice.load_model = lambda *_: model  # loading is measured by itself
+    text.load_model = lambda *_: model  # loading is measured by itself
     tokens = torch.from_numpy(np.load(folder / "inputs" / "evaluation.npy")).long()
     mean = torch.full((WIDTH,), 0.01)
     saes = [adaptive(WIDTH, 8 * WIDTH, seed) for seed in range(max(SAES))]
@@ -157,8 +158,10 @@ def one_pass(root: Path) -> dict[str, pd.DataFrame]:
 
     def shared(count: int) -> None:
         with counting(model) as ran, tempfile.TemporaryDirectory(dir=root) as out:
-            write_clean(SOURCE, folder, HOOK_POINT, mean, CONTEXTS, "cpu", Path(out))
-            loop = ModelInTheLoop(Path(out), folder / "model", "cpu")
+            write_clean(
+                SOURCE, folder, HOOK_POINT, mean, {"ce_contexts": CONTEXTS}, {}, "cpu", Path(out)
+            )
+            loop = NextTokens(Path(out), folder / "model", "cpu")
             for sae in saes[:count]:
                 metrics[SHARED] = loop.metrics(loop.sums(sae.forward))
         runs[SHARED, count] = ran
@@ -220,14 +223,14 @@ def spread(runs: list[int]) -> str:
 # Memory.
 
 
-def bench_of(rows: int, d_in: int, results: Path) -> Bench:
-    """A bench whose training split is its evaluation split, of drawn rows."""
+def setup_of(rows: int, d_in: int, results: Path) -> Setup:
+    """A setup whose training split is its evaluation split, of drawn rows."""
     place = results / "stores" / "drawn"
     place.mkdir(parents=True)
     write_drawn(Drawn(rows, d_in), results)
     (results / "store").rename(place / "evaluation")
     (place / "train").symlink_to(place / "evaluation")
-    return Bench(results, "drawn", "drawn", EVALUATION, "cpu")
+    return Setup(results, "drawn", "drawn", EVALUATION, "cpu")
 
 
 def peaks(rows: int) -> tuple[float, float]:
@@ -235,12 +238,12 @@ def peaks(rows: int) -> tuple[float, float]:
     torch.set_num_threads(1)
     sae = adaptive(NARROW, 4 * NARROW)
     with tempfile.TemporaryDirectory() as root, torch.inference_mode():
-        small = bench_of(BASELINE, NARROW, Path(root) / "small")
-        bench = bench_of(rows, NARROW, Path(root) / "large")
-        _read(sae, small.held_out, small, EVALUATION["batch_size"])  # loads, compiles
-        reading = peak_memory(lambda: _read(sae, bench.held_out, bench, READ))
-        small.measure(sae, is_trained=True)
-        measuring = peak_memory(lambda: bench.measure(sae, is_trained=True))
+        small = setup_of(BASELINE, NARROW, Path(root) / "small")
+        setup = setup_of(rows, NARROW, Path(root) / "large")
+        _read(sae, small.rows, {}, EVALUATION["batch_size"])  # loads, compiles
+        reading = peak_memory(lambda: _read(sae, setup.rows, {}, READ))
+        measure(small, sae, is_trained=True)
+        measuring = peak_memory(lambda: measure(setup, sae, is_trained=True))
     return measuring, reading
 
 
@@ -268,25 +271,25 @@ def job(root: Path) -> pd.DataFrame:
     """Time one evaluation job by part; all parts but the last two are the same for another SAE."""
     folder = root / "smollm2"
     language_model(SMOLLM2, JOB_CONTEXTS, folder)
-    bench = bench_of(JOB_ROWS, SMOLLM2["hidden_size"], root / "rows")
+    setup = setup_of(JOB_ROWS, SMOLLM2["hidden_size"], root / "rows")
     sae = adaptive(SMOLLM2["hidden_size"], JOB_SAE)
     model = load_model(folder / "model", "cpu")
     clean = folder / "clean"
     clean.mkdir()
-    splice.load_model = lambda *_: model
+    text.load_model = lambda *_: model
     mean = torch.zeros(SMOLLM2["hidden_size"])
-    write_clean(SOURCE, folder, JOB_HOOK_POINT, mean, JOB_CONTEXTS, "cpu", clean)
-    loop = ModelInTheLoop(clean, folder / "model", "cpu")
+    write_clean(
+        SOURCE, folder, JOB_HOOK_POINT, mean, {"ce_contexts": JOB_CONTEXTS}, {}, "cpu", clean
+    )
+    loop = NextTokens(clean, folder / "model", "cpu")
     weights = folder / "model" / "model.safetensors"
     imports = "import saeflow.cli, saeflow.evaluation, saeflow.saes, transformers; transformers.LlamaForCausalLM"
     works = {
         "starting Python, importing": partial(subprocess.run, [sys.executable, "-c", imports], check=True),
         "checking the model's SHA-256": partial(file_digest, weights),
         "loading the model": partial(load_model, folder / "model", "cpu"),
-        "mean of the rows": partial(
-            row_statistics, bench.held_out, bench.selection, EVALUATION["batch_size"], "cpu"
-        ),
-        "this SAE: its activations": partial(bench.measure, sae, is_trained=True),
+        "mean of the rows": lambda: dataclasses.replace(setup.rows).statistics,  # a copy has read nothing yet
+        "this SAE: its activations": partial(measure, setup, sae, is_trained=True),
         "this SAE: the model in the loop": partial(loop.sums, sae.forward),
     }  # fmt: skip
     works["this SAE: its activations"]()

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from saeflow.config import ROOT
 from saeflow.evaluation.latents import BINS, LOWEST, logit_lens, write_latents
-from saeflow.evaluation.rows import RowSelection
+from saeflow.evaluation.rows import EvaluatedRows, RowSelection
 from saeflow.figures.latents import write_page
 from saeflow.saes import build
 from saeflow.sources.hook_points import final_norm
@@ -64,7 +64,9 @@ def page(folder: Path) -> tuple[pd.DataFrame, Path]:
     lens = logit_lens(model, final_norm(model), sae.directions(), 6)
     seconds["logit lens"] = time.perf_counter() - began
     began = time.perf_counter()
-    found = write_latents(sae, store, ALL, tokens, SETTINGS, 1024, "cpu", folder, lens)
+    found = write_latents(
+        sae, EvaluatedRows(store, ALL, 1024, "cpu"), tokens, SETTINGS, folder, lens
+    )
     seconds["two passes over the rows, neighbours"] = time.perf_counter() - began
     began = time.perf_counter()
     out = folder / "latents.html"

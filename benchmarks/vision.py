@@ -21,12 +21,14 @@ from PIL import Image
 from tables import in_turns, ratio, write
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from saeflow.evaluation import zero_shot
-from saeflow.evaluation.zero_shot import LabelledSets, write_labelled
+from saeflow.evaluation.in_model import vision
+from saeflow.evaluation.in_model.vision import ZeroShot, write_clean
+from saeflow.evaluation.zero_shot.top_n import Ranks
 from saeflow.saes.topk import TopK, TopKOptions
 from saeflow.sources.images import read_images, ready_images
+from saeflow.sources.labelled import prepare_labelled
 from saeflow.sources.models import fetch_model, load_model
-from saeflow.sources.vision import VisionSource, prepare_inputs, prepare_labelled
+from saeflow.sources.vision import VisionSource, prepare_inputs
 from saeflow.stores import write_part
 
 PHOTOGRAPHS, BATCH, TURNS = 64, 16, 4
@@ -128,29 +130,30 @@ def classification(root: Path) -> pd.DataFrame:
     prepare_labelled(labelled, folder / "model", folder / "labelled", 2)
     source = {"forward_batch": 32, "tokens": "all"}
     hook_point = "vision.blocks.2.resid_post"
-    write_labelled(
-        source, folder, {"ones": folder / "labelled"}, [], hook_point, "cpu", folder / "clean"
-    )
+    write_clean(
+        source, folder, hook_point, torch.zeros(64), {"concept_cards": None},
+        {"ones": folder / "labelled"}, "cpu", folder / "clean",
+    )  # fmt: skip
     load_model(folder / "model", "cpu")
-    sets = LabelledSets(folder / "clean", folder / "model", "cpu")
+    sets = ZeroShot(folder / "clean", folder / "model", "cpu")
     sae = TopK(64, 4096, TopKOptions(k=16, auxk_weight=0))
     sae.initialise(torch.randn(500, 64), torch.Generator().manual_seed(0))
-    original = zero_shot._masks
+    original = vision.masks
 
     def together() -> None:
-        sets.evaluate(sae, top_n=True)
+        sets.measure(sae, is_trained=True)
 
     def apart() -> None:
         settings = list(original(_ranks()))
         for setting in settings:
-            zero_shot._masks = lambda ranks, one=setting: {one: original(ranks)[one]}
-            sets.evaluate(sae, top_n=True)
-        zero_shot._masks = original
+            vision.masks = lambda ranks, one=setting: {one: original(ranks)[one]}
+            sets.measure(sae, is_trained=True)
+        vision.masks = original
 
     def _ranks() -> Any:
         counts = torch.ones(42, 4096, dtype=torch.int64)
         keys = ("train-true", "train-permuted", "test-true")
-        return zero_shot._Ranks(dict.fromkeys(keys, counts), torch.zeros(1), 4096)
+        return Ranks(dict.fromkeys(keys, counts), torch.zeros(1), 4096)
 
     times = in_turns({"together": together, "apart": apart}, 2)
     settings = len(original(_ranks()))

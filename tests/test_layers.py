@@ -9,8 +9,8 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "saeflow"
 LAYERS = (
-    "errors", "device", "files", "local_files", "progress", "plugins", "failures", "config", "provenance", "plan", "operators",
-    "sources", "stores", "complexity", "saes", "training", "tables", "evaluation", "exchange", "figures", "preflight", "needs", "rehearsal",
+    "errors", "device", "files", "local_files", "progress", "plugins", "failures", "config", "provenance", "sources", "plan", "operators",
+    "stores", "complexity", "saes", "training", "tables", "evaluation", "exchange", "figures", "preflight", "needs", "rehearsal",
     "cli", "__main__",
 )  # fmt: skip
 

@@ -161,10 +161,10 @@ class Needs:
         n_labelled = len(self.plan.labelled(source))
         contexts = sum(math.ceil(rows / one.rows) for rows in splits.values())
         weights = one.weights if self.plan.has_model(source) else 0
-        seconds = 0.0
-        if self.plan.is_vision(source):
+        seconds, kind = 0.0, self.plan.kind(source)
+        if kind.has_images:
             seconds = contexts / self.rates.images_s
-        elif "context_length" in params:
+        elif kind.has_tokens:
             seconds = contexts * params["context_length"] / self.rates.tokens_s
         yield Need(
             "prepare", f"{source}: {contexts:,} contexts", 1 + n_labelled + (weights > 0),
@@ -229,9 +229,9 @@ class Needs:
         """Every SAE and the baselines; the model's clean side runs once for all of them."""
         plan, runs, one = self.plan, self._of_store(source, hook_point), self.passes[source]
         others = plan.others(source)
-        has_model, is_vision = plan.has_model(source), plan.is_vision(source)
+        has_model, in_model = plan.has_model(source), plan.kind(source).predicts_contexts
         width = one.widths[hook_point]
-        chosen = plan.evaluation(source)["ce_contexts"] if has_model and not is_vision else 0
+        chosen = plan.evaluation(source)["ce_contexts"] if in_model else 0
         rows, contexts, seconds = 0, 0, 0.0
         for name in (source, *others):
             whole, to_hook = self.passes[name].flops_whole, self.passes[name].flops

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 from saeflow.config import ImportConfig, SAEConfig, expand_runs, imports, job_key, scorer_file
 from saeflow.files import file_digest
+from saeflow.sources import SourceKind, kind_of
 
 _NUMERIC = ("torch", "numba", "numpy", "safetensors")
 _MODEL = (*_NUMERIC, "transformers", "tokenizers", "datasets", "pillow")
@@ -28,6 +29,7 @@ _WRITTEN = tuple(
     f"tables/{name}" for name in ("evaluations", "files", "metrics", "numbers", "runs", "schema")
 )
 """The modules of tables that measuring jobs run."""
+_IN_MODEL = ("evaluation/in_model", "evaluation/zero_shot")
 _ROW_POLICY = ("batch_size", "skip_first", "max_norm_multiple")
 _OF_IMAGES = ("labelled_sets", "concept_cards")
 
@@ -87,7 +89,7 @@ class Plan:
             (source, hook_point, other)
             for source, hook_point in self.stores
             for other in self.others(source)
-            if not self.is_vision(other)
+            if not self.kind(other).has_labelled_sets
         ]
 
     @cached_property
@@ -153,9 +155,9 @@ class Plan:
         )
         return None if first == source else first
 
-    def is_vision(self, source: str) -> bool:
-        """Whether the source's model sees images."""
-        return bool(self.params["sources"][source]["kind"] == "vision")
+    def kind(self, source: str) -> SourceKind:
+        """The facts about a source's kind."""
+        return kind_of(self.params["sources"][source])
 
     def has_dimension(self, source: str) -> bool:
         """Whether the local intrinsic dimension of the source's rows is asked for."""
@@ -166,7 +168,7 @@ class Plan:
         """The labelled sets that the model of a source with SAEs classifies."""
         has_saes = any(source == own for own, _ in self.stores)
         sets = self.params["evaluation"]["labelled_sets"]
-        return list(sets) if has_saes and self.is_vision(source) else []
+        return list(sets) if has_saes and self.kind(source).has_labelled_sets else []
 
     # The slices of the parameters that each job sees.
 
@@ -197,7 +199,7 @@ class Plan:
         """What of `evaluation` concerns the SAEs of a source: images only where it sees any."""
         apart = ("pca_ranks", "latents", "interpretability", "also_on")
         every = {k: v for k, v in self.params["evaluation"].items() if k not in apart}
-        if not self.is_vision(source):
+        if not self.kind(source).has_images:
             every = {k: v for k, v in every.items() if k not in _OF_IMAGES}
         every["dimension"] = self.dimension() if self.has_dimension(source) else None
         on = {
@@ -320,20 +322,22 @@ class Plan:
 
     @_once
     def key_clean(self, source: str, hook_point: str) -> str:
-        code = (*_SHARED, "sources", "evaluation/splice")
-        slice_ = [hook_point, self.params["evaluation"]["ce_contexts"], self.source(source)]
+        code = (*_SHARED, "sources", *_IN_MODEL)
+        slice_ = [hook_point, *self._clean_options(source), self.source(source)]
         after = [self.key_inputs(source), *self._after_model(source)]
         after += [self.key_store(source, split) for split in ("train", "evaluation")]
-        if self.is_vision(source):
-            code = (*_SHARED, "sources", "evaluation/zero_shot")
-            slice_ = [hook_point, self.params["evaluation"]["concept_cards"], self.source(source)]
-            after += [self.key_labelled(source, name) for name in self.labelled(source)]
+        after += [self.key_labelled(source, name) for name in self.labelled(source)]
         return job_key("clean", slice_, code=code, libraries=_MODEL, after=after)
+
+    def _clean_options(self, source: str) -> list[Any]:
+        """The options of `evaluation` that the clean side of a source's model depends on."""
+        in_model = self.kind(source).in_model
+        return [self.params["evaluation"][name] for name in (in_model.options if in_model else ())]
 
     @_once
     def key_clean_on(self, source: str, hook_point: str, other: str) -> str:
-        code = (*_SHARED, "sources", "evaluation/splice")
-        slice_ = [hook_point, self.params["evaluation"]["ce_contexts"], self.source(other)]
+        code = (*_SHARED, "sources", *_IN_MODEL)
+        slice_ = [hook_point, *self._clean_options(other), self.source(other)]
         after = [self.key_inputs(other), *self._after_model(other)]
         after += [self.key_store(source, "train"), self.key_store(other, "evaluation")]
         return job_key("clean", slice_, code=code, libraries=_MODEL, after=after)
@@ -364,7 +368,7 @@ class Plan:
         for other in self.others(source):
             after += [self.key_store(other, "evaluation"), self.key_inputs(other)]
             after += [self.key_dimension(other, hook_point)] if self.has_dimension(other) else []
-            if not self.is_vision(other):
+            if not self.kind(other).has_labelled_sets:
                 after += [self.key_clean_on(source, hook_point, other)]
         return after
 
@@ -414,7 +418,7 @@ class Plan:
 
     @_once
     def key_stability(self, setting: str) -> str:
-        code = (*_SHARED, "operators", "stores", "saes", "evaluation", *_WRITTEN)
+        code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation", *_WRITTEN)
         runs = self.seeds[setting]
         source = self.runs[runs[0]].source
         after = [self.key_sae(run) for run in runs]

@@ -16,7 +16,6 @@ from saeflow.files import read_json, write_json
 from saeflow.plan import Plan
 from saeflow.sources import check_source
 from saeflow.sources.documents import check_files
-from saeflow.sources.text import rows_per_context
 
 OWNER = Path("results/.parameters.json")
 """Names the parameter file whose results lie beside it."""
@@ -172,14 +171,11 @@ def _check_rows(plan: Plan, source: str) -> None:
     """Refuse an evaluation that asks for more than the evaluation split will hold."""
     params, evaluation = plan.params["sources"][source], plan.params["evaluation"]
     rows = plan.rows(source)["evaluation"]
-    each = {
-        "text": lambda: rows_per_context(params),
-        "synthetic": lambda: 1,
-        "vision": lambda: 1 if params["tokens"] == "cls" else None,  # else the model knows
-    }[params["kind"]]()
+    kind = plan.kind(source)
+    each = kind.rows_per_context(params)
     contexts = None if each is None else math.ceil(rows / each)
     wanted = evaluation["ce_contexts"]
-    if params["kind"] == "text" and contexts is not None and wanted > contexts:
+    if kind.predicts_contexts and contexts is not None and wanted > contexts:
         raise UserError(
             f"evaluation.ce_contexts: expected at most {contexts} (stores.{source}.evaluation_rows: {rows} rows, "
             f"{each} of each context), found {wanted}. Lower it, or raise evaluation_rows."

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from saeflow.config import SPLITS, SAEConfig, TrainingConfig
-from saeflow.evaluation.splice import write_clean
+from saeflow.evaluation.in_model.text import write_clean
 from saeflow.sources import open_source, prepare_inputs
 from saeflow.stores import finalise, open_store, write_part
 from saeflow.training import train
@@ -125,7 +125,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clean = root / "evaluations" / "tiny" / HOOK_POINT / "clean"
     clean.mkdir(parents=True)
     mean = open_store(root / "stores" / "tiny" / "train" / f"{HOOK_POINT}.zarr").mean
-    write_clean(TEXT, text, HOOK_POINT, mean, EVALUATION["ce_contexts"], "cpu", clean)
+    write_clean(TEXT, text, HOOK_POINT, mean, EVALUATION, {}, "cpu", clean)
     return root
 
 

@@ -5,6 +5,7 @@ tests/exchange/test_adapter.py compares it with SAEBench's own code.
 
 import logging
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -298,19 +299,22 @@ class Linear(torch.nn.Module):
 
 
 def test_an_sae_of_a_model_with_a_warning_that_both_are_small(
-    model: Any, caplog: pytest.LogCaptureFixture
+    model: Any, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     tokenizer = make_tokenizer()
-    bench: Any = SimpleNamespace(
-        model_in_the_loop=SimpleNamespace(model=model), tokenizer=tokenizer, hook_point="blocks.1.resid_post",
-        source_params={"prepend_bos": True, "forward_batch": 4}, device="cpu", batch_size=7,
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    setup: Any = SimpleNamespace(
+        in_model=SimpleNamespace(model=model), folders=SimpleNamespace(model=tmp_path),
+        hook_point="blocks.1.resid_post", source_params={"prepend_bos": True, "forward_batch": 4},
+        device="cpu", settings={"batch_size": 7},
     )  # fmt: skip
     settings = SETTINGS | {"min_letters": 1, "min_probe_f1": 0.0, "max_k": 2}
     with caplog.at_level(logging.WARNING):
-        *lines, _ = absorb(Linear(), bench, settings)
+        *lines, _ = absorb(Linear(), setup, settings)
     assert "and the SAE 30 latents; below 1e+09 and 16384 the measure means nothing" in caplog.text
     assert {line["letter"] for line in lines} <= set("abcfhlt")
     assert sum(line["words"] for line in lines) <= 9  # 30 % of 28
-    assert lines == absorb(Linear(), bench, settings)[:-1]
+    assert lines == absorb(Linear(), setup, settings)[:-1]
     words = np.random.default_rng(0).permutation(words_of(tokenizer)).tolist()
     assert [first_letter(word) for word in words[-9:]].count(lines[0]["letter"]) == lines[0]["words"]  # fmt: skip

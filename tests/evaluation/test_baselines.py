@@ -10,7 +10,7 @@ from sklearn.decomposition import PCA as SklearnPCA  # noqa: N811
 from saeflow.errors import UserError
 from saeflow.evaluation.baselines import PCA, Identity, Mean, baselines, principal_components
 from saeflow.evaluation.measure import measure_rows
-from saeflow.evaluation.rows import RowSelection, row_statistics
+from saeflow.evaluation.rows import EvaluatedRows, RowSelection
 
 ALL_ROWS = RowSelection(positions="all", norm_limit=None)
 
@@ -35,8 +35,7 @@ def test_principal_components_match_scikit_learn(store: Any, batch_size: int) ->
 @pytest.mark.parametrize("rank", [1, 4, 8])
 def test_explained_variance_of_pca_matches_scikit_learn(store: Any, rank: int) -> None:
     pca = next(b for b in baselines(store, [rank], 100, "cpu") if isinstance(b, PCA))
-    statistics = row_statistics(store, ALL_ROWS, 100, "cpu")
-    got = measure_rows(pca, store, ALL_ROWS, statistics, 100, "cpu").metrics
+    got = measure_rows(pca, EvaluatedRows(store, ALL_ROWS, 100, "cpu")).metrics
     reference = SklearnPCA(rank, svd_solver="full").fit(store.x.double().numpy())
     expected = reference.explained_variance_ratio_.sum()
     assert got["explained_variance"] == pytest.approx(expected, abs=1e-6)
@@ -44,12 +43,11 @@ def test_explained_variance_of_pca_matches_scikit_learn(store: Any, rank: int) -
 
 
 def test_identity_is_perfect_and_the_mean_explains_nothing(store: Any) -> None:
-    statistics = row_statistics(store, ALL_ROWS, 100, "cpu")
-    identity = measure_rows(Identity(9), store, ALL_ROWS, statistics, 100, "cpu").metrics
+    identity = measure_rows(Identity(9), EvaluatedRows(store, ALL_ROWS, 100, "cpu")).metrics
     assert identity["fvu"] == identity["nmse"] == 0
     assert identity["l0_mean"] == 9
     mean = Mean(store.mean)
-    got = measure_rows(mean, store, ALL_ROWS, statistics, 100, "cpu").metrics
+    got = measure_rows(mean, EvaluatedRows(store, ALL_ROWS, 100, "cpu")).metrics
     assert got["fvu"] == pytest.approx(1, rel=1e-6)
     assert got["l0_mean"] == 0
 
@@ -77,7 +75,6 @@ class Rounded(Identity):
 @pytest.mark.parametrize("batch_size", [1, 7, 400])
 def test_batch_size_does_not_change_a_metric(store: Any, batch_size: int) -> None:
     def measured(size: int) -> dict[str, float]:
-        statistics = row_statistics(store, ALL_ROWS, size, "cpu")
-        return measure_rows(Rounded(9), store, ALL_ROWS, statistics, size, "cpu").metrics
+        return measure_rows(Rounded(9), EvaluatedRows(store, ALL_ROWS, size, "cpu")).metrics
 
     assert measured(batch_size) == pytest.approx(measured(50), rel=1e-10, abs=1e-12)

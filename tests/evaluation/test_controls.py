@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeflow.evaluation.controls import OwnK, control_lines, mean_k, threshold_for
+from saeflow.evaluation.controls import Controls, mean_k, threshold_for
 from saeflow.evaluation.intervals import PerContext
 from saeflow.evaluation.measure import measure_rows
-from saeflow.evaluation.rows import RowSelection, row_statistics
+from saeflow.evaluation.rows import EvaluatedRows, RowSelection
 from saeflow.operators import keep_topk
 
 WIDTH, ROWS = 16, 600
@@ -45,14 +45,10 @@ def rows(counts: np.ndarray) -> np.ndarray:
 
 
 def lines(store: Any, batch_size: int = 100) -> dict[tuple[str, str], dict[str, Any]]:
-    own, contexts = OwnK(ROWS), PerContext(ROWS // 4)
-    statistics = row_statistics(store, ALL, batch_size, "cpu")
-    measure_rows(
-        Oracle(), store, ALL, statistics, batch_size, "cpu", observers=[own, contexts]
-    )  # fmt: skip
-    found = control_lines(
-        Oracle(), store, ALL, statistics, batch_size, "cpu", own, contexts.sums, ROWS // 4, SETTINGS
-    )
+    evaluated = EvaluatedRows(store, ALL, batch_size, "cpu")
+    contexts = PerContext(ROWS // 4, SETTINGS)
+    controls = Controls(Oracle(), evaluated, contexts, SETTINGS)
+    found = measure_rows(Oracle(), evaluated, [contexts, controls]).tables["controls"]
     return {(line["control"], line["metric"]): line for line in found}
 
 

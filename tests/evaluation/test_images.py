@@ -12,7 +12,7 @@ from saeflow.errors import UserError
 from saeflow.evaluation.by_dimension import PerRow
 from saeflow.evaluation.correlation import correlation, partial_correlation
 from saeflow.evaluation.dimension import local_dimensions, write_dimensions
-from saeflow.evaluation.images import PerImage, PerKind
+from saeflow.evaluation.images import PerGroup, PerImage
 from saeflow.evaluation.measure import Seen
 from saeflow.evaluation.reconstruction import Reconstruction
 from saeflow.evaluation.rows import RowStatistics
@@ -57,7 +57,7 @@ def test_an_images_l0_is_the_mean_over_its_tokens(rows: Any) -> None:
     columns = {name: frame[name].to_numpy() for name in frame}
     per_image = PerImage(IMAGES, columns, among=10)
     for seen in seen_in_parts(columns, latents, x):
-        per_image.add(seen)
+        per_image.update(seen)
     frame["l0"], frame["k"] = (latents != 0).sum(1).numpy(), latents.sum(1).numpy()
     expected = frame.groupby("context")[["l0", "k", "objects", "label"]].mean()
     lines = pd.DataFrame(per_image.lines(12))
@@ -78,10 +78,11 @@ def test_each_kind_of_token_has_its_own_mean(rows: Any) -> None:
     columns = {name: frame[name].to_numpy() for name in frame}
     first = frame["position"].to_numpy() == 0
     means = {"cls": x[first].mean(0), "patches": x[~first].mean(0)}
-    per_kind = PerKind({kind: RowStatistics(0, 0, mean) for kind, mean in means.items()})
+    statistics = {kind: RowStatistics(0, 0, mean) for kind, mean in means.items()}
+    per_group = PerGroup({"cls": "first", "patches": "rest"}, statistics)
     for seen in seen_in_parts(columns, latents, x):
-        per_kind.add(seen)
-    got = per_kind.metrics()
+        per_group.update(seen)
+    got = per_group.result().metrics
     for kind, mask in (("cls", first), ("patches", ~first)):
         whole = Reconstruction(means[kind])
         whole.add(x[mask], x[mask] * 0.9)
@@ -110,20 +111,20 @@ def test_partial_correlation_is_that_of_the_residuals() -> None:
 def test_rows_follow_their_dimension() -> None:
     dimension = RNG.integers(2, 9, 50).astype(np.float32)
     dimension[3] = np.nan
-    per_row = PerRow(50)
+    norm = RNG.random(50).astype(np.float32)
+    per_row = PerRow({"mle-20": dimension, "norm": norm})
     latents = torch.zeros(60, 10)
     for i, count in enumerate(np.nan_to_num(dimension).astype(int)):
         latents[i, :count] = 1
     columns: dict[str, np.ndarray] = {}
     for seen in seen_in_parts(columns, latents, torch.zeros(60, 2)):
-        per_row.add(seen)
-    norm = RNG.random(50).astype(np.float32)
-    (line,) = per_row.lines({"mle-20": dimension, "norm": norm})
+        per_row.update(seen)
+    (line,) = per_row.lines()
     assert (line["estimator"], line["neighbours"], line["rows"]) == ("mle", 20, 49)
     assert line["spearman_l0"] == pytest.approx(1)
     assert line["spearman_k_hat"] == pytest.approx(1)
     assert line["partial_l0"] == pytest.approx(1)
-    bins = pd.DataFrame(per_row.bins({"mle-20": dimension, "norm": norm}))
+    bins = pd.DataFrame(per_row.bins())
     assert bins["rows"].tolist() == [5] * 9 + [4]
     known = np.sort(dimension[np.isfinite(dimension)])
     assert bins["dimension"].tolist() == pytest.approx(

@@ -13,7 +13,7 @@ from scipy import sparse
 from sklearn.linear_model import LogisticRegression
 
 from saeflow.errors import UserError
-from saeflow.evaluation import Bench
+from saeflow.evaluation import Setup
 from saeflow.evaluation.detection import Window
 from saeflow.evaluation.interpret import interpret
 from saeflow.evaluation.probing import balanced
@@ -44,10 +44,10 @@ def lines_of(path: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def text(results: Path) -> tuple[Any, dict[str, Any], Bench]:
+def text(results: Path) -> tuple[Any, dict[str, Any], Setup]:
     folder = train_sae(results, "tiny", HOOK_POINT, "topk")
-    bench = Bench(results, "tiny", HOOK_POINT, EVALUATION, "cpu")
-    return load(folder), read_config(folder), bench
+    setup = Setup(results, "tiny", HOOK_POINT, EVALUATION, "cpu")
+    return load(folder), read_config(folder), setup
 
 
 class Planted(torch.nn.Module):
@@ -73,14 +73,14 @@ def config_of(source: str, hook_point: str, width: int) -> dict[str, Any]:
 
 def test_a_probe_of_text_is_that_of_a_plain_loop(text: Any, tmp_path: Path) -> None:
     """The rows, tokens and latents of one question taken from the stores once more, all dense."""
-    sae, config, bench = text
-    interpret(sae, config, bench, SETTINGS, tmp_path)
+    sae, config, setup = text
+    interpret(sae, config, setup, SETTINGS, tmp_path)
     lines = lines_of(tmp_path / "probing.csv")
     questions = {line["task"] for line in lines}
     assert {"starts a word", "letters without a space before"} <= questions
     assert "white space" not in questions  # one token of fifty
     data = []
-    for store in (bench.train, bench.held_out):
+    for store in (setup.train, setup.held_out):
         count = min(500, store.rows)
         with torch.no_grad():
             z = sae.encode(store.read(0, count).float()).numpy()
@@ -105,24 +105,24 @@ def test_a_probe_of_text_is_that_of_a_plain_loop(text: Any, tmp_path: Path) -> N
 
 
 def test_windows_stand_in_the_text_of_their_own_split(text: Any, tmp_path: Path) -> None:
-    sae, config, bench = text
+    sae, config, setup = text
     given: list[tuple[Sequence[Window], Sequence[Window]]] = []
 
     def scorer(examples: Sequence[Window], asked: Sequence[Window]) -> list[float]:
         given.append((examples, asked))
         return [float(one.tokens[one.mark]) - 20 for one in asked]
 
-    interpret(sae, config, bench, SETTINGS, tmp_path, scorer)
+    interpret(sae, config, setup, SETTINGS, tmp_path, scorer)
     lines = lines_of(tmp_path / "detection.csv")
     assert 0 < len(given) == len(lines) <= 6
     split_of = {
         tuple(padded[at : at + 5].tolist()): split
         for split in ("train", "evaluation")
-        for line in bench.tokens(split)
+        for line in setup.inputs.tokens(split)
         for padded in [np.pad(line, 4, constant_values=-1)]
         for at in range(len(padded) - 4)
     }
-    strings = load_tokenizer(bench._model)
+    strings = load_tokenizer(setup.folders.model)
     for shown, asked in given:
         assert {split_of[one.tokens] for one in shown} == {"train"}
         assert {split_of[one.tokens] for one in asked} == {"evaluation"}
@@ -131,7 +131,7 @@ def test_windows_stand_in_the_text_of_their_own_split(text: Any, tmp_path: Path)
             "" if token <= 0 else strings.decode([token]) for token in window.tokens
         )
     with torch.no_grad():
-        z = sae.encode(bench.held_out.read(0, bench.held_out.rows).float())
+        z = sae.encode(setup.held_out.read(0, setup.held_out.rows).float())
     for line in lines:
         assert int(line["firing"]) == int((z[:, int(line["latent"])] != 0).sum())
 
@@ -149,29 +149,29 @@ def test_an_sae_of_another_store_is_refused_and_nothing_is_written(
     results: Path, text: Any, tmp_path: Path
 ) -> None:
     sae, config, _ = text
-    bench = Bench(results, "synthetic", "features", EVALUATION, "cpu")
+    setup = Setup(results, "synthetic", "features", EVALUATION, "cpu")
     with pytest.raises(UserError, match=rf"activations of tiny/{HOOK_POINT}.*found synthetic"):
-        interpret(sae, config, bench, SETTINGS, tmp_path)
+        interpret(sae, config, setup, SETTINGS, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_scorer_that_is_not_there_is_refused_before_anything_is_encoded(
     results: Path, tmp_path: Path
 ) -> None:
-    bench = Bench(results, "synthetic", "features", EVALUATION, "cpu")
+    setup = Setup(results, "synthetic", "features", EVALUATION, "cpu")
     sae = Planted(torch.eye(12))
     settings = SETTINGS | {"detection": SETTINGS["detection"] | {"scorer": "not.there:score"}}
     with pytest.raises(UserError, match=r"detection.scorer: no such module: not.there"):
-        interpret(sae, config_of("synthetic", "features", 12), bench, settings, tmp_path)
+        interpret(sae, config_of("synthetic", "features", 12), setup, settings, tmp_path)
     assert sae.rows == 0
 
 
 def test_the_true_code_answers_which_features_are_active(results: Path, tmp_path: Path) -> None:
     """As many features as dimensions and no noise: the inverse of the dictionary is the code."""
-    bench = Bench(results, "synthetic", "features", EVALUATION, "cpu")
+    setup = Setup(results, "synthetic", "features", EVALUATION, "cpu")
     features = load_file(results / "sources/synthetic/inputs/dictionary.safetensors")["features"]
     sae = Planted(torch.linalg.inv(features))
-    interpret(sae, config_of("synthetic", "features", 12), bench, SETTINGS, tmp_path)
+    interpret(sae, config_of("synthetic", "features", 12), setup, SETTINGS, tmp_path)
     lines = lines_of(tmp_path / "probing.csv")
     assert {line["task"] for line in lines} == {f"feature {i}" for i in range(8)}
     single = [line for line in lines if (line["method"], line["k"]) == ("latents", "1")]
@@ -233,9 +233,9 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_patches_are_asked_what_they_show_and_images_have_no_detection(
     scenes: Path, tmp_path: Path
 ) -> None:
-    bench = Bench(scenes, "scenes", PIXELS, EVALUATION, "cpu")
+    setup = Setup(scenes, "scenes", PIXELS, EVALUATION, "cpu")
     sae, config = Planted(torch.eye(WIDTH)), config_of("scenes", PIXELS, WIDTH)
-    interpret(sae, config, bench, SETTINGS | {"rows": 5000}, tmp_path)
+    interpret(sae, config, setup, SETTINGS | {"rows": 5000}, tmp_path)
     lines = lines_of(tmp_path / "probing.csv")
     found = {(line["task"], line["method"], line["k"]): float(line["accuracy"]) for line in lines}
     assert found["an object", "latents", "1"] == 1  # CLS tokens would be taken for objects
@@ -253,8 +253,8 @@ def test_without_detection_there_is_a_table_without_lines(text: Any, tmp_path: P
 
 
 def test_a_store_whose_rows_are_all_left_out_is_refused(text: Any, tmp_path: Path) -> None:
-    sae, config, bench = text
-    strict = Bench(bench._train.parents[2], "tiny", HOOK_POINT, EVALUATION | {"max_norm_multiple": 1e-6}, "cpu")  # fmt: skip
+    sae, config, setup = text
+    strict = Setup(setup.folders.results, "tiny", HOOK_POINT, EVALUATION | {"max_norm_multiple": 1e-6}, "cpu")  # fmt: skip
     with pytest.raises(UserError, match="none of its 600 rows is left"):
         interpret(sae, config, strict, SETTINGS, tmp_path)
 

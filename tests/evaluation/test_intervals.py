@@ -30,7 +30,7 @@ def rows() -> dict[str, Any]:
 
 
 def per_context(rows: dict[str, Any], batches: int) -> PerContext:
-    found, rebuilt = PerContext(30), Reconstruction(rows["x"].mean(0))
+    found, rebuilt = PerContext(30, SETTINGS), Reconstruction(rows["x"].mean(0))
     for part in np.array_split(np.arange(400), batches):
         terms = rebuilt.add(rows["x"][part], rows["x_hat"][part])
         found.add_rows(rows["context"][part], terms, rows["l0"][part])

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from saeflow.evaluation.latents import BINS, LATENTS, LOWEST, logit_lens, neighbours, write_latents
-from saeflow.evaluation.rows import RowSelection
+from saeflow.evaluation.rows import EvaluatedRows, RowSelection
 from saeflow.sources.hook_points import final_norm, logits
 
 from ..sources.conftest import CONFIGS, tiny_model
@@ -61,7 +61,9 @@ def activation(store: Any, context: int, position: int, latent: int) -> float:
 def test_cards_of_text_are_those_of_a_plain_loop(
     store: Any, tokens: np.ndarray, tmp_path: Path, batch_size: int
 ) -> None:
-    found = write_latents(Coder(), store, ALL, tokens, SETTINGS, batch_size, "cpu", tmp_path)
+    found = write_latents(
+        Coder(), EvaluatedRows(store, ALL, batch_size, "cpu"), tokens, SETTINGS, tmp_path
+    )
     z = Coder().encode(store.x).numpy()
     np.testing.assert_array_equal(found["fired"], (z != 0).sum(0))
     np.testing.assert_array_equal(found["maximum"], z.max(0))
@@ -101,7 +103,7 @@ def test_cards_of_text_are_those_of_a_plain_loop(
 
 def test_cards_of_images_show_every_patch_of_the_first_contexts(store: Any, tmp_path: Path) -> None:
     settings = {"examples": 2, "neighbours": 2, "patches": LENGTH - 1, "first": 1, "contexts": 6}
-    found = write_latents(Coder(), store, ALL, None, settings, 50, "cpu", tmp_path)
+    found = write_latents(Coder(), EvaluatedRows(store, ALL, 50, "cpu"), None, settings, tmp_path)
     assert "token" not in found
     assert found["context"].max() < 6
     assert found["fired"].sum() == int((Coder().encode(store.x) != 0).sum())  # of all contexts

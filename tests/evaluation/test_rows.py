@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from saeflow.errors import UserError
-from saeflow.evaluation.rows import RowSelection, row_statistics, selected_rows
+from saeflow.evaluation.rows import EvaluatedRows, RowSelection
 
 X = np.array([[30.0, 40.0], [3.0, 4.0], [0.0, 1.0], [6.0, 8.0], [0.0, 2.0]])  # norms 50 5 1 10 2
 POSITIONS = np.array([0, 1, 2, 0, 1], dtype=np.int32)
 
 
 def chosen(store: Any, selection: RowSelection, batch_size: int) -> list[int]:
-    picked = selected_rows(store, selection, batch_size, "cpu")
-    found = [(rows, x) for rows, x in picked]
+    picked = EvaluatedRows(store, selection, batch_size, "cpu")
+    found = [(batch.numbers, batch.x) for batch in picked]
     for rows, x in found:
         np.testing.assert_array_equal(x.numpy(), X[rows])
     return np.concatenate([rows for rows, _ in found]).tolist() if found else []
@@ -44,7 +44,7 @@ def test_rows_follow_the_policy(
 
 def test_statistics_are_of_the_rows_that_are_kept(memory_store: Any) -> None:
     selection = RowSelection(positions="rest", norm_limit=None)
-    got = row_statistics(memory_store(X, position=POSITIONS), selection, 2, "cpu")
+    got = EvaluatedRows(memory_store(X, position=POSITIONS), selection, 2, "cpu").statistics
     np.testing.assert_allclose(got.mean, X[[1, 2, 4]].mean(0), rtol=1e-15)
     assert (got.rows, got.excluded) == (3, 2)
     assert got.excluded_fraction == 0.4
@@ -53,11 +53,12 @@ def test_statistics_are_of_the_rows_that_are_kept(memory_store: Any) -> None:
 def test_the_mean_of_equal_rows_is_the_row_itself(memory_store: Any) -> None:
     row = np.float32([0.1, 1e7, -3.3])
     store = memory_store(np.tile(row, (999, 1)))
-    got = row_statistics(store, RowSelection(positions="all", norm_limit=None), 100, "cpu")
+    everything = RowSelection(positions="all", norm_limit=None)
+    got = EvaluatedRows(store, everything, 100, "cpu").statistics
     assert (got.mean.numpy() == row.astype(np.float64)).all()
 
 
 def test_no_row_left_is_refused(memory_store: Any) -> None:
     selection = RowSelection(positions="rest", norm_limit=0.5)
     with pytest.raises(UserError, match="none of its 5 rows is left"):
-        row_statistics(memory_store(X, position=POSITIONS), selection, 2, "cpu")
+        _ = EvaluatedRows(memory_store(X, position=POSITIONS), selection, 2, "cpu").statistics

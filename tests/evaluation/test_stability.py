@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from saeflow.evaluation.rows import RowSelection
+from saeflow.evaluation.rows import EvaluatedRows, RowSelection
 from saeflow.evaluation.stability import compare_dictionaries, compare_seeds
 from saeflow.saes.batch_topk import BatchTopK, BatchTopKOptions
 
@@ -76,7 +76,7 @@ def test_numbers_of_active_latents_are_compared_row_by_row(
 ) -> None:
     x = np.random.default_rng(0).normal(size=(60, 6)).astype(np.float32)
     saes = {4: sae(0, 0.5), 1: sae(1, 0.8), 2: sae(2, 0.1)}
-    lines = compare_seeds(saes, memory_store(x), EVERY, batch_size, "cpu")
+    lines = compare_seeds(saes, EvaluatedRows(memory_store(x), EVERY, batch_size, "cpu"))
     assert {(line["seed_a"], line["seed_b"]) for line in lines} == {(1, 2), (1, 4), (2, 4)}
     with torch.no_grad():
         l0 = {seed: (one.encode(torch.tensor(x)) != 0).sum(1) for seed, one in saes.items()}

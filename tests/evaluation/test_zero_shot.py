@@ -11,19 +11,16 @@ from torch import Tensor
 from transformers import CLIPModel
 
 from saeflow.errors import UserError
-from saeflow.evaluation.zero_shot import (
-    COUNTS,
-    Accuracy,
-    LabelledSets,
-    class_features,
-    text_features,
-    top_concepts,
-    write_labelled,
-)
+from saeflow.evaluation.in_model import InModelResult
+from saeflow.evaluation.in_model.vision import ZeroShot, write_clean
+from saeflow.evaluation.zero_shot.accuracy import Accuracy
+from saeflow.evaluation.zero_shot.class_texts import class_features, text_features
+from saeflow.evaluation.zero_shot.top_n import COUNTS, top_concepts
 from saeflow.saes.topk import TopK, TopKOptions
+from saeflow.sources.labelled import prepare_labelled
 from saeflow.sources.models import fetch_model, load_model, load_tokenizer
+from saeflow.sources.pixels import image_facts
 from saeflow.sources.preprocessing import load_preprocessing, normalised
-from saeflow.sources.vision import image_facts, prepare_labelled
 
 WIDTH, D_SAE = 32, 48
 TRAINED = {
@@ -51,14 +48,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def loop(folder: Path, hook_point: str, tokens: str = "all", sets: bool = True) -> LabelledSets:
+def loop(folder: Path, hook_point: str, tokens: str = "all", sets: bool = True) -> ZeroShot:
     out = folder / f"clean-{hook_point}-{tokens}-{sets}"
     if not out.exists():
         out.mkdir()
         given = {"ones": folder / "labelled"} if sets else {}
         source = SOURCE | {"tokens": tokens}
-        write_labelled(source, folder, given, ["a red object", "a ring"], hook_point, "cpu", out)
-    return LabelledSets(out, folder / "model", "cpu")
+        prompts = {"concept_cards": {"prompts": ["a red object", "a ring"]}}
+        write_clean(source, folder, hook_point, torch.zeros(WIDTH), prompts, given, "cpu", out)
+    return ZeroShot(out, folder / "model", "cpu")
 
 
 def test_a_set_whose_name_begins_with_anothers_is_its_own(folder: Path, tmp_path: Path) -> None:
@@ -72,8 +70,9 @@ def test_a_set_whose_name_begins_with_anothers_is_its_own(folder: Path, tmp_path
     hook_point, out = "vision.embedding", tmp_path / "clean"
     out.mkdir()
     sets = {"ones": folder / "labelled", "ones-test": other, "labelled.json": other}
-    write_labelled(SOURCE, folder, sets, [], hook_point, "cpu", out)
-    found = LabelledSets(out, folder / "model", "cpu")
+    without = {"concept_cards": None}
+    write_clean(SOURCE, folder, hook_point, torch.zeros(WIDTH), without, sets, "cpu", out)
+    found = ZeroShot(out, folder / "model", "cpu").sets
     for split, own in labels.items():
         assert found.labels("ones", split).tolist() == own.tolist()
         assert found.labels("ones-test", split).tolist() == own[-5:].tolist()
@@ -158,7 +157,8 @@ def plain_accuracies(folder: Path, sae: TopK, block: int) -> dict[tuple[str, str
 
 
 def test_every_setting_is_what_a_plain_loop_finds(folder: Path, sae: TopK) -> None:
-    _, lines = loop(folder, "vision.blocks.1.resid_post").evaluate(sae, top_n=True)
+    found = loop(folder, "vision.blocks.1.resid_post").measure(sae, is_trained=True)
+    lines = found.tables["classification"]
     expected = plain_accuracies(folder, sae, 1)
     got = {
         (line["protocol"], line["concepts"], line["n"]): line["accuracy"]
@@ -179,7 +179,8 @@ def test_every_setting_is_what_a_plain_loop_finds(folder: Path, sae: TopK) -> No
 def test_an_identity_leaves_the_accuracy_alone(folder: Path, hook_point: str) -> None:
     tokens = "cls" if hook_point == "vision.embedding" else "all"
     sets = loop(folder, hook_point, tokens)
-    metrics, lines = sets.evaluate(torch.nn.Identity(), top_n=False)
+    found = sets.measure(torch.nn.Identity(), is_trained=False)
+    metrics, lines = found.metrics, found.tables["classification"]
     model: Any = CLIPModel.from_pretrained(folder / "model")
     pixels = normalised(
         torch.from_numpy(np.load(folder / "labelled/test.npy")),
@@ -201,7 +202,7 @@ def test_an_identity_leaves_the_accuracy_alone(folder: Path, hook_point: str) ->
 
 
 def test_patches_alone_leave_the_cls_token_as_it_is(folder: Path) -> None:
-    sets = loop(folder, "vision.blocks.1.resid_post", "patches")
+    sets = loop(folder, "vision.blocks.1.resid_post", "patches").sets
     parts = next(sets.batches("ones", "test"))
     rows = sets.rows_of(parts)
     assert rows.shape[1] == 16
@@ -218,7 +219,8 @@ def test_patches_alone_leave_the_cls_token_as_it_is(folder: Path) -> None:
 
 
 def test_permuted_labels_leave_the_leak_free_accuracy_at_chance(folder: Path, sae: TopK) -> None:
-    _, lines = loop(folder, "vision.blocks.1.resid_post").evaluate(sae, top_n=True)
+    found = loop(folder, "vision.blocks.1.resid_post").measure(sae, is_trained=True)
+    lines = found.tables["classification"]
     permuted = [
         x["accuracy"] for x in lines if x["labels"] == "permuted" and x["protocol"] == "leak_free"
     ]
@@ -247,18 +249,19 @@ def test_a_model_without_a_text_tower_is_refused(folder: Path) -> None:
 
 
 def test_concepts_are_named_by_what_their_direction_does(folder: Path) -> None:
-    sets = loop(folder, "vision.embedding", "cls")
-    names, text = sets.prompts()
+    opened = loop(folder, "vision.embedding", "cls")
+    names, text = opened.sets.prompts()
     assert names == ["a red object", "a ring"]
     planted = TopK(WIDTH, 2, TopKOptions(k=1, auxk_weight=0))
     with torch.no_grad():
         planted.W_dec.copy_(text - text.mean(0))
-    found = sets.name_concepts(planted, np.array([1, 0]))
+    found = opened.name_latents(planted, np.array([1, 0]))
     assert [name for name, _ in found] == ["a ring", "a red object"]
     assert all(cosine > 0.3 for _, cosine in found)
 
 
 def test_without_labelled_sets_there_is_nothing_to_classify(folder: Path, sae: TopK) -> None:
     sets = loop(folder, "vision.blocks.1.resid_post", sets=False)
-    assert sets.evaluate(sae, top_n=True) == ({}, [])
-    assert sets.name_concepts(sae, np.array([0])) == []
+    nothing = InModelResult({}, tables={"classification": []})
+    assert sets.measure(sae, is_trained=True) == nothing
+    assert sets.name_latents(sae, np.array([0])) == []

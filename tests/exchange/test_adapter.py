@@ -15,7 +15,7 @@ from saeflow.errors import UserError
 from saeflow.evaluation.absorption import Words, absorbed, measure
 from saeflow.evaluation.measure import measure_rows
 from saeflow.evaluation.probing import most_different
-from saeflow.evaluation.rows import RowSelection, row_statistics
+from saeflow.evaluation.rows import EvaluatedRows, RowSelection
 from saeflow.exchange import adapt
 from saeflow.exchange.adapter import Adapter
 from saeflow.saes import SAE, VARIANTS, build, load, save
@@ -293,8 +293,7 @@ def test_saebench_measures_what_saeflow_measures(found: Path, case: str) -> None
     x = load_file(found / "core" / "x.safetensors")["x"]
     flat, sae = x.reshape(-1, D_IN), drawn(case)
     store = Rows(flat)
-    statistics = row_statistics(store, ALL, 64, "cpu")
-    ours = measure_rows(sae, store, ALL, statistics, 64, "cpu")
+    ours = measure_rows(sae, EvaluatedRows(store, ALL, 64, "cpu"))
     theirs = said(found, "core")[case]
     groups = theirs["metrics"]
     metrics = {name: value for group in groups.values() for name, value in group.items()}

@@ -16,7 +16,7 @@ from saeflow.sources.hook_points import capture
 from saeflow.sources.images import read_images
 from saeflow.sources.layouts import LAYOUTS, config_shape
 from saeflow.sources.models import load_model, load_tokenizer
-from saeflow.sources.vision import load_preprocessing
+from saeflow.sources.preprocessing import load_preprocessing
 
 PIN = "0" * 40
 

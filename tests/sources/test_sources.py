@@ -1,20 +1,22 @@
 """Every kind of source keeps the same contract."""
 
-import importlib
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest
-from saeflow.sources import KINDS, check_source, external_digest
+from saeflow.sources import KINDS, SourceKind, check_source, external_digest, kind_named
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_kind_is_a_module_with_four_functions(kind: str) -> None:
-    module = importlib.import_module(KINDS[kind])
-    for name in ("check", "external_inputs", "prepare_inputs", "open_source"):
-        assert callable(getattr(module, name))
+@pytest.mark.parametrize("name", KINDS)
+def test_a_kind_states_its_facts_in_one_record(name: str) -> None:
+    kind = kind_named(name)
+    for step in ("check", "external_inputs", "prepare_inputs", "open", "inputs"):
+        assert callable(getattr(kind, step))
+    assert {field.name for field in fields(SourceKind)} <= set(dir(kind))
+    assert kind.has_labelled_sets + kind.predicts_contexts == (kind.in_model is not None)
 
 
 def test_an_unknown_kind_is_refused() -> None:

@@ -15,9 +15,9 @@ from saeflow.errors import UserError
 from saeflow.sources import check_source, open_source, prepare_inputs
 from saeflow.sources.clip_training import make_tokenizer
 from saeflow.sources.hook_points import capture, hook, resume_at, run_from, splice
+from saeflow.sources.labelled import prepare_labelled
 from saeflow.sources.models import fetch_model, load_model
 from saeflow.sources.preprocessing import load_preprocessing, normalised
-from saeflow.sources.vision import prepare_labelled
 
 BLOCKS = 3
 TRAINED = {

@@ -198,7 +198,7 @@ def other_inputs(source, hook_point):
     for other in plan.others(source):
         found += [f"results/stores/{other}/evaluation/{RECORD}"]
         found += [f"results/sources/{other}/inputs/{RECORD}"]
-        if not plan.is_vision(other):
+        if not plan.kind(other).has_labelled_sets:
             found += [f"results/evaluations/{source}/{hook_point}/on/{other}/{RECORD}"]
         if plan.has_dimension(other):
             found += [f"results/evaluations/{other}/{hook_point}/dimension/{RECORD}"]

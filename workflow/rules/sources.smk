@@ -14,7 +14,7 @@ rule fetch_model:
         "logs/fetch_model/{source}.log",
     conda:
         environment("model")
-    threads: lambda w: threads("train") if plan.is_vision(w.source) else 1
+    threads: lambda w: threads("train") if "trained" in plan.model(w.source)["model"] else 1
     params:
         key=lambda w: plan.key_model(w.source),
         model=lambda w: json.dumps(plan.model(w.source)),
@@ -33,7 +33,7 @@ rule prepare_inputs:
         "logs/prepare_inputs/{source}.log",
     conda:
         environment("model")
-    threads: lambda w: threads("extract") if plan.is_vision(w.source) else 1
+    threads: lambda w: threads("extract") if plan.kind(w.source).prepares_in_parallel else 1
     params:
         key=lambda w: plan.key_inputs(w.source),
         source=lambda w: json.dumps(plan.source(w.source)),

@@ -30,7 +30,7 @@ from saeflow.errors import UserError
 from saeflow.files import file_digest
 
 if TYPE_CHECKING:
-    from saeflow.evaluation import Bench
+    from saeflow.evaluation import Setup
 
 
 def clean(
@@ -49,6 +49,9 @@ def clean(
     key: Key = "",
 ) -> None:
     """Run the model once on evaluation inputs: the clean side that every SAE is compared with."""
+    from saeflow.evaluation.in_model import clean_writer
+    from saeflow.stores import open_store
+
     values, metrics = parse_json("--source", source), parse_json("--evaluation", evaluation)
     machine = machine_of(runtime, threads)
     sets = {name: labelled / name for name in metrics.get("labelled_sets", {})}
@@ -76,20 +79,9 @@ def clean(
             device=machine["device"],
         ) as job,
     ):
-        if values["kind"] == "vision":
-            from saeflow.evaluation.zero_shot import write_labelled
-
-            cards = metrics["concept_cards"]
-            prompts = cards["prompts"] if cards else []
-            write_labelled(values, folder, sets, prompts, hook_point, machine["device"], job.path)
-            return
-        from saeflow.evaluation.splice import write_clean
-        from saeflow.stores import open_store
-
         mean = open_store(train / f"{hook_point}.zarr").mean
-        write_clean(
-            values, folder, hook_point, mean, metrics["ce_contexts"], machine["device"], job.path
-        )
+        write_clean = clean_writer(values)
+        write_clean(values, folder, hook_point, mean, metrics, sets, machine["device"], job.path)
 
 
 def dimension(
@@ -133,11 +125,11 @@ def evaluate(
     ]
     if not left:
         return  # without waiting for torch, like `train`
-    from saeflow.evaluation import Bench, benches, evaluate_sae
+    from saeflow.evaluation import Setup, evaluate_sae, setups
     from saeflow.saes import load, read_config
 
     metrics, machine = parse_json("--evaluation", evaluation), machine_of(runtime, threads)
-    measured_on: list[Bench] = []
+    measured_on: list[Setup] = []
     refused: list[UserError] = []
     for folder, made, name in left:
         try:
@@ -145,7 +137,7 @@ def evaluate(
             config = read_config(folder)
             if not measured_on:
                 store = (config["source"], config["hook_point"])
-                found = benches(results, *store, metrics, machine["device"])
+                found = setups(results, *store, metrics, machine["device"])
                 for path in _read_by(found):  # once for all
                     provenance.check(path)
                 measured_on = found
@@ -169,9 +161,9 @@ def evaluate(
         raise refused[0]
 
 
-def _read_by(benches: "list[Bench]") -> list[Path]:
-    """The result folders that some benches read, each once."""
-    return list(dict.fromkeys(path for bench in benches for path in bench.inputs))
+def _read_by(measured_on: "list[Setup]") -> list[Path]:
+    """The result folders that measurements of some setups read, each once."""
+    return list(dict.fromkeys(path for setup in measured_on for path in setup.read))
 
 
 def latents(
@@ -186,7 +178,7 @@ def latents(
     key: Key = "",
 ) -> None:
     """Write a page with a card for every latent of an SAE."""
-    from saeflow.evaluation import Bench, collect_latents
+    from saeflow.evaluation import Setup, collect_latents
     from saeflow.figures.latents import write_page
     from saeflow.saes import load, read_config
 
@@ -194,19 +186,19 @@ def latents(
     chosen = parse_json("--settings", settings)
     provenance.check(sae)
     config = read_config(sae)
-    bench = Bench(results, config["source"], config["hook_point"], metrics, machine["device"])
+    setup = Setup(results, config["source"], config["hook_point"], metrics, machine["device"])
     with (
         interruptible(),
         provenance.job(
             out,
             name="latents",
-            inputs=list(dict.fromkeys([sae, *bench.inputs, *bench.shown])),
+            inputs=list(dict.fromkeys([sae, *setup.read, setup.folders.inputs])),
             params={**metrics, "latents": chosen, "mark": mark},
             key=key,
             device=machine["device"],
         ) as job,
     ):
-        arrays, facts = collect_latents(load(sae), config, bench, chosen, job.path)
+        arrays, facts = collect_latents(load(sae), config, setup, chosen, job.path)
         shown = {**facts, "before": chosen["before"], "mark": mark}
         write_page(arrays, shown, job.path / "latents.html")
 
@@ -222,7 +214,7 @@ def interpret_(
     key: Key = "",
 ) -> None:
     """Probe an SAE's latents for what its source knows, score how well single ones are predicted, measure absorption."""
-    from saeflow.evaluation import Bench
+    from saeflow.evaluation import Setup
     from saeflow.evaluation.interpret import interpret
     from saeflow.saes import load, read_config
 
@@ -231,20 +223,20 @@ def interpret_(
     own = scorer_file(chosen)
     provenance.check(sae)
     config = read_config(sae)
-    bench = Bench(results, config["source"], config["hook_point"], metrics, machine["device"])
+    setup = Setup(results, config["source"], config["hook_point"], metrics, machine["device"])
     with (
         interruptible(),
         provenance.job(
             out,
             name="interpret",
-            inputs=list(dict.fromkeys([sae, *bench.inputs, *bench.shown])),
+            inputs=list(dict.fromkeys([sae, *setup.read, setup.folders.inputs])),
             external={os.path.relpath(own): file_digest(own)} if own else None,
             params={**metrics, "interpretability": chosen},
             key=key,
             device=machine["device"],
         ) as job,
     ):
-        interpret(load(sae), config, bench, chosen, job.path)
+        interpret(load(sae), config, setup, chosen, job.path)
 
 
 def baselines(
@@ -258,11 +250,11 @@ def baselines(
     key: Key = "",
 ) -> None:
     """Measure what any SAE must beat: identity, mean, PCA."""
-    from saeflow.evaluation import benches, evaluate_baselines
+    from saeflow.evaluation import evaluate_baselines, setups
 
     metrics, machine = parse_json("--evaluation", evaluation), machine_of(runtime, threads)
     source, _, hook_point = store.partition("/")
-    measured_on = benches(results, source, hook_point, metrics, machine["device"])
+    measured_on = setups(results, source, hook_point, metrics, machine["device"])
     pca_ranks = parse_json("--ranks", ranks)
     with (
         interruptible(),
@@ -288,7 +280,7 @@ def stability(
     key: Key = "",
 ) -> None:
     """Compare SAEs that differ in their seed only."""
-    from saeflow.evaluation import Bench
+    from saeflow.evaluation import Setup
     from saeflow.evaluation.stability import write_stability
     from saeflow.saes import load, read_config
 
@@ -303,7 +295,7 @@ def stability(
     if len(configs) < 2 or len({config["seed"] for config in configs}) < len(configs):
         raise UserError("--sae: expected two or more SAEs of different seeds. Give each once.")
     first = configs[0]
-    bench = Bench(results, first["source"], first["hook_point"], policy, machine["device"])
+    setup = Setup(results, first["source"], first["hook_point"], policy, machine["device"])
     stores = [results / "stores" / first["source"] / split for split in SPLITS]
     with (
         interruptible(),
@@ -317,9 +309,9 @@ def stability(
         ) as job,
     ):
         for config in configs:
-            bench.check_fits(config)
+            setup.check_fits(config)
         saes = {config["seed"]: load(path) for config, path in zip(configs, sae, strict=True)}
-        write_stability(saes, first, bench, job.path)
+        write_stability(saes, first, setup, job.path)
 
 
 def collect(

@@ -82,7 +82,7 @@ def label(
 ) -> None:
     """Decode the images of a labelled set as a source's model sees them."""
     from saeflow.sources.images import images_digests
-    from saeflow.sources.vision import prepare_labelled
+    from saeflow.sources.labelled import prepare_labelled
 
     values, model = parse_json("--labelled", labelled), folder / "model"
     external = images_digests(values["train"]) | images_digests(values["test"])

@@ -14,13 +14,22 @@ import numpy as np
 from saeflow.config import SPLITS
 from saeflow.errors import UserError
 from saeflow.files import file_digest
+from saeflow.sources import KINDS as SOURCE_KINDS
+from saeflow.sources import SourceKind, kind_named, kind_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
 SCORES = "scores.csv"
-_SOURCES = {"table": ("text", "vision"), "true_count": ("synthetic", "vision")}
-"""Kinds of sources that a kind of scorer is for, where that is not text alone."""
+
+
+def _fits(kind: str, source: SourceKind) -> bool:
+    """Whether a kind of scorer is for a kind of source."""
+    if kind == "table":
+        return source.in_model is not None
+    if kind == "true_count":
+        return source.has_true_counts is not None
+    return source.has_tokens
 
 
 def check_scoring(name: str, scoring: Mapping[str, Any], source: Mapping[str, Any]) -> None:
@@ -30,21 +39,22 @@ def check_scoring(name: str, scoring: Mapping[str, Any], source: Mapping[str, An
         UserError: it does not, or its table or formula is missing.
     """
     where = f"complexity.{name}"
-    wanted = _SOURCES.get(scoring["kind"], ("text",))
-    if source["kind"] not in wanted:
+    kind = kind_of(source)
+    if not _fits(scoring["kind"], kind):
+        wanted = [name for name in SOURCE_KINDS if _fits(scoring["kind"], kind_named(name))]
         raise UserError(
             f"{where}.kind: {scoring['kind']} needs a source of kind {' or '.join(wanted)}, found "
             f"{source['kind']}. Choose another scorer for that store."
         )
-    if source["kind"] == "vision" and source["tokens"] == "patches":
+    if kind.probed_position(source) is None:
         raise UserError(
             f"{where}: the probe reads an image's CLS token, found tokens: patches in its source. Set tokens to "
             "all or cls."
         )
     if (
-        source["kind"] == "vision"
-        and scoring["kind"] == "true_count"
-        and "scenes" not in source["images"]
+        scoring["kind"] == "true_count"
+        and kind.has_true_counts is not None
+        and not kind.has_true_counts(source)
     ):
         raise UserError(
             f"{where}.kind: true_count needs images whose objects are known (scenes). Choose the scorer table."
@@ -101,7 +111,7 @@ def _chosen(scoring: Mapping[str, Any], available: int) -> np.ndarray:
 
 def _read_at(source: Mapping[str, Any], contexts: np.ndarray) -> np.ndarray:
     """Return the position of each context that the probe reads."""
-    return np.full(len(contexts), source.get("context_length", 1) - 1)
+    return np.full(len(contexts), kind_of(source).probed_position(source))
 
 
 def _inputs(folder: Path, split: str) -> np.ndarray:
@@ -226,19 +236,8 @@ def _true_count(
     scoring: Mapping[str, Any], source: Mapping[str, Any], folder: Path, split: str, device: str
 ) -> Any:
     """The number of true features that are on, for every row of synthetic contexts; of scenes, of objects."""
-    if source["kind"] == "vision":
-        objects = np.load(folder / "inputs" / f"{split}_objects.npy")
-        chosen = _chosen(scoring, len(objects))
-        return chosen, _read_at(source, chosen), objects[chosen].astype(np.float64)
-    from saeflow.sources import open_source
-
-    opened = open_source(source, folder, device)
-    found = []
-    for context in _chosen(scoring, opened.n_contexts(split)).tolist():
-        columns = opened.block(split, context, context + 1).columns
-        count = (columns["true_indices"] >= 0).sum(1).astype(np.float64)
-        found.append((columns["context"], columns["position"], count))
-    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+    inputs = kind_of(source).inputs(source, folder / "inputs", folder / "model")
+    return inputs.true_counts(split, _chosen(scoring, inputs.n_contexts(split)))
 
 
 KINDS: dict[str, Callable[..., Any]] = {

@@ -3,11 +3,19 @@
 import importlib
 from typing import Any
 
-__all__ = ["Bench", "benches", "collect_latents", "evaluate_baselines", "evaluate_sae"]
+_HOMES = {
+    "Setup": "setup",
+    "collect_latents": "latent_pages",
+    "evaluate_baselines": "evaluate",
+    "evaluate_sae": "evaluate",
+    "setups": "setup",
+}
+
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     """Import what measures when it is first asked for: collecting tables needs no torch."""
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module("saeflow.evaluation.bench"), name)
+    return getattr(importlib.import_module(f"saeflow.evaluation.{_HOMES[name]}"), name)

@@ -12,17 +12,16 @@ the last one; and probes start at zero, not at random.
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
 from torch import Tensor
 
+from saeflow.evaluation.setup import Setup
 from saeflow.evaluation.spelling import LETTERS, activations, first_letter, prompts, words_of
-
-if TYPE_CHECKING:
-    from saeflow.evaluation.bench import Bench
+from saeflow.sources.models import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +53,12 @@ class Words:
     letters: np.ndarray
 
 
-def absorb(sae: Any, bench: "Bench", settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def absorb(sae: Any, setup: Setup, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Absorption of one SAE of a language model.
 
     Args:
-        sae: on the bench's device.
-        bench: of the text source and hook point it was trained on.
+        sae: on the setup's device.
+        setup: of the text source and hook point it was trained on.
         settings: evaluation.interpretability.absorption of the parameters.
 
     Returns:
@@ -68,8 +67,9 @@ def absorb(sae: Any, bench: "Bench", settings: Mapping[str, Any]) -> list[dict[s
     Raises:
         UserError: too few words, a template without {word}, a tokenizer without offsets.
     """
-    assert bench.model_in_the_loop is not None
-    model, tokenizer = bench.model_in_the_loop.model, bench.tokenizer
+    assert setup.in_model is not None
+    model: Any = setup.in_model.model
+    tokenizer: Any = load_tokenizer(setup.folders.model)
     parameters = sum(part.numel() for part in model.parameters())
     if parameters < SMALL_MODEL or sae.d_sae < SMALL_DICTIONARY:
         logger.warning(
@@ -84,18 +84,18 @@ def absorb(sae: Any, bench: "Bench", settings: Mapping[str, Any]) -> list[dict[s
     for number, part in enumerate((words[:cut], words[cut:])):
         asked = prompts(part, settings["template"], settings["examples"], settings["seed"] + number)
         x = activations(
-            model, tokenizer, bench.hook_point, asked, bench.source_params, bench.device
+            model, tokenizer, setup.hook_point, asked, setup.source_params, setup.device
         )
         with torch.inference_mode():
             codes = [
-                sparse.csr_array((sae.encode(rows.to(bench.device)) * norms).float().cpu().numpy())
-                for rows in torch.from_numpy(x).split(bench.batch_size)
+                sparse.csr_array((sae.encode(rows.to(setup.device)) * norms).float().cpu().numpy())
+                for rows in torch.from_numpy(x).split(setup.settings["batch_size"])
             ]
         letters = np.array([LETTERS.index(first_letter(word)) for word in part])
         splits.append(Words(x, sparse.csr_array(sparse.vstack(codes)), letters))
     directions = (sae.directions().detach() / norms.clamp(min=1e-30)[:, None]).float().cpu().numpy()
     train, test = splits
-    return measure(train, test, directions, settings, bench.device)
+    return measure(train, test, directions, settings, setup.device)
 
 
 def measure(

@@ -6,35 +6,37 @@ from typing import Any
 import numpy as np
 
 from saeflow.evaluation.correlation import correlation, partial_correlation
-from saeflow.evaluation.measure import Seen
+from saeflow.evaluation.measure import Lines, Result, Seen
 
 _BINS = 10
 
 
 class PerRow:
-    """L0 and k of the first rows of the store, which are a random sample of it."""
+    """L0 and k of the first rows of the store, which are a random sample of it.
 
-    def __init__(self, rows: int) -> None:
+    Args:
+        dimensions: `ESTIMATOR-NEIGHBOURS` (rows,) and `norm` (rows,), of these rows.
+    """
+
+    def __init__(self, dimensions: Mapping[str, np.ndarray]) -> None:
+        rows = len(dimensions["norm"])
+        self.dimensions = dimensions
         self.l0, self.k_hat = np.full(rows, np.nan), np.full(rows, np.nan)
 
-    def add(self, seen: Seen) -> None:
+    def update(self, seen: Seen) -> None:
         mine = seen.rows < len(self.l0)
         self.l0[seen.rows[mine]] = seen.l0.cpu().numpy()[mine]
         if seen.allowed is not None:
             self.k_hat[seen.rows[mine]] = seen.allowed.double().cpu().numpy()[mine]
 
-    def metrics(self) -> dict[str, float]:
-        return {}
+    def result(self) -> Result:
+        return Result(tables={"dimension": self.lines(), "dimension_bins": self.bins()})
 
-    def lines(self, dimensions: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-        """Correlations with the local intrinsic dimension, by estimator and neighbours.
-
-        Args:
-            dimensions: `ESTIMATOR-NEIGHBOURS` (rows,) and `norm` (rows,), of the same rows.
-        """
+    def lines(self) -> Lines:
+        """Correlations with the local intrinsic dimension, by estimator and neighbours."""
         lines = []
-        norm = dimensions["norm"]
-        for line, dimension, known in self._estimates(dimensions):
+        norm = self.dimensions["norm"]
+        for line, dimension, known in self._estimates():
             line |= {"rows": int(known.sum()), "dimension": float(dimension[known].mean())}
             for quantity, values in (("l0", self.l0), ("k_hat", self.k_hat)):
                 held = known & np.isfinite(values)
@@ -45,14 +47,10 @@ class PerRow:
             lines.append(line)
         return lines
 
-    def bins(self, dimensions: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
-        """Mean dimension, L0 and k of rows with a similar dimension: ten bins of equally many rows.
-
-        Args:
-            dimensions: as for `lines`.
-        """
+    def bins(self) -> Lines:
+        """Mean dimension, L0 and k of rows with a similar dimension: ten bins of equally many rows."""
         lines = []
-        for line, dimension, known in self._estimates(dimensions):
+        for line, dimension, known in self._estimates():
             rows = np.flatnonzero(known)
             rows = rows[np.argsort(dimension[rows], kind="stable")]
             for number, held in enumerate(np.array_split(rows, _BINS)):
@@ -64,11 +62,10 @@ class PerRow:
                 lines.append({**line, **own, **means} if len(held) else None)
         return [line for line in lines if line]
 
-    def _estimates(
-        self, dimensions: Mapping[str, np.ndarray]
-    ) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
+    def _estimates(self) -> Iterator[tuple[dict[str, Any], np.ndarray, np.ndarray]]:
         """Estimator and neighbours, the estimates (rows,), and which rows have one and an L0."""
-        for name in sorted(set(dimensions) - {"norm"}):
+        for name in sorted(set(self.dimensions) - {"norm"}):
             estimator, _, neighbours = name.partition("-")
             line = {"estimator": estimator, "neighbours": int(neighbours)}
-            yield line, dimensions[name], np.isfinite(dimensions[name]) & np.isfinite(self.l0)
+            dimension = self.dimensions[name]
+            yield line, dimension, np.isfinite(dimension) & np.isfinite(self.l0)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from saeflow.evaluation.correlation import correlation
-from saeflow.evaluation.measure import Seen
+from saeflow.evaluation.measure import Result, Seen
 
 
 class ContextMeans:
@@ -14,16 +14,18 @@ class ContextMeans:
     Args:
         contexts: of the split.
         columns: of the store; `label` and `objects` are taken over where it has them.
+        listed: of so many contexts, the table `contexts` has a line.
     """
 
-    def __init__(self, contexts: int, columns: Any) -> None:
+    def __init__(self, contexts: int, columns: Any, listed: int = 0) -> None:
+        self.listed = listed
         self.tokens, self.l0, self.k_hat = (np.zeros(contexts) for _ in range(3))
         self.facts = {
             name: np.full(contexts, -1) for name in ("label", "objects") if name in columns
         }
         self.has_k = False
 
-    def add(self, seen: Seen) -> None:
+    def update(self, seen: Seen) -> None:
         context = seen.column("context")
         np.add.at(self.tokens, context, 1)
         np.add.at(self.l0, context, seen.l0.cpu().numpy())
@@ -37,6 +39,9 @@ class ContextMeans:
     def contexts(self) -> np.ndarray:
         """Numbers of the contexts that have evaluated rows."""
         return np.flatnonzero(self.tokens)
+
+    def result(self) -> Result:
+        return Result(self.metrics(), {"contexts": self.lines(self.listed)})
 
     def metrics(self) -> dict[str, float]:
         """Rank correlations with the number of objects, where it is known."""

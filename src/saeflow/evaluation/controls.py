@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from saeflow.evaluation.intervals import PerContext, Sums, bounds, ratios, resample, total
-from saeflow.evaluation.measure import Seen, column_of
+from saeflow.evaluation.measure import Lines, Result, Seen
 from saeflow.evaluation.reconstruction import Reconstruction
-from saeflow.evaluation.rows import RowSelection, RowStatistics, selected_rows
+from saeflow.evaluation.rows import EvaluatedRows
 from saeflow.operators import keep_topk
 
 CONTROLS = ("shuffled_k", "mean_k", "batch_threshold")
@@ -42,20 +42,46 @@ class OwnK:
         self.rows = 0
         self.active = 0
 
-    def add(self, seen: Seen) -> None:
+    def update(self, seen: Seen) -> None:
         self.active += int(seen.l0.sum())
         if seen.allowed is not None:
             stop = self.rows + len(seen.allowed)
             self.held[self.rows : stop] = seen.allowed.floor().cpu().numpy()
             self.rows = stop
 
-    def metrics(self) -> dict[str, float]:
-        return {}
+    def result(self) -> Result:
+        return Result()
 
     @property
     def k(self) -> np.ndarray | None:
         """(rows,) int32; None for an SAE that chooses none."""
         return self.held[: self.rows] if self.rows else None
+
+
+class Controls:
+    """The controls of one SAE, where it chooses a k for each row.
+
+    Args:
+        sae, rows: as for `measure_rows`.
+        own_sums: sees the same rows before this observer's result is asked for.
+        settings: resamples and seed.
+    """
+
+    def __init__(
+        self, sae: Any, rows: EvaluatedRows, own_sums: PerContext, settings: Mapping[str, int]
+    ) -> None:
+        self.sae, self.rows, self.own_sums, self.settings = sae, rows, own_sums, settings
+        self.own = OwnK(rows.statistics.rows)
+
+    def update(self, seen: Seen) -> None:
+        self.own.update(seen)
+
+    def result(self) -> Result:
+        """Lines of the table `controls`, from three further passes of the encoder over the rows."""
+        if self.own.k is None:
+            return Result()
+        lines = control_lines(self.sae, self.rows, self.own, self.own_sums, self.settings)
+        return Result(tables={"controls": lines})
 
 
 def activations(sae: Any, x: Tensor) -> Tensor:
@@ -111,42 +137,37 @@ def mean_k(k: np.ndarray, random: np.random.Generator) -> np.ndarray:
 
 def control_lines(
     sae: Any,
-    store: Any,
-    selection: RowSelection,
-    statistics: RowStatistics,
-    batch_size: int,
-    device: str,
+    rows: EvaluatedRows,
     own: OwnK,
-    own_sums: Sums,
-    contexts: int,
+    own_sums: PerContext,
     settings: Mapping[str, int],
-) -> list[dict[str, Any]]:
+) -> Lines:
     """Lines of the table `controls`; three further passes of the encoder over the rows.
 
     Args:
         sae: whose `allowed_k` is a number for each row.
-        store, selection, statistics, batch_size, device: as of `measure_rows`.
+        rows: as of `measure_rows`.
         own: of the SAE as it is, from a pass over the same rows.
         own_sums: of each context, from that pass.
-        contexts: of the split.
         settings: resamples and seed.
     """
     assert own.k is not None
 
     def batches() -> Iterator[Tensor]:
-        for _, x in selected_rows(store, selection, batch_size, device):
-            yield activations(sae, x)
+        for batch in rows:
+            yield activations(sae, batch.x)
 
     random = np.random.default_rng(settings["seed"])
     counts = {"shuffled_k": random.permutation(own.k), "mean_k": mean_k(own.k, random)}
-    found = {name: PerContext(contexts) for name in CONTROLS}
-    rebuilt = Reconstruction(statistics.mean)
+    found = {name: PerContext(rows.contexts, settings) for name in CONTROLS}
+    rebuilt = Reconstruction(rows.statistics.mean)
     with torch.inference_mode():
         threshold = threshold_for(batches, own.active)
         start = 0
-        for rows, x in selected_rows(store, selection, batch_size, device):
+        for batch in rows:
+            x = batch.x
             acts = activations(sae, x)
-            context = column_of(store, rows, "context")
+            context = batch.column("context")
             for name in CONTROLS:
                 if name in counts:
                     k = (
@@ -160,12 +181,10 @@ def control_lines(
                 terms = rebuilt.add(x, sae.decode(latents))
                 found[name].add_rows(context, terms, (latents != 0).sum(1))
             start += len(x)
-    return _lines(own_sums, {name: one.sums for name, one in found.items()}, settings)
+    return _lines(own_sums.sums, {name: one.sums for name, one in found.items()}, settings)
 
 
-def _lines(
-    own: Sums, controls: Mapping[str, Sums], settings: Mapping[str, int]
-) -> list[dict[str, Any]]:
+def _lines(own: Sums, controls: Mapping[str, Sums], settings: Mapping[str, int]) -> Lines:
     lines = []
     own_drawn, own_values = ratios(resample(own, settings)), ratios(total(own))
     for name, sums in {"own": own, **controls}.items():

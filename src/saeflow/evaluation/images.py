@@ -13,14 +13,14 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from saeflow.evaluation.contexts import ContextMeans
-from saeflow.evaluation.measure import Seen
+from saeflow.evaluation.measure import Result, Seen
 from saeflow.evaluation.reconstruction import Reconstruction
-from saeflow.evaluation.rows import RowSelection, RowStatistics, selected_rows
+from saeflow.evaluation.rows import EvaluatedRows, RowStatistics
 from saeflow.files import write_json
+from saeflow.sources import ImageInputs
 
 CARDS, CARD_FACTS = "cards.safetensors", "cards.json"
-KINDS: dict[str, Literal["first", "rest"]] = {"cls": "first", "patches": "rest"}
-_PER_KIND = ("fvu", "nmse", "cosine")
+_PER_GROUP = ("fvu", "nmse", "cosine")
 _DENSE = 0.1
 _PART = 0.25
 _MOST_PIXELS = 112
@@ -31,33 +31,39 @@ _STRONGEST = 3
 """Concepts shown of each of them."""
 
 
-class PerKind:
-    """Reconstruction and L0 of CLS tokens and of patches, apart.
+class PerGroup:
+    """Reconstruction and L0 of groups of rows, apart, such as CLS tokens and patches.
 
     Args:
-        statistics: rows and mean of each kind, by its name in KINDS.
+        groups: by name, the positions of a context that a group holds.
+        statistics: rows and mean of each group.
     """
 
-    def __init__(self, statistics: Mapping[str, RowStatistics]) -> None:
-        self.rebuilt = {kind: Reconstruction(held.mean) for kind, held in statistics.items()}
-        self.l0 = dict.fromkeys(statistics, 0)
+    def __init__(
+        self,
+        groups: Mapping[str, Literal["first", "rest"]],
+        statistics: Mapping[str, RowStatistics],
+    ) -> None:
+        self.groups = groups
+        self.rebuilt = {name: Reconstruction(statistics[name].mean) for name in groups}
+        self.l0 = dict.fromkeys(groups, 0)
 
-    def add(self, seen: Seen) -> None:
+    def update(self, seen: Seen) -> None:
         first = torch.as_tensor(seen.column("position") == 0)
-        for kind, rebuilt in self.rebuilt.items():
-            mine = first if kind == "cls" else ~first
+        for name, rebuilt in self.rebuilt.items():
+            mine = first if self.groups[name] == "first" else ~first
             if bool(mine.any()):
                 there = mine.to(seen.x.device)
                 rebuilt.add(seen.x[there], seen.x_hat[there])
-                self.l0[kind] += int(seen.l0[mine].sum())
+                self.l0[name] += int(seen.l0[mine].sum())
 
-    def metrics(self) -> dict[str, float]:
+    def result(self) -> Result:
         found: dict[str, float] = {}
-        for kind, rebuilt in self.rebuilt.items():
+        for group, rebuilt in self.rebuilt.items():
             values = rebuilt.metrics()
-            found |= {f"{name}_{kind}": values[name] for name in _PER_KIND}
-            found[f"l0_{kind}"] = self.l0[kind] / rebuilt.rows
-        return found
+            found |= {f"{name}_{group}": values[name] for name in _PER_GROUP}
+            found[f"l0_{group}"] = self.l0[group] / rebuilt.rows
+        return Result(found)
 
 
 class PerImage(ContextMeans):
@@ -66,17 +72,18 @@ class PerImage(ContextMeans):
     Args:
         n_images: images of the split.
         columns: of the store, see ContextMeans.
+        listed: see ContextMeans.
         among: of so many images, what every latent fires on is kept apart.
     """
 
-    def __init__(self, n_images: int, columns: Any, among: int = 0) -> None:
-        super().__init__(n_images, columns)
+    def __init__(self, n_images: int, columns: Any, listed: int = 0, among: int = 0) -> None:
+        super().__init__(n_images, columns, listed)
         self.energy: Any = 0.0  # (d_sae,) sum of squared activations of each latent
         self.among = among
         self.fires_on: Any = None  # (among, d_sae) tokens of each image that it fires on
 
-    def add(self, seen: Seen) -> None:
-        super().add(seen)
+    def update(self, seen: Seen) -> None:
+        super().update(seen)
         self.energy = self.energy + seen.latents.double().square().sum(0).cpu().numpy()
         near = np.flatnonzero(seen.column("context") < self.among)
         if len(near):
@@ -88,34 +95,29 @@ class PerImage(ContextMeans):
 
 def write_cards(
     sae: Any,
-    store: Any,
-    selection: RowSelection,
+    rows: EvaluatedRows,
     per_image: PerImage,
     fired: np.ndarray,
-    pixels: np.ndarray,
-    cover: np.ndarray | None,
-    grid: tuple[int, int],
+    images: ImageInputs,
     name: Callable[[np.ndarray], list[tuple[str, float]]],
     settings: Mapping[str, Any],
-    batch_size: int,
-    device: str,
     folder: Path,
 ) -> None:
     """Pictures of an SAE's most used concepts and of its simplest to most complex images.
 
     Args:
-        sae, store, selection, batch_size, device: as for `measure_rows`.
+        sae, rows: as for `measure_rows`.
         per_image: of a first pass.
         fired: (d_sae,) rows on which each latent fired in it.
-        pixels: (images, height, width, 3) uint8 of the split.
-        cover: of scenes (images, down, across), -1 where a patch shows no object.
-        grid: patches down and across.
+        images: of the split.
         name: nearest text and its cosine of some latents; nothing where there are no texts.
         settings: `concepts`, `images` and `among` of evaluation.concept_cards.
         folder: written: cards.safetensors and cards.json.
     """
+    pixels, cover, grid = images.pixels, images.cover, images.grid
+    n_rows = rows.store.rows
     among = per_image.contexts[per_image.contexts < settings["among"]]
-    chosen = _chosen(per_image, fired, store.rows, settings["concepts"])
+    chosen = _chosen(per_image, fired, n_rows, settings["concepts"])
     order = among[np.argsort(per_image.l0[among] / per_image.tokens[among], kind="stable")]
     places = np.linspace(0, len(order) - 1, min(_SHOWN, len(order))).round().astype(int)
     shown = order[places]
@@ -124,12 +126,12 @@ def write_cards(
     used = np.zeros((len(shown), tokens), np.int32)
     kept: dict[int, Tensor] = {}
     with torch.inference_mode():
-        for rows, x in selected_rows(store, selection, batch_size, device):
-            context = store.column("context", int(rows[0]), int(rows[-1]) + 1)[rows - rows[0]]
+        for batch in rows:
+            x, context = batch.x, batch.column("context")
             mine = np.flatnonzero(context < settings["among"])
             if not len(mine):
                 continue
-            position = store.column("position", int(rows[0]), int(rows[-1]) + 1)[rows - rows[0]]
+            position = batch.column("position")
             latents = sae.encode(x[torch.as_tensor(mine, device=x.device)])
             context, position = context[mine], position[mine]
             activations[context, position] = latents[
@@ -149,7 +151,7 @@ def write_cards(
             strength = np.abs(activations[: len(cover), 1:, number])
             on = cover[: settings["among"]].reshape(len(strength), -1) >= 0
             card["on_objects"] = float((strength * on).sum() / max(strength.sum(), 1e-12))
-        card["firing_rate"] = float(fired[latent] / store.rows)
+        card["firing_rate"] = float(fired[latent] / n_rows)
         if names:
             card["prompt"], card["prompt_cosine"] = names[number]
     strongest = [_strongest(kept[number], grid) for number in range(len(shown))]

@@ -2,24 +2,21 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from scipy import sparse
 
-from saeflow.errors import UserError
 from saeflow.evaluation.absorption import absorb
 from saeflow.evaluation.detection import Scorer, Text, detect, scorer_of
-from saeflow.evaluation.measure import column_of
 from saeflow.evaluation.probing import Rows, probe
-from saeflow.evaluation.rows import selected_rows
+from saeflow.evaluation.rows import EvaluatedRows
+from saeflow.evaluation.setup import Setup
 from saeflow.evaluation.tasks import asked, tasks
 from saeflow.tables.evaluations import write_of_run
-
-if TYPE_CHECKING:
-    from saeflow.evaluation.bench import Bench
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +26,7 @@ _COLUMNS = ("context", "position", "token", "true_indices", "cover", "label")
 def interpret(
     sae: Any,
     config: Mapping[str, Any],
-    bench: "Bench",
+    setup: Setup,
     settings: Mapping[str, Any],
     folder: Path,
     scorer: Scorer | None = None,
@@ -39,7 +36,7 @@ def interpret(
     Args:
         sae: as `saeflow.load` returns it.
         config: its config.json.
-        bench: of the source and hook point it was trained on.
+        setup: of the source and hook point it was trained on.
         settings: evaluation.interpretability of the parameters.
         folder: written.
         scorer: takes the place of the one that settings name.
@@ -47,14 +44,17 @@ def interpret(
     Raises:
         UserError: the SAE was trained on other activations, the scorer cannot be used, or absorption not be measured.
     """
-    bench.check_fits(config)
+    setup.check_fits(config)
     detection = settings["detection"]
     if detection is not None and scorer is None:
         scorer = scorer_of(detection["scorer"])
-    sae = sae.to(bench.device).eval()
-    splits = {"train": bench.train, "evaluation": bench.held_out}
-    held = {split: _read(sae, store, bench, settings["rows"]) for split, store in splits.items()}
-    known = {split: bench.known(split) for split in splits}
+    sae = sae.to(setup.device).eval()
+    splits = {"train": replace(setup.rows, store=setup.train), "evaluation": setup.rows}
+    known = {split: setup.inputs.known(split) for split in splits}
+    held = {
+        split: _read(sae, of_split, known[split], settings["rows"])
+        for split, of_split in splits.items()
+    }
     rows = {split: _probed(*held[split], known[split]) for split in splits}
     chosen = settings["probing"]
     lines = probe(rows["train"], rows["evaluation"], chosen["k"], chosen["rows"], chosen["seed"])
@@ -63,16 +63,16 @@ def interpret(
     if scorer is not None and detection is not None and "token" in held["train"][2]:
         train, test = (
             Text(
-                latents, columns["context"], columns["position"], bench.tokens(split),
-                known[split]["strings"],
+                latents, columns["context"], columns["position"], tokens, known[split]["strings"],
             )
             for split, (_, latents, columns) in held.items()
+            if (tokens := setup.inputs.tokens(split)) is not None
         )  # fmt: skip
         found = detect(train, test, detection, scorer)
     write_of_run(folder, "detection", config, found)
     spelling = settings["absorption"]
-    has_words = spelling is not None and bench.model_in_the_loop is not None
-    lines_of_letters = absorb(sae, bench, spelling) if has_words else []
+    has_words = spelling is not None and setup.kind.has_tokens
+    lines_of_letters = absorb(sae, setup, spelling) if has_words else []
     write_of_run(folder, "absorption", config, lines_of_letters)
     questions = len({line["task"] for line in lines})
     logger.info("%s: %d questions, %d latents", config["name"], questions, len(found))
@@ -90,25 +90,23 @@ def _probed(
 
 
 def _read(
-    sae: Any, store: Any, bench: "Bench", most: int
+    sae: Any, rows: EvaluatedRows, known: Mapping[str, Any], most: int
 ) -> tuple[np.ndarray, sparse.csr_array, dict[str, np.ndarray]]:
     """Activations, latents and columns of the first rows of a store, a random sample since stores are shuffled."""
-    names = [name for name in _COLUMNS if name in store.columns]
+    asked_of = {*_COLUMNS, *known.get("questions", {}).values()}
+    names = [name for name in rows.store.columns if name in asked_of]
     xs, codes, columns, count = [], [], {name: [] for name in names}, 0  # type: ignore[var-annotated]
     with torch.inference_mode():
-        for rows, x in selected_rows(store, bench.selection, bench.batch_size, bench.device):
-            xs.append(x.cpu().numpy())
-            codes.append(sparse.csr_array(sae.encode(x).float().cpu().numpy()))
+        for batch in rows:
+            xs.append(batch.x.cpu().numpy())
+            codes.append(sparse.csr_array(sae.encode(batch.x).float().cpu().numpy()))
             for name in names:
-                columns[name].append(column_of(store, rows, name))
-            count += len(rows)
+                columns[name].append(batch.column(name))
+            count += len(batch.x)
             if count >= most:
                 break
     if not count:
-        raise UserError(
-            f"{store.path}: none of its {store.rows} rows is left to evaluate. Set evaluation.skip_first to false, or "
-            "raise evaluation.max_norm_multiple."
-        )
+        raise rows.none_left()
     joined = {name: np.concatenate(parts)[:most] for name, parts in columns.items()}
     latents = sparse.csr_array(sparse.vstack(codes))[:most]
     return np.concatenate(xs)[:most], latents, joined

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from saeflow.evaluation.measure import Seen
+from saeflow.evaluation.measure import Lines, Result, Seen
 
 RATIOS = {
     "fvu": ("error", "spread"),
@@ -32,13 +32,15 @@ class PerContext:
 
     Args:
         contexts: of the split.
+        settings: resamples and seed.
     """
 
-    def __init__(self, contexts: int) -> None:
+    def __init__(self, contexts: int, settings: Mapping[str, int]) -> None:
+        self.settings = settings
         names = ("rows", "error", "power", "spread", "cosine", "l0")
         self.all = {name: np.zeros(contexts) for name in names}
 
-    def add(self, seen: Seen) -> None:
+    def update(self, seen: Seen) -> None:
         self.add_rows(seen.column("context"), seen.terms, seen.l0)
 
     def add_rows(self, context: np.ndarray, terms: Mapping[str, Tensor], l0: Tensor) -> None:
@@ -53,8 +55,8 @@ class PerContext:
         seen = self.all["rows"] > 0
         return {name: values[seen] for name, values in self.all.items()}
 
-    def metrics(self) -> dict[str, float]:
-        return {}
+    def result(self) -> Result:
+        return Result(tables={"intervals": interval_lines(self.sums, self.settings)})
 
 
 def resample(sums: Sums, settings: Mapping[str, int]) -> dict[str, np.ndarray]:
@@ -96,7 +98,7 @@ def total(sums: Sums) -> dict[str, Any]:
     return {name: values.sum() for name, values in sums.items()}
 
 
-def interval_lines(sums: Sums, settings: Mapping[str, int]) -> list[dict[str, Any]]:
+def interval_lines(sums: Sums, settings: Mapping[str, int]) -> Lines:
     """Lines of the table `intervals`: value, low and high of each metric, and of how many contexts."""
     contexts = len(next(iter(sums.values())))
     drawn = ratios(resample(sums, settings))

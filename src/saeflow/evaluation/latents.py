@@ -13,8 +13,7 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from saeflow.evaluation.measure import column_of
-from saeflow.evaluation.rows import RowSelection, selected_rows
+from saeflow.evaluation.rows import EvaluatedRows
 from saeflow.files import atomic_file
 
 LATENTS = "latents.safetensors"
@@ -29,26 +28,20 @@ _AT_ONCE = 2**27  # numbers of a block of products
 
 def write_latents(
     sae: Any,
-    store: Any,
-    selection: RowSelection,
+    rows: EvaluatedRows,
     tokens: np.ndarray | None,
     settings: Mapping[str, int],
-    batch_size: int,
-    device: str,
     folder: Path,
     lens: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
     """Collect what the cards show and write it to `latents.safetensors`.
 
     Args:
-        sae: with `encode` and `directions`, on `device`.
-        store: the evaluation split.
-        selection: which of its rows count.
+        sae: with `encode` and `directions`, on the device of the rows.
+        rows: of the evaluation split.
         tokens: (contexts, length) token ids; None for images.
         settings: examples a latent; tokens before and after the strongest one (text) or, of images, patches a
             context and contexts to look among; neighbours.
-        batch_size: rows a step.
-        device: where the SAE is.
         folder: gets the file.
         lens: what `logit_lens` found.
 
@@ -58,22 +51,22 @@ def write_latents(
         (same shape, int32, -1 outside of the context) of text, neighbours and cosines (d_sae, neighbours),
         rows (1).
     """
-    found, columns = _strongest(sae, store, selection, settings, batch_size, device)
+    found, columns = _strongest(sae, rows, settings)
     examples = _distinct(
         found.pop("values"), found.pop("rows_of"), columns["context"], settings["examples"]
     )
-    rows = examples.pop("row")
+    shown = examples.pop("row")
     for name in ("context", "position"):
-        examples[name] = np.where(rows >= 0, columns[name][rows], -1).astype(np.int32)
+        examples[name] = np.where(shown >= 0, columns[name][shown], -1).astype(np.int32)
     places = _window(examples["position"], settings)
     lookup = _Lookup(columns)
     wanted = lookup.rows(examples["context"][..., None], places)
-    wanted[rows < 0] = -1
-    values = _look_up(sae, store, selection, wanted, batch_size, device)
+    wanted[shown < 0] = -1
+    values = _look_up(sae, rows, wanted)
     scale = np.maximum(found["maximum"], 1e-30)[:, None, None]
     shades = np.ceil(np.clip(values / scale, 0, 1) * 255).astype(np.uint8)
     if tokens is not None:
-        inside = (places >= 0) & (places < tokens.shape[1]) & (rows[..., None] >= 0)
+        inside = (places >= 0) & (places < tokens.shape[1]) & (shown[..., None] >= 0)
         context = np.maximum(examples["context"], 0)[..., None]
         ids = tokens[context, np.clip(places, 0, tokens.shape[1] - 1)]
         examples["token"] = np.where(inside, ids.astype(np.int32), -1)
@@ -90,14 +83,10 @@ def write_latents(
 
 
 def _strongest(
-    sae: Any,
-    store: Any,
-    selection: RowSelection,
-    settings: Mapping[str, int],
-    batch_size: int,
-    device: str,
+    sae: Any, rows: EvaluatedRows, settings: Mapping[str, int]
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Counts of all rows, and the strongest rows of each latent; columns of all rows of the store."""
+    store, device = rows.store, rows.device
     columns = {name: store.column(name, 0, store.rows) for name in ("context", "position")}
     among = settings.get("contexts")
     kept = _CANDIDATES * settings["examples"]
@@ -105,9 +94,9 @@ def _strongest(
     values, rows_of, histogram, maximum = None, None, None, None
     total = 0
     with torch.inference_mode():
-        for rows, x in selected_rows(store, selection, batch_size, device):
-            latents = sae.encode(x).float()
-            total += len(x)
+        for batch in rows:
+            latents, places = sae.encode(batch.x).float(), batch.numbers
+            total += len(places)
             if values is None or rows_of is None or histogram is None or maximum is None:
                 d_sae = latents.shape[1]
                 values = torch.zeros(d_sae, kept, device=device)
@@ -118,11 +107,11 @@ def _strongest(
             fired = fired + (latents != 0).sum(0)
             histogram += _counts(latents, d_sae)
             if among is not None:
-                near = column_of(store, rows, "context") < among
-                latents, rows = latents[torch.from_numpy(near).to(device)], rows[near]
-            top = latents.t().topk(min(kept, len(rows)), dim=1)
+                near = batch.column("context") < among
+                latents, places = latents[torch.from_numpy(near).to(device)], places[near]
+            top = latents.t().topk(min(kept, len(places)), dim=1)
             joined = torch.cat([values, top.values], 1)
-            numbers = torch.from_numpy(rows).to(device)[top.indices]
+            numbers = torch.from_numpy(places).to(device)[top.indices]
             order = joined.topk(kept, dim=1)
             values, rows_of = (
                 order.values,
@@ -186,22 +175,21 @@ class _Lookup:
         return np.where(there, self.order[place], -1)
 
 
-def _look_up(
-    sae: Any, store: Any, selection: RowSelection, wanted: np.ndarray, batch_size: int, device: str
-) -> np.ndarray:
+def _look_up(sae: Any, rows: EvaluatedRows, wanted: np.ndarray) -> np.ndarray:
     """Activation of each latent (first axis) on the rows `wanted` (d_sae, ...) of it; 0 where there is none."""
     flat = wanted.reshape(-1)
     order = np.argsort(flat, kind="stable")
     latent_of = np.arange(len(flat)) // (len(flat) // len(wanted))
     values = np.zeros(len(flat), np.float32)
     with torch.inference_mode():
-        for rows, x in selected_rows(store, selection, batch_size, device):
-            begin, end = np.searchsorted(flat[order], [rows[0], rows[-1] + 1])
+        for batch in rows:
+            numbers = batch.numbers
+            begin, end = np.searchsorted(flat[order], [numbers[0], numbers[-1] + 1])
             pairs = order[begin:end]
-            place = np.searchsorted(rows, flat[pairs])
-            there = rows[np.minimum(place, len(rows) - 1)] == flat[pairs]
+            place = np.searchsorted(numbers, flat[pairs])
+            there = numbers[np.minimum(place, len(numbers) - 1)] == flat[pairs]
             pairs, place = pairs[there], place[there]
-            latents = sae.encode(x)
+            latents = sae.encode(batch.x)
             picked = latents[torch.from_numpy(place), torch.from_numpy(latent_of[pairs])]
             values[pairs] = picked.float().cpu().numpy()
     return values.reshape(wanted.shape)

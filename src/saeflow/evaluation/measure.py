@@ -1,8 +1,7 @@
-"""Everything about an SAE that needs activations only, in one pass over a store."""
+"""Measurements of an SAE that need activations only, in one pass over a store."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,54 +9,75 @@ import torch
 from torch import Tensor
 
 from saeflow.evaluation.reconstruction import Reconstruction
-from saeflow.evaluation.recovery import Recovery
-from saeflow.evaluation.rows import RowSelection, RowStatistics, selected_rows
+from saeflow.evaluation.rows import EvaluatedRows
 from saeflow.evaluation.sparsity import Histogram, Sparsity
 from saeflow.sources.copies import Copies
 
 
-def column_of(store: Any, rows: np.ndarray, name: str) -> np.ndarray:
-    """A column of a store for some rows in ascending order."""
-    first, last = int(rows[0]), int(rows[-1]) + 1
-    values: np.ndarray = store.column(name, first, last)[rows - first]
-    return values
+@dataclass(frozen=True)
+class Seen:
+    """Some evaluated rows and what the SAE made of them.
+
+    Attributes:
+        rows: (n,) numbers in the store.
+        x: (n, d_in) on the device.
+        x_hat: (n, d_in) on the device.
+        latents: (n, d_sae) on the device.
+        l0: (n,) on the CPU.
+        allowed: (n,) on the CPU: k, where the variant chooses it.
+        terms: (n,) each on the CPU: what each row adds to sums, see `Reconstruction.add`.
+        column: a column of the store for these rows.
+    """
+
+    rows: np.ndarray
+    x: Tensor
+    x_hat: Tensor
+    latents: Tensor
+    l0: Tensor
+    allowed: Tensor | None
+    terms: Mapping[str, Tensor]
+    column: Callable[[str], np.ndarray]
+
+
+Lines = list[dict[str, Any]]
+"""Lines of a table."""
 
 
 @dataclass(frozen=True)
-class Seen:
-    """Some evaluated rows and what the SAE made of them."""
+class Result:
+    """Metrics and lines of tables, by name."""
 
-    rows: np.ndarray  # (n,) numbers in the store
-    x: Tensor  # (n, d_in) on the device
-    x_hat: Tensor  # (n, d_in) on the device
-    latents: Tensor  # (n, d_sae) on the device
-    l0: Tensor  # (n,) on the CPU
-    allowed: Tensor | None  # (n,) on the CPU: k, where the variant chooses it
-    terms: Mapping[
-        str, Tensor
-    ]  # (n,) on the CPU: what each row adds to sums, see Reconstruction.add
-    column: Callable[[str], np.ndarray]  # a column of the store for these rows
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    tables: Mapping[str, Lines] = field(default_factory=dict)
 
 
 class Observer(Protocol):
-    """Takes every evaluated row in, and gives metrics."""
+    """One measure: takes every evaluated row in during the pass, and gives its result after it."""
 
-    def add(self, seen: Seen) -> None: ...
+    def update(self, seen: Seen) -> None: ...
 
-    def metrics(self) -> dict[str, float]: ...
+    def result(self) -> Result: ...
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Measurements of one SAE or baseline."""
+    """Measurements of one SAE or baseline, from one pass over the rows.
+
+    Attributes:
+        metrics: in the order of the observers.
+        tables: lines by table.
+        histograms: by name.
+        fired: (d_sae,) rows on which each latent fired.
+    """
 
     metrics: dict[str, float]
+    tables: dict[str, Lines]
     histograms: dict[str, Histogram]
-    fired: np.ndarray  # (d_sae,) rows on which each latent fired
+    fired: np.ndarray
 
 
 class _Watch:
-    """Shows rows to observers; on a GPU one batch late, so that what they read is copied beside the next one.
+    """Show rows to observers; on a GPU one batch late, so that what they read is copied beside the next one.
 
     Args:
         observers: take rows in.
@@ -97,39 +117,25 @@ class _Watch:
             seen, wait = late
             wait()
             for observer in self.observers:
-                observer.add(seen)
+                observer.update(seen)
 
 
-def measure_rows(
-    sae: Any,
-    store: Any,
-    selection: RowSelection,
-    statistics: RowStatistics,
-    batch_size: int,
-    device: str,
-    features: Tensor | None = None,
-    observers: Sequence[Observer] = (),
-) -> Measured:
-    """Everything that needs activations only, in one pass over a store.
+def measure_rows(sae: Any, rows: EvaluatedRows, observers: Sequence[Observer] = ()) -> Measured:
+    """Measure reconstruction and sparsity, and whatever observers measure, in one pass over a store.
 
     Args:
-        sae: `encode`, `decode` and `allowed_k` on `device`; takes and returns raw activations.
-        store: the evaluation split.
-        selection: which rows count.
-        statistics: of these rows.
-        batch_size: rows per step; does not change a result beyond rounding.
-        device: where the SAE is.
-        features: (n_features, d_in) true dictionary, for an SAE with `directions` on a store
-            with a column `true_indices`; None leaves recovery out.
+        sae: `encode`, `decode` and `allowed_k` on the device of the rows; takes and returns raw activations.
+        rows: of the evaluation split.
         observers: see every row too.
     """
-    rebuilt = Reconstruction(statistics.mean)
-    recovery = None if features is None else Recovery(features, sae.directions())
+    rebuilt = Reconstruction(rows.statistics.mean)
     sparsity: Sparsity | None = None
-    allowed_total, allowed_rows = torch.zeros((), dtype=torch.float64, device=device), 0
-    watch = _Watch(observers, device)
+    allowed_total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    allowed_rows = 0
+    watch = _Watch(observers, rows.device)
     with torch.inference_mode():
-        for rows, x in selected_rows(store, selection, batch_size, device):
+        for batch in rows:
+            x = batch.x
             latents = sae.encode(x)
             x_hat = sae.decode(latents)
             terms = rebuilt.add(x, x_hat)
@@ -139,19 +145,16 @@ def measure_rows(
             if allowed is not None:
                 allowed_total += allowed.double().sum()
                 allowed_rows += len(x)
-
-            column = partial(column_of, store, rows)
-            if recovery is not None:
-                recovery.add(latents, column("true_indices"), allowed)
-            watch.add(Seen(rows, x, x_hat, latents, l0, allowed, terms, column))
+            watch.add(Seen(batch.numbers, x, x_hat, latents, l0, allowed, terms, batch.column))
         watch.finish()
     metrics = rebuilt.metrics()
     assert sparsity is not None  # rebuilt.metrics refuses an empty selection
     metrics |= sparsity.metrics()
     if allowed_rows:
         metrics["k_hat_mean"] = float(allowed_total) / allowed_rows
-    if recovery is not None:
-        metrics |= recovery.metrics()
+    tables: dict[str, Lines] = {}
     for observer in observers:
-        metrics |= observer.metrics()
-    return Measured(metrics, sparsity.histograms(), sparsity.fired.cpu().numpy())
+        found = observer.result()
+        metrics |= found.metrics
+        tables |= found.tables
+    return Measured(metrics, tables, sparsity.histograms(), sparsity.fired.cpu().numpy())

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saeflow.evaluation.measure import Result, Seen
+
 _K_STEPS = 64
 
 
@@ -100,6 +102,13 @@ class Recovery:
         if allowed_k is not None:
             steps = (allowed_k.double() * _K_STEPS).round().long()
             self.k_pairs.update(zip(steps.tolist(), true_count.tolist(), strict=True))
+
+    def update(self, seen: Seen) -> None:
+        """Add rows of a store with the column `true_indices`."""
+        self.add(seen.latents, seen.column("true_indices"), seen.allowed)
+
+    def result(self) -> Result:
+        return Result(self.metrics())
 
     def metrics_of_dictionary(self) -> dict[str, float]:
         """Return matched_feature_cosine and mcc, which need no rows."""

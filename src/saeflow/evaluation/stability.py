@@ -11,7 +11,8 @@ from torch import Tensor
 
 from saeflow.evaluation.correlation import correlation
 from saeflow.evaluation.recovery import cosines, match
-from saeflow.evaluation.rows import RowSelection, selected_rows
+from saeflow.evaluation.rows import EvaluatedRows
+from saeflow.evaluation.setup import Setup
 from saeflow.tables.evaluations import write_of_seeds
 
 MOST_MATCHED = 4096
@@ -95,25 +96,21 @@ def _nearest(a: Tensor, b: Tensor) -> tuple[np.ndarray, np.ndarray, tuple[np.nda
     return np.concatenate(places), np.concatenate(highest), (best, best_at)
 
 
-def compare_seeds(
-    saes: Mapping[int, Any], store: Any, selection: RowSelection, batch_size: int, device: str
-) -> list[dict[str, Any]]:
+def compare_seeds(saes: Mapping[int, Any], rows: EvaluatedRows) -> list[dict[str, Any]]:
     """Every pair of seeds of one setting, in one pass over a store.
 
     Args:
-        saes: by seed, on `device`, in evaluation mode.
-        store: the evaluation split.
-        selection: which rows count.
-        batch_size: rows per step; does not change a result beyond rounding.
+        saes: by seed, on the device of the rows, in evaluation mode.
+        rows: of the evaluation split.
 
     Returns:
         Lines of seed_a, seed_b, metric and value.
     """
-    seen = {seed: PerSeed(sae.d_sae, store.rows) for seed, sae in saes.items()}
+    seen = {seed: PerSeed(sae.d_sae, rows.store.rows) for seed, sae in saes.items()}
     with torch.inference_mode():
-        for _, x in selected_rows(store, selection, batch_size, device):
+        for batch in rows:
             for seed, sae in saes.items():
-                seen[seed].add(sae.encode(x), sae.allowed_k(x))
+                seen[seed].add(sae.encode(batch.x), sae.allowed_k(batch.x))
     lines = []
     for first, second in itertools.combinations(sorted(saes), 2):
         a, b = seen[first], seen[second]
@@ -133,15 +130,14 @@ def compare_seeds(
 
 
 def write_stability(
-    saes: Mapping[int, Any], config: Mapping[str, Any], bench: Any, folder: Path
+    saes: Mapping[int, Any], config: Mapping[str, Any], setup: Setup, folder: Path
 ) -> None:
     """Compare the seeds of one setting and write stability.csv.
 
     Args:
         saes: by seed, as `saeflow.load` returns them.
         config: config.json of one of them.
-        bench: of the store they were trained on.
+        setup: of the store they were trained on.
     """
-    moved = {seed: sae.to(bench.device).eval() for seed, sae in saes.items()}
-    found = compare_seeds(moved, bench.held_out, bench.selection, bench.batch_size, bench.device)
-    write_of_seeds(folder, config, found)
+    moved = {seed: sae.to(setup.device).eval() for seed, sae in saes.items()}
+    write_of_seeds(folder, config, compare_seeds(moved, setup.rows))

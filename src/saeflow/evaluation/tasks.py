@@ -40,7 +40,8 @@ def tasks(columns: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> dict[s
     Args:
         columns: the store's columns, each (rows, ...).
         known: of text, `strings` (token id -> text) and, where documents are of several kinds, `kinds`, (contexts,)
-            the kind of the document that each context begins in, and `all_kinds`; of images, `classes`, their names.
+            the kind of the document that each context begins in, and `all_kinds`; of images, `classes`, their names;
+            of other sources, `questions`, each with the column that answers it: 0 for no.
 
     Returns:
         By question, (rows,) bool.
@@ -52,7 +53,9 @@ def tasks(columns: Mapping[str, np.ndarray], known: Mapping[str, Any]) -> dict[s
         return {f"feature {i}": (indices == i).any(1) for i in range(_FEATURES)}
     if _of_patches(columns):
         return _of_scenes(columns["cover"])
-    names = known["classes"][:_CLASSES]
+    if "questions" in known:
+        return {name: columns[column] != 0 for name, column in known["questions"].items()}
+    names = known.get("classes", [])[:_CLASSES]
     return {name: columns["label"] == number for number, name in enumerate(names)}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from saeflow.errors import UserError
 from saeflow.evaluation.controls import OwnK, activations, threshold_for
 from saeflow.evaluation.measure import measure_rows
-from saeflow.evaluation.rows import RowSelection, row_statistics, selected_rows
+from saeflow.evaluation.rows import EvaluatedRows, RowSelection
 from saeflow.exchange.plain import Plain, affine, sae_of
 from saeflow.saes.base import SAE
 from saeflow.saes.per_input_k import PerInputK
@@ -43,18 +43,19 @@ def calibrate(sae: SAE, store: Any) -> tuple[Plain, dict[str, Any]]:
             "the SAE is evaluated on."
         )
 
-    def batches() -> Iterator[Tensor]:
-        for _, x in selected_rows(store, _ALL, _BATCH, "cpu"):
-            yield activations(sae, x)
+    rows = EvaluatedRows(store, _ALL, _BATCH, "cpu")
 
-    statistics = row_statistics(store, _ALL, _BATCH, "cpu")
-    own = OwnK(statistics.rows)
-    measured = {"own": measure_rows(sae, store, _ALL, statistics, _BATCH, "cpu", observers=[own])}
+    def batches() -> Iterator[Tensor]:
+        for batch in rows:
+            yield activations(sae, batch.x)
+
+    own = OwnK(rows.statistics.rows)
+    measured = {"own": measure_rows(sae, rows, [own])}
     with torch.inference_mode():
         threshold = threshold_for(batches, own.active)
     plain = Plain("jumprelu", **affine(sae), threshold=torch.full((sae.d_sae,), threshold))
-    measured["exported"] = measure_rows(sae_of(plain)[2], store, _ALL, statistics, _BATCH, "cpu")
-    facts: dict[str, Any] = {"threshold": threshold, "rows": statistics.rows}
+    measured["exported"] = measure_rows(sae_of(plain)[2], rows)
+    facts: dict[str, Any] = {"threshold": threshold, "rows": rows.statistics.rows}
     for name, found in measured.items():
         facts |= {f"{metric}_{name}": found.metrics[metric] for metric in ("fvu", "l0_mean")}
     return plain, facts

@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from saeflow.sources import SourceKind, kind_of
+
 _FIXED = ("topk",)
 """Variants whose number of active latents does not vary."""
 
@@ -30,9 +32,9 @@ class Asked:
         ]
         self.interpreted = self.evaluation.get("interpretability") or {}
 
-    def kind(self, kind: str) -> bool:
-        """Tell whether an SAE is trained on a source of this kind."""
-        return any(source["kind"] == kind for source in self.sources.values())
+    def source(self, fact: Callable[[SourceKind], bool]) -> bool:
+        """Tell whether an SAE is trained on a source of a kind with this fact."""
+        return any(fact(kind_of(source)) for source in self.sources.values())
 
     def variant(self, *variants: str) -> bool:
         """Tell whether a run is of one of these variants."""
@@ -52,11 +54,13 @@ class Asked:
 
     def labelled(self) -> bool:
         """Tell whether images are classified."""
-        return self.kind("vision") and bool(self.evaluation["labelled_sets"])
+        classifies = self.source(lambda kind: kind.has_labelled_sets)
+        return classifies and bool(self.evaluation["labelled_sets"])
 
     def cards(self) -> bool:
         """Tell whether concepts of images are shown."""
-        return self.kind("vision") and self.evaluation["concept_cards"] is not None
+        has_images = self.source(lambda kind: kind.has_images)
+        return has_images and self.evaluation["concept_cards"] is not None
 
     def varying(self) -> bool:
         """Tell whether some run's number of active latents varies."""

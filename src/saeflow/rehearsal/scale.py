@@ -18,7 +18,7 @@ from saeflow.config.options import counts_of_latents
 from saeflow.config.variants import variants, with_options
 from saeflow.errors import UserError
 from saeflow.files import json_digest
-from saeflow.sources import scenes
+from saeflow.sources import kind_of, scenes
 from saeflow.sources.layouts import HookPoint, known_shape
 
 MARK = "REHEARSAL"
@@ -467,9 +467,8 @@ class _Sources:
 
 def _rows_per_context(source: Mapping[str, Any]) -> int:
     """Rows that a context of a source of stand-ins gives."""
-    if source["kind"] == "vision":
-        return {"cls": 1, "patches": PATCHES, "all": PATCHES + 1}[source["tokens"]]
-    return int(source["context_length"]) - bool(source["skip_first"])
+    known = kind_of(source).rows_per_context(source)
+    return PATCHES + (source["tokens"] == "all") if known is None else known
 
 
 def _contexts_needed(source: Mapping[str, Any], store: Mapping[str, Any]) -> int:

@@ -1,40 +1,25 @@
 """Sources of activations: models that read text or see images, and synthetic data whose truth is known.
 
-A kind of source is one module with `check`, `external_inputs`, `prepare_inputs` and `open_source`, and
-one line in KINDS. Modules are imported when they are used, so that checking parameters loads no model code.
+A kind of source is one module and one line in `saeflow.sources.kinds`.
 """
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest, folder_digests, json_digest
-from saeflow.sources.base import Block, Source
+from saeflow.sources.base import Block, ImageInputs, Inputs, Source
+from saeflow.sources.kinds import KINDS, SourceKind, kind_named, kind_of
 
 __all__ = [
-    "KINDS", "Block", "Source", "check_source", "external_digest", "external_inputs", "open_source",
-    "prepare_inputs",
+    "KINDS", "Block", "ImageInputs", "Inputs", "Source", "SourceKind", "check_source", "external_digest", "external_inputs",
+    "kind_named", "kind_of", "open_source", "prepare_inputs",
 ]  # fmt: skip
-
-KINDS = {
-    "synthetic": "saeflow.sources.synthetic",
-    "text": "saeflow.sources.text",
-    "vision": "saeflow.sources.vision",
-}
 
 BUNDLED = "bundled:"
 PINNED = ("hub:", "wheel:", "dataset:")
 """Names of things from outside that carry their own digest: a commit, or the SHA-256 of an archive."""
-
-
-def _kind(params: Mapping[str, Any]) -> ModuleType:
-    kind = params["kind"]
-    if kind not in KINDS:
-        raise UserError(f"kind: expected one of {', '.join(sorted(KINDS))}, found {kind!r}.")
-    return importlib.import_module(KINDS[kind])
 
 
 def check_source(name: str, params: Mapping[str, Any], folder: Path) -> None:
@@ -48,12 +33,12 @@ def check_source(name: str, params: Mapping[str, Any], folder: Path) -> None:
     Raises:
         UserError: a layer that the model lacks, an unknown layout, impossible synthetic data.
     """
-    _kind(params).check(name, params, folder)
+    kind_of(params).check(name, params, folder)
 
 
 def external_inputs(params: Mapping[str, Any]) -> dict[str, str]:
     """Digests of what `prepare_inputs` reads from outside the results, by name."""
-    return dict(_kind(params).external_inputs(params))
+    return kind_of(params).external_inputs(params)
 
 
 def external_digest(name: str) -> str | None:
@@ -95,7 +80,7 @@ def prepare_inputs(
     Returns:
         What was read and what was left out, for the record.
     """
-    return dict(_kind(params).prepare_inputs(params, rows, model, folder, workers))
+    return dict(kind_of(params).prepare_inputs(params, rows, model, folder, workers))
 
 
 def open_source(params: Mapping[str, Any], folder: Path, device: str) -> Source:
@@ -106,5 +91,4 @@ def open_source(params: Mapping[str, Any], folder: Path, device: str) -> Source:
         folder: results/sources/NAME.
         device: where the model runs; activations come back on the CPU.
     """
-    source: Source = _kind(params).open_source(params, folder, device)
-    return source
+    return kind_of(params).open(params, folder, device)

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -48,10 +49,17 @@ def generator(seed: int, stream: int, number: int) -> np.random.Generator:
 class Source(Protocol):
     """Activations of contexts; each context gives `rows_per_context` rows."""
 
-    hook_points: list[str]
-    d_in: dict[str, int]
-    rows_per_context: int
-    columns: dict[str, Column]
+    @property
+    def hook_points(self) -> list[str]: ...
+
+    @property
+    def d_in(self) -> dict[str, int]: ...
+
+    @property
+    def rows_per_context(self) -> int: ...
+
+    @property
+    def columns(self) -> dict[str, Column]: ...
 
     def n_contexts(self, split: str) -> int:
         """Number of contexts of a split."""
@@ -60,3 +68,68 @@ class Source(Protocol):
     def block(self, split: str, start: int, stop: int) -> Block:
         """Activations of contexts [start, stop); the same bits in whatever pieces they are asked for."""
         ...
+
+
+@dataclass(frozen=True)
+class ImageInputs:
+    """Images of the evaluation split and where their rows lie.
+
+    Attributes:
+        pixels: (images, height, width, 3) uint8, mapped from disk.
+        cover: (images, down, across) class of the object on each patch, -1 for none; None where it is not known.
+        grid: patches down and across.
+        first: position of the first patch.
+        patches: patches of an image that the stores hold; 1 where a row stands for the whole image.
+    """
+
+    pixels: np.ndarray
+    cover: np.ndarray | None
+    grid: tuple[int, int]
+    first: int
+    patches: int
+
+
+class Inputs:
+    """Prepared inputs of a source and what is known of its rows beside the store's columns.
+
+    A kind of source overrides what it knows; the defaults know nothing.
+
+    Args:
+        params: an entry of `sources`.
+        folder: results/sources/NAME/inputs, as `prepare_inputs` wrote it.
+        model: the folder of the source's model.
+    """
+
+    def __init__(self, params: Mapping[str, Any], folder: Path, model: Path) -> None:
+        self.params, self.folder, self.model = params, folder, model
+
+    @property
+    def row_groups(self) -> Mapping[str, Literal["first", "rest"]]:
+        """Groups of rows that are also measured apart, by name: the first position of a context, or the rest."""
+        return {}
+
+    @property
+    def true_features(self) -> np.ndarray | None:
+        """(n_features, d_in) true dictionary."""
+        return None
+
+    def true_counts(self, split: str, contexts: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Context, position and number of true features or objects of the rows that probes read, (rows,) each."""
+        raise NotImplementedError
+
+    def n_contexts(self, split: str) -> int:
+        """Number of contexts of a split."""
+        return len(np.load(self.folder / f"{split}.npy", mmap_mode="r"))
+
+    def tokens(self, split: str) -> np.ndarray | None:
+        """(contexts, length) token ids of a text, mapped from disk."""
+        return None
+
+    def known(self, split: str) -> dict[str, Any]:
+        """Facts that questions about rows are made of, see `saeflow.evaluation.tasks.tasks`."""
+        return {}
+
+    @property
+    def images(self) -> ImageInputs | None:
+        """The images of the evaluation split."""
+        return None

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from saeflow.config import read_yaml
+import yaml
+
 from saeflow.errors import UserError
 
 SHAPES = Path(__file__).with_name("shapes.yaml")
@@ -13,7 +14,7 @@ SHAPES = Path(__file__).with_name("shapes.yaml")
 
 @functools.cache
 def _table() -> dict[str, Any]:
-    return dict(read_yaml(SHAPES))
+    return dict(yaml.safe_load(SHAPES.read_text(encoding="utf-8")))
 
 
 def pinned_config(model: Mapping[str, Any]) -> dict[str, Any] | None:

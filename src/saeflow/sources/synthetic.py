@@ -14,7 +14,7 @@ import numpy as np
 
 from saeflow.errors import UserError
 from saeflow.files import read_json, write_json
-from saeflow.sources.base import Block, Column, generator
+from saeflow.sources.base import Block, Column, Inputs, generator
 from saeflow.sources.firing import (
     Hierarchy,
     arrival_times,
@@ -24,6 +24,7 @@ from saeflow.sources.firing import (
     loadings,
     sample_l0,
 )
+from saeflow.sources.kinds import SourceKind
 from saeflow.sources.true_dictionary import true_dictionary
 
 HOOK_POINT = "features"
@@ -248,3 +249,40 @@ class SyntheticSource:
         noise = rng.standard_normal((ROWS_PER_CONTEXT, self.features.shape[1]), dtype=np.float32)
         x = latents @ self.features + np.float32(self.params["noise_std"]) * noise
         return x, indices, values
+
+
+class SyntheticInputs(Inputs):
+    """The true dictionary and the counts of true features."""
+
+    @property
+    def true_features(self) -> np.ndarray:
+        """(n_features, d_in) unit rows."""
+        from safetensors.numpy import load_file
+
+        features: np.ndarray = load_file(self.folder / DICTIONARY)["features"]
+        return features
+
+    def n_contexts(self, split: str) -> int:
+        """Number of contexts of a split."""
+        return int(read_json(self.folder / STRUCTURE)["contexts"][split])
+
+    def true_counts(self, split: str, contexts: np.ndarray) -> tuple[np.ndarray, ...]:
+        """The number of active true features of every row."""
+        source, found = SyntheticSource(self.params, self.folder), []
+        for context in contexts.tolist():
+            columns = source.block(split, context, context + 1).columns
+            count = (columns["true_indices"] >= 0).sum(1).astype(np.float64)
+            found.append((columns["context"], columns["position"], count))
+        return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+
+
+KIND = SourceKind(
+    check=check,
+    external_inputs=external_inputs,
+    prepare_inputs=prepare_inputs,
+    open=open_source,
+    inputs=SyntheticInputs,
+    rows_per_context=lambda params: ROWS_PER_CONTEXT,
+    has_true_counts=lambda params: True,
+    has_true_dictionary=True,
+)

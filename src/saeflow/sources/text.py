@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from saeflow.errors import UserError
-from saeflow.sources.base import Column, positions
+from saeflow.sources.base import Column, Inputs, positions
 from saeflow.sources.documents import (
     Document,
+    document_kinds,
     documents_digests,
     is_evaluation,
     read_documents,
 )
+from saeflow.sources.kinds import InModel, SourceKind
 from saeflow.sources.layouts import check_hook_points
 from saeflow.sources.model_source import ModelSource
 from saeflow.sources.overlap import RUN, shared_runs
@@ -293,3 +295,35 @@ class TextSource(ModelSource):
     def known(self, split: str, start: int, stop: int) -> dict[str, np.ndarray]:
         """The token of each row."""
         return {"token": self.inputs(split)[start:stop, self.positions]}
+
+
+class TextInputs(Inputs):
+    """Packed contexts of tokens and the documents that they begin in."""
+
+    def tokens(self, split: str) -> np.ndarray:
+        """(contexts, length) token ids, mapped from disk."""
+        return np.load(self.folder / f"{split}.npy", mmap_mode="r")
+
+    def known(self, split: str) -> dict[str, Any]:
+        """`strings`: token id to text; where documents are of several kinds, `kinds` and `all_kinds`."""
+        from saeflow.sources.models import load_tokenizer, token_texts
+
+        known: dict[str, Any] = {"strings": token_texts(load_tokenizer(self.model))}
+        kinds = document_kinds(self.params["text"])
+        if kinds is not None:
+            known["all_kinds"] = set(kinds.tolist())
+            known["kinds"] = kinds[np.load(self.folder / f"{split}_documents.npy")]
+        return known
+
+
+KIND = SourceKind(
+    check=check,
+    external_inputs=external_inputs,
+    prepare_inputs=prepare_inputs,
+    open=open_source,
+    inputs=TextInputs,
+    rows_per_context=rows_per_context,
+    probed_position=lambda params: int(params["context_length"]) - 1,
+    has_tokens=True,
+    in_model=InModel(module="saeflow.evaluation.in_model.text", options=("ce_contexts",)),
+)

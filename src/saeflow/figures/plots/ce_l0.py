@@ -40,5 +40,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
 FIGURE = Figure(
     title="The model's loss against sparsity",
     draw=draw,
-    needs=Need("a text source with SAEs", lambda asked: asked.kind("text")),
+    needs=Need(
+        "a text source with SAEs", lambda asked: asked.source(lambda kind: kind.predicts_contexts)
+    ),
 )

@@ -39,5 +39,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
 FIGURE = Figure(
     title="Recovery of a known dictionary",
     draw=draw,
-    needs=Need("a synthetic source with SAEs", lambda asked: asked.kind("synthetic")),
+    needs=Need(
+        "a synthetic source with SAEs",
+        lambda asked: asked.source(lambda kind: kind.has_true_dictionary),
+    ),
 )

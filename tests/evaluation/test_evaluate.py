@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from saeflow.errors import UserError
-from saeflow.evaluation import Bench, benches, evaluate_baselines, evaluate_sae
+from saeflow.evaluation import Setup, evaluate_baselines, evaluate_sae, setups
+from saeflow.evaluation.evaluate import measure
+from saeflow.evaluation.in_model.text import write_clean
 from saeflow.evaluation.recovery import Recovery
-from saeflow.evaluation.splice import write_clean
 from saeflow.saes import load, read_config
 from saeflow.sources.hook_points import splice
 from saeflow.stores import open_store
@@ -29,8 +30,8 @@ def wide(folder: Path) -> pd.DataFrame:
 
 
 def test_baselines_of_text_go_through_the_model(results: Path, tmp_path: Path) -> None:
-    bench = Bench(results, "tiny", HOOK_POINT, EVALUATION, "cpu")
-    evaluate_baselines([3, 6], [bench], tmp_path)
+    setup = Setup(results, "tiny", HOOK_POINT, EVALUATION, "cpu")
+    evaluate_baselines([3, 6], [setup], tmp_path)
     table = wide(tmp_path)
     identity, mean, pca3, pca6 = (
         table.loc[f"tiny/{HOOK_POINT}/{name}"]
@@ -45,15 +46,15 @@ def test_baselines_of_text_go_through_the_model(results: Path, tmp_path: Path) -
     assert (table.first_position_excluded == 1).all()
     assert (table.ce_first_position_kept == 1).all()
     assert (table.max_norm_multiple == 10).all()
-    assert set(bench.inputs) == {
+    assert set(setup.read) == {
         results / "stores/tiny/train", results / "stores/tiny/evaluation",
         results / "sources/tiny/model", results / f"evaluations/tiny/{HOOK_POINT}/clean",
     }  # fmt: skip
 
 
 def test_baselines_of_synthetic_data_have_no_recovery(results: Path, tmp_path: Path) -> None:
-    bench = Bench(results, "synthetic", "features", EVALUATION, "cpu")
-    evaluate_baselines([2, 400], [bench], tmp_path)
+    setup = Setup(results, "synthetic", "features", EVALUATION, "cpu")
+    evaluate_baselines([2, 400], [setup], tmp_path)
     table = wide(tmp_path)
     assert list(table.index) == [
         "synthetic/features/identity/k12", "synthetic/features/mean/k0", "synthetic/features/pca/k2",
@@ -81,9 +82,9 @@ class Oracle(torch.nn.Module):
 
 def test_the_true_code_is_recovered_whole(results: Path) -> None:
     """Latents put at the true features give support F1, MMCS and explained variance 1."""
-    bench = Bench(results, "synthetic", "features", EVALUATION, "cpu")
+    setup = Setup(results, "synthetic", "features", EVALUATION, "cpu")
     features = load_file(results / "sources/synthetic/inputs/dictionary.safetensors")["features"]
-    store, place = bench.held_out, {}
+    store, place = setup.held_out, {}
     indices, values = store.column("true_indices"), store.column("true_values")
     for row, x in enumerate(store.read(0, store.rows)):
         place[x.numpy().tobytes()] = row
@@ -97,7 +98,7 @@ def test_the_true_code_is_recovered_whole(results: Path) -> None:
         return latents
 
     oracle.encode = encode
-    got = bench.measure(oracle, is_trained=True)[0].metrics
+    got = measure(setup, oracle, is_trained=True)[0].metrics
     for name in (
         "matched_feature_cosine",
         "mcc",
@@ -112,20 +113,20 @@ def test_the_true_code_is_recovered_whole(results: Path) -> None:
 
 
 def test_an_sae_of_another_store_is_refused(results: Path) -> None:
-    bench = Bench(results, "synthetic", "features", EVALUATION, "cpu")
+    setup = Setup(results, "synthetic", "features", EVALUATION, "cpu")
     config = {"name": "run", "source": "tiny", "hook_point": HOOK_POINT, "d_in": 12}
     with pytest.raises(UserError, match=rf"activations of tiny/{HOOK_POINT}.*found synthetic/feat"):
-        bench.check_fits(config)
+        setup.check_fits(config)
     config |= {"source": "synthetic", "hook_point": "features", "d_in": 13}
     with pytest.raises(UserError, match=r"width 13, .* found 12"):
-        bench.check_fits(config)
-    config |= {"d_in": 12, "scale": 2 * bench.train.scale}
+        setup.check_fits(config)
+    config |= {"d_in": 12, "scale": 2 * setup.train.scale}
     with pytest.raises(UserError, match=r"features.zarr: expected activations of scale"):
-        bench.check_fits(config)
-    config |= {"scale": bench.train.scale, "model": "0123456789abcdef"}
+        setup.check_fits(config)
+    config |= {"scale": setup.train.scale, "model": "0123456789abcdef"}
     with pytest.raises(UserError, match=r"the model 0123456789ab, which SAE run .* found none"):
-        bench.check_fits(config)
-    bench.check_fits(config | {"model": None})
+        setup.check_fits(config)
+    setup.check_fits(config | {"model": None})
 
 
 @pytest.mark.parametrize("variant", ["topk", "batch_topk", "relu"])
@@ -135,8 +136,8 @@ def test_trained_saes_go_from_folder_to_tables(results: Path, tmp_path: Path, va
         sae = train_sae(results, source, hook_point, variant)
         out = tmp_path / source
         out.mkdir()
-        bench = Bench(results, source, hook_point, EVALUATION, "cpu")
-        evaluate_sae(load(sae), read_config(sae), [bench], out)
+        setup = Setup(results, source, hook_point, EVALUATION, "cpu")
+        evaluate_sae(load(sae), read_config(sae), [setup], out)
         folders.append((out, sae))
     tables = tmp_path / "tables"
     tables.mkdir()
@@ -182,10 +183,10 @@ def test_trained_saes_go_from_folder_to_tables(results: Path, tmp_path: Path, va
 
 def test_metrics_of_a_trained_sae_match_a_plain_loop(results: Path) -> None:
     """fvu, cosine and L0 of a saved SAE, written out in float64 from its weights."""
-    bench = Bench(results, "tiny", HOOK_POINT, EVALUATION, "cpu")
+    setup = Setup(results, "tiny", HOOK_POINT, EVALUATION, "cpu")
     sae = load(train_sae(results, "tiny", HOOK_POINT, "relu"))
-    got = bench.measure(sae, is_trained=False)[0].metrics
-    x = bench.held_out.read(0, bench.held_out.rows).double().numpy()
+    got = measure(setup, sae, is_trained=False)[0].metrics
+    x = setup.held_out.read(0, setup.held_out.rows).double().numpy()
     w = {name: value.detach().double().numpy() for name, value in sae.named_parameters()}
     z = np.maximum((x - w["b_dec"]) @ w["W_enc"] + w["b_enc"], 0)
     x_hat = z @ w["W_dec"] + w["b_dec"]
@@ -209,7 +210,7 @@ def another_source(results: Path) -> Path:
     clean = results / "evaluations/tiny" / HOOK_POINT / "on/another"
     clean.mkdir(parents=True)
     mean = open_store(results / "stores/tiny/train" / f"{HOOK_POINT}.zarr").mean
-    write_clean(TEXT, folder, HOOK_POINT, mean, EVALUATION["ce_contexts"], "cpu", clean)
+    write_clean(TEXT, folder, HOOK_POINT, mean, EVALUATION, {}, "cpu", clean)
     return results
 
 
@@ -217,7 +218,7 @@ def test_an_sae_is_measured_on_another_sources_rows(another_source: Path, tmp_pa
     """FVU from the other store's rows, cross-entropies from plain runs of the model on its texts."""
     results = another_source
     evaluation = EVALUATION | {"also_on": {"another": {"dimension": None}}}
-    both = benches(results, "tiny", HOOK_POINT, evaluation, "cpu")
+    both = setups(results, "tiny", HOOK_POINT, evaluation, "cpu")
     folder = train_sae(results, "tiny", HOOK_POINT, "topk")
     evaluate_sae(load(folder), read_config(folder), both, tmp_path)
     (tmp_path / "baselines").mkdir()
@@ -276,9 +277,11 @@ def test_batch_size_does_not_change_a_metric_of_a_trained_sae(
     for source, hook_point in (("synthetic", "features"), ("tiny", HOOK_POINT)):
         sae = load(train_sae(results, source, hook_point, "topk"))
         expected, got = (
-            Bench(results, source, hook_point, EVALUATION | {"batch_size": size}, "cpu")
-            .measure(sae, is_trained=True)[0]
-            .metrics
+            measure(
+                Setup(results, source, hook_point, EVALUATION | {"batch_size": size}, "cpu"),
+                sae,
+                is_trained=True,
+            )[0].metrics
             for size in (100, batch_size)
         )
         assert got == pytest.approx(expected, rel=1e-6, abs=1e-7)

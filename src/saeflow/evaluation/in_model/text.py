@@ -1,4 +1,4 @@
-"""The model in the loop: what a reconstruction at the hook point does to the model's predictions.
+"""A language model in the loop: what a reconstruction at the hook point does to next-token predictions.
 
 The clean side of evenly spread evaluation contexts is computed once per hook point and kept on disk
 (`write_clean`); each SAE then costs only the blocks from the hook point on and the lm head.
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from saeflow.errors import UserError
+from saeflow.evaluation.in_model import InModelResult
 from saeflow.evaluation.intervals import bounds, resample
 from saeflow.files import read_json, write_json
 from saeflow.sources.copies import Copies
@@ -45,7 +46,8 @@ def write_clean(
     folder: Path,
     hook_point: str,
     mean: Tensor,
-    ce_contexts: int,
+    settings: Mapping[str, Any],
+    labelled: Mapping[str, Path],
     device: str,
     out: Path,
 ) -> None:
@@ -56,7 +58,8 @@ def write_clean(
         folder: the source's folder, with model/ and inputs/evaluation.npy.
         hook_point: where activations are replaced.
         mean: (d_in,) mean row of the training split.
-        ce_contexts: how many contexts, spread evenly over the split.
+        settings: `ce_contexts`, the number of contexts, spread evenly over the split.
+        labelled: not used.
         device: where the model runs.
         out: written: `contexts-NNNNN.safetensors`, one per `forward_batch` contexts, with token_ids
             (n, length), activation (n, length, d_in), ce (n (length - 1),), zero_rise (n,), what zero in the
@@ -68,6 +71,7 @@ def write_clean(
         UserError: the split has fewer contexts than asked for.
     """
     available = np.load(folder / "inputs" / "evaluation.npy", mmap_mode="r")
+    ce_contexts = settings["ce_contexts"]
     if ce_contexts > len(available):
         raise UserError(
             f"evaluation.ce_contexts: expected at most {len(available)} (contexts of the evaluation "
@@ -259,7 +263,7 @@ def losses_and_divergences_from_expectations(
     return torch.cat(losses), torch.cat(divergences)
 
 
-class ModelInTheLoop:
+class NextTokens:
     """Cross-entropy and KL of any replacement, against a clean side that `write_clean` left.
 
     Args:
@@ -320,6 +324,15 @@ class ModelInTheLoop:
             )
         return whole
 
+    def measure(self, sae: Any, *, is_trained: bool) -> InModelResult:
+        """Cross-entropy and KL with an SAE's or a baseline's reconstructions in the model."""
+        sums = self.sums(sae.forward)
+        return InModelResult(self.metrics(sums), sums)
+
+    def name_latents(self, sae: Any, latents: np.ndarray) -> list[tuple[str, float]]:
+        """Nothing: next tokens give no text to compare latents with."""
+        return []
+
     def metrics(self, sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Return the metrics of one replacement, from its `sums`."""
         summary = self.summary
@@ -347,3 +360,6 @@ class ModelInTheLoop:
         return losses_and_divergences_from_expectations(
             self.model, hidden, parts["expected"], parts["offsets"], token_ids
         )
+
+
+open_clean = NextTokens

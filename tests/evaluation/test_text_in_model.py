@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from saeflow.errors import UserError
-from saeflow.evaluation import splice as splice_module
 from saeflow.evaluation.baselines import Identity, Mean
-from saeflow.evaluation.splice import ModelInTheLoop, write_clean
+from saeflow.evaluation.in_model import text as text_module
+from saeflow.evaluation.in_model.text import NextTokens, write_clean
 from saeflow.files import write_json
 
 WIDTH, LENGTH, CONTEXTS, VOCABULARY = 16, 12, 7, 61
@@ -65,7 +65,7 @@ def tiny_model(kind: str) -> Any:
     return model.eval()
 
 
-def measured(loop: ModelInTheLoop, replace: Callable[[Tensor], Tensor]) -> dict[str, float]:
+def measured(loop: NextTokens, replace: Callable[[Tensor], Tensor]) -> dict[str, float]:
     return loop.metrics(loop.sums(replace))
 
 
@@ -112,12 +112,12 @@ def make_source(tmp_path: Path, kind: str, contexts: int = CONTEXTS) -> tuple[Pa
 
 def make_loop(
     folder: Path, hook_point: str, *, skip_first: bool, forward_batch: int = 3, out: str = "clean"
-) -> ModelInTheLoop:
+) -> NextTokens:
     clean = folder / out
     clean.mkdir()
     source = {"skip_first": skip_first, "forward_batch": forward_batch}
-    write_clean(source, folder, hook_point, MEAN, CONTEXTS, "cpu", clean)
-    return ModelInTheLoop(clean, folder / "model", "cpu")
+    write_clean(source, folder, hook_point, MEAN, {"ce_contexts": CONTEXTS}, {}, "cpu", clean)
+    return NextTokens(clean, folder / "model", "cpu")
 
 
 MEAN = torch.linspace(-1, 1, WIDTH, dtype=torch.float64)
@@ -242,17 +242,17 @@ def test_losses_over_a_large_vocabulary_match_float64(shift: float) -> None:
     ids = torch.randint(0, 50_000, (2, 20))
     clean = 1.5 * torch.randn(2, 20, 32)
     hidden = clean + shift * torch.randn(2, 20, 32)
-    head = splice_module.linear_head(model)
+    head = text_module.linear_head(model)
     assert head is not None
     with torch.no_grad():
         p, q = (
             (h[:, :-1].flatten(0, 1).double() @ head.double().T).log_softmax(-1)
             for h in (clean, hidden)
         )
-        clean_losses, *terms = splice_module.clean_expectations(model, head, clean, ids)
-        assert torch.equal(clean_losses, splice_module.token_losses(model, clean, ids))
-        fast = splice_module.losses_and_divergences_from_expectations(model, hidden, *terms, ids)
-        plain = splice_module.losses_and_divergences(model, hidden, clean, ids)
+        clean_losses, *terms = text_module.clean_expectations(model, head, clean, ids)
+        assert torch.equal(clean_losses, text_module.token_losses(model, clean, ids))
+        fast = text_module.losses_and_divergences_from_expectations(model, hidden, *terms, ids)
+        plain = text_module.losses_and_divergences(model, hidden, clean, ids)
     targets = ids[:, 1:].flatten()
     expected_kl = kl_div(q, p, log_target=True, reduction="batchmean")
     expected_ce = torch.nn.functional.cross_entropy(q, targets)
@@ -265,7 +265,7 @@ def test_losses_over_a_large_vocabulary_match_float64(shift: float) -> None:
 def test_batches_and_slices_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _, _ = make_source(tmp_path, "llama")
     expected = measured(make_loop(folder, CASES[0][1], skip_first=True), damaged)
-    monkeypatch.setattr(splice_module, "_LOGITS_AT_ONCE", 4 * VOCABULARY)
+    monkeypatch.setattr(text_module, "_LOGITS_AT_ONCE", 4 * VOCABULARY)
     loop = make_loop(folder, CASES[0][1], skip_first=True, forward_batch=2, out="again")
     assert measured(loop, damaged) == pytest.approx(expected, abs=2e-6)
 

@@ -1,0 +1,187 @@
+"""Measure SAEs and baselines of one store: the same rows, the same measures, one table."""
+
+import itertools
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.numpy import load_file
+
+from saeflow.evaluation.baselines import baselines
+from saeflow.evaluation.by_dimension import PerRow
+from saeflow.evaluation.contexts import ContextMeans
+from saeflow.evaluation.controls import Controls
+from saeflow.evaluation.dimension import DIMENSIONS
+from saeflow.evaluation.images import PerGroup, PerImage, write_cards
+from saeflow.evaluation.intervals import PerContext, interval_lines
+from saeflow.evaluation.measure import Lines, Measured, Observer, measure_rows
+from saeflow.evaluation.recovery import Recovery
+from saeflow.evaluation.setup import Setup
+from saeflow.tables.evaluations import Evaluation, write_evaluation
+from saeflow.tables.metrics import brief
+from saeflow.tables.runs import identify
+
+logger = logging.getLogger(__name__)
+
+
+def observers(setup: Setup, sae: Any, *, is_trained: bool) -> list[Observer]:
+    """The measures of one SAE or baseline beside reconstruction and sparsity; a new measure is added here.
+
+    Args:
+        setup: rows, inputs and settings.
+        sae: an SAE, or a baseline.
+        is_trained: it is an SAE: its single latents mean something.
+    """
+    rows, settings = setup.rows, setup.settings
+    found: list[Observer] = []
+    if is_trained and (features := setup.inputs.true_features) is not None:
+        found.append(Recovery(torch.from_numpy(features), sae.directions()))
+    if groups := setup.inputs.row_groups:
+        means = {name: rows.at(positions).statistics for name, positions in groups.items()}
+        found.append(PerGroup(groups, means))
+    if is_trained:
+        found.append(_per_context(setup))
+    if (bootstrap := settings.get("bootstrap")) is not None:
+        per_context = PerContext(rows.contexts, bootstrap)
+        found += [per_context, Controls(sae, rows, per_context, bootstrap)]
+    if is_trained and setup.has_dimension:
+        found.append(PerRow(load_file(setup.folders.dimension / DIMENSIONS)))
+    return found
+
+
+def _per_context(setup: Setup) -> ContextMeans:
+    """Means of each context; of images, with what its concept cards are chosen by."""
+    rows, settings = setup.rows, setup.settings
+    columns, listed = rows.store.columns, settings["contexts_listed"]
+    if (images := setup.inputs.images) is None:
+        return ContextMeans(rows.contexts, columns, listed)
+    cards, n_images = settings["concept_cards"], len(images.pixels)
+    return PerImage(n_images, columns, listed, min(cards["among"], n_images) if cards else 0)
+
+
+def row_policy(setup: Setup) -> dict[str, float]:
+    """Which rows are measured, as metrics that stand beside the others in every table."""
+    rows, multiple = setup.rows, setup.settings["max_norm_multiple"]
+    skips = rows.selection.positions == "rest" or setup.source_params.get("skip_first", False)
+    return {
+        "rows": float(rows.statistics.rows),
+        "excluded_rows_fraction": rows.statistics.excluded_fraction,
+        "first_position_excluded": float(skips),
+        **({} if multiple is None else {"max_norm_multiple": float(multiple)}),
+    }
+
+
+def measure(
+    setup: Setup,
+    sae: Any,
+    *,
+    is_trained: bool,
+    observed: Sequence[Observer] | None = None,
+) -> tuple[Evaluation, Measured]:
+    """Measure one SAE or baseline on rows and in the model.
+
+    Args:
+        setup: rows, inputs and model.
+        sae: see `measure_rows`; `forward` is what is spliced into the model.
+        is_trained: it is an SAE.
+        observed: measures of the rows; None for those of `observers`.
+
+    Returns:
+        All that is written, and what the pass over the rows found.
+    """
+    if observed is None:
+        observed = observers(setup, sae, is_trained=is_trained)
+    measured = measure_rows(sae, setup.rows, observed)
+    metrics = row_policy(setup) | measured.metrics
+    tables: dict[str, Lines] = dict(measured.tables)
+    # Labelled sets are no rows of a store: once, with the SAE's own source.
+    if setup.in_model is not None and (setup.is_own or not setup.kind.has_labelled_sets):
+        found = setup.in_model.measure(sae, is_trained=is_trained)
+        metrics |= found.metrics
+        tables |= found.tables
+        if "intervals" in tables and found.sums:
+            more = interval_lines(found.sums, setup.settings["bootstrap"])
+            tables["intervals"] = [*tables["intervals"], *more]
+    return Evaluation(setup.on, metrics, measured.histograms, tables), measured
+
+
+def evaluate_sae(
+    sae: Any, config: Mapping[str, Any], measured_on: Sequence[Setup], folder: Path
+) -> None:
+    """Measure one trained SAE and write its tables.
+
+    Args:
+        sae: as `saeflow.load` returns it.
+        config: its config.json.
+        measured_on: setups of the source and hook point it was trained on, the first of this source itself.
+        folder: written: the tables of the job `evaluate`, and concept cards of images, those of another source in a folder of its name.
+
+    Raises:
+        UserError: the SAE was trained on other activations, or a measurement has no value.
+    """
+    results = []
+    for setup in measured_on:
+        setup.check_fits(config)
+        sae = sae.to(setup.device).eval()
+        observed = observers(setup, sae, is_trained=True)
+        found, measured = measure(setup, sae, is_trained=True, observed=observed)
+        logger.info("%s%s: %s", config["name"], _where(setup), brief(found.metrics))
+        results.append((identify(config), found))
+        for observer in observed:
+            if isinstance(observer, PerImage):
+                place = folder if setup.is_own else folder / setup.on
+                place.mkdir(exist_ok=True)
+                _write_cards(setup, sae, observer, measured, place)
+    write_evaluation(folder, results)
+
+
+def _write_cards(
+    setup: Setup, sae: Any, per_image: PerImage, measured: Measured, folder: Path
+) -> None:
+    """Concept cards of an SAE of images, where they are asked for; see `write_cards`."""
+    settings, images, model = setup.settings["concept_cards"], setup.inputs.images, setup.in_model
+    if settings is None or images is None or model is None:
+        return
+    write_cards(
+        sae, setup.rows, per_image, measured.fired, images, partial(model.name_latents, sae),
+        dict(settings, among=per_image.among), folder,
+    )  # fmt: skip
+
+
+def evaluate_baselines(ranks: list[int], measured_on: Sequence[Setup], folder: Path) -> None:
+    """Measure identity, mean and PCA of a store and write their tables.
+
+    Args:
+        ranks: of PCA; those that are not below the store's width are left out.
+        measured_on: setups of the store: baselines are fitted to its training split.
+        folder: written: metrics.csv and histograms.csv.
+    """
+    results = []
+    own = measured_on[0]
+    fitted = baselines(own.train, ranks, own.settings["batch_size"], own.device)
+    for baseline, setup in itertools.product(fitted, measured_on):
+        moved = baseline.to(setup.device).eval()
+        found, _ = measure(setup, moved, is_trained=False)
+        name = f"{setup.source}/{setup.hook_point}/{baseline.variant}/k{baseline.width}"
+        logger.info("%s%s: %s", name, _where(setup), brief(found.metrics))
+        ids = {
+            "run": name,
+            "source": setup.source,
+            "hook_point": setup.hook_point,
+            "entry": baseline.variant,
+            "variant": baseline.variant,
+            "schedule": "constant",
+            "d_sae": baseline.width,
+            "k": baseline.width,
+            "seed": 0,
+            "tokens": 0 if baseline.variant == "identity" else setup.train.rows,
+        }
+        results.append((ids, found))
+    write_evaluation(folder, results)
+
+
+def _where(setup: Setup) -> str:
+    return "" if setup.is_own else f" on {setup.on}"

@@ -1,0 +1,265 @@
+"""A CLIP model in the loop: zero-shot accuracy with reconstructions in the place of an image's activations.
+
+The clean side is every token's activation of the images of labelled sets and the texts of their classes,
+computed once a hook point (`write_clean`); an SAE's latents are computed once an image, for all settings of
+the top-n protocols.
+"""
+
+import logging
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from saeflow.evaluation.in_model import InModelResult
+from saeflow.evaluation.measure import Lines
+from saeflow.evaluation.zero_shot.accuracy import Accuracy
+from saeflow.evaluation.zero_shot.class_texts import class_features, text_features, unit
+from saeflow.evaluation.zero_shot.labelled_sets import (
+    PROMPTS,
+    SETS,
+    SETS_FOLDER,
+    TEXT,
+    LabelledSets,
+    embed,
+)
+from saeflow.evaluation.zero_shot.top_n import Setting, kept, masks, rank, spooled
+from saeflow.files import write_json
+from saeflow.progress import progress
+from saeflow.sources.copies import Copies
+from saeflow.sources.hook_points import HookPoint, capture, resume_at
+from saeflow.sources.layouts import EMBEDDING
+from saeflow.sources.models import load_config, load_model, load_tokenizer
+from saeflow.sources.pixels import image_facts
+from saeflow.sources.preprocessing import load_preprocessing, normalised
+
+logger = logging.getLogger(__name__)
+
+
+def write_clean(
+    source: Mapping[str, Any],
+    folder: Path,
+    hook_point: str,
+    mean: Tensor,
+    settings: Mapping[str, Any],
+    labelled: Mapping[str, Path],
+    device: str,
+    out: Path,
+) -> None:
+    """Run the model on every labelled set and keep what every SAE is measured on.
+
+    Args:
+        source: the source's parameters.
+        folder: the source's folder, with model/.
+        hook_point: where the SAEs read.
+        mean: not used.
+        settings: `concept_cards`, whose prompts concepts are compared with; null for none.
+        labelled: by name, the folders that `prepare_labelled` wrote.
+        device: where the model runs.
+        out: written: a folder sets/NAME for each set, with text.safetensors (features of the classes) and
+            {train|test}-NNNNN.safetensors with activation (n, position, d_in), labels (n,) and, where the
+            hook's block must run, block_input; prompts.safetensors; labelled.json.
+    """
+    cards = settings["concept_cards"]
+    prompts: Sequence[str] = cards["prompts"] if cards else []
+    model: Any = load_model(folder / "model", device)
+    tokenizer = load_tokenizer(folder / "model")
+    preprocessing = load_preprocessing(folder / "model")
+    names = [hook_point]
+    if hook_point != EMBEDDING and resume_at(model, hook_point) is None:
+        names.append(str(HookPoint.parse(hook_point).block_input))
+    facts: dict[str, Any] = {}
+    copies = Copies(device)
+    for name, images in labelled.items():
+        known = image_facts(images)
+        text = class_features(model, tokenizer, known["classes"], known["templates"])
+        own = out / SETS_FOLDER / name
+        own.mkdir(parents=True)
+        save_file({"text": text}, own / TEXT)
+        score = Accuracy(len(known["classes"]))
+        for split in ("train", "test"):
+            pixels = np.load(images / f"{split}.npy", mmap_mode="r")
+            labels = torch.from_numpy(np.load(images / f"{split}_labels.npy")).long()
+            size = source["forward_batch"]
+            starts = range(0, len(pixels), size)
+            for number, start in enumerate(progress(starts, f"{name}: {split}", "batch")):
+                stored = copies.to_device(torch.from_numpy(np.array(pixels[start : start + size])))
+                given = normalised(stored, preprocessing)
+                found = capture(model, names, given)
+                parts = {"activation": found[hook_point], "labels": labels[start : start + size]}
+                if len(names) > 1:
+                    parts["block_input"] = found[names[1]]
+                if split == "test":
+                    clean = embed(model, hook_point, parts, parts["activation"])
+                    score.add(clean.cpu() @ text.t(), parts["labels"])
+                save_file(
+                    {key: part.cpu().contiguous() for key, part in parts.items()},
+                    own / f"{split}-{number:05d}.safetensors",
+                )
+        facts[name] = {
+            "classes": known["classes"],
+            "train_images": known["train_images"],
+            "test_images": known["test_images"],
+            "accuracy": score.mean(),
+        }
+        logger.info("%s: zero-shot accuracy %.3f of %d classes", name, score.mean(), len(text))
+    if prompts:
+        save_file({"text": text_features(model, tokenizer, prompts)}, out / PROMPTS)
+    width = int(load_config(folder / "model").projection_dim)
+    write_json(
+        out / SETS,
+        {
+            "hook_point": hook_point, "sets": facts, "prompts": list(prompts), "tokens": source["tokens"],
+            "d_embedding": width,
+        },
+    )  # fmt: skip
+
+
+class ZeroShot:
+    """Classification of labelled sets, against a clean side that `write_clean` left.
+
+    Args:
+        clean: its folder.
+        model_folder: the source's model.
+        device: where the model and the SAEs run.
+    """
+
+    def __init__(self, clean: Path, model_folder: Path, device: str) -> None:
+        self.sets = LabelledSets(clean, model_folder, device)
+
+    @property
+    def model(self) -> Any:
+        """The CLIP model."""
+        return self.sets.model
+
+    def measure(self, sae: Any, *, is_trained: bool) -> InModelResult:
+        """Accuracy with an SAE or a baseline in the model.
+
+        Args:
+            sae: `encode`, `decode` and, of an SAE, `decode_selected`; on the device.
+            is_trained: it is an SAE: classify through a few of its concepts too.
+
+        Returns:
+            The metrics of zero-shot classification; the table `classification` with a line for each set and setting.
+        """
+        lines: Lines = []
+        spliced, clean, chance = [], [], []
+        with torch.inference_mode():
+            for name, known in self.sets.summary["sets"].items():
+                found = self._evaluate_set(sae, name, known, top_n=is_trained)
+                spliced.append(found[0]["accuracy"])
+                clean.append(known["accuracy"])
+                chance.append(1 / len(known["classes"]))
+                lines += found
+        if not lines:
+            return InModelResult({}, tables={"classification": lines})
+        metrics = {
+            "zero_shot_clean": float(np.mean(clean)),
+            "zero_shot": float(np.mean(spliced)),
+            "zero_shot_chance": float(np.mean(chance)),
+        }
+        return InModelResult(metrics, tables={"classification": lines})
+
+    def _evaluate_set(self, sae: Any, name: str, known: Mapping[str, Any], *, top_n: bool) -> Lines:
+        sets = self.sets
+        text = sets.class_texts(name)
+        n_classes = len(text)
+        shared = {
+            "set": name, "classes": n_classes, "images": known["test_images"],
+            "clean_accuracy": known["accuracy"],
+        }  # fmt: skip
+        whole = Accuracy(n_classes)
+        if not top_n:
+            for parts in sets.batches(name, "test"):
+                rows = sets.rows_of(parts)
+                flat = sae.forward(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape)
+                whole.add(sets.embed_rows(parts, flat).cpu() @ text.t(), parts["labels"].cpu())
+            return [_line(shared, Setting("all", "true", "on", None), whole, None)]
+        with tempfile.TemporaryDirectory() as temporary:
+            spool = Path(temporary)
+            ranks = rank(sets, sae, name, n_classes, spool)
+            found = masks(ranks)
+            scores = {setting: Accuracy(n_classes) for setting in found}
+            sizes = dict.fromkeys(found, 0.0)
+            start = 0
+            for parts, latents in spooled(sets, name, spool, ranks.d_sae):
+                labels = parts["labels"].cpu()
+                permuted = ranks.permuted[start : start + len(labels)]
+                start += len(labels)
+                rows = sets.rows_of(parts)
+                full = sae.decode_selected(latents)
+                nothing = sae.decode_selected(latents.with_values(latents.values * 0))
+                whole.add(self._scores(parts, full, rows, text), labels)
+                tokens = rows.shape[1]
+                for setting, mask in found.items():
+                    own = labels if setting.labels == "true" else permuted
+                    left = kept(latents, mask.to(latents.columns.device), own, tokens)
+                    part = sae.decode_selected(latents.with_values(latents.values * left))
+                    x_hat = part if setting.concepts == "on" else full - part + nothing
+                    scores[setting].add(self._scores(parts, x_hat, rows, text), own)
+                    sizes[setting] += float(left.sum())
+        lines = [_line(shared, Setting("all", "true", "on", None), whole, None)]
+        n_tokens = known["test_images"] * tokens
+        lines += [
+            _line(shared, setting, scores[setting], sizes[setting] / n_tokens) for setting in found
+        ]
+        return lines
+
+    def _scores(
+        self, parts: Mapping[str, Tensor], flat: Tensor, rows: Tensor, text: Tensor
+    ) -> Tensor:
+        return self.sets.embed_rows(parts, flat.reshape(rows.shape)).cpu() @ text.t()
+
+    def name_latents(self, sae: Any, latents: np.ndarray) -> list[tuple[str, float]]:
+        """Compare what some concepts add to image embeddings with texts.
+
+        To every token of some test images the concept's direction is added, as long as these tokens are on
+        average; the change of the unit embedding, averaged over the images, is compared with the texts'
+        differences from their mean.
+
+        Args:
+            sae: with `directions`.
+            latents: (n,) numbers of the concepts.
+
+        Returns:
+            The nearest text of each, and its cosine; nothing without labelled sets.
+        """
+        names, text = self.sets.prompts()
+        sets = list(self.sets.summary["sets"])
+        if not sets or not names:
+            return []
+        parts = next(self.sets.batches(sets[0], "test"))
+        rows = self.sets.rows_of(parts)
+        length = torch.linalg.vector_norm(rows, dim=-1).mean()
+        centred = unit(text - text.mean(0))
+        found = []
+        with torch.inference_mode():
+            base = unit(self.sets.embed_rows(parts, rows))
+            for direction in sae.directions()[torch.as_tensor(latents, device=rows.device)]:
+                step = direction / direction.norm().clamp(min=1e-12) * length
+                change = (unit(self.sets.embed_rows(parts, rows + step)) - base).mean(0)
+                near = unit(change[None]).cpu() @ centred.t()
+                found.append((names[int(near.argmax())], float(near.max())))
+        return found
+
+
+def _line(
+    shared: Mapping[str, Any], setting: Setting, score: Accuracy, per_token: float | None
+) -> dict[str, Any]:
+    return {
+        **shared,
+        "protocol": setting.protocol,
+        "labels": setting.labels,
+        "concepts": setting.concepts,
+        "n": "all" if setting.n is None else setting.n,
+        "accuracy": score.mean(),
+        "l0": per_token,
+    }
+
+
+open_clean = ZeroShot
