@@ -47,7 +47,6 @@ rule extract:
 rule train:
     input:
         SAES,
-        IMPORTS,
 
 
 rule evaluate:

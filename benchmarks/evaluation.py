@@ -32,7 +32,7 @@ from saeflow.evaluation.evaluate import measure
 from saeflow.evaluation.in_model import text
 from saeflow.evaluation.in_model.text import NextTokens, write_clean
 from saeflow.evaluation.interpret import _read
-from saeflow.evaluation.setup import Setup
+from saeflow.evaluation.setup import Folders, Setup
 from saeflow.files import file_digest
 from saeflow.saes import build
 from saeflow.sources.hook_points import splice as spliced
@@ -230,7 +230,8 @@ def setup_of(rows: int, d_in: int, results: Path) -> Setup:
     write_drawn(Drawn(rows, d_in), results)
     (results / "store").rename(place / "evaluation")
     (place / "train").symlink_to(place / "evaluation")
-    return Setup(results, "drawn", "drawn", EVALUATION, "cpu")
+    folders = Folders(train=place / "train", held_out=place / "evaluation")
+    return Setup(folders, "drawn", "drawn", EVALUATION, "cpu")
 
 
 def peaks(rows: int) -> tuple[float, float]:

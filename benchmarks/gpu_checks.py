@@ -20,7 +20,7 @@ def path(bench: Bench) -> list[dict[str, Any]]:
     from with_saeflow import make_run, options_of
 
     from saeflow.evaluation.measure import measure_rows
-    from saeflow.evaluation.rows import RowSelection, row_statistics
+    from saeflow.evaluation.rows import EvaluatedRows, RowSelection
     from saeflow.saes import load
     from saeflow.training.trainer import advance
 
@@ -39,8 +39,8 @@ def path(bench: Bench) -> list[dict[str, Any]]:
                 advance([run])
                 run.finish()
                 sae = load(folder).to(device)
-                statistics_ = row_statistics(store, selection, 1024, device)
-                found = measure_rows(sae, store, selection, statistics_, 1024, device).metrics
+                evaluated = EvaluatedRows(store, selection, 1024, device)
+                found = measure_rows(sae, evaluated).metrics
                 row |= {
                     f"FVU {device}": round(found["fvu"], 4),
                     f"L0 {device}": round(found["l0_mean"], 2),
@@ -61,7 +61,7 @@ def in_the_loop(bench: Bench) -> dict[str, Any]:
     import numpy as np
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from saeflow.evaluation.splice import ModelInTheLoop, write_clean
+    from saeflow.evaluation.in_model.text import NextTokens, write_clean
     from saeflow.sources import open_source
 
     hook_point, rows = "blocks.2.mlp_out", {}
@@ -84,8 +84,9 @@ def in_the_loop(bench: Bench) -> dict[str, Any]:
         rows[device] = block.activations[hook_point]
         clean = folder / f"clean-{device}"
         clean.mkdir()
-        write_clean(params, folder, hook_point, rows[device].mean(0), 16, device, clean)
-        loop = ModelInTheLoop(clean, folder / "model", device)
+        mean = rows[device].mean(0)
+        write_clean(params, folder, hook_point, mean, {"ce_contexts": 16}, {}, device, clean)
+        loop = NextTokens(clean, folder / "model", device)
         metrics = loop.metrics(loop.sums(lambda x: x))
         row |= {
             f"CE {device}": round(metrics["ce_clean"], 5),

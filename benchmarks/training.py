@@ -129,17 +129,17 @@ def group_configs(d_sae: int, batch_size: int, steps: int) -> list[SAEConfig]:
 
 def command(project: Path, configs: Sequence[SAEConfig], folder: Path) -> None:
     """`saeflow train`, of one run or of several in one pass."""
+    shared = {"params": {"precision": "fp32"}, "reads": {"train": str(project / STORES)}}
     runs = [
-        f"--{name}={value}"
+        {
+            "out": str(folder / config.name), "key": "", "reads": {},
+            "params": {"run": dataclasses.asdict(config)},
+        }
         for config in configs
-        for name, value in (
-            ("run", json.dumps(dataclasses.asdict(config))),
-            ("out", folder / config.name),
-        )
-    ]
-    stores = ["--store", str(project / STORES), "--threads", str(THREADS)]
+    ]  # fmt: skip
+    tasks = json.dumps({"shared": shared, "jobs": runs})
     subprocess.run(
-        [sys.executable, "-m", "saeflow", "train", *stores, *runs],
+        [sys.executable, "-m", "saeflow", "train", tasks, f"--threads={THREADS}"],
         env=os.environ | {"SAEFLOW_RUNTIME": json.dumps(runtime())}, check=True, capture_output=True,
     )  # fmt: skip
 

@@ -9,8 +9,8 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "saeflow"
 LAYERS = (
-    "errors", "device", "files", "local_files", "progress", "plugins", "failures", "config", "provenance", "sources", "plan", "operators",
-    "stores", "complexity", "saes", "training", "tables", "evaluation", "exchange", "figures", "preflight", "needs", "rehearsal",
+    "errors", "device", "files", "local_files", "progress", "plugins", "failures", "config", "provenance", "trace", "sources", "plan", "jobs",
+    "operators", "stores", "complexity", "saes", "training", "tables", "evaluation", "exchange", "figures", "preflight", "needs", "rehearsal",
     "cli", "__main__",
 )  # fmt: skip
 
@@ -41,7 +41,8 @@ def test_imports_only_layers_to_its_left(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["saeflow.plan", "saeflow.preflight", "saeflow.figures", "saeflow.cli"]
+    "module",
+    ["saeflow.plan", "saeflow.jobs", "saeflow.preflight", "saeflow.figures", "saeflow.cli"],
 )
 def test_light_parts_import_no_torch(module: str) -> None:
     code = f"import {module}, sys; sys.exit('torch' in sys.modules)"

@@ -1,6 +1,7 @@
 """A changed parameter changes the keys of the jobs that depend on it, and of no other."""
 
 import copy
+import json
 import os
 import time
 from pathlib import Path
@@ -9,35 +10,41 @@ from typing import Any
 import pytest
 
 from saeflow.config import ROOT, read_yaml
+from saeflow.jobs import Groups, Jobs, read_task, read_tasks, tasks
+from saeflow.jobs.code import Kept, package_code
 from saeflow.local_files import content_digests
 from saeflow.plan import Plan
 
 PARAMS = read_yaml(ROOT / "params.yaml")
 
 
+PACKAGE = Kept(package_code(), None)
+
+
 def keys(params: dict[str, Any]) -> dict[str, str]:
     plan = Plan(params)
-    found = {"tables": plan.key_tables(), "report": plan.key_report()}
+    jobs = Jobs(plan, PACKAGE)
+    found = {"tables": jobs.tables(), "report": jobs.report()}
     for source in plan.sources:
-        found[f"inputs:{source}"] = plan.key_inputs(source)
+        found[f"inputs:{source}"] = jobs.inputs(source)
         for split in ("train", "evaluation"):
-            found[f"store:{source}:{split}"] = plan.key_store(source, split)
+            found[f"store:{source}:{split}"] = jobs.store(source, split)
         if plan.has_model(source):
-            found[f"model:{source}"] = plan.key_model(source)
+            found[f"model:{source}"] = jobs.model(source)
     for source, hook_point in plan.stores:
-        found[f"baselines:{source}"] = plan.key_baselines(source, hook_point)
+        found[f"baselines:{source}"] = jobs.baselines(source, hook_point)
         if plan.has_model(source):
-            found[f"clean:{source}"] = plan.key_clean(source, hook_point)
+            found[f"clean:{source}"] = jobs.clean(source, hook_point, source)
     for run in plan.runs:
-        found[f"sae:{run}"] = plan.key_sae(run)
-        found[f"evaluation:{run}"] = plan.key_evaluation(run)
+        found[f"sae:{run}"] = jobs.sae(run)
+        found[f"evaluation:{run}"] = jobs.evaluation(run)
     for run in plan.pages:
-        found[f"latents:{run}"] = plan.key_latents(run)
+        found[f"latents:{run}"] = jobs.latents(run)
     for setting in plan.seeds:
-        found[f"stability:{setting}"] = plan.key_stability(setting)
+        found[f"stability:{setting}"] = jobs.stability(setting)
     for figure in params["figures"]["names"]:
-        found[f"figure:{figure}"] = plan.key_figure(figure)
-    return found
+        found[f"figure:{figure}"] = jobs.figure(figure)
+    return {name: job.key for name, job in found.items()}
 
 
 def changed_by(path: str, value: Any) -> set[str]:
@@ -79,7 +86,7 @@ def test_an_evaluation_parameter_leaves_training_alone() -> None:
 
 def test_intervals_and_controls_are_part_of_an_evaluation() -> None:
     assert kinds(changed_by("evaluation/bootstrap/seed", 9)) == {
-        "evaluation", "baselines", "latents", "tables", "figure", "report",
+        "evaluation", "baselines", "tables", "figure", "report",
     }  # fmt: skip
 
 
@@ -129,6 +136,44 @@ def test_rows_of_one_split_leave_the_others_store_key_to_its_inputs() -> None:
     assert "model:smollm2" not in changed_by("stores/smollm2/train_rows", 200000)
 
 
+def test_a_command_is_told_what_its_key_digests_and_nothing_else() -> None:
+    """A job's task names all that it reads and its parameters; jobs of one task have what they share once."""
+    jobs = Jobs(Plan(PARAMS), PACKAGE)
+    for job in jobs.every():
+        (task,) = read_tasks(tasks([job]))
+        assert task.params == json.loads(json.dumps(job.params))
+        assert {f"{path}" for path in task.inputs} == {f"{one.path}" for one in job.before}
+        assert (task.out, task.key) == (job.path, job.key)
+    runs = [jobs.evaluation(run) for run in jobs.plan.evaluation_groups[0]]
+    assert len(runs) > 1
+    together = read_tasks(tasks(runs))
+    assert together == [read_task(tasks([job])) for job in runs]
+    assert len(tasks(runs)) < sum(len(tasks([job])) for job in runs)
+
+
+def test_every_job_comes_after_those_that_it_reads() -> None:
+    done: set[str] = set()
+    for job in Jobs(Plan(PARAMS), PACKAGE).every():
+        assert {one.result for one in job.before} <= done
+        done.add(job.result)
+
+
+def test_a_group_is_named_by_the_keys_of_its_members() -> None:
+    jobs = Jobs(Plan(PARAMS), PACKAGE)
+    topk = next(run for run in jobs.plan.runs if "/topk/" in run)
+    relu = next(run for run in jobs.plan.runs if "/relu/" in run)
+    members = [jobs.sae(topk), jobs.sae(relu)]
+    groups = Groups([members, [jobs.sae(run) for run in jobs.plan.runs][-1:]])
+    (name,) = groups.members
+    assert groups.members[name] == members
+    assert groups.of(members[0]) == groups.of(members[1]) == name
+    assert groups.of(jobs.sae(list(jobs.plan.runs)[-1])) is None  # alone
+    params = copy.deepcopy(PARAMS)
+    params["saes"]["topk"]["lr"] = 5.0e-4
+    changed = Jobs(Plan(params), PACKAGE)
+    assert name not in Groups([[changed.sae(topk), changed.sae(relu)]]).members
+
+
 def test_a_figure_option_redraws_only() -> None:
     assert kinds(changed_by("figures/allow_unequal_budgets", True)) == {"figure", "report"}
 
@@ -155,7 +200,7 @@ def test_groups_hold_every_run_once() -> None:
 
 def test_another_source_to_evaluate_on_concerns_the_saes_of_one_source() -> None:
     changed = changed_by("evaluation/also_on", {"smollm2": ["python"]})
-    assert kinds(changed) == {"evaluation", "baselines", "tables", "figure", "report", "latents"}
+    assert kinds(changed) == {"evaluation", "baselines", "tables", "figure", "report"}
     assert not {job for job in changed if job.split(":")[-1].split("/")[0] in ("python", "scenes")}
 
 

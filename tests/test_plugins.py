@@ -11,6 +11,7 @@ import yaml
 from saeflow.config import ROOT, read_yaml, scorer_file
 from saeflow.errors import UserError
 from saeflow.evaluation.detection import SCORERS, Window, scorer_of
+from saeflow.jobs import Jobs
 from saeflow.plan import Plan
 from saeflow.plugins import load_function, module_file
 
@@ -91,9 +92,9 @@ def test_finding_a_module_does_not_run_it(here: Path) -> None:
 
 def test_a_changed_scorer_changes_the_key_of_its_jobs_alone(here: Path) -> None:
     def keys(name: str) -> tuple[str, str, str]:
-        plan = Plan(with_scorer(name))
-        run = plan.interpreted[0]
-        return plan.key_interpretation(run), plan.key_evaluation(run), plan.key_latents(run)
+        jobs = Jobs(Plan(with_scorer(name)))
+        run = jobs.plan.interpreted[0]
+        return jobs.interpretation(run).key, jobs.evaluation(run).key, jobs.latents(run).key
 
     path = here / "own_scorer.py"
     path.write_text(SCORER)

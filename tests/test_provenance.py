@@ -11,6 +11,7 @@ import pytest
 from saeflow import provenance
 from saeflow.errors import UserError
 from saeflow.files import atomic_file, replace_folder
+from saeflow.trace import trace
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def external_digest(name: str) -> str | None:
 
 
 def test_trace_walks_down_to_the_text(chain: Path) -> None:
-    links = list(provenance.trace(Path("results/figure/figure.svg"), external_digest))
+    links = list(trace(Path("results/figure/figure.svg"), external_digest))
     assert [(link.depth, link.job) for link in links] == [
         (0, "draw"),
         (1, "extract"),
@@ -54,14 +55,14 @@ def test_trace_breaks_when_any_upstream_file_is_edited(chain: Path, name: str) -
     data[-1] ^= 1
     Path(name).write_bytes(bytes(data))
     with pytest.raises(UserError, match=name):
-        list(provenance.trace(Path("results/figure/figure.svg"), external_digest))
+        list(trace(Path("results/figure/figure.svg"), external_digest))
 
 
 @pytest.mark.parametrize("name", ["results/store/a.zarr/c0", "results/inputs/provenance.json"])
 def test_trace_breaks_when_an_upstream_file_is_missing(chain: Path, name: str) -> None:
     Path(name).unlink()
     with pytest.raises(UserError, match=Path(name).name):
-        list(provenance.trace(Path("results/figure"), external_digest))
+        list(trace(Path("results/figure"), external_digest))
 
 
 def test_trace_breaks_when_a_record_is_edited(chain: Path) -> None:
@@ -70,7 +71,7 @@ def test_trace_breaks_when_a_record_is_edited(chain: Path) -> None:
     record["params"]["rows"] = 4
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"store/provenance\.json"):
-        list(provenance.trace(Path("results/figure"), external_digest))
+        list(trace(Path("results/figure"), external_digest))
 
 
 def test_trace_breaks_when_an_upstream_result_was_made_again_differently(chain: Path) -> None:
@@ -79,7 +80,7 @@ def test_trace_breaks_when_an_upstream_result_was_made_again_differently(chain: 
     ) as job:
         (job.path / "other").write_bytes(b"other rows")
     with pytest.raises(UserError, match="results/store: not the one that results/figure"):
-        list(provenance.trace(Path("results/figure"), external_digest))
+        list(trace(Path("results/figure"), external_digest))
 
 
 def test_a_job_refuses_a_damaged_input(chain: Path) -> None:
@@ -136,16 +137,16 @@ def test_a_single_file_has_its_record_beside_it(chain: Path) -> None:
     report = Path("results/report.html")
     report.write_text("<html/>")
     provenance.record_file(report, name="report", inputs=[Path("results/figure")], params={})
-    assert len(list(provenance.trace(report, external_digest))) == 4
+    assert len(list(trace(report, external_digest))) == 4
     report.write_text("<html>edited</html>")
     with pytest.raises(UserError, match=r"report\.html"):
-        list(provenance.trace(report, external_digest))
+        list(trace(report, external_digest))
 
 
 def test_a_file_that_no_job_made_is_refused(chain: Path) -> None:
     Path("results/figure/mine.txt").write_text("mine")
     with pytest.raises(UserError, match=r"mine\.txt"):
-        list(provenance.trace(Path("results/figure/mine.txt"), external_digest))
+        list(trace(Path("results/figure/mine.txt"), external_digest))
 
 
 def test_a_result_without_its_record_is_named(chain: Path) -> None:

@@ -1,53 +1,15 @@
-"""The jobs that a parameter file asks for, and the key of each: what the workflow runs, when again.
+"""What a parameter file asks for: runs, stores, probes, what is evaluated where; `saeflow.jobs` makes jobs of it."""
 
-A key digests the rule's name, the job's own slice of the parameters, the code it runs, the pinned
-libraries that can change its result, and the keys of the jobs it builds on. It does not depend on file
-times, so a checkout of an older commit leaves nothing to do, and a changed parameter reruns exactly
-the jobs that depend on it.
-"""
-
-import functools
 import itertools
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from functools import cached_property
-from typing import Any, TypeVar, cast
+from typing import Any
 
-from saeflow.config import ImportConfig, SAEConfig, expand_runs, imports, job_key, scorer_file
-from saeflow.files import file_digest
+from saeflow.config import ImportConfig, SAEConfig, expand_runs, imports
 from saeflow.sources import SourceKind, kind_of
 
-_NUMERIC = ("torch", "numba", "numpy", "safetensors")
-_MODEL = (*_NUMERIC, "transformers", "tokenizers", "datasets", "pillow")
-_STORE = (*_MODEL, "zarr", "numcodecs")
-_TABLE = (*_MODEL, "pandas", "scipy")
-_PROBE = (*_STORE, "pandas", "scikit-learn", "scipy")
-_DRAW = ("jinja2", "matplotlib", "numpy", "pandas", "safetensors")
-_SHARED = ("config",)
-_WRITTEN = tuple(
-    f"tables/{name}" for name in ("evaluations", "files", "metrics", "numbers", "runs", "schema")
-)
-"""The modules of tables that measuring jobs run."""
-_IN_MODEL = ("evaluation/in_model", "evaluation/zero_shot")
-_ROW_POLICY = ("batch_size", "skip_first", "max_norm_multiple")
 _OF_IMAGES = ("labelled_sets", "concept_cards")
-
-
-Key = TypeVar("Key", bound=Callable[..., str])
-
-
-def _once(method: Key) -> Key:
-    """Work out a key once for each plan: the keys of all that stands before it go into it."""
-
-    @functools.wraps(method)
-    def kept(self: "Plan", *names: str) -> str:
-        asked = (method.__name__, *names)
-        if asked not in self._keys:
-            self._keys[asked] = method(self, *names)
-        return self._keys[asked]
-
-    return cast(Key, kept)
 
 
 class Plan:
@@ -55,7 +17,6 @@ class Plan:
 
     def __init__(self, params: Mapping[str, Any]) -> None:
         self.params = params
-        self._keys: dict[tuple[str, ...], str] = {}
         self.runs: dict[str, SAEConfig] = {run.name: run for run in expand_runs(params)}
         self.imports: dict[str, ImportConfig] = {one.name: one for one in imports(params)}
         self.evaluated: dict[str, SAEConfig | ImportConfig] = {**self.runs, **self.imports}
@@ -82,6 +43,10 @@ class Plan:
     def splits(self, source: str) -> list[str]:
         """The splits that are extracted: of a source that is only evaluated on, no training split."""
         return ["train", "evaluation"] if source in self._learned_from else ["evaluation"]
+
+    def splits_of_sources(self) -> list[tuple[str, str]]:
+        """(source, split) of everything that is extracted."""
+        return [(source, split) for source in self.sources for split in self.splits(source)]
 
     def clean_sides(self) -> list[tuple[str, str, str]]:
         """(source, hook point, other) of what `others` need of the model in the loop: of texts, their clean side."""
@@ -175,25 +140,14 @@ class Plan:
     def source(self, source: str) -> dict[str, Any]:
         return dict(self.params["sources"][source])
 
-    def model(self, source: str) -> dict[str, Any]:
-        """What fetching the model depends on; the hook points only to check that it has them."""
-        return {key: self.params["sources"][source][key] for key in ("model", "hook_points")}
-
     def rows(self, source: str) -> dict[str, int]:
         """Rows asked for, by split."""
         store = self.params["stores"][source]
         return {split: store[f"{split}_rows"] for split in self.splits(source)}
 
-    def store(self, source: str) -> dict[str, Any]:
-        """How the stores of a source are written."""
-        return dict(self.params["stores"][source])
-
     def scoring(self, complexity: str) -> dict[str, Any]:
         chosen = self.params["complexity"][complexity]
         return {key: value for key, value in chosen.items() if key != "probe_at"}
-
-    def run(self, run: str) -> dict[str, Any]:
-        return asdict(self.runs[run])
 
     def evaluation(self, source: str) -> dict[str, Any]:
         """What of `evaluation` concerns the SAEs of a source: images only where it sees any."""
@@ -207,10 +161,6 @@ class Plan:
             for other in self.others(source)
         }
         return every | ({"also_on": on} if on else {})
-
-    def row_policy(self) -> dict[str, Any]:
-        """What of `evaluation` says which rows are measured."""
-        return {key: self.params["evaluation"][key] for key in _ROW_POLICY}
 
     def dimension(self) -> dict[str, Any] | None:
         """How local intrinsic dimension is estimated, where it is."""
@@ -238,12 +188,6 @@ class Plan:
         chosen = self.params["evaluation"]["interpretability"]
         return {key: value for key, value in chosen.items() if key != "runs"}
 
-    def labelled_set(self, name: str) -> dict[str, Any]:
-        return dict(self.params["evaluation"]["labelled_sets"][name])
-
-    def pca_ranks(self) -> list[int]:
-        return list(self.params["evaluation"]["pca_ranks"])
-
     @property
     def mark(self) -> str:
         """What is printed across figures and at the head of pages; empty for nothing."""
@@ -251,199 +195,3 @@ class Plan:
 
     def figure(self) -> dict[str, Any]:
         return {k: v for k, v in self.params["figures"].items() if k != "names"}
-
-    # Keys, from the start of the chain to its end.
-
-    @_once
-    def key_model(self, source: str) -> str:
-        code: tuple[str, ...] = (*_SHARED, "sources/models", "sources/layouts")
-        if "trained" in self.model(source)["model"]:
-            code += ("sources/clip_training", "sources/scenes")
-        return job_key("model", self.model(source), code=code, libraries=_MODEL, after=[])
-
-    def _after_model(self, source: str) -> list[str]:
-        return [self.key_model(source)] if self.has_model(source) else []
-
-    @_once
-    def key_inputs(self, source: str) -> str:
-        slice_ = [self._without_hooks(source), self.rows(source)]
-        code = (*_SHARED, "sources")
-        after = self._after_model(source)
-        return job_key("inputs", slice_, code=code, libraries=_MODEL, after=after)
-
-    def _without_hooks(self, source: str) -> dict[str, Any]:
-        return {k: v for k, v in self.source(source).items() if k != "hook_points"}
-
-    @_once
-    def key_store(self, source: str, split: str) -> str:
-        code = (*_SHARED, "sources", "stores")
-        after = [self.key_inputs(source), *self._after_model(source)]
-        if split == "evaluation":
-            slice_ = {k: v for k, v in self.store(source).items() if k != "train_rows"}
-        else:
-            slice_ = {k: v for k, v in self.store(source).items() if k != "evaluation_rows"}
-        slice_ |= {"split": split, "source": self.source(source)}
-        return job_key("store", slice_, code=code, libraries=_STORE, after=after)
-
-    @_once
-    def key_scores(self, source: str, complexity: str) -> str:
-        code = (*_SHARED, "sources", "complexity/scorers")
-        slice_ = [self.scoring(complexity), self.source(source)]
-        after = [self.key_inputs(source), *self._after_model(source)]
-        return job_key("scores", slice_, code=code, libraries=(*_PROBE, "textstat"), after=after)
-
-    @_once
-    def key_probe(self, source: str, hook_point: str, complexity: str) -> str:
-        code = (*_SHARED, "stores", "complexity")
-        after = [self.key_store(source, split) for split in ("train", "evaluation")]
-        after += [self.key_scores(source, complexity)]
-        slice_ = [hook_point, self.scoring(complexity)]
-        return job_key("probe", slice_, code=code, libraries=_PROBE, after=after)
-
-    @_once
-    def key_import(self, run: str) -> str:
-        one = self.imports[run]
-        code = (*_SHARED, "exchange", "saes", "operators")
-        return job_key("import", asdict(one), code=code, libraries=_NUMERIC, after=[])
-
-    @_once
-    def key_sae(self, run: str) -> str:
-        if run in self.imports:
-            return self.key_import(run)
-        code = (*_SHARED, "operators", "stores", "saes", "training")
-        config, complexity = self.runs[run], self.complexity(run)
-        after = [self.key_store(config.source, "train")]
-        if complexity:
-            after += [self.key_probe(config.source, config.hook_point, complexity)]
-        if config.guide:
-            after += [self.key_sae(config.guide)]
-        slice_ = [self.run(run), self.params["runtime"]["precision"]]
-        return job_key("sae", slice_, code=code, libraries=_NUMERIC, after=after)
-
-    @_once
-    def key_clean(self, source: str, hook_point: str) -> str:
-        code = (*_SHARED, "sources", *_IN_MODEL)
-        slice_ = [hook_point, *self._clean_options(source), self.source(source)]
-        after = [self.key_inputs(source), *self._after_model(source)]
-        after += [self.key_store(source, split) for split in ("train", "evaluation")]
-        after += [self.key_labelled(source, name) for name in self.labelled(source)]
-        return job_key("clean", slice_, code=code, libraries=_MODEL, after=after)
-
-    def _clean_options(self, source: str) -> list[Any]:
-        """The options of `evaluation` that the clean side of a source's model depends on."""
-        in_model = self.kind(source).in_model
-        return [self.params["evaluation"][name] for name in (in_model.options if in_model else ())]
-
-    @_once
-    def key_clean_on(self, source: str, hook_point: str, other: str) -> str:
-        code = (*_SHARED, "sources", *_IN_MODEL)
-        slice_ = [hook_point, *self._clean_options(other), self.source(other)]
-        after = [self.key_inputs(other), *self._after_model(other)]
-        after += [self.key_store(source, "train"), self.key_store(other, "evaluation")]
-        return job_key("clean", slice_, code=code, libraries=_MODEL, after=after)
-
-    @_once
-    def key_labelled(self, source: str, name: str) -> str:
-        code = (*_SHARED, "sources")
-        after = self._after_model(source)
-        slice_ = self.labelled_set(name)
-        return job_key("labelled", slice_, code=code, libraries=_MODEL, after=after)
-
-    @_once
-    def key_dimension(self, source: str, hook_point: str) -> str:
-        code = (*_SHARED, "stores", "evaluation/dimension")
-        slice_ = [hook_point, self.dimension()]
-        after = [self.key_store(source, "evaluation")]
-        libraries = (*_STORE, "scikit-dimension", "scikit-learn", "scipy")
-        return job_key("dimension", slice_, code=code, libraries=libraries, after=after)
-
-    def _after_stores(self, source: str, hook_point: str) -> list[str]:
-        after = [self.key_store(source, split) for split in ("train", "evaluation")]
-        after += [self.key_clean(source, hook_point)] if self.has_model(source) else []
-        after += [self.key_dimension(source, hook_point)] if self.has_dimension(source) else []
-        return after
-
-    def _after_others(self, source: str, hook_point: str) -> list[str]:
-        after = []
-        for other in self.others(source):
-            after += [self.key_store(other, "evaluation"), self.key_inputs(other)]
-            after += [self.key_dimension(other, hook_point)] if self.has_dimension(other) else []
-            if not self.kind(other).has_labelled_sets:
-                after += [self.key_clean_on(source, hook_point, other)]
-        return after
-
-    @_once
-    def key_evaluation(self, run: str) -> str:
-        code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation", *_WRITTEN)
-        config = self.evaluated[run]
-        after = [self.key_sae(run), *self._after_stores(config.source, config.hook_point)]
-        after += self._after_others(config.source, config.hook_point)
-        slice_ = self.evaluation(config.source)
-        return job_key("evaluation", slice_, code=code, libraries=_TABLE, after=after)
-
-    @_once
-    def key_latents(self, run: str) -> str:
-        code = (
-            *_SHARED,
-            "operators",
-            "sources",
-            "stores",
-            "saes",
-            "evaluation",
-            "figures",
-            "tables",
-        )
-        config = self.evaluated[run]
-        after = [self.key_sae(run), *self._after_stores(config.source, config.hook_point)]
-        slice_ = [self.latents(), self.evaluation(config.source), self.mark]
-        libraries = (*_TABLE, "jinja2")
-        return job_key("latents", slice_, code=code, libraries=libraries, after=after)
-
-    @_once
-    def key_interpretation(self, run: str) -> str:
-        code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation", *_WRITTEN)
-        config = self.evaluated[run]
-        after = [self.key_sae(run), *self._after_stores(config.source, config.hook_point)]
-        slice_: list[Any] = [self.interpretability(), self.row_policy()]
-        own = scorer_file(self.interpretability())
-        slice_ += [file_digest(own)] if own else []
-        return job_key("interpretation", slice_, code=code, libraries=_PROBE, after=after)
-
-    @_once
-    def key_baselines(self, source: str, hook_point: str) -> str:
-        code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation", *_WRITTEN)
-        slice_ = [self.evaluation(source), self.pca_ranks()]
-        after = self._after_stores(source, hook_point) + self._after_others(source, hook_point)
-        return job_key("baselines", slice_, code=code, libraries=_TABLE, after=after)
-
-    @_once
-    def key_stability(self, setting: str) -> str:
-        code = (*_SHARED, "operators", "sources", "stores", "saes", "evaluation", *_WRITTEN)
-        runs = self.seeds[setting]
-        source = self.runs[runs[0]].source
-        after = [self.key_sae(run) for run in runs]
-        after += [self.key_store(source, split) for split in ("train", "evaluation")]
-        return job_key("stability", self.row_policy(), code=code, libraries=_TABLE, after=after)
-
-    @_once
-    def key_tables(self) -> str:
-        code = (*_SHARED, "tables")
-        after = [self.key_evaluation(run) for run in self.evaluated]
-        after += [self.key_baselines(*store) for store in self.stores]
-        after += [self.key_probe(*probe) for probe in self.probes]
-        after += [self.key_stability(setting) for setting in self.seeds]
-        after += map(self.key_interpretation, self.interpreted)
-        return job_key("tables", None, code=code, libraries=_TABLE, after=after)
-
-    @_once
-    def key_figure(self, figure: str) -> str:
-        code = (*_SHARED, "figures", "tables")
-        after = [self.key_tables()]
-        return job_key(figure, self.figure(), code=code, libraries=_DRAW, after=after)
-
-    @_once
-    def key_report(self) -> str:
-        code = (*_SHARED, "figures", "tables")
-        after = [self.key_tables(), *map(self.key_figure, self.params["figures"]["names"])]
-        after += map(self.key_latents, self.pages)
-        return job_key("report", self.params["figures"], code=code, libraries=_DRAW, after=after)

@@ -6,9 +6,9 @@ its files, the digests of the results it read, the parameters it saw, code, lock
 and times. A killed job leaves its partial folder; the same job started again finds it and goes on.
 """
 
-import contextlib
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import logging
 import os
@@ -16,13 +16,12 @@ import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from saeflow.config import PACKAGE, source_digest
 from saeflow.device import label
 from saeflow.errors import UserError
 from saeflow.files import (
@@ -37,15 +36,16 @@ from saeflow.files import (
 
 logger = logging.getLogger(__name__)
 
+PACKAGE = Path(__file__).parent
 FORMAT = 1
 RECORD = "provenance.json"
 VERSIONED = (
     "torch", "transformers", "tokenizers", "datasets", "numpy", "scipy", "pandas", "zarr",
     "numcodecs", "safetensors", "matplotlib",
 )  # fmt: skip
-PARTIAL = ".partial"
+PARTIAL, READY = ".partial", ".ready"
 _NO_TIME = {"duration_s": 0.0, "job_duration_s": 0.0}
-_UNFINISHED = (PARTIAL, ".parts", ".groups")
+_UNFINISHED = (PARTIAL, READY, ".parts", ".groups")
 _JOB_FILE = "job.json"
 
 
@@ -138,26 +138,31 @@ def results_under(root: Path) -> list[Path]:
     return found
 
 
-def take(place: Path, result: Path, key: str) -> bool:
-    """Move a result that was made elsewhere to its own place, if it is there and holds.
+def ready_of(result: Path) -> Path:
+    """Where a group's job leaves a result until the result's own job takes it (see `saeflow.jobs.groups`)."""
+    return result.with_name(result.name + READY)
 
-    It does if it is whole, of this key, and made from the inputs that are there now.
-    """
+
+def is_current(place: Path, key: str) -> bool:
+    """Tell whether a result is whole, of this key, and made from the inputs that are there now."""
     try:
         record = read_record(place)
         if not key or record.get("key") != key:
             return False
         check(place)
-        if any(read_record(Path(path))["digest"] != d for path, d in record["inputs"].items()):
-            return False
+        return all(read_record(Path(path))["digest"] == d for path, d in record["inputs"].items())
     except UserError:
         return False
-    if place != result:
-        result.parent.mkdir(parents=True, exist_ok=True)
-        replace_folder(place, result)
-        with contextlib.suppress(OSError):
-            os.removedirs(place.parent)  # as far as they are empty
-    return True
+
+
+def take_ready(result: Path, key: str) -> bool:
+    """Move a result that its group's job left ready to its place; one that is out of date is deleted."""
+    ready = ready_of(result)
+    is_taken = is_current(ready, key)
+    if is_taken:
+        replace_folder(ready, result)
+    shutil.rmtree(ready, ignore_errors=True)
+    return is_taken
 
 
 def partial_of(result: Path) -> Path:
@@ -203,12 +208,13 @@ def job(
     }  # fmt: skip
     partial = partial_of(result)
     job_file = partial / _JOB_FILE
-    resumed = resumable and job_file.exists() and job_file.read_text() == canonical_json(identity)
+    same_job = identity | {"code": key or identity["code"]}  # a key digests the code that matters
+    resumed = resumable and job_file.exists() and job_file.read_text() == canonical_json(same_job)
     if not resumed:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if resumable:
-            write_json(job_file, identity)
+            write_json(job_file, same_job)
     running = Job(partial, resumed)
     try:
         yield running
@@ -269,9 +275,15 @@ def _write_record(
     write_json(path, body | {"record_digest": json_digest(body)})
 
 
+@functools.cache
 def code_digest() -> str:
-    """SHA-256 of the package's source files."""
-    return source_digest(".")
+    """SHA-256 of the package's source files as they are, comments included."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*")):
+        if path.suffix in (".py", ".j2", ".yaml"):
+            digest.update(path.relative_to(PACKAGE).as_posix().encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _git_state() -> dict[str, Any]:
@@ -329,97 +341,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-@dataclass(frozen=True)
-class Link:
-    """One result in the chain of a traced file."""
-
-    depth: int
-    result: str
-    job: str
-    digest: str
-    facts: str
-    seen: bool
-
-
-def result_of(file: Path) -> Path:
-    """The result that a file belongs to: its folder with a record, or the file itself.
-
-    Raises:
-        UserError: the file does not exist, or no record names it.
-    """
-    if not file.exists():
-        raise UserError(f"{file}: no such file. Give a file or folder below results/.")
-    path = record_path(file)
-    if not path.exists():
-        raise UserError(
-            f"{file}: no provenance record names it. Give a result that a saeflow job made."
-        )
-    if path.name != RECORD:
-        return file
-    root = path.parent
-    if file != root and file.is_file() and path != file:
-        name = file.relative_to(root).as_posix()
-        if name not in read_record(root)["outputs"]:
-            raise UserError(f"{file}: {path} does not name it. Give a result that a job made.")
-    return root
-
-
-def trace(
-    file: Path, external_digest: Callable[[str], str | None], seen: set[str] | None = None
-) -> Iterator[Link]:
-    """Walk from a result down to models and data, checking every digest on the way.
-
-    Args:
-        file: a result file or folder.
-        external_digest: the present digest of something from outside, by the name it was recorded
-            under; None where it cannot be told any more (a hub revision, which is its own digest).
-        seen: results that were walked down from already, in an earlier call too; added to.
-
-    Raises:
-        UserError: a link is broken; the message names the file.
-    """
-    seen = set() if seen is None else seen
-    root = result_of(file)
-    stack: list[tuple[int, Path, str | None, Path | None]] = [(0, root, None, None)]
-    while stack:
-        depth, result, expected, reader = stack.pop()
-        if str(result) in seen:
-            record = read_record(result)
-            yield Link(depth, str(result), record["job"], record["digest"], "", True)
-        else:
-            seen.add(str(result))
-            if not record_path(result).exists():
-                raise UserError(
-                    f"{record_path(result)}: the record is missing, but {reader} was made from it. "
-                    "Rerun the step that makes it."
-                )
-            digest = check(result)
-            record = read_record(result)
-            for name, recorded in record["external"].items():
-                now = external_digest(name)
-                if now is not None and now != recorded:
-                    raise UserError(
-                        f"{name}: changed since {result} was made from it (SHA-256 was {recorded[:12]}, "
-                        f"is {now[:12]}). Restore it, or rerun the workflow."
-                    )
-            yield Link(depth, str(result), record["job"], digest, _facts(record), False)
-            stack.extend(
-                (depth + 1, Path(path), recorded, result)
-                for path, recorded in reversed(record["inputs"].items())
-            )
-        if expected is not None and record["digest"] != expected:
-            raise UserError(
-                f"{result}: not the one that {reader} was made from (digest {record['digest'][:12]}, "
-                f"expected {expected[:12]}). Rerun the workflow, or restore the older result."
-            )
-
-
-def _facts(record: Mapping[str, Any]) -> str:
-    commit = record["code"]["commit"]
-    code = (
-        f"commit {commit[:10]}{' + changes' if record['code']['dirty'] else ''}" if commit else ""
-    )
-    outside = [f"from {name} ({digest[:12]})" for name, digest in record["external"].items()]
-    return ", ".join([f"{record['duration_s']:g} s", *filter(None, [code]), *outside])

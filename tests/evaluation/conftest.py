@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from saeflow.config import SPLITS, SAEConfig, TrainingConfig
+from saeflow.evaluation import Folders, Setup
 from saeflow.evaluation.in_model.text import write_clean
 from saeflow.sources import open_source, prepare_inputs
 from saeflow.stores import finalise, open_store, write_part
@@ -127,6 +128,31 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     mean = open_store(root / "stores" / "tiny" / "train" / f"{HOOK_POINT}.zarr").mean
     write_clean(TEXT, text, HOOK_POINT, mean, EVALUATION, {}, "cpu", clean)
     return root
+
+
+def reads_in(results: Path, source: str, hook_point: str, *others: str) -> dict[str, Path]:
+    """Folders of a results folder by the roles under which evaluations read them; those that are there."""
+    evaluations = results / "evaluations" / source / hook_point
+    roles = {
+        "train": results / "stores" / source / "train",
+        "evaluation": results / "stores" / source / "evaluation",
+        "model": results / "sources" / source / "model",
+        "inputs": results / "sources" / source / "inputs",
+        "clean": evaluations / "clean",
+    }
+    for other in others:
+        roles[f"on/{other}/evaluation"] = results / "stores" / other / "evaluation"
+        roles[f"on/{other}/inputs"] = results / "sources" / other / "inputs"
+        roles[f"on/{other}/clean"] = evaluations / "on" / other
+    return {role: path for role, path in roles.items() if path.exists()}
+
+
+def setup_in(
+    results: Path, source: str, hook_point: str, settings: Mapping[str, Any], device: str
+) -> Setup:
+    """The setup of a source in a results folder."""
+    folders = Folders.of(reads_in(results, source, hook_point))
+    return Setup(folders, source, hook_point, settings, device)
 
 
 def train_sae(results: Path, source: str, hook_point: str, variant: str, seed: int = 0) -> Path:

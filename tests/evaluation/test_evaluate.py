@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from saeflow.errors import UserError
-from saeflow.evaluation import Setup, evaluate_baselines, evaluate_sae, setups
+from saeflow.evaluation import evaluate_baselines, evaluate_sae, setups
 from saeflow.evaluation.evaluate import measure
 from saeflow.evaluation.in_model.text import write_clean
 from saeflow.evaluation.recovery import Recovery
@@ -20,7 +20,7 @@ from saeflow.sources.hook_points import splice
 from saeflow.stores import open_store
 from saeflow.tables.collect import collect
 
-from .conftest import EVALUATION, HOOK_POINT, TEXT, make_stores, train_sae
+from .conftest import EVALUATION, HOOK_POINT, TEXT, make_stores, reads_in, setup_in, train_sae
 
 
 def wide(folder: Path) -> pd.DataFrame:
@@ -30,7 +30,7 @@ def wide(folder: Path) -> pd.DataFrame:
 
 
 def test_baselines_of_text_go_through_the_model(results: Path, tmp_path: Path) -> None:
-    setup = Setup(results, "tiny", HOOK_POINT, EVALUATION, "cpu")
+    setup = setup_in(results, "tiny", HOOK_POINT, EVALUATION, "cpu")
     evaluate_baselines([3, 6], [setup], tmp_path)
     table = wide(tmp_path)
     identity, mean, pca3, pca6 = (
@@ -46,14 +46,10 @@ def test_baselines_of_text_go_through_the_model(results: Path, tmp_path: Path) -
     assert (table.first_position_excluded == 1).all()
     assert (table.ce_first_position_kept == 1).all()
     assert (table.max_norm_multiple == 10).all()
-    assert set(setup.read) == {
-        results / "stores/tiny/train", results / "stores/tiny/evaluation",
-        results / "sources/tiny/model", results / f"evaluations/tiny/{HOOK_POINT}/clean",
-    }  # fmt: skip
 
 
 def test_baselines_of_synthetic_data_have_no_recovery(results: Path, tmp_path: Path) -> None:
-    setup = Setup(results, "synthetic", "features", EVALUATION, "cpu")
+    setup = setup_in(results, "synthetic", "features", EVALUATION, "cpu")
     evaluate_baselines([2, 400], [setup], tmp_path)
     table = wide(tmp_path)
     assert list(table.index) == [
@@ -82,7 +78,7 @@ class Oracle(torch.nn.Module):
 
 def test_the_true_code_is_recovered_whole(results: Path) -> None:
     """Latents put at the true features give support F1, MMCS and explained variance 1."""
-    setup = Setup(results, "synthetic", "features", EVALUATION, "cpu")
+    setup = setup_in(results, "synthetic", "features", EVALUATION, "cpu")
     features = load_file(results / "sources/synthetic/inputs/dictionary.safetensors")["features"]
     store, place = setup.held_out, {}
     indices, values = store.column("true_indices"), store.column("true_values")
@@ -113,7 +109,7 @@ def test_the_true_code_is_recovered_whole(results: Path) -> None:
 
 
 def test_an_sae_of_another_store_is_refused(results: Path) -> None:
-    setup = Setup(results, "synthetic", "features", EVALUATION, "cpu")
+    setup = setup_in(results, "synthetic", "features", EVALUATION, "cpu")
     config = {"name": "run", "source": "tiny", "hook_point": HOOK_POINT, "d_in": 12}
     with pytest.raises(UserError, match=rf"activations of tiny/{HOOK_POINT}.*found synthetic/feat"):
         setup.check_fits(config)
@@ -136,7 +132,7 @@ def test_trained_saes_go_from_folder_to_tables(results: Path, tmp_path: Path, va
         sae = train_sae(results, source, hook_point, variant)
         out = tmp_path / source
         out.mkdir()
-        setup = Setup(results, source, hook_point, EVALUATION, "cpu")
+        setup = setup_in(results, source, hook_point, EVALUATION, "cpu")
         evaluate_sae(load(sae), read_config(sae), [setup], out)
         folders.append((out, sae))
     tables = tmp_path / "tables"
@@ -183,7 +179,7 @@ def test_trained_saes_go_from_folder_to_tables(results: Path, tmp_path: Path, va
 
 def test_metrics_of_a_trained_sae_match_a_plain_loop(results: Path) -> None:
     """fvu, cosine and L0 of a saved SAE, written out in float64 from its weights."""
-    setup = Setup(results, "tiny", HOOK_POINT, EVALUATION, "cpu")
+    setup = setup_in(results, "tiny", HOOK_POINT, EVALUATION, "cpu")
     sae = load(train_sae(results, "tiny", HOOK_POINT, "relu"))
     got = measure(setup, sae, is_trained=False)[0].metrics
     x = setup.held_out.read(0, setup.held_out.rows).double().numpy()
@@ -218,7 +214,9 @@ def test_an_sae_is_measured_on_another_sources_rows(another_source: Path, tmp_pa
     """FVU from the other store's rows, cross-entropies from plain runs of the model on its texts."""
     results = another_source
     evaluation = EVALUATION | {"also_on": {"another": {"dimension": None}}}
-    both = setups(results, "tiny", HOOK_POINT, evaluation, "cpu")
+    both = setups(
+        reads_in(results, "tiny", HOOK_POINT, "another"), "tiny", HOOK_POINT, evaluation, "cpu"
+    )
     folder = train_sae(results, "tiny", HOOK_POINT, "topk")
     evaluate_sae(load(folder), read_config(folder), both, tmp_path)
     (tmp_path / "baselines").mkdir()
@@ -278,7 +276,7 @@ def test_batch_size_does_not_change_a_metric_of_a_trained_sae(
         sae = load(train_sae(results, source, hook_point, "topk"))
         expected, got = (
             measure(
-                Setup(results, source, hook_point, EVALUATION | {"batch_size": size}, "cpu"),
+                setup_in(results, source, hook_point, EVALUATION | {"batch_size": size}, "cpu"),
                 sae,
                 is_trained=True,
             )[0].metrics

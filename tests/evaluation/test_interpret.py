@@ -24,7 +24,7 @@ from saeflow.sources.models import load_tokenizer
 from saeflow.sources.scenes import CLASSES
 from saeflow.stores import finalise, write_part
 
-from .conftest import EVALUATION, HOOK_POINT, STORE, train_sae
+from .conftest import EVALUATION, HOOK_POINT, STORE, setup_in, train_sae
 
 SETTINGS: dict[str, Any] = {
     "rows": 500, "probing": {"k": [1, 2, 5], "rows": 200, "seed": 0},
@@ -46,7 +46,7 @@ def lines_of(path: Path) -> list[dict[str, str]]:
 @pytest.fixture
 def text(results: Path) -> tuple[Any, dict[str, Any], Setup]:
     folder = train_sae(results, "tiny", HOOK_POINT, "topk")
-    setup = Setup(results, "tiny", HOOK_POINT, EVALUATION, "cpu")
+    setup = setup_in(results, "tiny", HOOK_POINT, EVALUATION, "cpu")
     return load(folder), read_config(folder), setup
 
 
@@ -149,7 +149,7 @@ def test_an_sae_of_another_store_is_refused_and_nothing_is_written(
     results: Path, text: Any, tmp_path: Path
 ) -> None:
     sae, config, _ = text
-    setup = Setup(results, "synthetic", "features", EVALUATION, "cpu")
+    setup = setup_in(results, "synthetic", "features", EVALUATION, "cpu")
     with pytest.raises(UserError, match=rf"activations of tiny/{HOOK_POINT}.*found synthetic"):
         interpret(sae, config, setup, SETTINGS, tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -158,7 +158,7 @@ def test_an_sae_of_another_store_is_refused_and_nothing_is_written(
 def test_a_scorer_that_is_not_there_is_refused_before_anything_is_encoded(
     results: Path, tmp_path: Path
 ) -> None:
-    setup = Setup(results, "synthetic", "features", EVALUATION, "cpu")
+    setup = setup_in(results, "synthetic", "features", EVALUATION, "cpu")
     sae = Planted(torch.eye(12))
     settings = SETTINGS | {"detection": SETTINGS["detection"] | {"scorer": "not.there:score"}}
     with pytest.raises(UserError, match=r"detection.scorer: no such module: not.there"):
@@ -168,7 +168,7 @@ def test_a_scorer_that_is_not_there_is_refused_before_anything_is_encoded(
 
 def test_the_true_code_answers_which_features_are_active(results: Path, tmp_path: Path) -> None:
     """As many features as dimensions and no noise: the inverse of the dictionary is the code."""
-    setup = Setup(results, "synthetic", "features", EVALUATION, "cpu")
+    setup = setup_in(results, "synthetic", "features", EVALUATION, "cpu")
     features = load_file(results / "sources/synthetic/inputs/dictionary.safetensors")["features"]
     sae = Planted(torch.linalg.inv(features))
     interpret(sae, config_of("synthetic", "features", 12), setup, SETTINGS, tmp_path)
@@ -233,7 +233,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_patches_are_asked_what_they_show_and_images_have_no_detection(
     scenes: Path, tmp_path: Path
 ) -> None:
-    setup = Setup(scenes, "scenes", PIXELS, EVALUATION, "cpu")
+    setup = setup_in(scenes, "scenes", PIXELS, EVALUATION, "cpu")
     sae, config = Planted(torch.eye(WIDTH)), config_of("scenes", PIXELS, WIDTH)
     interpret(sae, config, setup, SETTINGS | {"rows": 5000}, tmp_path)
     lines = lines_of(tmp_path / "probing.csv")
@@ -254,7 +254,7 @@ def test_without_detection_there_is_a_table_without_lines(text: Any, tmp_path: P
 
 def test_a_store_whose_rows_are_all_left_out_is_refused(text: Any, tmp_path: Path) -> None:
     sae, config, setup = text
-    strict = Setup(setup.folders.results, "tiny", HOOK_POINT, EVALUATION | {"max_norm_multiple": 1e-6}, "cpu")  # fmt: skip
+    strict = setup_in(setup.folders.train.parents[2], "tiny", HOOK_POINT, EVALUATION | {"max_norm_multiple": 1e-6}, "cpu")  # fmt: skip
     with pytest.raises(UserError, match="none of its 600 rows is left"):
         interpret(sae, config, strict, SETTINGS, tmp_path)
 

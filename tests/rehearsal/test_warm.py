@@ -1,9 +1,11 @@
 """A job in a forked child behaves as one in a process of its own: arguments, folder, environment, streams, exit code."""
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,16 +48,29 @@ def test_what_a_command_prints_and_returns_comes_back(python: Path, tmp_path: Pa
     assert "sources" in out
 
 
+def asked(task: dict[str, Any]) -> str:
+    """A command's argument."""
+    return json.dumps({"shared": {"params": {}, "reads": {}}, "jobs": [task]})
+
+
 def test_the_environment_is_the_job_s(python: Path) -> None:
     """`saeflow extract` takes runtime from SAEFLOW_RUNTIME: what is wrong with it is what was handed over."""
-    command = ("extract", "--source={}", "--store={}", "--split=train", "--folder=.", "--threads=1")
+    task = {
+        "out": "o",
+        "key": "",
+        "reads": {},
+        "params": {"source": {}, "store": {}, "split": "train"},
+    }
+    command = ("extract", asked(task), "--threads=1")
     code, _, err = run(python, "-m", "saeflow", *command, "--out=o", SAEFLOW_RUNTIME="none of it")
     assert code == 2
     assert "--runtime: expected JSON, found 'none of it'" in err
 
 
 def test_an_error_of_the_program_s_own_is_a_traceback_and_exit_code_1(python: Path) -> None:
-    command = ("fetch", '--model={"hook_points": []}', "--out=/dev/null/none")
+    params = {"model": {"folder": "."}, "hook_points": []}
+    task = {"out": "/dev/null/none", "key": "", "reads": {}, "params": params}
+    command = ("fetch", asked(task))
     code, _, err = run(python, "-m", "saeflow", *command)
     assert code == 1
     assert "Traceback" in err

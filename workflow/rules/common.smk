@@ -6,7 +6,6 @@ import os
 import shlex
 import sys
 import time
-from base64 import urlsafe_b64encode
 from pathlib import Path
 
 import snakemake.persistence.file
@@ -19,6 +18,8 @@ from saeflow.config import check_params
 from saeflow.device import has_gpu
 from saeflow.errors import UserError
 from saeflow.failures import failures
+from saeflow.jobs import Groups, Jobs, tasks
+from saeflow.jobs.code import Kept, package_code
 from saeflow.preflight import (
     check_inputs,
     check_saes,
@@ -39,6 +40,8 @@ try:
     config.update(check_params(config, parameter_files))
     plan = checked_plan(config)
     check_targets(plan, sys.argv[1:])  # Snakemake tells the targets later, as an exception
+    jobs = Jobs(plan, Kept(package_code()))
+    jobs.work_out_keys()
 except UserError as error:
     print(*(f"error: {line}" for line in error.lines), sep="\n", file=sys.stderr)
     sys.exit(2)
@@ -79,7 +82,7 @@ onstart:
     Path("results/complexity").mkdir(parents=True, exist_ok=True)
     # File times decide nothing here, but Snakemake fails a job whose input seems to be from the future: what was
     # made while a clock was ahead is from now.
-    for pattern in (RECORD, "*.parts/*", "*.parts/*/.snakemake_timestamp"):
+    for pattern in ("provenance.json", "*.parts/*", "*.parts/*/.snakemake_timestamp"):
         for path in Path("results").rglob(pattern):
             if path.stat().st_mtime > time.time():
                 os.utime(path)
@@ -100,45 +103,33 @@ wildcard_constraints:
     split="train|evaluation",
     part="[0-9]+",
     parts="[0-9]+",
-    group="[0-9]+",
+    group="[0-9a-f]+",
     figure="(?!table_)[a-z0-9_]+",
     table="table_[a-z0-9_]+",
     run="[^/]+/[^/]+/(?!on/)[^/]+/[^/]+",  # on/ is what evaluation.also_on needs
     setting="[^/]+/[^/]+/[^/]+/[^/]+",
 
 
-RECORD = "provenance.json"
-INPUTS = [
-    *(f"results/sources/{source}/inputs/{RECORD}" for source in plan.sources),
-    *(
-        f"results/evaluations/{source}/labelled/{name}/{RECORD}"
-        for source in plan.sources
-        for name in plan.labelled(source)
-    ),
-]
-STORES = [
-    f"results/stores/{source}/{split}/{RECORD}"
-    for source in plan.sources
-    for split in plan.splits(source)
-]
-SAES = [f"results/saes/{run}/{RECORD}" for run in plan.runs]
-IMPORTS = [f"results/saes/{run}/{RECORD}" for run in plan.imports]
-EVALUATIONS = [
-    *(f"results/evaluations/{run}/{RECORD}" for run in plan.evaluated),
-    *(
-        f"results/evaluations/{source}/{hook_point}/baselines/{RECORD}"
-        for source, hook_point in plan.stores
-    ),
-]
-PAGES = [f"results/evaluations/latents/{run}/{RECORD}" for run in plan.pages]
-PROBES = [
-    f"results/complexity/{source}/{name}/probes/{hook_point}/{RECORD}"
-    for source, hook_point, name in plan.probes
-]
-STABILITY = [f"results/evaluations/stability/{setting}/{RECORD}" for setting in plan.seeds]
-INTERPRETED = [f"results/evaluations/interpretability/{run}/{RECORD}" for run in plan.interpreted]
-TRAINED, EVALUATED = "results/saes.groups", "results/evaluations.groups"
-FIGURES = [f"results/figures/{figure}/{RECORD}" for figure in config["figures"]["names"]]
+def records(found):
+    """What stands for results: their records."""
+    return [job.record for job in found]
+
+
+def task(*made):
+    """What a command is told: the results that it makes, and all that they depend on."""
+    return tasks(made)
+
+
+INPUTS = records(
+    [
+        *map(jobs.inputs, plan.sources),
+        *(jobs.labelled(source, name) for source in plan.sources for name in plan.labelled(source)),
+    ]
+)
+STORES = records(jobs.store(*one) for one in plan.splits_of_sources())
+SAES = records(map(jobs.sae, plan.evaluated))
+PAGES = records(map(jobs.latents, plan.pages))
+FIGURES = records(map(jobs.figure, config["figures"]["names"]))
 
 
 def environment(name):
@@ -157,81 +148,11 @@ def gpus():
     return int(has_gpu() if asked == "auto" else asked != "cpu")
 
 
-def model_record(wildcards):
-    """The record of the source's model, where it has one."""
-    return (
-        f"results/sources/{wildcards.source}/model/{RECORD}"
-        if plan.has_model(wildcards.source)
-        else []
-    )
-
-
-def same_model(source, file=""):
-    """The folder (or a file in it) of the same model that another source fetches, as a list."""
-    other = plan.same_model(source)
-    return [str(Path(f"results/sources/{other}/model", file))] if other else []
-
-
-def clean_record(source, hook_point):
-    """The record of the clean side of the model in the loop."""
-    return f"results/evaluations/{source}/{hook_point}/clean/{RECORD}"
-
-
-def probe_folder(run):
-    """The folder of the probe that a run uses, if any, as a list."""
-    config, name = plan.runs[run], plan.complexity(run)
-    return [f"results/complexity/{config.source}/{name}/probes/{config.hook_point}"] if name else []
-
-
-def evaluation_inputs(source, hook_point):
-    """The records of what an SAE of one store is measured on."""
-    splits = [f"results/stores/{source}/{split}/{RECORD}" for split in ("train", "evaluation")]
-    model = [clean_record(source, hook_point)] if plan.has_model(source) else []
-    folder = f"results/evaluations/{source}/{hook_point}/dimension"
-    dimension = [f"{folder}/{RECORD}"] if plan.has_dimension(source) else []
-    return [*splits, *model, *dimension]
-
-
-def other_inputs(source, hook_point):
-    """The records of what an SAE of one store is measured on beside it: `evaluation.also_on`."""
-    found = []
-    for other in plan.others(source):
-        found += [f"results/stores/{other}/evaluation/{RECORD}"]
-        found += [f"results/sources/{other}/inputs/{RECORD}"]
-        if not plan.kind(other).has_labelled_sets:
-            found += [f"results/evaluations/{source}/{hook_point}/on/{other}/{RECORD}"]
-        if plan.has_dimension(other):
-            found += [f"results/evaluations/{other}/{hook_point}/dimension/{RECORD}"]
-    return found
-
-
-def is_current(folder, key):
-    """Whether a result with this key is there, of a job that Snakemake saw end (else it runs again)."""
-    record = Path(folder, RECORD)
-    if not record.exists() or json.loads(record.read_text()).get("key") != key:
-        return False
-    marker = urlsafe_b64encode(str(record).encode()).decode()  # as Snakemake names it
-    return not Path(".snakemake/incomplete", marker).exists()
-
-
-def is_forced():
-    """Whether jobs were asked for again although their results are there."""
-    return bool(workflow.dag_settings.forceall or workflow.dag_settings.forcerun)
-
-
 def parts(wildcards):
-    """The parts of a split; none where its store is there, however many jobs made it."""
-    source, split = wildcards.source, wildcards.split
-    made = [
-        is_current(f"results/stores/{source}/{split}", plan.key_store(source, split)),
-        is_current(f"results/sources/{source}/inputs", plan.key_inputs(source)),
-        not plan.has_model(source)
-        or is_current(f"results/sources/{source}/model", plan.key_model(source)),
-    ]
-    if all(made) and not is_forced():
-        return []
+    """The parts of a split. They are temporary: made only where the store is to be made."""
     count = config["runtime"]["extraction_jobs"]
-    return [f"results/stores/{source}/{split}.parts/{part}-of-{count}" for part in range(count)]
+    folder = f"results/stores/{wildcards.source}/{wildcards.split}.parts"
+    return [f"{folder}/{part}-of-{count}" for part in range(count)]
 
 
 def launcher():
@@ -242,70 +163,12 @@ def launcher():
     return f"torchrun --standalone --nproc-per-node={ranks}"
 
 
-def training(runs, folder):
-    """What training some runs of one store is told."""
-    source = plan.runs[runs[0]].source
-    each = (
-        f"--run={shlex.quote(json.dumps(plan.run(run)))} --key={plan.key_sae(run)} --out={folder}/{run}"
-        for run in runs
-    )
-    stores = (
-        f"--store=results/stores/{source}/train --probes=results/complexity/{source}"
-        " --saes=results/saes"
-    )
-    return " ".join([stores, *each])
+# SAEs of one store that one job trains, and that one job evaluates: see saeflow.jobs.groups.
+TRAINED = Groups([jobs.sae(run) for run in runs] for runs in plan.training_groups)
+EVALUATED = Groups([jobs.evaluation(run) for run in runs] for runs in plan.evaluation_groups)
 
 
-def training_inputs(runs):
-    """The records of what some runs of one store read."""
-    store = f"results/stores/{plan.runs[runs[0]].source}/train/{RECORD}"
-    probes = {f"{folder}/{RECORD}" for run in runs for folder in probe_folder(run)}
-    guides = {plan.runs[run].guide for run in runs} - {None}
-    return [store, *sorted(probes), *(f"results/saes/{guide}/{RECORD}" for guide in sorted(guides))]
-
-
-def is_trained(run):
-    return is_current(f"results/saes/{run}", plan.key_sae(run)) and not is_forced()
-
-
-def is_evaluated(run):
-    return is_current(f"results/evaluations/{run}", plan.key_evaluation(run)) and not is_forced()
-
-
-def untrained(group):
-    """The runs of a group that are still to be trained."""
-    return [run for run in plan.training_groups[int(group)] if not is_trained(run)]
-
-
-def unevaluated(group):
-    """The runs of a group that are still to be evaluated."""
-    return [run for run in plan.evaluation_groups[int(group)] if not is_evaluated(run)]
-
-
-def done_in_group(run, groups, folder, is_there):
-    """What says that a group's job has made a run's result, where it is to."""
-    if config["runtime"]["saes_per_job"] == 1 or is_there(run):
-        return []
-    group = next(i for i, runs in enumerate(groups) if run in runs)
-    return f"{folder}/{group}.done"
-
-
-def evaluating(runs, folder):
-    """What evaluating some runs of one store is told."""
-    source = plan.evaluated[runs[0]].source
-    each = (
-        f"--sae=results/saes/{run} --key={plan.key_evaluation(run)} --out={folder}/{run}"
-        for run in runs
-    )
-    evaluation = (
-        f"--results=results --evaluation={shlex.quote(json.dumps(plan.evaluation(source)))}"
-    )
-    return " ".join([evaluation, *each])
-
-
-def evaluating_inputs(runs):
-    """The records of what evaluating some runs of one store reads."""
-    store = plan.evaluated[runs[0]]
-    saes = [f"results/saes/{run}/{RECORD}" for run in runs]
-    place = (store.source, store.hook_point)
-    return saes + evaluation_inputs(*place) + other_inputs(*place)
+def done_of(folder, groups, job):
+    """What says that the job of a result's group ended, where the result is in a group."""
+    group = groups.of(job)
+    return [] if group is None else ancient(f"{folder}/{group}.done")

@@ -1,14 +1,13 @@
 """Complexity: scores of contexts, and the probe that reads them from activations.
 
 Expects results/sources and results/stores; leaves results/complexity/SOURCE/NAME/scores and
-results/complexity/SOURCE/NAME/HOOK_POINT, for the runs whose options name a complexity.
+results/complexity/SOURCE/NAME/probes/HOOK_POINT, for the runs whose options name a complexity.
 """
 
 
 rule score_contexts:
     input:
-        model=model_record,
-        inputs="results/sources/{source}/inputs/provenance.json",
+        lambda w: jobs.scores(w.source, w.complexity).inputs,
     output:
         record="results/complexity/{source}/{complexity}/scores/provenance.json",
     log:
@@ -19,21 +18,14 @@ rule score_contexts:
     resources:
         gpu=gpus(),
     params:
-        key=lambda w: plan.key_scores(w.source, w.complexity),
-        source=lambda w: json.dumps(plan.source(w.source)),
-        scoring=lambda w: json.dumps(plan.scoring(w.complexity)),
+        task=lambda w: task(jobs.scores(w.source, w.complexity)),
     shell:
-        "python -m saeflow score --scoring {params.scoring:q} --source {params.source:q}"
-        " --folder results/sources/{wildcards.source} --threads {threads} --key {params.key}"
-        " --out results/complexity/{wildcards.source}/{wildcards.complexity}/scores 2>&1 | tee {log}"
+        "python -m saeflow score {params.task:q} --threads {threads} 2>&1 | tee {log}"
 
 
 rule fit_probe:
     input:
-        scores="results/complexity/{source}/{complexity}/scores/provenance.json",
-        stores=expand(
-            "results/stores/{{source}}/{split}/provenance.json", split=["train", "evaluation"]
-        ),
+        lambda w: jobs.probe(w.source, w.hook_point, w.complexity).inputs,
     output:
         record="results/complexity/{source}/{complexity}/probes/{hook_point}/provenance.json",
     log:
@@ -41,12 +33,6 @@ rule fit_probe:
     conda:
         environment("model")
     params:
-        key=lambda w: plan.key_probe(w.source, w.hook_point, w.complexity),
-        scoring=lambda w: json.dumps(plan.scoring(w.complexity)),
+        task=lambda w: task(jobs.probe(w.source, w.hook_point, w.complexity)),
     shell:
-        "python -m saeflow probe --scoring {params.scoring:q} --name {wildcards.complexity}"
-        " --scores results/complexity/{wildcards.source}/{wildcards.complexity}/scores"
-        " --hook-point {wildcards.hook_point} --stores results/stores/{wildcards.source}"
-        " --key {params.key}"
-        " --out results/complexity/{wildcards.source}/{wildcards.complexity}/probes/{wildcards.hook_point}"
-        " 2>&1 | tee {log}"
+        "python -m saeflow probe {params.task:q} 2>&1 | tee {log}"

@@ -7,7 +7,7 @@ caption) and results/report.html.
 
 rule draw_figure:
     input:
-        tables="results/tables/provenance.json",
+        lambda w: jobs.figure(w.figure).inputs,
     output:
         svg="results/figures/{figure}/{figure}.svg",
         pdf="results/figures/{figure}/{figure}.pdf",
@@ -20,17 +20,14 @@ rule draw_figure:
     conda:
         environment("figures")
     params:
-        key=lambda w: plan.key_figure(w.figure),
-        figures=json.dumps(plan.figure()),
+        task=lambda w: task(jobs.figure(w.figure)),
     shell:
-        "python -m saeflow draw {wildcards.figure} --tables results/tables"
-        " --figures {params.figures:q} --key {params.key}"
-        " --out results/figures/{wildcards.figure} 2>&1 | tee {log}"
+        "python -m saeflow draw {params.task:q} 2>&1 | tee {log}"
 
 
 rule write_table:
     input:
-        tables="results/tables/provenance.json",
+        lambda w: jobs.figure(w.table).inputs,
     output:
         md="results/figures/{table}/{table}.md",
         tex="results/figures/{table}/{table}.tex",
@@ -42,19 +39,14 @@ rule write_table:
     conda:
         environment("figures")
     params:
-        key=lambda w: plan.key_figure(w.table),
-        figures=json.dumps(plan.figure()),
+        task=lambda w: task(jobs.figure(w.table)),
     shell:
-        "python -m saeflow draw {wildcards.table} --tables results/tables"
-        " --figures {params.figures:q} --key {params.key}"
-        " --out results/figures/{wildcards.table} 2>&1 | tee {log}"
+        "python -m saeflow draw {params.task:q} 2>&1 | tee {log}"
 
 
 rule write_report:
     input:
-        tables="results/tables/provenance.json",
-        figures=FIGURES,
-        pages=PAGES,
+        jobs.report().inputs,
     output:
         html="results/report.html",
         record="results/report.html.provenance.json",
@@ -63,10 +55,6 @@ rule write_report:
     conda:
         environment("figures")
     params:
-        key=plan.key_report(),
-        names=config["figures"]["names"],
-        pages=[f"--page={run}" for run in plan.pages],
-        mark=plan.mark,
+        task=task(jobs.report()),
     shell:
-        "python -m saeflow report {params.names} {params.pages} --results results --key {params.key}"
-        " --mark={params.mark:q} --out {output.html} 2>&1 | tee {log}"
+        "python -m saeflow report {params.task:q} 2>&1 | tee {log}"

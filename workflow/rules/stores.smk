@@ -7,8 +7,7 @@ extracted by runtime.extraction_jobs independent jobs, whose number does not cha
 
 rule extract_part:
     input:
-        model=model_record,
-        inputs="results/sources/{source}/inputs/provenance.json",
+        lambda w: jobs.store(w.source, w.split).inputs,
     output:
         part=temp(directory("results/stores/{source}/{split}.parts/{part}-of-{parts}")),
     log:
@@ -19,20 +18,15 @@ rule extract_part:
     resources:
         gpu=gpus(),
     params:
-        key=lambda w: plan.key_store(w.source, w.split),
-        source=lambda w: json.dumps(plan.source(w.source)),
-        store=lambda w: json.dumps(plan.store(w.source)),
+        task=lambda w: task(jobs.store(w.source, w.split)),
     shell:
-        "python -m saeflow extract --source {params.source:q} --store {params.store:q}"
-        " --split {wildcards.split} --part {wildcards.part} --parts {wildcards.parts}"
-        " --threads {threads} --key {params.key}"
-        " --folder results/sources/{wildcards.source} --out {output.part} 2>&1 | tee {log}"
+        "python -m saeflow extract {params.task:q} --part {wildcards.part} --parts {wildcards.parts}"
+        " --out {output.part} --threads {threads} 2>&1 | tee {log}"
 
 
 rule merge_parts:
     input:
-        model=model_record,
-        inputs="results/sources/{source}/inputs/provenance.json",
+        lambda w: jobs.store(w.source, w.split).inputs,
         parts=parts,
     output:
         record="results/stores/{source}/{split}/provenance.json",
@@ -41,12 +35,6 @@ rule merge_parts:
     conda:
         environment("model")
     params:
-        key=lambda w: plan.key_store(w.source, w.split),
-        name=lambda w: w.source,
-        source=lambda w: json.dumps(plan.source(w.source)),
-        store=lambda w: json.dumps(plan.store(w.source)),
+        task=lambda w: task(jobs.store(w.source, w.split)),
     shell:
-        "python -m saeflow merge {input.parts} --name {params.name} --source {params.source:q}"
-        " --store {params.store:q} --split {wildcards.split} --key {params.key}"
-        " --folder results/sources/{wildcards.source}"
-        " --out results/stores/{wildcards.source}/{wildcards.split} 2>&1 | tee {log}"
+        "python -m saeflow merge {params.task:q} {input.parts} 2>&1 | tee {log}"

@@ -2,14 +2,32 @@
 
 Expects results/stores/SOURCE/train (and the probes of results/complexity that runs use); leaves
 results/saes/RUN with weights, config and steps.csv. A job that is killed goes on from its last checkpoints
-when it is started again. How many SAEs a job trains changes no result and no key.
+when it is started again. How many SAEs a job trains changes no result and no key (saeflow.jobs.groups).
 """
+
+
+rule train_group:
+    input:
+        lambda w: sorted({one for job in TRAINED.members[w.group] for one in job.inputs}),
+    output:
+        temp(touch("results/saes.groups/{group}.done")),
+    log:
+        "logs/train_group/{group}.log",
+    conda:
+        environment("train")
+    threads: threads("train")
+    resources:
+        gpu=gpus(),
+    params:
+        task=lambda w: task(*TRAINED.members[w.group]),
+    shell:
+        f"{launcher()} -m saeflow train {{params.task:q}} --ahead --threads {{threads}} 2>&1 | tee {{log}}"
 
 
 rule train_sae:
     input:
-        lambda w: training_inputs([w.run]),
-        group=lambda w: done_in_group(w.run, plan.training_groups, TRAINED, is_trained),
+        lambda w: jobs.sae(w.run).inputs,
+        group=lambda w: done_of("results/saes.groups", TRAINED, jobs.sae(w.run)),
     output:
         weights="results/saes/{run}/weights.safetensors",
         config="results/saes/{run}/config.json",
@@ -25,31 +43,14 @@ rule train_sae:
     resources:
         gpu=gpus(),
     params:
-        told=lambda w: training([w.run], "results/saes"),
+        task=lambda w: task(jobs.sae(w.run)),
     shell:
-        f"{launcher()} -m saeflow train {{params.told}} --group='{{input.group}}'"
-        " --threads {threads} 2>&1 | tee {log}"
-
-
-rule train_group:
-    input:
-        lambda w: training_inputs(untrained(w.group)),
-    output:
-        temp(touch(f"{TRAINED}/{{group}}.done")),
-    log:
-        "logs/train_group/{group}.log",
-    conda:
-        environment("train")
-    threads: threads("train")
-    resources:
-        gpu=gpus(),
-    params:
-        told=lambda w: training(untrained(w.group), f"{TRAINED}/{w.group}"),
-    shell:
-        f"{launcher()} -m saeflow train {{params.told}}" " --threads {threads} 2>&1 | tee {log}"
+        f"{launcher()} -m saeflow train {{params.task:q}} --threads {{threads}} 2>&1 | tee {{log}}"
 
 
 rule import_sae:
+    input:
+        lambda w: jobs.sae(w.run).inputs,
     output:
         weights="results/saes/{run}/weights.safetensors",
         config="results/saes/{run}/config.json",
@@ -61,7 +62,7 @@ rule import_sae:
     conda:
         environment("train")
     params:
-        key=lambda w: plan.key_import(w.run),
+        key=lambda w: jobs.sae(w.run).key,
         folder=lambda w: plan.imports[w.run].folder,
         library=lambda w: plan.imports[w.run].library,
         store=lambda w: plan.imports[w.run].store,

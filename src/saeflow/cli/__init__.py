@@ -24,36 +24,45 @@ from saeflow.cli import (
 )
 from saeflow.errors import UserError
 
-COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
-    "Commands": {
-        "validate": parameters.validate,
-        "parameters": parameters.parameters,
-        "plan": parameters.plan,
-        "rehearse": parameters.rehearse,
-        "trace": results.trace,
-        "verify": results.verify,
-        "export": exchange.export,
-        "import": exchange.import_,
-    },
+Command = Callable[..., None]
+
+COMMANDS: dict[str, Command] = {
+    "validate": parameters.validate,
+    "parameters": parameters.parameters,
+    "plan": parameters.plan,
+    "rehearse": parameters.rehearse,
+    "trace": results.trace,
+    "verify": results.verify,
+    "export": exchange.export,
+    "import": exchange.import_,
+}
+"""Commands that a user types."""
+JOBS: dict[str, Command] = {
+    "import": exchange.import_,
+    "fetch": sources.fetch,
+    "prepare": sources.prepare,
+    "label": sources.label,
+    "merge": stores.merge,
+    "score": complexity.score,
+    "probe": complexity.probe,
+    "train": training.train,
+    "clean": evaluation.clean,
+    "dimension": evaluation.dimension,
+    "evaluate": evaluation.evaluate,
+    "latents": evaluation.latents,
+    "interpret": evaluation.interpret_,
+    "baselines": evaluation.baselines,
+    "stability": evaluation.stability,
+    "collect": evaluation.collect,
+    "draw": figures.draw,
+    "report": figures.report,
+}
+"""The command of each job (saeflow.jobs.declared): the code that its key digests starts here."""
+PANELS: dict[str, dict[str, Command]] = {
+    "Commands": COMMANDS,
     "Jobs, which the workflow's rules call": {
-        "fetch": sources.fetch,
-        "prepare": sources.prepare,
-        "label": sources.label,
         "extract": stores.extract,
-        "merge": stores.merge,
-        "score": complexity.score,
-        "probe": complexity.probe,
-        "train": training.train,
-        "clean": evaluation.clean,
-        "dimension": evaluation.dimension,
-        "evaluate": evaluation.evaluate,
-        "latents": evaluation.latents,
-        "interpret": evaluation.interpret_,
-        "baselines": evaluation.baselines,
-        "stability": evaluation.stability,
-        "collect": evaluation.collect,
-        "draw": figures.draw,
-        "report": figures.report,
+        **{name: command for name, command in JOBS.items() if name not in COMMANDS},
     },
 }
 """Every command by its name, under the panel of `saeflow --help` that shows it."""
@@ -61,7 +70,7 @@ COMMANDS: dict[str, dict[str, Callable[..., None]]] = {
 app = typer.Typer(
     help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-for _panel, _commands in COMMANDS.items():
+for _panel, _commands in PANELS.items():
     for _name, _command in _commands.items():
         app.command(_name, rich_help_panel=_panel)(_command)
 

@@ -4,30 +4,32 @@ import json
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from saeflow import device
+from saeflow import device, jobs, provenance
 from saeflow.errors import UserError
 
+Task = Annotated[
+    str, typer.Argument(metavar="TASK", help="What to make of what: JSON (docs/keys.md).")
+]
+Tasks = Annotated[
+    str,
+    typer.Argument(
+        metavar="TASKS", help="One result or several of one store: JSON (docs/keys.md)."
+    ),
+]
+Ahead = Annotated[
+    bool,
+    typer.Option("--ahead", help="Leave each missing result beside its place, for its own job."),
+]
 Key = Annotated[str, typer.Option(help="The workflow's key of this job, for its record.")]
-Keys = Annotated[
-    list[str] | None, typer.Option("--key", help="The workflow's key of each, for its record.")
-]
-Group = Annotated[
-    str, typer.Option(help="GROUP.done where it was made with others, under GROUP/RUN.")
-]
 Out = Annotated[Path, typer.Option(help="Written: the result folder.")]
-SourceJson = Annotated[str, typer.Option(help="One entry of `sources`, as JSON.")]
-StoreJson = Annotated[str, typer.Option(help="One entry of `stores`, as JSON.")]
-EvaluationJson = Annotated[str, typer.Option(help="`evaluation`, as JSON.")]
 RuntimeJson = Annotated[str, typer.Option(envvar="SAEFLOW_RUNTIME", help="`runtime`, as JSON.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
-Mark = Annotated[str, typer.Option(help="Printed in the page's head, such as REHEARSAL.")]
-SourceFolder = Annotated[Path, typer.Option(help="The source's folder: model/ and inputs/.")]
-Split = Annotated[str, typer.Option(help="train or evaluation.")]
 
 
 def parse_json(option: str, text: str) -> Any:
@@ -60,24 +62,39 @@ def set_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def keys_of_each(option: str, number: int, out: list[Path], key: list[str] | None) -> list[str]:
-    """A key for each of several results, empty where none were given."""
-    keys = key or [""] * number
-    if not number == len(out) == len(keys):
-        raise UserError(
-            f"{option}, --out, --key: expected as many of each, found {number}, {len(out)} and {len(keys)}."
-        )
-    return keys
+@contextmanager
+def job_of(task: jobs.Task, command: str, **options: Any) -> Iterator[provenance.Job]:
+    """Make the result of a task; `saeflow.provenance.job` describes the options."""
+    with (
+        interruptible(),
+        provenance.job(
+            task.out, name=command, inputs=task.inputs, params=task.params, key=task.key, **options
+        ) as job,
+    ):
+        yield job
 
 
-def place_of(group: str, run: Path, out: Path) -> Path:
-    """Where a run's result lies: where its group's job made it, if it is one of a group."""
-    return Path(group).with_suffix("").joinpath(*run.parts[-4:]) if group else out
+def is_made(task: jobs.Task, *, ahead: bool) -> bool:
+    """Tell whether a task's result is there; `saeflow.jobs.groups` says how it comes there.
+
+    Args:
+        task: one of a group, or any.
+        ahead: asked by the job of the group. Otherwise by the result's own job, which takes what that one left.
+    """
+    if not ahead:
+        return provenance.take_ready(task.out, task.key)
+    places = (task.out, provenance.ready_of(task.out))
+    return any(provenance.is_current(place, task.key) for place in places)
 
 
-def model_folders(folder: Path, source: dict[str, Any]) -> list[Path]:
-    """The result folders of a source that the steps after it read."""
-    return ([folder / "model"] if "model" in source else []) + [folder / "inputs"]
+def placed(task: jobs.Task, *, ahead: bool) -> jobs.Task:
+    """The task with the folder that is written: of a group's job, the one where results wait to be taken."""
+    return replace(task, out=provenance.ready_of(task.out)) if ahead else task
+
+
+def source_folder(task: jobs.Task) -> Path:
+    """The folder of a source, which holds the model and the inputs that a task reads."""
+    return task.one("inputs").parent
 
 
 @contextmanager

@@ -1,84 +1,38 @@
 """Jobs that score how complex contexts are, and fit probes to the scores."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from saeflow import provenance
-from saeflow.cli.arguments import (
-    Key,
-    Out,
-    RuntimeJson,
-    SourceFolder,
-    SourceJson,
-    Threads,
-    interruptible,
-    machine_of,
-    model_folders,
-    parse_json,
-)
+from saeflow.cli.arguments import RuntimeJson, Task, Threads, job_of, machine_of, source_folder
 from saeflow.config import SPLITS
+from saeflow.jobs import read_task
 
 
-def score(
-    scoring: Annotated[str, typer.Option(help="One entry of `complexity`, as JSON.")],
-    source: SourceJson,
-    folder: SourceFolder,
-    runtime: RuntimeJson,
-    threads: Threads,
-    out: Out,
-    key: Key = "",
-) -> None:
+def score(task: Task, runtime: RuntimeJson, threads: Threads) -> None:
     """Score how complex the contexts of a source are."""
     from saeflow.complexity.scorers import score_contexts, scoring_digests
 
-    values, chosen = parse_json("--source", source), parse_json("--scoring", scoring)
+    asked = read_task(task)
+    scoring, source = asked.params["scoring"], asked.params["source"]
     machine = machine_of(runtime, threads)
-    with (
-        interruptible(),
-        provenance.job(
-            out,
-            name="score",
-            inputs=model_folders(folder, values),
-            external=scoring_digests(chosen),
-            params={"source": values, "scoring": chosen},
-            key=key,
-            device=machine["device"],
-        ) as job,
-    ):
-        score_contexts(chosen, values, folder, machine["device"], job.path)
+    external = scoring_digests(scoring)
+    with job_of(asked, "score", external=external, device=machine["device"]) as job:
+        score_contexts(scoring, source, source_folder(asked), machine["device"], job.path)
 
 
-def probe(
-    scores: Annotated[Path, typer.Option(help="Folder that `score` wrote.")],
-    scoring: Annotated[str, typer.Option(help="One entry of `complexity`, as JSON.")],
-    name: Annotated[str, typer.Option(help="The name of that entry.")],
-    hook_point: Annotated[str, typer.Option(help="Which activations the probe reads.")],
-    stores: Annotated[Path, typer.Option(help="The source's stores: train/ and evaluation/.")],
-    out: Out,
-    key: Key = "",
-) -> None:
+def probe(task: Task) -> None:
     """Fit the probe that reads complexity from activations."""
     from saeflow.complexity.probe import fit_probe
     from saeflow.complexity.scorers import SCORES
     from saeflow.stores import open_store
 
-    chosen = parse_json("--scoring", scoring)
-    with (
-        interruptible(),
-        provenance.job(
-            out,
-            name="probe",
-            inputs=[scores, *(stores / split for split in SPLITS)],
-            params={"scoring": chosen, "hook_point": hook_point},
-            key=key,
-        ) as job,
-    ):
+    asked = read_task(task)
+    source, _, hook_point = asked.params["store"].partition("/")
+    about = {
+        "source": source, "hook_point": hook_point, "complexity": asked.params["complexity"],
+    }  # fmt: skip
+    with job_of(asked, "probe") as job:
         fit_probe(
-            scores / SCORES,
-            {split: open_store(stores / split / f"{hook_point}.zarr") for split in SPLITS},
-            chosen["range"],
-            {"source": stores.name, "hook_point": hook_point, "complexity": name},
+            asked.one("scores") / SCORES,
+            {split: open_store(asked.one(split) / f"{hook_point}.zarr") for split in SPLITS},
+            asked.params["range"],
+            about,
             job.path,
         )

@@ -7,6 +7,8 @@ import typer
 
 from saeflow import provenance
 from saeflow.errors import UserError
+from saeflow.trace import result_of
+from saeflow.trace import trace as walk
 
 
 def trace(
@@ -15,7 +17,7 @@ def trace(
     """Print what a result was made from, down to models and data, and check every digest."""
     from saeflow.sources import external_digest
 
-    for link in provenance.trace(file, external_digest):
+    for link in walk(file, external_digest):
         rest = "(above)" if link.seen else link.facts
         typer.echo(f"{'  ' * link.depth}{link.result}  [{link.job} {link.digest[:12]}]  {rest}")
     typer.echo(f"{file}: every link holds.")
@@ -33,7 +35,7 @@ def verify(
     for root in results or [Path("results")]:
         if not root.exists():
             raise UserError(f"{root}: no such file or folder. Give a result, or run the workflow.")
-        for result in provenance.results_under(root) or [provenance.result_of(root)]:
+        for result in provenance.results_under(root) or [result_of(root)]:
             provenance.check(result)
             for store in sorted(result.glob("*.zarr")):
                 verify_store(store)

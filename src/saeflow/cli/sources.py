@@ -1,100 +1,43 @@
 """Jobs that make what a source reads: its model, its inputs, its labelled images."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
-from saeflow import provenance
-from saeflow.cli.arguments import (
-    Key,
-    Out,
-    SourceFolder,
-    SourceJson,
-    Threads,
-    interruptible,
-    parse_json,
-    set_threads,
-)
+from saeflow.cli.arguments import Task, Threads, job_of, set_threads
+from saeflow.jobs import read_task
 
 
-def fetch(
-    model: Annotated[str, typer.Option(help="`model` and `hook_points`, as JSON.")],
-    out: Out,
-    threads: Threads = 1,
-    like: Annotated[
-        Path | None, typer.Option(help="Folder of the same model, which another source fetched.")
-    ] = None,
-    key: Key = "",
-) -> None:
+def fetch(task: Task, threads: Threads = 1) -> None:
     """Fetch (or train) a source's model, and check that it has the hook points."""
     from saeflow.sources.models import fetch_model, pinned, take_model
 
-    values = parse_json("--model", model)
-    if "trained" in values["model"]:
+    asked = read_task(task)
+    model, hook_points = asked.params["model"], asked.params["hook_points"]
+    if "trained" in model:
         set_threads(threads)
-    with (
-        interruptible(),
-        provenance.job(
-            out, name="fetch", params=values, external=pinned(values["model"]), key=key
-        ) as job,
-    ):
+    with job_of(asked, "fetch", external=pinned(model)) as job:
+        like = asked.optional("like")
         if like is None:
-            notes = fetch_model(values["model"], values["hook_points"], job.path, threads)
-            job.details["notes"] = notes
+            job.details["notes"] = fetch_model(model, hook_points, job.path, threads)
         else:
-            provenance.check(like)
-            take_model(like, values["hook_points"], job.path)
+            take_model(like, hook_points, job.path)
 
 
-def prepare(
-    source: SourceJson,
-    rows: Annotated[str, typer.Option(help="Rows asked for, by split, as JSON.")],
-    folder: SourceFolder,
-    threads: Threads = 1,
-    key: Key = "",
-) -> None:
+def prepare(task: Task, threads: Threads = 1) -> None:
     """Make what a source reads: token ids of its text, pixels of its images, or its true dictionary."""
     from saeflow.sources import external_inputs, prepare_inputs
 
-    values, counts = parse_json("--source", source), parse_json("--rows", rows)
-    model = folder / "model"
-    with (
-        interruptible(),
-        provenance.job(
-            folder / "inputs",
-            name="prepare",
-            inputs=[model] if "model" in values else [],
-            external=external_inputs(values),
-            params={"source": values, "rows": counts},
-            key=key,
-        ) as job,
-    ):
-        job.details["read"] = prepare_inputs(values, counts, model, job.path, threads)
+    asked = read_task(task)
+    source, rows = asked.params["source"], asked.params["rows"]
+    with job_of(asked, "prepare", external=external_inputs(source)) as job:
+        model = asked.optional("model") or asked.out.parent / "model"
+        job.details["read"] = prepare_inputs(source, rows, model, job.path, threads)
 
 
-def label(
-    labelled: Annotated[str, typer.Option(help="One entry of evaluation.labelled_sets, as JSON.")],
-    folder: SourceFolder,
-    out: Out,
-    threads: Threads = 1,
-    key: Key = "",
-) -> None:
+def label(task: Task, threads: Threads = 1) -> None:
     """Decode the images of a labelled set as a source's model sees them."""
     from saeflow.sources.images import images_digests
     from saeflow.sources.labelled import prepare_labelled
 
-    values, model = parse_json("--labelled", labelled), folder / "model"
-    external = images_digests(values["train"]) | images_digests(values["test"])
-    with (
-        interruptible(),
-        provenance.job(
-            out,
-            name="label",
-            inputs=[model],
-            external=external,
-            params={"labelled": values},
-            key=key,
-        ) as job,
-    ):
-        job.details["read"] = prepare_labelled(values, model, job.path, threads)
+    asked = read_task(task)
+    labelled = asked.params["labelled"]
+    external = images_digests(labelled["train"]) | images_digests(labelled["test"])
+    with job_of(asked, "label", external=external) as job:
+        job.details["read"] = prepare_labelled(labelled, asked.one("model"), job.path, threads)

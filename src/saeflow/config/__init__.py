@@ -4,7 +4,6 @@ This package imports no model code: Snakefile and command line read it in a frac
 """
 
 from saeflow.config.check import SCORER, check_params, load_params, scorer_file, validate
-from saeflow.config.keys import PACKAGE, job_key, source_digest
 from saeflow.config.runs import (
     IMPORTED,
     SPLITS,
@@ -19,7 +18,6 @@ from saeflow.config.yaml_file import read_yaml
 
 __all__ = [
     "IMPORTED",
-    "PACKAGE",
     "ROOT",
     "SCORER",
     "SPLITS",
@@ -29,10 +27,8 @@ __all__ = [
     "check_params",
     "expand_runs",
     "imports",
-    "job_key",
     "load_params",
     "read_yaml",
     "scorer_file",
-    "source_digest",
     "validate",
 ]

@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
+    "Folders": "setup",
     "Setup": "setup",
     "collect_latents": "latent_pages",
     "evaluate_baselines": "evaluate",

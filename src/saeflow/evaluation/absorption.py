@@ -68,6 +68,7 @@ def absorb(sae: Any, setup: Setup, settings: Mapping[str, Any]) -> list[dict[str
         UserError: too few words, a template without {word}, a tokenizer without offsets.
     """
     assert setup.in_model is not None
+    assert setup.folders.model is not None
     model: Any = setup.in_model.model
     tokenizer: Any = load_tokenizer(setup.folders.model)
     parameters = sum(part.numel() for part in model.parameters())

@@ -47,7 +47,7 @@ def observers(setup: Setup, sae: Any, *, is_trained: bool) -> list[Observer]:
     if (bootstrap := settings.get("bootstrap")) is not None:
         per_context = PerContext(rows.contexts, bootstrap)
         found += [per_context, Controls(sae, rows, per_context, bootstrap)]
-    if is_trained and setup.has_dimension:
+    if is_trained and setup.folders.dimension is not None:
         found.append(PerRow(load_file(setup.folders.dimension / DIMENSIONS)))
     return found
 

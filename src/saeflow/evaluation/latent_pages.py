@@ -66,6 +66,7 @@ def _of_words(sae: Any, setup: Setup) -> tuple[dict[str, np.ndarray], dict[str, 
             f"evaluation.latents.runs: expected SAEs of a model's activations, found {setup.source}, which has "
             "no model. Take another run."
         )
+    assert setup.folders.model is not None
     model, tokenizer = setup.in_model.model, load_tokenizer(setup.folders.model)
     lens = logit_lens(model, final_norm(model), sae.directions(), _LENS)
     inside = token_texts(tokenizer)  # which has none for special ones

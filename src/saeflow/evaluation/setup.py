@@ -14,45 +14,43 @@ from saeflow.sources import Inputs, SourceKind, kind_of
 from saeflow.stores import open_store
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Folders:
-    """Result folders of one measurement.
+    """Result folders that a measurement opens; a job states them (saeflow.jobs.declared).
 
     Attributes:
-        results: the results folder.
-        source, hook_point: name the store that the SAEs are trained on.
-        on: the source whose held-out rows are measured.
+        train: the store that the SAEs are trained on.
+        held_out: the store whose rows are measured.
+        inputs: what these rows are of: tokens, pixels, the true dictionary.
+        model: the source's model; None without one.
+        clean: the model's clean side; None without a model, or where it is not needed.
+        dimension: local intrinsic dimensions of the measured rows; None where they are not asked for.
     """
 
-    results: Path
-    source: str
-    hook_point: str
-    on: str
+    train: Path
+    held_out: Path
+    inputs: Path | None = None
+    model: Path | None = None
+    clean: Path | None = None
+    dimension: Path | None = None
 
-    @property
-    def train(self) -> Path:
-        return self.results / "stores" / self.source / "train"
+    @classmethod
+    def of(cls, reads: Mapping[str, Path], on: str | None = None) -> "Folders":
+        """Choose the folders of one measurement.
 
-    @property
-    def held_out(self) -> Path:
-        return self.results / "stores" / self.on / "evaluation"
-
-    @property
-    def model(self) -> Path:
-        return self.results / "sources" / self.source / "model"
-
-    @property
-    def inputs(self) -> Path:
-        return self.results / "sources" / self.on / "inputs"
-
-    @property
-    def dimension(self) -> Path:
-        return self.results / "evaluations" / self.on / self.hook_point / "dimension"
-
-    def clean(self, *, of_source: bool) -> Path:
-        """The model's clean side: on the source that SAEs are trained on, or on the one that is measured."""
-        evaluations = self.results / "evaluations" / self.source / self.hook_point
-        return evaluations / "clean" if of_source else evaluations / "on" / self.on
+        Args:
+            reads: the folders that a job reads, by their role there.
+            on: the source whose held-out rows are measured, if it is another one than the SAEs are trained on.
+        """
+        place = "" if on is None else f"on/{on}/"
+        return cls(
+            train=reads["train"],
+            held_out=reads[f"{place}evaluation"],
+            inputs=reads.get(f"{place}inputs"),
+            model=reads.get("model"),
+            clean=reads.get(f"{place}clean", reads.get("clean")),
+            dimension=reads.get(f"{place}dimension"),
+        )
 
 
 class Setup:
@@ -61,7 +59,7 @@ class Setup:
     The training split gives the norm limit, the mean row and what baselines are fitted to.
 
     Args:
-        results: the results folder.
+        folders: what is opened.
         source, hook_point: name the store that the SAEs are trained on.
         settings: `evaluation` of the parameters.
         device: where SAEs and the model run.
@@ -70,7 +68,7 @@ class Setup:
 
     def __init__(
         self,
-        results: Path,
+        folders: Folders,
         source: str,
         hook_point: str,
         settings: Mapping[str, Any],
@@ -79,7 +77,7 @@ class Setup:
     ) -> None:
         self.source, self.on, self.hook_point = source, on or source, hook_point
         self.settings, self.device = settings, device
-        self.folders = Folders(results, source, hook_point, self.on)
+        self.folders = folders
 
     @property
     def is_own(self) -> bool:
@@ -120,32 +118,18 @@ class Setup:
     @cached_property
     def inputs(self) -> Inputs:
         """The prepared inputs that the measured rows are of."""
-        return self.kind.inputs(self.source_params, self.folders.inputs, self.folders.model)
+        inputs = self.folders.inputs
+        assert inputs is not None
+        model = self.folders.model or inputs.with_name("model")  # opened by kinds that have one
+        return self.kind.inputs(self.source_params, inputs, model)
 
     @cached_property
     def in_model(self) -> ModelInTheLoop | None:
         """The source's model with its clean side; None for a source without a model."""
-        return open_model(self.source_params, self._clean, self.folders.model, self.device)
-
-    @property
-    def _clean(self) -> Path:
-        return self.folders.clean(of_source=self.is_own or self.kind.has_labelled_sets)
-
-    @property
-    def has_dimension(self) -> bool:
-        """Whether the local intrinsic dimension of the measured rows is known."""
-        return self.settings["dimension"] is not None
-
-    @property
-    def read(self) -> list[Path]:
-        """The result folders that a measurement reads."""
-        kind, folders = self.kind, self.folders
-        found = [folders.train, folders.held_out]
-        if kind.in_model is not None:
-            found += [folders.model, self._clean]
-        if kind.has_images or kind.has_true_dictionary:
-            found.append(folders.inputs)
-        return found + ([folders.dimension] if self.has_dimension else [])
+        clean, model = self.folders.clean, self.folders.model
+        if clean is None or model is None:
+            return None
+        return open_model(self.source_params, clean, model, self.device)
 
     def check_fits(self, config: Mapping[str, Any]) -> None:
         """Refuse an SAE that was trained on something else.
@@ -187,15 +171,24 @@ class Setup:
 
 
 def setups(
-    results: Path, source: str, hook_point: str, settings: Mapping[str, Any], device: str
+    reads: Mapping[str, Path],
+    source: str,
+    hook_point: str,
+    settings: Mapping[str, Any],
+    device: str,
 ) -> list[Setup]:
-    """The setup of a store, and one for each source of `also_on`, with what is particular to that source."""
+    """The setup of a store, and one for each source of `also_on`, with what is particular to that source.
+
+    Args:
+        reads: the folders that the job reads, by their role there.
+        source, hook_point, settings, device: as for `Setup`.
+    """
     chosen = {key: value for key, value in settings.items() if key != "also_on"}
     others = settings.get("also_on", {})
     return [
-        Setup(results, source, hook_point, chosen, device),
+        Setup(Folders.of(reads), source, hook_point, chosen, device),
         *(
-            Setup(results, source, hook_point, chosen | own, device, on)
+            Setup(Folders.of(reads, on), source, hook_point, chosen | own, device, on)
             for on, own in others.items()
         ),
     ]

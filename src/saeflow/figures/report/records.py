@@ -70,10 +70,16 @@ def sources(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Name and parameters of every source whose inputs were prepared, and of labelled sets; what was read of each."""
     notes = {record["result"]: record["notes"] for record in records if record["name"] == "fetch"}
     found = []
+    whole = {  # with hook points, which inputs do not depend on
+        record["params"].get("name"): record["params"].get("source")
+        for record in records
+        if record["name"] == "merge"
+    }
     for record in records:
         params, place = record["params"], Path(record["result"])
         if record["name"] == "prepare" and params.get("source"):
-            name, values = place.parent.name, params["source"]
+            name = place.parent.name
+            values = whole.get(name, params["source"])
         elif record["name"] == "label" and params.get("labelled"):
             name, values = f"{place.name} (labelled, for {place.parts[-3]})", params["labelled"]
         else:
