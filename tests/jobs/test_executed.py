@@ -1,5 +1,6 @@
 """Run every kind of job of a small workflow under a profiler: what ran is what the job's key digests."""
 
+import ast
 import importlib
 import json
 import sys
@@ -33,9 +34,9 @@ class Ran:
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
-        if event == "call" and code.co_filename in SEEN_AT and not _is_for_records(frame):
+        if event == "call" and code.co_filename in SEEN_AT and not _is_no_code(frame):
             name = code.co_qualname.partition(".")[0]
-            if not name.startswith("<"):
+            if not name.startswith("<") and name != "__getattr__":  # which passes names on
                 self.found.add((MODULE_OF[code.co_filename], name))
 
     def __enter__(self) -> "Ran":
@@ -48,9 +49,24 @@ class Ran:
         threading.setprofile(None)
 
 
-def _is_for_records(frame: FrameType | None) -> bool:
-    """Tell whether a function runs for a module that is part of no job's code."""
+def _message_lines(path: Path) -> set[int]:
+    """Lines of a file that log or raise."""
+    found: set[int] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        is_log = isinstance(node, ast.Expr) and ast.unparse(node).startswith("logger.")
+        if is_log or isinstance(node, ast.Raise):
+            found |= set(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    return found
+
+
+MESSAGES = {str(path): _message_lines(path) for path in CODE.files.values()}
+
+
+def _is_no_code(frame: FrameType | None) -> bool:
+    """Tell whether a function runs for a module that is part of no job's code, or for a message."""
     while frame is not None:
+        if frame.f_lineno in MESSAGES.get(frame.f_code.co_filename, ()):
+            return True
         module = MODULE_OF.get(frame.f_code.co_filename)
         if module is not None and module.split(".")[1:2] != [] and module.split(".")[1] in OUTSIDE:
             return True
