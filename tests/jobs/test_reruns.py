@@ -113,7 +113,7 @@ def replaced(module: str, old: str, new: str) -> Code:
 def test_a_message_reruns_nothing_and_a_constant_what_uses_it(every: list[Job]) -> None:
     message = "n must be in 1..2^62 - 1, got {n}"
     assert rerun(replaced("stores.permutation", message, "{n} is out of range"), every) == set()
-    logged = replaced("sources.models", 'logger.info("downloading', 'logger.warning("fetching')
+    logged = replaced("sources.gguf_files", 'logger.info("downloading', 'logger.warning("fetching')
     assert rerun(logged, every) == set()
     help_text = replaced("cli.stores", "Parts in all.", "How many parts there are.")
     assert rerun(help_text, every) == set()
