@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from saeflow.config.options import with_defaults
+from saeflow.config.variants import with_defaults
 from saeflow.errors import UserError
 from saeflow.exchange import FORMATS, export_sae, import_sae, plain_of, sae_of
 from saeflow.exchange.plain import Plain
