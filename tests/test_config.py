@@ -369,7 +369,7 @@ def test_a_source_that_is_only_evaluated_on_has_the_hook_points_and_no_training_
 
 
 def test_too_many_runs_are_counted_and_not_expanded() -> None:
-    """Of 300 billion; expanding them would take days."""
+    """A sweep of 300 billion SAEs; expanding them would take days."""
     params = copy.deepcopy(PARAMS)
     entry = params["saes"]["topk"]
     entry |= {"d_sae": [512 + i for i in range(1000)], "seed": list(range(1000))}

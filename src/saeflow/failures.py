@@ -1,4 +1,4 @@
-"""What went wrong in a run of Snakemake: the last line that each failed job has said."""
+"""Failures of a Snakemake run: the last line of each failed job's log."""
 
 import re
 from collections.abc import Iterable

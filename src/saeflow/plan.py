@@ -1,4 +1,4 @@
-"""What a parameter file asks for: runs, stores, probes, what is evaluated where; `saeflow.jobs` makes jobs of it."""
+"""Plan of a parameter file: runs, stores, probes and evaluations; `saeflow.jobs` makes jobs of it."""
 
 import itertools
 import re
@@ -13,7 +13,7 @@ _OF_IMAGES = ("labelled_sets", "concept_cards")
 
 
 class Plan:
-    """What one parameter file asks for."""
+    """Plan of one parameter file."""
 
     def __init__(self, params: Mapping[str, Any]) -> None:
         self.params = params
@@ -107,7 +107,7 @@ class Plan:
         return self.runs[run].options.get("complexity")
 
     def has_model(self, source: str) -> bool:
-        """Whether the source reads a model (and so has a model in the loop)."""
+        """Return whether the source reads a model (and so has a model in the loop)."""
         return "model" in self.params["sources"][source]
 
     def same_model(self, source: str) -> str | None:
@@ -125,7 +125,7 @@ class Plan:
         return kind_of(self.params["sources"][source])
 
     def has_dimension(self, source: str) -> bool:
-        """Whether the local intrinsic dimension of the source's rows is asked for."""
+        """Return whether the local intrinsic dimension of the source's rows is asked for."""
         dimension = self.params["evaluation"]["dimension"]
         return dimension is not None and source in dimension["sources"]
 
@@ -150,7 +150,7 @@ class Plan:
         return {key: value for key, value in chosen.items() if key != "probe_at"}
 
     def evaluation(self, source: str) -> dict[str, Any]:
-        """What of `evaluation` concerns the SAEs of a source: images only where it sees any."""
+        """Return the part of `evaluation` that concerns the SAEs of a source: images only where it sees any."""
         apart = ("pca_ranks", "latents", "interpretability", "also_on")
         every = {k: v for k, v in self.params["evaluation"].items() if k not in apart}
         if not self.kind(source).has_images:
@@ -163,7 +163,7 @@ class Plan:
         return every | ({"also_on": on} if on else {})
 
     def dimension(self) -> dict[str, Any] | None:
-        """How local intrinsic dimension is estimated, where it is."""
+        """Return the settings of local intrinsic dimension, where it is estimated."""
         chosen = self.params["evaluation"]["dimension"]
         return chosen and {key: chosen[key] for key in ("rows", "neighbours")}
 
@@ -173,7 +173,7 @@ class Plan:
         return list((self.params["evaluation"].get("latents") or {"runs": []})["runs"])
 
     def latents(self) -> dict[str, int]:
-        """What a page of latent cards shows."""
+        """Return the settings of a page of latent cards."""
         chosen = self.params["evaluation"]["latents"]
         return {key: value for key, value in chosen.items() if key != "runs"}
 
@@ -184,13 +184,13 @@ class Plan:
         return list(chosen["runs"])
 
     def interpretability(self) -> dict[str, Any]:
-        """How latents are probed."""
+        """Return the settings of probes of latents."""
         chosen = self.params["evaluation"]["interpretability"]
         return {key: value for key, value in chosen.items() if key != "runs"}
 
     @property
     def mark(self) -> str:
-        """What is printed across figures and at the head of pages; empty for nothing."""
+        """Return the mark that is printed across figures and at the head of pages; empty for none."""
         return str(self.params["figures"].get("mark", ""))
 
     def figure(self) -> dict[str, Any]:

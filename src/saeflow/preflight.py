@@ -82,7 +82,7 @@ _MANY_PASSES = 10
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What is allowed and seldom meant: trainings that read the same rows again and again."""
+    """Yield warnings of what is allowed and seldom meant: trainings that read the same rows again and again."""
     found: dict[tuple[str, int, int], list[str]] = {}
     for run in plan.runs.values():
         rows = plan.rows(run.source)["train"]

@@ -139,7 +139,7 @@ def results_under(root: Path) -> list[Path]:
 
 
 def ready_of(result: Path) -> Path:
-    """Where a group's job leaves a result until the result's own job takes it (see `saeflow.jobs.groups`)."""
+    """Return the folder in which a group's job leaves a result until the result's own job takes it (see `saeflow.jobs.groups`)."""
     return result.with_name(result.name + READY)
 
 

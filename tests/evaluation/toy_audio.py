@@ -65,7 +65,7 @@ class Audio:
 
 
 class AudioInputs(Inputs):
-    """What is known of frames."""
+    """Return the facts known of frames."""
 
     @property
     def row_groups(self) -> Mapping[str, Any]:

@@ -27,7 +27,7 @@ SMALL = ROOT / "tests/workflow/synthetic.yaml"
 
 
 class Ran:
-    """Which functions of the package ran: (module, name of the top-level definition)."""
+    """Return the functions of the package that ran: (module, name of the top-level definition)."""
 
     def __init__(self) -> None:
         self.found: set[tuple[str, str]] = set()

@@ -131,7 +131,7 @@ def test_bundled_english_is_not_cut_short() -> None:
 
 
 def test_modules_that_give_no_document_are_counted() -> None:
-    """Of the library's modules, those with too little text, against a count of the documents themselves."""
+    """Modules of the library with too little text, against a count of the documents themselves."""
     left_out: Counter[str] = Counter()
     documents = list(read_documents({"bundled": "python"}, left_out))
     library = Path(sysconfig.get_path("stdlib"))

@@ -24,7 +24,7 @@ SCORES = "scores.csv"
 
 
 def _fits(kind: str, source: SourceKind) -> bool:
-    """Whether a kind of scorer is for a kind of source."""
+    """Return whether a kind of scorer is for a kind of source."""
     if kind == "table":
         return source.in_model is not None
     if kind == "true_count":

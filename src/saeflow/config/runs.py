@@ -107,7 +107,7 @@ def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
             source, _, hook_point = store.partition("/")
             name = f"{source}/{hook_point}/{entry}/{label}"
             if name in runs:
-                raise UserError(f"saes.{entry}: two runs have one name, {name}. Mend the sweep.")
+                raise UserError(f"saes.{entry}: two runs have one name, {name}. Fix the sweep.")
             runs[name] = SAEConfig(
                 name=name,
                 entry=entry,

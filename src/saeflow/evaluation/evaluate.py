@@ -63,7 +63,7 @@ def _per_context(setup: Setup) -> ContextMeans:
 
 
 def row_policy(setup: Setup) -> dict[str, float]:
-    """Which rows are measured, as metrics that stand beside the others in every table."""
+    """Return the row policy as metrics that stand beside the others in every table."""
     rows, multiple = setup.rows, setup.settings["max_norm_multiple"]
     skips = rows.selection.positions == "rest" or setup.source_params.get("skip_first", False)
     return {

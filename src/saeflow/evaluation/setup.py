@@ -81,7 +81,7 @@ class Setup:
 
     @property
     def is_own(self) -> bool:
-        """Whether the measured rows are of the source that the SAEs are trained on."""
+        """Return whether the measured rows are of the source that the SAEs are trained on."""
         return self.on == self.source
 
     @cached_property

@@ -22,14 +22,14 @@ def compact(value: float) -> str:
 
 
 def seeds(rows: pd.DataFrame) -> str:
-    """How many seeds each setting has."""
+    """State the number of seeds of each setting."""
     counts = rows.groupby(["source", "hook_point", "entry", "setting"])["seed"].nunique()
     low, high = int(counts.min()), int(counts.max())
     return f"{low}" if low == high else f"{low} to {high}"
 
 
 def seed_sentence(rows: pd.DataFrame) -> str:
-    """What points and error bars of a front are."""
+    """State the meaning of a front's points and error bars."""
     count = seeds(rows)
     resampled = "95 % bootstrap intervals over contexts" if "low" in rows else ""
     if count == "1":
@@ -42,7 +42,7 @@ def seed_sentence(rows: pd.DataFrame) -> str:
 
 
 def size_sentence(rows: pd.DataFrame) -> str:
-    """How many latents the SAEs of each panel have."""
+    """State the number of latents of each panel's SAEs."""
     sizes: dict[str, list[str]] = {}
     for panel in compare.panels_of(rows):
         held = compare.one_panel(rows, panel)
@@ -58,7 +58,7 @@ def size_sentence(rows: pd.DataFrame) -> str:
 
 
 def budget_sentence(rows: pd.DataFrame) -> str:
-    """How many tokens the runs were trained on."""
+    """State the number of tokens that the runs were trained on."""
     saes = rows[compare.is_sae(rows)]
     tokens = sorted(saes["tokens"].dropna().unique())
     others = sorted(saes.loc[saes["tokens"].isna(), "entry"].unique())
@@ -96,7 +96,7 @@ def scale_sentence(rows: pd.DataFrame, options: pd.DataFrame) -> str:
 
 
 def rows_sentence(rows: pd.DataFrame, cross_entropy: bool = False) -> str:
-    """How many rows of each source were evaluated, and which were left out."""
+    """State the number of evaluated rows of each source, and which rows were left out."""
     texts: dict[str, list[str]] = {}
     for panel in compare.panels_of(rows):
         held = compare.one_panel(rows, panel)

@@ -1,4 +1,4 @@
-"""What a figure needs of the parameters, so that one without data is refused before the first job."""
+"""Needs of a figure of the parameters, so that one without data is refused before the first job."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -89,7 +89,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Need:
-    """What a figure needs of the parameters.
+    """Needs of one figure of the parameters.
 
     Attributes:
         what: in words, for the refusal.

@@ -53,7 +53,7 @@ def _first(held: pd.DataFrame) -> pd.Series:
 
 
 def _own_name(row: pd.Series) -> str:
-    """What an entry's name says beside source and variant: `mlp` of the source scenes' scenes-sparsemax-mlp."""
+    """Return an entry's name without source and variant: `mlp` of the source scenes' scenes-sparsemax-mlp."""
     name = str(row["entry"]).removeprefix(f"{row['source']}-")
     variant = str(row["variant"]).replace("_", "-")
     return "" if name == variant else name.removeprefix(f"{variant}-")
@@ -102,7 +102,7 @@ def entry_labels(rows: pd.DataFrame) -> list[str]:
 
 
 def setting_label(row: Mapping[Any, Any] | pd.Series, k: str = "k") -> str:
-    """What tells a setting from the others of its series: its k, or its penalty."""
+    """Return the label that distinguishes a setting within its series: its k, or its penalty."""
     if not pd.isna(row[k]):
         return f"k = {row[k]:g}"
     rest = re.sub(r"^d\d+-?", "", str(row["setting"]))

@@ -1,4 +1,4 @@
-"""How every figure looks: sizes, type, one colour and marker per variant.
+"""Style of every figure: sizes, type, one colour and marker per variant.
 
 The colours of the variants differ by at least 23 in CIE 1976 Lab from each other, for normal vision and
 under simulated protanopia, deuteranopia and tritanopia (Machado et al. 2009, severity 1); markers differ
@@ -80,7 +80,7 @@ RC = {
 
 @dataclass(frozen=True)
 class Look:
-    """How one variant is drawn everywhere."""
+    """Colour, marker and name of one variant in every figure."""
 
     label: str
     color: str

@@ -243,7 +243,7 @@ class Code:
 
 
 class Kept:
-    """What was worked out of the code of a package, kept in a file for the next time.
+    """Cache of a package's parsed code, kept in a file for the next run.
 
     It is good as long as no byte of the package changes; then all of it is worked out again.
 

@@ -337,7 +337,7 @@ class Jobs:
         return {split: self.store(source, split) for split in ("train", "evaluation")}
 
     def _measured_on(self, source: str, hook_point: str) -> Reads:
-        """What an SAE of a store is measured on."""
+        """Return the results that an SAE of a store is measured on."""
         reads = {**self._model(source), "inputs": self.inputs(source), **self._splits(source)}
         if self.plan.has_model(source):
             reads["clean"] = self.clean(source, hook_point, source)
@@ -346,7 +346,7 @@ class Jobs:
         return reads
 
     def _others(self, source: str, hook_point: str) -> Reads:
-        """What an SAE of a store is measured on beside it (`evaluation.also_on`)."""
+        """Return the other sources' results that an SAE of a store is measured on (`evaluation.also_on`)."""
         reads = {}
         for other in self.plan.others(source):
             reads[f"on/{other}/evaluation"] = self.store(other, "evaluation")

@@ -62,7 +62,7 @@ class Job:
 
     @property
     def path(self) -> Path:
-        """Where the result lies."""
+        """Path of the result."""
         return Path(RESULTS, self.result)
 
     @property
@@ -83,7 +83,7 @@ class Job:
 
     @property
     def entries(self) -> tuple[list[str], list[tuple[str, str]]]:
-        """Where its code starts, and which entries of tables it uses: the arguments of `Code.reached`."""
+        """Entry points of its code, and the entries of tables that it uses: the arguments of `Code.reached`."""
         table = "cli:JOBS"
         return [table, *self.code], [(table, self.command), *self.choices]
 

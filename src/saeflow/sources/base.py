@@ -30,7 +30,7 @@ _TOKENS = {"all": slice(0, None), "cls": slice(0, 1), "patches": slice(1, None)}
 
 
 def positions(params: Mapping[str, Any]) -> slice:
-    """Of each context of a source, the positions that give a row.
+    """Positions of each context of a source that give a row.
 
     Args:
         params: one entry of `sources`.

@@ -35,7 +35,7 @@ class Document(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """Where a document stands, and its text; None for a null."""
+    """A document's place and its text; None for a null."""
 
     file: str
     unit: str  # what is counted in the file: row, line, passage

@@ -35,7 +35,7 @@ def topics() -> int:
 
 
 def left_out(kind: str = "english") -> dict[str, int]:
-    """How many of the library's modules give no document, by the reason."""
+    """Count the library's modules that give no document, by the reason."""
     given = len(documents(kind)) - (topics() if kind == "english" else 0)
     what = "of docstrings " if kind == "english" else ""
     reason = f"a module with less than {MIN_CHARACTERS} characters {what}(or no Python source)"

@@ -79,12 +79,12 @@ class SourceKind:
 
     @property
     def has_labelled_sets(self) -> bool:
-        """Whether its model classifies labelled sets."""
+        """True if its model classifies labelled sets."""
         return self.in_model is not None and self.in_model.has_labelled_sets
 
     @property
     def predicts_contexts(self) -> bool:
-        """Whether its model is measured on contexts of the evaluation split, as next-token predictions are."""
+        """True if its model is measured on contexts of the evaluation split, as next-token predictions are."""
         return self.in_model is not None and not self.in_model.has_labelled_sets
 
 

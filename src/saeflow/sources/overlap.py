@@ -1,4 +1,4 @@
-"""How much of the evaluation split stands in the training split too, counted in runs of tokens.
+"""Overlap of the evaluation split with the training split, counted in runs of tokens.
 
 Equal documents share a split; a paragraph that several documents quote, or a text that stands twice in one file, can
 still be in both.

@@ -74,7 +74,7 @@ def write_images(
     own: Counter[str] = Counter()
 
     def writer_of(item: Item) -> PixelWriter | None:
-        """Where an image is wanted, None where it is not."""
+        """Place of a wanted image, None for one that is not wanted."""
         if per_class is not None and (item.label == NO_LABEL or counts[item.label] >= per_class):
             return None
         split = split_of(item)

@@ -165,7 +165,7 @@ class VisionInputs(Inputs):
         return {"cls": "first", "patches": "rest"} if self.params["tokens"] == "all" else {}
 
     def true_counts(self, split: str, contexts: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Of scenes: the number of objects of each image, at its CLS token."""
+        """Return the number of objects of each scene, at its CLS token."""
         objects = np.load(self.folder / f"{split}_objects.npy")[contexts]
         return contexts, np.zeros_like(contexts), objects.astype(np.float64)
 

@@ -55,7 +55,7 @@ class Store:
 
     @property
     def positions(self) -> slice:
-        """Of each context of the source, the positions whose rows are here."""
+        """Positions of each context of the source whose rows are here."""
         return positions(self.attrs["source_params"])
 
     def read(self, start: int, stop: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which runs may be compared: panels of one store and source, equal budgets, one size."""
+"""Selection of comparable runs: panels of one store and source, equal budgets, one size."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple

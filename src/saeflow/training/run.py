@@ -57,7 +57,7 @@ class Batches(Shuffled, Protocol):
 
     @property
     def positions(self) -> slice:
-        """Of each context, those that give a row."""
+        """Positions of each context that give a row."""
         ...
 
     def last_rows(self) -> Shuffled:

@@ -107,7 +107,7 @@ def _module(source: Mapping[str, Any]) -> Any:
 
 
 def clean_writer(source: Mapping[str, Any]) -> WriteClean:
-    """What writes the clean side of a source's model."""
+    """The function that writes the clean side of a source's model."""
     writer: WriteClean = _module(source).write_clean
     return writer
 

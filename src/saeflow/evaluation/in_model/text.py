@@ -281,7 +281,7 @@ class NextTokens:
         self.zero_costs = self._zero_costs()
 
     def _zero_costs(self) -> bool:
-        """Whether zero in the place of activations raises the loss: its 95 % interval lies above 0."""
+        """Return whether zero ablation raises the loss: its 95 % interval lies above 0."""
         rises = []
         for path in self.files:
             with safe_open(path, "np") as file:

@@ -47,7 +47,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Ranks:
-    """What decides which concepts are a class's own.
+    """Scores that decide which concepts are a class's own.
 
     Attributes:
         counts: by split and labels, such as `train-true`: (classes, d_sae) tokens that a concept fires on.

@@ -1,4 +1,4 @@
-"""How many latents a simple model of text predicts, and how well sparse probes do."""
+"""Table of interpretability: the share of latents that a simple model of text predicts, and sparse probes."""
 
 from collections.abc import Mapping
 from typing import Any

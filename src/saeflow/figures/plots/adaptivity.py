@@ -1,4 +1,4 @@
-"""What the number of active latents follows: the objects of an image, and local intrinsic dimension."""
+"""Active latents against the objects of an image, and against local intrinsic dimension."""
 
 from collections.abc import Mapping
 from typing import Any

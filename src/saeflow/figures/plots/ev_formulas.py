@@ -1,4 +1,4 @@
-"""What the field calls explained variance, formula by formula, of the same SAEs on the same rows."""
+"""The field's formulas of explained variance, on the same SAEs and rows."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What k follows: the number of latents in use against complexity scores and against local dimension."""
+"""Active latents against complexity scores and against local dimension."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""How well complexity can be read from activations, by block and model."""
+"""Quality of complexity probes by block and model."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What another seed changes: agreement of dictionaries, and of how many latents each input gets."""
+"""Stability over seeds: agreement of dictionaries, and of the number of latents of each input."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the report says of jobs: what was run, how long it took, which versions were used."""
+"""The report's sections on jobs: what was run, its duration, the versions used."""
 
 import os
 import re
@@ -93,7 +93,7 @@ def sources(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _read(read: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What was read of a source, file by file, and what was left out."""
+    """Return what was read of a source, file by file, and what was left out."""
     facts = []
     if files := read.get("files"):
         counts = [

@@ -76,7 +76,7 @@ def href(path: Path, root: Path) -> str:
 
 
 def schedules(steps: pd.DataFrame) -> list[dict[str, Any]]:
-    """What every series' k (or penalty weight) did over training, with a small drawing."""
+    """Show every series' k (or penalty weight) over training in a small drawing."""
     found = []
     for panel in compare.panels_of(steps):
         for series in series_of(compare.one_panel(steps, panel)):
