@@ -169,6 +169,6 @@ EVALUATED = Groups([jobs.evaluation(run) for run in runs] for runs in plan.evalu
 
 
 def done_of(folder, groups, job):
-    """What says that the job of a result's group ended, where the result is in a group."""
+    """What says that the job of a result's group ended, where the result is in a group and not there yet."""
     group = groups.of(job)
-    return [] if group is None else ancient(f"{folder}/{group}.done")
+    return [] if group is None or job.is_made else f"{folder}/{group}.done"

@@ -7,7 +7,7 @@ RESULT.ready. The job of a result then only moves it to its place. One that find
 Three facts about Snakemake make this work (workflow/rules/training.smk):
 - GROUP.done, which stands for the group's job, is temporary: Snakemake makes such a file only where a job that reads it
   has a reason of its own to run.
-- The jobs of results read it as `ancient`: that it is made anew is no reason for the others to run.
+- Only jobs whose result is missing or out of date, by its record, read it: it is no reason for the others to run.
 - GROUP is a digest of the members' keys, so that a group that changed is another group and never out of date.
 """
 

@@ -71,6 +71,15 @@ class Job:
         return f"{self.path}.{RECORD}" if self.path.suffix == ".html" else f"{self.path}/{RECORD}"
 
     @property
+    def is_made(self) -> bool:
+        """Whether a result of this key is there, by its record alone."""
+        try:
+            record = json.loads(Path(self.record).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(record, dict) and record.get("key") == self.key
+
+    @property
     def before(self) -> list["Job"]:
         """The jobs whose results it reads."""
         every = [one for value in self.reads.values() for one in _listed(value)]
