@@ -120,6 +120,8 @@ def build(case: Case, batches: Iterator[Tensor]) -> Work:
 
         return loop
     run = make_run(case, InMemory(case, batches), Path("/nonexistent"))
+    with torch.no_grad():  # latents that count as dead never fire, and AuxK can choose them
+        run.sae.W_enc[:, : case.n_dead] *= 0.1
     if case.density:
         settle(case, run, next(batches))
     if case.variant.startswith(
