@@ -197,14 +197,16 @@ def params_with(absorption: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
-def test_settings_that_the_docs_give_are_valid_and_a_missing_one_is_named() -> None:
+def test_settings_that_the_docs_give_are_the_defaults_and_a_misspelt_one_is_named() -> None:
     text = (ROOT / "docs" / "interpretability.md").read_text()
     (block,) = re.findall(r"```yaml\n(absorption:.*?)```", text, re.DOTALL)
     given = yaml.safe_load(block)["absorption"]
-    validate(params_with(given))
     assert set(given) == set(SETTINGS)
-    with pytest.raises(UserError, match=r"evaluation.interpretability.absorption.*'?f1_jump"):
-        validate(params_with({k: v for k, v in given.items() if k != "f1_jump"}))
+    for stated in (given, {k: v for k, v in given.items() if k != "f1_jump"}, {}):
+        whole = validate(params_with(stated))["evaluation"]["interpretability"]["absorption"]
+        assert whole == given
+    with pytest.raises(UserError, match=r"evaluation\.interpretability\.absorption.*f1_jmup"):
+        validate(params_with(given | {"f1_jmup": 0.03}))
 
 
 # With a model.
