@@ -34,6 +34,8 @@ def cases() -> Iterator[Case]:
         yield lists.soft_lists, [F, S, D, F, F], {"CAPACITY": capacity}, warps
     yield from selections()
     yield from products()
+    for is_unit in FLAGS:
+        yield update.measure_rows, [F, F, F, INT], {"IS_UNIT": is_unit, "BLOCK": 1024}, 4
     for has_shadow in FLAGS:
         for is_unit in FLAGS:
             types = [F, F, F, F, H if has_shadow else F, F, U, *[FLOAT] * 4, INT, INT]
@@ -71,18 +73,21 @@ def selections() -> Iterator[Case]:
 def products() -> Iterator[Case]:
     sizes = {"CAPACITY": 32, "BLOCK": 1024}
     yield sparse.rescore_lists, [F, F, F, F, S, S, F, INT], sizes, 4
-    yield sparse.sums_by_columns, [F, L, S, F, F, F, INT], sizes, 4
     for W in (F, H):
         yield sparse.products_of_lists, [F, W, S, S, F, INT], sizes, 4
         yield sparse.decode_error_of_lists, [F, W, F, S, F, S, F, F, F, INT], sizes, 4
         for has_bias in FLAGS:
             constants = sizes | {"HAS_BIAS": has_bias}
             yield sparse.decode_lists, [W, F, S, F, S, F, INT], constants, 4
-        for is_added in FLAGS:
-            for has_rows in FLAGS:
-                types = [W, W, F, L, S, F, F, F, F, F, F, INT]
-                constants = sizes | {"IS_ADDED": is_added, "HAS_UNIT_ROWS": has_rows}
-                yield sparse.gradients_of_weights, types, constants, 4
+        for groups in (1, 5):
+            constants = sizes | {"GROUPS": groups}
+            yield sparse.sums_by_columns, [W, L, L, S, F, F, F, INT], constants, 4
+            for is_added in FLAGS:
+                types = [W, W, L, L, S, F, F, F, F, F, INT]
+                yield sparse.gradients_of_weights, types, constants | {"IS_ADDED": is_added}, 4
+        types = [F, W, F, L, S, F, S, F, F, F, INT]
+        constants = sizes | {"GROUPS": 5, "PADDED": 8}
+        yield sparse.nested_errors_of_lists, types, constants, 16
 
 
 target = GPUTarget("cuda", int(sys.argv[1]), 32)

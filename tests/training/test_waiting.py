@@ -20,6 +20,17 @@ READS = {
     "aten::lift_fresh",  # a tensor made of the host's numbers: a copy to the device
 }  # fmt: skip
 FOLLOW_DENSITY = ("gated", "jumprelu", "p_anneal", "relu")
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{variant: (variant, {}) for variant in VARIANTS},
+    "jumprelu of dictionary_learning": ("jumprelu", {"form": "dictionary_learning"}),
+    "soft_topk that reaches far": ("soft_topk", {"reach": 103.0}),
+    "soft_topk, decoder alone at the end": ("soft_topk", {"hard_phase": "decoder"}),
+    "relu of the Sparsemax release": ("relu", {"loss": "norm_weighted"}),
+    "sparsemax, shared": (
+        "sparsemax",
+        {"architecture": "shared", "query": "linear", "loss": "norm_weighted"},
+    ),
+}
 
 
 class NoReads(TorchDispatchMode):
@@ -35,7 +46,8 @@ class NoReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def start(variant: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Run:
+def start(case: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Run:
+    variant, options = CASES[case]
     monkeypatch.setattr(native, "is_on", False)
     monkeypatch.setattr(sparse, "is_padded", True)
     if variant == "soft_topk":
@@ -44,6 +56,7 @@ def start(variant: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes
     if variant == "soft_topk":  # cold: its hot steps are dense, see test_soft_topk
         cold = {"alpha": 1e-3, "alpha_schedule": CONSTANT}
         setting = dataclasses.replace(setting, options={**setting.options, **cold})
+    setting = dataclasses.replace(setting, options={**setting.options, **options})
     run = Run(Samples(), setting, RUNTIME, folder)
     if variant in FOLLOW_DENSITY:
         with torch.no_grad():
@@ -51,11 +64,9 @@ def start(variant: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes
     return run
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_step_reads_nothing(
-    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = start(variant, tmp_path, monkeypatch, dead_after_tokens=300)
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_reads_nothing(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(case, tmp_path, monkeypatch, dead_after_tokens=300)
     batches = run.batches()
     for _ in range(4):  # the first decides the path; some latents are dead then
         run.take(next(batches), 0.0)
@@ -112,12 +123,13 @@ def test_reads_are_found() -> None:
                 read(values[:1])
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("case", CASES)
 def test_what_a_gpu_does_trains_as_a_cpu_does(
-    variant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    variant, _ = CASES[case]
     changes = {"steps": 40, "d_sae": 64, "dead_after_tokens": 1000, "log_every_steps": 1}
-    found = start(variant, tmp_path, monkeypatch, **changes)
+    found = start(case, tmp_path, monkeypatch, **changes)
     expected = Run(Samples(), found.config, RUNTIME, tmp_path)
     monkeypatch.undo()
     if variant in FOLLOW_DENSITY:

@@ -6,7 +6,12 @@ from saeflow.operators.entmax import entmax, entmax_of, entmax_sparse
 from saeflow.operators.geometric_median import geometric_median
 from saeflow.operators.jumprelu import jumprelu, step
 from saeflow.operators.pre_acts import lowered, pre_acts, rounding
-from saeflow.operators.products import decode_sparse, gather_columns, gather_pre_acts
+from saeflow.operators.products import (
+    decode_sparse,
+    gather_columns,
+    gather_pre_acts,
+    squared_errors,
+)
 from saeflow.operators.soft_topk import soft_topk, soft_topk_of, soft_topk_sparse
 from saeflow.operators.sparse import SparseLatents, acts_as_gpu, room
 from saeflow.operators.sparsemax import sparsemax, sparsemax_of, sparsemax_sparse
@@ -39,6 +44,7 @@ __all__ = [
     "sparsemax",
     "sparsemax_of",
     "sparsemax_sparse",
+    "squared_errors",
     "step",
     "topk_indices",
     "topk_sparse",

@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saeflow.operators.gpu.shadows import shadow
+from saeflow.operators.sparse import acts_as_gpu
+
 ROUNDED = 4
 """Times `rounding`, what `lowered` takes from a threshold of six root mean squares: few latents reach that."""
 
@@ -23,7 +26,15 @@ def pre_acts(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
         (B, d_sae), of lower precision under autocast. Differentiable; db_dec = -W_enc db_enc, where
         autograd alone would multiply (B, d_sae) by W_enc^T and sum the rows.
     """
-    return _PreActs.apply(x, W_enc, b_enc, b_dec)
+    return _PreActs.apply(x, W_enc, b_enc, b_dec, _lower(W_enc))
+
+
+def _lower(weights: Tensor) -> Tensor | None:
+    """Return the copy of weights that a product in bfloat16 takes on a GPU, where copies are kept."""
+    kind = weights.device.type
+    is_bf16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+    is_kept = is_bf16 and weights.dtype == torch.float32 and acts_as_gpu(weights)
+    return shadow(weights) if is_kept else None
 
 
 def rounding(inputs: Tensor, W_enc: Tensor) -> Tensor:
@@ -50,10 +61,16 @@ def lowered(threshold: Tensor, margin: Tensor | float) -> Tensor:
 
 class _PreActs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, lower: Tensor | None
+    ) -> Tensor:
         centred = x - b_dec
-        a = torch.addmm(b_enc, centred, W_enc)
+        if lower is None:
+            a = torch.addmm(b_enc, centred, W_enc)
+        else:
+            a = torch.addmm(b_enc.to(lower.dtype), centred.to(lower.dtype), lower)
         ctx.save_for_backward(centred.to(a.dtype), W_enc)
+        ctx.lower = lower  # written after the backward pass
         return a
 
     @staticmethod
@@ -61,8 +78,9 @@ class _PreActs(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         centred, W_enc = ctx.saved_tensors
         grad_b_enc = grad.sum(0, dtype=W_enc.dtype)
-        grad_x = (
-            (grad @ W_enc.to(grad.dtype).t()).to(W_enc.dtype) if ctx.needs_input_grad[0] else None
-        )
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            weights = W_enc.to(grad.dtype) if ctx.lower is None else ctx.lower
+            grad_x = (grad @ weights.t()).to(W_enc.dtype)
         grad_W = (grad.t() @ centred).to(W_enc.dtype).t() if ctx.needs_input_grad[1] else None
-        return grad_x, grad_W, grad_b_enc, -(W_enc @ grad_b_enc)
+        return grad_x, grad_W, grad_b_enc, -(W_enc @ grad_b_enc), None

@@ -6,6 +6,7 @@ rows of `W_dec` for each input, the weight gradients sum inputs for each latent.
 fixed order, so the same input gives the same bits.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from saeflow.operators import gpu, native
-from saeflow.operators.gpu import sparse as on_lists
+from saeflow.operators.gpu import weights as on_lists
 from saeflow.operators.sparse import SparseLatents
 
 
@@ -39,8 +40,37 @@ def decode_sparse(latents: SparseLatents, W_dec: Tensor, b_dec: Tensor | None = 
         raise ValueError(f"W_dec must be ({latents.d_sae}, d_in), got {tuple(W_dec.shape)}")
     if W_dec.dtype != latents.values.dtype:
         raise ValueError(f"latents are {latents.values.dtype} but W_dec is {W_dec.dtype}")
-    x_hat = _Decode.apply(latents.values, W_dec, latents)
+    if latents.lists is None:
+        x_hat = _Decode.apply(latents.values, W_dec, latents)
+    else:
+        x_hat = on_lists.decode(latents.lists, W_dec, latents.walk)
     return x_hat if b_dec is None else x_hat + b_dec
+
+
+def squared_errors(
+    latents: SparseLatents,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    x: Tensor,
+    boundaries: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the squared error of what rows of the same room rebuild; one pass finds all that its gradients need.
+
+    Args:
+        latents: (B, d_sae) entries with `lists`.
+        W_dec, b_dec: (d_sae, d_in) and (d_in,).
+        x: (B, d_in).
+        boundaries: (G - 1,), where latents are in groups: the sum of the squared errors of all prefixes of groups.
+
+    Returns:
+        (B,) squared errors, differentiable, and (B, d_in) x_hat - x, which is not.
+
+    Raises:
+        ValueError: rows may be of any length.
+    """
+    if latents.lists is None:
+        raise ValueError("expected rows of the same room, got rows of any length")
+    return on_lists.squared_errors(latents.lists, W_dec, b_dec, x, latents.walk, boundaries)
 
 
 def gather_pre_acts(
@@ -51,6 +81,8 @@ def gather_pre_acts(
     selection: SparseLatents,
     *,
     is_rounded: bool = False,
+    W_dec: Tensor | None = None,
+    beside: SparseLatents | None = None,
 ) -> SparseLatents:
     """Give entries chosen from a = (x - b_dec) W_enc + b_enc the encoder's gradient.
 
@@ -66,6 +98,9 @@ def gather_pre_acts(
         selection: the entries, without gradient.
         is_rounded: they were chosen from a product of lower precision; their values are worked out again
             from the weights, in the precision of those.
+        W_dec: (d_sae, d_in), the decoder of these entries: where rows have the same room, its gradient is
+            summed in one walk with that of W_enc.
+        beside: other entries of the same weights, gathered before, whose walk these then share.
 
     Returns:
         The selection in the dtype of `W_enc`. Differentiable in x, W_enc, b_enc and b_dec, with G the sparse gradient: dW_enc = (x - b_dec)^T G, db_enc = sum_B G,
@@ -81,9 +116,15 @@ def gather_pre_acts(
         raise ValueError(
             f"selection is {shape}, but x is {tuple(x.shape)} and W_enc {tuple(W_enc.shape)}"
         )
-    return selection.with_values(
-        _GatherPreActs.apply(x, W_enc, b_enc, b_dec, selection, is_rounded)
-    )
+    if (lists := selection.lists) is None:
+        values = _GatherPreActs.apply(x, W_enc, b_enc, b_dec, selection, is_rounded)
+        return selection.with_values(values)
+    walk = None if beside is None else beside.walk
+    if walk is None:
+        decoder = W_enc.detach().t() if W_dec is None else W_dec
+        walk = on_lists.walk(W_enc, b_enc, b_dec, decoder)
+    values = on_lists.gather(x, lists, walk, is_rounded=is_rounded)
+    return replace(selection.with_values(values.view(-1)), walk=walk)
 
 
 def gather_columns(
@@ -139,8 +180,6 @@ class _Decode(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, W_dec: Tensor, latents: SparseLatents) -> Tensor:
         ctx.save_for_backward(values, W_dec)
         ctx.latents = latents
-        if latents.lists is not None:
-            return on_lists.decode(latents.lists, W_dec)
         return _sum_rows(W_dec.contiguous(), latents.columns, latents.offsets, values)
 
     @staticmethod
@@ -149,12 +188,6 @@ class _Decode(torch.autograd.Function):
         values, W_dec = ctx.saved_tensors
         grad, W_dec = grad.contiguous(), W_dec.contiguous()
         of_values, of_W, _ = ctx.needs_input_grad
-        if (lists := ctx.latents.lists) is not None:
-            return (
-                on_lists.row_products(grad, W_dec, lists).view(-1) if of_values else None,
-                on_lists.column_sums(grad, lists, lists.values)[0] if of_W else None,
-                None,
-            )
         latents, by_column = ctx.latents, ctx.latents.by_column
         if of_values and of_W and native.serves(grad, W_dec, values):
             grad_values, grad_W = torch.empty_like(values), torch.empty_like(W_dec)
@@ -182,13 +215,8 @@ class _GatherPreActs(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, W_enc, b_dec)
         ctx.selection = selection
-        if (lists := selection.lists) is not None:
-            lists.transposed  # noqa: B018  # worked out here, so that the decoder shares it
-            if is_rounded:
-                return on_lists.rescore(x, W_enc.t(), b_enc, b_dec, lists).view(-1)
-            return selection.values.to(W_enc.dtype, copy=True)
         if any(ctx.needs_input_grad):
-            selection.by_column  # noqa: B018  # likewise
+            selection.by_column  # noqa: B018  # worked out here, so that the decoder shares it
         if is_rounded:
             centred = (x - b_dec).to(W_enc.dtype)
             products = _row_products(centred, W_enc.t().contiguous(), selection)
@@ -203,11 +231,7 @@ class _GatherPreActs(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             directions = W_enc.t().contiguous()
-            if selection.lists is None:
-                grad_x = _sum_rows(directions, selection.columns, selection.offsets, grad)
-            else:
-                grads = grad.view_as(selection.lists.values)
-                grad_x = on_lists.decode(selection.lists.with_values(grads), directions)
+            grad_x = _sum_rows(directions, selection.columns, selection.offsets, grad)
         centred = (x - b_dec).to(W_enc.dtype)
         grad_W, grad_b_enc = _sum_by_column(centred, grad.contiguous(), selection)
         return grad_x, grad_W.t(), grad_b_enc, -(W_enc @ grad_b_enc), None, None
@@ -217,8 +241,6 @@ def _sum_by_column(
     matrix: Tensor, weights: Tensor, entries: SparseLatents
 ) -> tuple[Tensor, Tensor]:
     """(d_sae, n) and (d_sae,): each column's sums of weight * matrix[row], and of weights."""
-    if (lists := entries.lists) is not None:
-        return on_lists.column_sums(matrix, lists, weights.view_as(lists.values))
     by_column = entries.by_column
     if native.serves(matrix, weights):
         sums, totals = torch.empty(entries.d_sae, matrix.shape[1]), torch.empty(entries.d_sae)

@@ -98,7 +98,7 @@ def soft_topk_sparse(
         The entries, with the gradient of `values`.
     """
     if (capacity := room(values, most)) is not None:
-        far = FAR * temperature + ROUNDED * margin
+        far = (reach or FAR) * temperature + ROUNDED * margin
         return SparseLatents.of(selection.near_rank(values, k.detach(), capacity, far))
     if is_exact(margin):
         mask = soft_topk(values, k, temperature, reach=reach)
@@ -115,13 +115,11 @@ def soft_topk_sparse(
 def soft_topk_of(
     latents: SparseLatents, k: Tensor, temperature: float | Tensor, *, reach: float | None = None
 ) -> SparseLatents:
-    """`soft_topk` of the entries of each row, if those that are absent would get 0.
-
-    Lists of a fixed size know no longer reach than the precision's own.
-    """
+    """`soft_topk` of the entries of each row, if those that are absent would get 0."""
     if (lists := latents.lists) is None:
         return latents.map_rows(lambda rows: soft_topk(rows, k, temperature, reach=reach))
-    mask = on_lists.soft_topk(lists.values, lists.counts, k, temperature)
+    of_rows = lists.values, lists.counts, k, temperature
+    mask = on_lists.soft_topk(*of_rows, reach or on_lists.FAR)
     return latents.with_values(mask.view(-1))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from saeflow.operators import gpu, native
 from saeflow.operators.gpu import selection as select
 from saeflow.operators.gpu.lists import OVERFLOW, Lists, capacity_for
+from saeflow.operators.gpu.weights import Walk
 from saeflow.operators.rows import pad, positions
 
 is_padded = False
@@ -40,6 +41,7 @@ class SparseLatents:
         d_sae: number of columns.
         lists: the same entries as rectangles, where rows have the same room; columns and values are views
             of them, with int32 columns.
+        walk: the step whose weights' gradients these entries are a part of, where rows have the same room.
     """
 
     offsets: Tensor
@@ -47,6 +49,7 @@ class SparseLatents:
     values: Tensor
     d_sae: int
     lists: Lists | None = None
+    walk: Walk | None = None
 
     @staticmethod
     def of(lists: Lists) -> "SparseLatents":
@@ -201,30 +204,17 @@ class SparseLatents:
         return self.with_values(operator(padded)[real])
 
     def split_columns(self, boundaries: Tensor) -> "SparseLatents":
-        """Cut each row at column boundaries (G - 1,), ascending: B rows become B * G, in order."""
-        groups = len(boundaries) + 1
+        """Cut each row at column boundaries (G - 1,), ascending: B rows become B * G, in order.
+
+        Raises:
+            ValueError: rows have the same room.
+        """
         if self.lists is not None:
-            return self._split_lists(boundaries, groups)
+            raise ValueError("expected rows of any length, got rows of the same room")
+        groups = len(boundaries) + 1
         pieces = self.rows * groups + torch.bucketize(self.columns, boundaries, right=True)
         offsets = _offsets(pieces, len(self) * groups)
         return SparseLatents(offsets, self.columns, self.values, self.d_sae)
-
-    def _split_lists(self, boundaries: Tensor, groups: int) -> "SparseLatents":
-        """The entries of a group follow each other in their row: each piece moves its own to the front."""
-        assert self.lists is not None
-        n_rows, capacity = self.lists.columns.shape
-        of = torch.bucketize(self.lists.columns, boundaries.to(torch.int32), right=True)
-        of = of.masked_fill(~self.lists.real, groups)
-        counts = (of[:, None] == torch.arange(groups, device=of.device)[:, None]).sum(2)
-        starts = counts.cumsum(1) - counts
-        places = starts[..., None] + torch.arange(capacity, device=of.device)
-        places = places.clamp(max=capacity - 1).view(n_rows, -1)
-        shape, counts = (n_rows * groups, capacity), counts.view(-1).to(torch.int32)
-        real = torch.arange(capacity, device=of.device) < counts[:, None]
-        columns = self.lists.columns.gather(1, places).view(shape).where(real, 0)
-        values = self.values.view(n_rows, capacity).gather(1, places).view(shape).where(real, 0)
-        status = self.lists.status.repeat_interleave(groups, output_size=len(counts))
-        return SparseLatents.of(Lists(columns, values, counts, status, self.d_sae))
 
     def fired(self) -> Tensor:
         """(d_sae,) bool: latents that are not zero somewhere in the batch."""
@@ -242,6 +232,16 @@ class SparseLatents:
             return torch.bincount(self.columns[is_active], minlength=self.d_sae)
         counts = torch.zeros(self.d_sae, dtype=torch.int64, device=self.values.device)
         return counts.index_add_(0, self.columns, is_active.long())
+
+    def listed(self) -> Tensor:
+        """Return how many rows have an entry for each latent (d_sae,) int64, of whatever value."""
+        counts = torch.zeros(self.d_sae, dtype=torch.int64, device=self.values.device)
+        ones = torch.ones_like(self.columns) if self.lists is None else self.is_real
+        return counts.index_add_(0, self.columns, ones.long())
+
+    def total(self, numbers: Tensor) -> Tensor:
+        """Return the sum of a number (count,) for each entry."""
+        return (numbers if self.lists is None else numbers.where(self.is_real, 0)).sum()
 
     def cut_rows(self) -> Tensor:
         """() int64: rows that have more entries than their room, and lost some."""

@@ -177,7 +177,7 @@ class AdaptiveK(PerInputK):
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         losses = {
-            "reconstruction": self.ranks.batch_mean((fwd.x - fwd.x_hat).square().mean(1)),
+            "reconstruction": self.ranks.batch_mean(fwd.squared_errors / self.d_in),
             "l1": self.l1
             * self.ranks.over_both(fwd.values.abs().sum())
             / self.ranks.over_batch(torch.linalg.vector_norm(fwd.x, dim=1).sum()).clamp(min=1e-12),

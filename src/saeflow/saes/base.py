@@ -6,9 +6,11 @@ equal values and gradients; the dense one is the reference. What a variant decid
 besides the pre-activations (its k, its norm) is the `condition`, worked out once for both.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,7 @@ from saeflow.operators import (
     room,
     rounding,
     select_auxk,
+    squared_errors,
 )
 from saeflow.operators.gpu.lists import capacity_for
 from saeflow.saes.initialisation import initialise
@@ -35,6 +38,15 @@ from saeflow.saes.ranks import Ranks, check_divides
 
 AUXK_DENSE_BELOW = 4
 """Dead latents per chosen one under which dense products over the dead are faster."""
+
+
+class Errors(NamedTuple):
+    """Errors of a reconstruction, where one pass over the latents found them with their gradients."""
+
+    squares: (
+        Tensor  # (B,) |x - x_hat|^2, with gradient; where a variant has groups, of all prefixes
+    )
+    residual: Tensor  # (B, d_in) x - x_hat, without gradient
 
 
 @dataclass
@@ -48,11 +60,31 @@ class Forward:
         Tensor | SparseLatents
     )  # (B, d_sae) pre-activations with gradient, all or the selected
     latents: Tensor | SparseLatents  # (B, d_sae)
-    x_hat: Tensor  # (B, d_in)
+    rebuilt: Tensor | Callable[[], Tensor]  # x_hat, or what works it out if it is wanted
     parts: Tensor | None = (
         None  # (B, G, d_in) what each group of latents adds, where there are some
     )
     is_rounded: bool = False  # pre_acts are of a bfloat16 product
+    errors: Errors | None = None  # where one pass gave them; then losses need no x_hat
+
+    @cached_property
+    def x_hat(self) -> Tensor:
+        """Return the reconstruction (B, d_in), with gradient."""
+        return self.rebuilt if isinstance(self.rebuilt, Tensor) else self.rebuilt()
+
+    @property
+    def squared_errors(self) -> Tensor:
+        """Return |x - x_hat|^2 (B,), with gradient."""
+        if self.errors is not None:
+            return self.errors.squares
+        return (self.x - self.x_hat).square().sum(1)
+
+    @property
+    def residual(self) -> Tensor:
+        """Return x - x_hat (B, d_in), without gradient."""
+        if self.errors is not None:
+            return self.errors.residual
+        return (self.x - self.x_hat).detach()
 
     @property
     def is_sparse(self) -> bool:
@@ -186,9 +218,13 @@ class SAE(nn.Module):
         """(d_in,) what the encoder subtracts from activations."""
         return self.b_dec
 
+    def latent_scores(self, x: Tensor) -> Tensor:
+        """Return (x - centre) W_enc + b_enc (B, d_sae), in the precision of the product."""
+        return pre_acts(x, self.W_enc, self.b_enc, self.centre)
+
     def pre_activations(self, x: Tensor) -> Tensor:
-        """(B, d_in) to (B, d_sae): (x - centre) W_enc + b_enc, float32 also of bfloat16 products."""
-        return pre_acts(x, self.W_enc, self.b_enc, self.centre).to(self.W_enc.dtype)
+        """Return `latent_scores`, float32 also of bfloat16 products."""
+        return self.latent_scores(x).to(self.W_dec.dtype)
 
     def encode(self, x: Tensor) -> Tensor:
         """Activations (..., d_in) to latents (..., d_sae), dense."""
@@ -247,12 +283,17 @@ class SAE(nn.Module):
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         """Terms of the loss, each already weighted."""
-        errors = (fwd.x - fwd.x_hat).square().sum(1)
-        return {"reconstruction": self.ranks.batch_mean(errors)}
+        return {"reconstruction": self.reconstruction(fwd)}
+
+    def reconstruction(self, fwd: Forward) -> Tensor:
+        """Return the loss's term of the reconstruction error: the mean over rows of its square."""
+        return self.ranks.batch_mean(fwd.squared_errors)
 
     def norm_weighted_error(self, fwd: Forward) -> Tensor:
         """() mean over rows and dimensions of (x - x_hat)^2 / ||x||, the Sparsemax release's."""
         norm = torch.linalg.vector_norm(fwd.x, dim=1, keepdim=True).clamp(min=1e-12)
+        if fwd.errors is not None:
+            return self.ranks.batch_mean(fwd.errors.squares / norm[:, 0] / self.d_in)
         return self.ranks.batch_mean(((fwd.x - fwd.x_hat).square() / norm).mean(1))
 
     def begin_step(self, step: int, total: int) -> None:
@@ -329,24 +370,68 @@ class SAE(nn.Module):
             latents = self.activate(pre_acts, condition)
             return Forward(x, condition, pre_acts, pre_acts, latents, self.decode(latents))
         with torch.no_grad():
-            pre_acts = self.pre_activations(x)
+            has_room = room(x, self.room) is not None  # then selections read bfloat16 as it is
+            pre_acts = self.latent_scores(x) if has_room else self.pre_activations(x)
             is_rounded = torch.is_autocast_enabled(x.device.type)
             margin = self.margin(x) if is_rounded else 0.0
             chosen = self.select(pre_acts, condition, margin)
         selected = self.gather(x, chosen, is_rounded)
         active = self.activate_selected(selected, condition)
-        parts = self.decode_groups(active)
-        x_hat = self.decode_selected(active) if parts is None else parts.sum(1) + self.b_dec
-        return Forward(x, condition, pre_acts, selected, active, x_hat, parts, is_rounded)
+        parts = None
+        if (errors := self.errors_of(x, active)) is not None:
+            x_hat: Tensor | Callable[[], Tensor] = partial(self.decode_selected, active)
+        elif (parts := self.decode_groups(active)) is not None:
+            x_hat = parts.sum(1) + self.b_dec
+        else:
+            x_hat = self.decode_selected(active)
+        return Forward(x, condition, pre_acts, selected, active, x_hat, parts, is_rounded, errors)
+
+    @property
+    def adds_up(self) -> bool:
+        """Return whether a reconstruction is the sum of latents times rows of `W_dec`, plus `b_dec`, and no more."""
+        plain = SAE.decode_selected, SAE.rebuild
+        return (type(self).decode_selected, type(self).rebuild) == plain
+
+    @property
+    def prefixes(self) -> Tensor | None:
+        """Return where each group of latents but the last ends (G - 1,), if prefixes of groups must reconstruct."""
+        return None
+
+    def errors_of(self, x: Tensor, latents: SparseLatents) -> Errors | None:
+        """Return the errors of the reconstruction of x (B, d_in), where one pass finds them with their gradients."""
+        if latents.lists is None or not self.adds_up:
+            return None
+        squares, error = squared_errors(latents, self.W_dec, self.b_dec, x, self.prefixes)
+        return Errors(squares, -error)
+
+    def errors_of_constant(self, x: Tensor, latents: SparseLatents) -> Tensor:
+        """Return squared errors (B,) of another reconstruction of x (B, d_in), with the decoder as a constant."""
+        W_dec, b_dec = self.W_dec.detach(), self.b_dec.detach()
+        if latents.lists is not None:
+            return squared_errors(latents, W_dec, b_dec, x)[0]
+        x_hat = self.ranks.over_latents(decode_sparse(latents, W_dec)) + b_dec
+        return (x - x_hat).square().sum(1)
 
     def margin(self, x: Tensor) -> Tensor:
         """() how far `pre_activations(x)` of lower precision may lie from exact ones."""
         return rounding(x - self.centre, self.W_enc)
 
-    def gather(self, x: Tensor, chosen: SparseLatents, is_rounded: bool) -> SparseLatents:
-        """Entries chosen from `pre_activations(x)`, with gradient; exact, also where those are rounded."""
+    def gather(
+        self,
+        x: Tensor,
+        chosen: SparseLatents,
+        is_rounded: bool,
+        beside: SparseLatents | None = None,
+    ) -> SparseLatents:
+        """Entries chosen from `pre_activations(x)`, with gradient; exact, also where those are rounded.
+
+        Args:
+            beside: entries of the same step that were gathered before.
+        """
         weights = self.W_enc, self.b_enc, self.centre
-        return gather_pre_acts(x, *weights, chosen, is_rounded=is_rounded)
+        return gather_pre_acts(
+            x, *weights, chosen, is_rounded=is_rounded, W_dec=self.W_dec, beside=beside
+        )
 
     def gather_columns(self, fwd: Forward, columns: Tensor) -> Tensor:
         """Whole columns (n,) of exact pre-activations, (B, n), with gradient."""
@@ -363,10 +448,11 @@ class SAE(nn.Module):
 
     def auxk(self, fwd: Forward, dead: Tensor) -> Tensor:
         """Return the loss of dead latents (d_sae,) that reconstruct the residual (Gao et al. 2024)."""
-        residual, k_aux = (fwd.x - fwd.x_hat).detach(), self.d_in // 2
+        residual, k_aux = fwd.residual, self.d_in // 2
         if self.ranks.of_latents == 1 and room(fwd.pre_acts, k_aux) is not None:
             chosen = select_auxk(fwd.pre_acts.detach(), dead, k_aux, k_aux)
-            chosen = self.gather(fwd.x, chosen, fwd.is_rounded)
+            beside = fwd.selected if isinstance(fwd.selected, SparseLatents) else None
+            chosen = self.gather(fwd.x, chosen, fwd.is_rounded, beside)
             e_hat = decode_sparse(chosen.relu(), self.W_dec)
             share = residual_share(residual, e_hat, self.ranks.over_batch)
             return share.where(dead.any(), 0)

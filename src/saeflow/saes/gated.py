@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from saeflow.config.options import VariantOptions, option
-from saeflow.operators import SparseLatents, decode_sparse, lowered
+from saeflow.operators import SparseLatents, lowered
 from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
@@ -68,17 +68,17 @@ class Gated(FollowsDensity):
         return selected.with_values(magnitude * (selected.values > 0))
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
-        W_dec, b_dec = self.W_dec.detach(), self.b_dec.detach()
         if isinstance(fwd.selected, SparseLatents):
-            gate = fwd.selected.with_values(fwd.selected.values.relu())
-            penalty, part = gate.values.sum(), decode_sparse(gate, W_dec)
+            gate = fwd.selected.relu()
+            penalty, errors = gate.values.sum(), self.errors_of_constant(fwd.x, gate)
         else:
             positive = fwd.selected.relu()
-            penalty, part = positive.sum(), positive @ W_dec
-        x_gate = self.ranks.over_latents(part) + b_dec
+            part = self.ranks.over_latents(positive @ self.W_dec.detach())
+            penalty = positive.sum()
+            errors = (fwd.x - (part + self.b_dec.detach())).square().sum(1)
         return super().losses(fwd, dead) | {
             "l1": self.moved("l1") * self.ranks.over_both(penalty) / self.ranks.rows(fwd.x),
-            "gate": self.ranks.batch_mean((fwd.x - x_gate).square().sum(1)),
+            "gate": self.ranks.batch_mean(errors),
         }
 
     @torch.no_grad()

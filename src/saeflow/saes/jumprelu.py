@@ -135,8 +135,7 @@ class JumpReLU(FollowsDensity):
     ) -> SparseLatents:
         """Also those below their threshold that the kernel of its gradient reaches."""
         near = self.theta - (self.bandwidth / 2 if self.training else 0)
-        most = self.room if self.is_standard else None  # `unlisted` counts what is listed
-        return SparseLatents.from_above(pre_acts, lowered(near, margin), most)
+        return SparseLatents.from_above(pre_acts, lowered(near, margin), self.room)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         theta = self.theta[selected.columns]
@@ -145,7 +144,7 @@ class JumpReLU(FollowsDensity):
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         acts = fwd.selected if self.is_standard else fwd.latents
         if isinstance(acts, SparseLatents):
-            count = step(acts.values, self.theta[acts.columns], self.bandwidth).sum()
+            count = acts.total(step(acts.values, self.theta[acts.columns], self.bandwidth))
             if not self.is_standard:
                 count = count + self.unlisted(acts, len(fwd.x))
         else:
@@ -156,12 +155,8 @@ class JumpReLU(FollowsDensity):
 
     def unlisted(self, latents: SparseLatents, rows: int) -> Tensor:
         """() 0, with the gradient of theta that `step` has from the zeros that are not listed."""
-        listed = torch.zeros_like(self.theta).index_add_(
-            0, latents.columns, torch.ones_like(latents.values)
-        )
-        return (
-            (rows - listed) * step(torch.zeros_like(self.theta), self.theta, self.bandwidth)
-        ).sum()
+        zeros = (rows - latents.listed()).to(self.theta.dtype)
+        return (zeros * step(torch.zeros_like(self.theta), self.theta, self.bandwidth)).sum()
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:

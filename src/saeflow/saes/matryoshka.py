@@ -83,18 +83,23 @@ class Matryoshka(BatchTopK):
         pieces = decode_sparse(latents.split_columns(self.boundaries), self.W_dec)
         return self.ranks.over_latents(pieces.view(len(latents), -1, self.d_in))
 
-    def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
-        losses = super().losses(fwd, dead)
-        if isinstance(fwd.latents, Tensor):
+    @property
+    def prefixes(self) -> Tensor:
+        return self.boundaries
+
+    def reconstruction(self, fwd: Forward) -> Tensor:
+        prefixes = len(self.boundaries) + 1
+        if fwd.errors is not None:  # of all prefixes together
+            total = fwd.errors.squares.sum() / prefixes
+        elif isinstance(fwd.latents, Tensor):
             ends = [*self.boundaries.tolist(), self.d_sae]
-            prefixes = (fwd.latents[:, :end] @ self.W_dec[:end] + self.b_dec for end in ends)
-            errors = torch.stack([(fwd.x - part).square().sum() for part in prefixes])
+            x_hats = (fwd.latents[:, :end] @ self.W_dec[:end] + self.b_dec for end in ends)
+            total = torch.stack([(fwd.x - x_hat).square().sum() for x_hat in x_hats]).mean()
         else:
-            errors = _NestedErrors.apply(fwd.parts, fwd.x - self.ranks.of_rows(self.b_dec))
-        mean = self.ranks.over_batch(errors.mean()) / self.ranks.rows(fwd.x)
-        if self.is_divided_twice:
-            mean = mean / len(errors)
-        return losses | {"reconstruction": mean}
+            x = fwd.x - self.ranks.of_rows(self.b_dec)
+            total = _NestedErrors.apply(fwd.parts, x).mean()
+        mean = self.ranks.over_batch(total) / self.ranks.rows(fwd.x)
+        return mean / prefixes if self.is_divided_twice else mean
 
     def join(self, ranks: Ranks) -> None:
         super().join(ranks)

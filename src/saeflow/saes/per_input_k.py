@@ -13,7 +13,6 @@ from saeflow.operators import (
     soft_topk_sparse,
     topk_sparse,
 )
-from saeflow.operators.soft_topk import FAR
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.schedules import Moving
 
@@ -74,11 +73,6 @@ class PerInputK(FollowsDensity):
     def allowed_k(self, x: Tensor) -> Tensor | None:
         return self.condition(x)
 
-    @property
-    def reaches_far(self) -> bool:
-        """Return whether `reach` is longer than that of lists of a fixed size."""
-        return self.reach is not None and self.reach > FAR
-
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         assert condition is not None
         v = (pre_acts.detach() if self.training and self.is_fixed else pre_acts).relu()
@@ -91,10 +85,8 @@ class PerInputK(FollowsDensity):
     ) -> SparseLatents:
         assert condition is not None
         if self.is_soft:
-            v = pre_acts.relu()
-            most = None if self.reaches_far else self.room
-            reach = self.reach
-            return soft_topk_sparse(v, condition, self.heat, margin, most, reach=reach)
+            v, reach = pre_acts.relu(), self.reach
+            return soft_topk_sparse(v, condition, self.heat, margin, self.room, reach=reach)
         k = condition.floor().long()
         return self.ranks.largest_of_rows(topk_sparse(pre_acts, k, self.room), k)
 

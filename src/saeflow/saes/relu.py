@@ -59,10 +59,12 @@ class ReLU(FollowsDensity):
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         penalty = self.ranks.over_both(fwd.values.sum()) / self.ranks.rows(fwd.x)
-        losses = super().losses(fwd, dead)
+        return super().losses(fwd, dead) | {"l1": self.l1 * penalty}
+
+    def reconstruction(self, fwd: Forward) -> Tensor:
         if self.loss == "norm_weighted":
-            losses["reconstruction"] = self.norm_weighted_error(fwd)
-        return losses | {"l1": self.moved("l1") * penalty}
+            return self.norm_weighted_error(fwd)
+        return super().reconstruction(fwd)
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         return {"l1_weight": self.l1}

@@ -186,18 +186,30 @@ class Sparsemax(SAE):
             return self.W_dec.t(), self.W_dec.new_zeros(self.d_sae)
         return self.W_enc, self.b_enc * self.score_scale
 
-    def pre_activations(self, x: Tensor) -> Tensor:
+    def latent_scores(self, x: Tensor) -> Tensor:
         matrix, bias = self.encoder()
-        nothing = self.W_dec.new_zeros(self.d_in)
-        return pre_acts(self.encoder_input(x), matrix, bias, nothing).to(self.W_dec.dtype)
+        return pre_acts(self.encoder_input(x), matrix, bias, self.W_dec.new_zeros(self.d_in))
 
     def margin(self, x: Tensor) -> Tensor:
         return rounding(self.encoder_input(x), self.encoder()[0])
 
-    def gather(self, x: Tensor, chosen: SparseLatents, is_rounded: bool) -> SparseLatents:
+    def gather(
+        self,
+        x: Tensor,
+        chosen: SparseLatents,
+        is_rounded: bool,
+        beside: SparseLatents | None = None,
+    ) -> SparseLatents:
         matrix, bias = self.encoder()
         weights = matrix, bias, self.W_dec.new_zeros(self.d_in)
-        return gather_pre_acts(self.encoder_input(x), *weights, chosen, is_rounded=is_rounded)
+        inputs, W_dec = self.encoder_input(x), self.W_dec
+        return gather_pre_acts(
+            inputs, *weights, chosen, is_rounded=is_rounded, W_dec=W_dec, beside=beside
+        )
+
+    @property
+    def adds_up(self) -> bool:
+        return not self.is_shared
 
     def decode(self, latents: Tensor) -> Tensor:
         if self.is_shared:
@@ -284,8 +296,6 @@ class Sparsemax(SAE):
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         losses = super().losses(fwd, dead)
-        if self.loss == "norm_weighted":
-            losses["reconstruction"] = 10 * self.norm_weighted_error(fwd)
         if self.l1:
             assert fwd.condition is not None
             norm = fwd.condition.detach().clamp(min=1e-12)
@@ -295,6 +305,11 @@ class Sparsemax(SAE):
             penalty = self.ranks.over_batch((fwd.values.abs() / of_rows).sum())
             losses["l1"] = self.moved("l1") * penalty / self.ranks.rows(fwd.x)
         return losses
+
+    def reconstruction(self, fwd: Forward) -> Tensor:
+        if self.loss == "norm_weighted":
+            return 10 * self.norm_weighted_error(fwd)
+        return super().reconstruction(fwd)
 
     @torch.no_grad()
     def end_step(self, fwd: Forward) -> None:

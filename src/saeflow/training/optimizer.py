@@ -14,7 +14,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from saeflow.config import TrainingConfig
 from saeflow.operators import acts_as_gpu, native
-from saeflow.operators.gpu.update import Part, update
+from saeflow.operators.gpu import shadows
+from saeflow.operators.gpu.update import Part, measure, update
 from saeflow.saes import SAE
 
 EPSILON = 1e-8
@@ -61,9 +62,11 @@ class Optimizer:
                 parameter.grad = None
 
     def tell_rates(self) -> None:
-        """Put each group's learning rate on the device."""
+        """Put each group's learning rate on the device, and what others changed in copies of weights."""
         for group, rate in zip(self.param_groups, self.rates, strict=True):
             rate.fill_(group["lr"])
+            for parameter in group["params"]:
+                shadows.refresh(parameter)
 
     def measure(self) -> Tensor:
         """Remove the decoder gradient's part along its rows; the norm () of what is clipped together.
@@ -73,16 +76,18 @@ class Optimizer:
         together, *apart = self.param_groups
         gradients = self._gradients(together)
         is_native = native.serves(*(gradient for _, gradient in gradients))
-        if not is_native:
+        at_once = acts_as_gpu(self.sae.W_dec)
+        if not (is_native or at_once):
             self.sae.project_grad()
         device = self.sae.W_dec.device
         divided, held = torch.zeros(2, dtype=torch.float64, device=device).unbind()
         for parameter, found in gradients:
-            square = (
-                self._measure(parameter, found)
-                if is_native
-                else torch.linalg.vector_norm(found, dtype=torch.float64) ** 2
-            )
+            if at_once:
+                square = self._measure_at_once(parameter, found)
+            elif is_native:
+                square = self._measure(parameter, found)
+            else:
+                square = torch.linalg.vector_norm(found, dtype=torch.float64) ** 2
             total = divided if self._is_divided(parameter) else held
             total += square
         norm = (self.sae.ranks.over_latents(divided) + held).sqrt().float()
@@ -99,6 +104,14 @@ class Optimizer:
         squares = torch.empty(len(weights))
         arrays = (gradient, weights, self._is_unit(parameter), squares)
         native.spread("adam.measure_rows", len(weights), *arrays)
+        return squares.sum(dtype=torch.float64)
+
+    def _measure_at_once(self, parameter: Tensor, found: Tensor) -> Tensor:
+        """The same in one pass, for which the host does not wait."""
+        if found.stride() != parameter.stride():
+            parameter.grad = found = torch.empty_like(parameter).copy_(found)
+        gradient, weights = _rows(found), _rows(parameter)
+        squares = measure(gradient, weights if self._is_unit(parameter) else None)
         return squares.sum(dtype=torch.float64)
 
     def share(self) -> None:
@@ -158,12 +171,16 @@ class Optimizer:
                 gradient = torch.empty_like(parameter).copy_(gradient)
             as_rows = _rows if parameter.ndim == 2 else _flat
             moments = as_rows(state["exp_avg"]), as_rows(state["exp_avg_sq"])
-            is_unit = self._is_unit(parameter)
-            parts.append(Part(as_rows(parameter), as_rows(gradient), *moments, is_unit=is_unit))
+            copy = shadows.refresh(parameter)
+            shadow = None if copy is None else as_rows(copy)
+            tensors = as_rows(parameter), as_rows(gradient), *moments, shadow
+            parts.append(Part(*tensors, is_unit=self._is_unit(parameter)))
             steps.append(state["step"])
         options = {"betas": group["betas"], "eps": group["eps"], "largest_norm": largest_norm}
         if parts:
             update(parts, norm, steps, rate, skip, **options)
+        for parameter, _ in self._gradients(group):
+            shadows.written(parameter)
 
     def _gradients(self, *groups: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
         """The parameters of some groups that have a gradient, and theirs."""

@@ -90,6 +90,20 @@ def test_soft_masks_of_near_entries_at_the_papers_temperature(path: str) -> None
     torch.testing.assert_close(mask.sum(1), k, rtol=1e-5, atol=0)
 
 
+def test_a_soft_mask_that_reaches_as_far_as_float32_does(path: str) -> None:
+    """Entries from 0 to 120 temperatures below the threshold: masks of the dense operator, and its zeros."""
+    values = torch.cat((torch.ones(4), -torch.arange(124.0))).view(1, -1).to(path)
+    counts = torch.tensor([128], dtype=torch.int32, device=path)
+    k = torch.tensor([4.0], device=path)
+    found = on_lists.soft_topk(values, counts, k, 1.0, 103.0)
+    expected = soft_topk_of_rows(values.double().cpu(), k.double().cpu(), 1.0, reach=103.0)
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=2e-4, atol=1e-44)
+    near = on_lists.soft_topk(values, counts, k, 1.0, 30.0)
+    torch.testing.assert_close(near, found, rtol=0, atol=1e-13)
+    assert not near[expected.to(near) < 4e-14].any()
+    assert int((found > 0).sum()) > int((near > 0).sum()) + 60
+
+
 def test_a_k_above_the_number_of_entries_takes_all(path: str) -> None:
     values = torch.tensor([[3.0, 1, 2, 0]], device=path)
     counts = torch.tensor([3], dtype=torch.int32, device=path)

@@ -65,34 +65,66 @@ def test_the_error_and_all_its_gradients(lists: Lists, dtype: torch.dtype, path:
     close(2 * got.products, expected)
 
 
-@pytest.mark.parametrize("is_unit", [False, True])
-def test_weight_gradients_are_autograds(lists: Lists, is_unit: bool, path: str) -> None:
-    """Gradients of a loss whose gradients at the latents and at x_hat are given."""
-    W_dec = torch.nn.functional.normalize(normal(M, D, seed=11, path=path))
+def test_the_errors_of_prefixes_of_groups(lists: Lists, path: str) -> None:
+    """Of 5 groups, one of one latent, against autograd through each prefix's dense product."""
+    boundaries = torch.tensor([4, 5, 11, 20], device=path)
+    ends = [*boundaries.tolist(), M]
+    W_dec, b_dec = normal(M, D, seed=8, path=path), normal(D, seed=10, path=path)
+    x, dense = normal(B, D, seed=9, path=path), lists.dense().requires_grad_()
+    leaves = [W_dec.requires_grad_(), b_dec.requires_grad_(), dense]
+    errors = [dense[:, :end] @ W_dec[:end] + b_dec - x for end in ends]
+    squares = torch.stack([error.square().sum(1) for error in errors]).sum(0)
+    of_W, of_b, of_latents = torch.autograd.grad(squares.sum(), leaves)
+    got = sparse.nested_errors(lists, W_dec.detach(), b_dec.detach(), x, boundaries)
+    close(got.squares, squares.detach())
+    for place in range(5):
+        close(got.error[:, place], torch.stack(errors[place:]).sum(0).detach())
+    expected = of_latents.gather(1, lists.columns.long()).where(lists.real, 0)
+    close(2 * got.products, expected)
+    close(2 * got.error[:, 0].sum(0), of_b)
+    found, _ = sparse.column_sums(2 * got.error, lists, lists.values, boundaries)
+    close(found, of_W)
+    nothing = torch.zeros_like(lists.values)
+    both = sparse.weight_gradients(x, 2 * got.error, lists, nothing, boundaries=boundaries)
+    close(both.W_dec, of_W)
+    assert not both.W_enc.any()
+
+
+def test_one_group_is_the_whole(lists: Lists, path: str) -> None:
+    W_dec, b_dec = normal(M, D, seed=8, path=path), normal(D, seed=10, path=path)
+    x, nowhere = normal(B, D, seed=9, path=path), torch.zeros(0, dtype=torch.int64, device=path)
+    got = sparse.nested_errors(lists, W_dec, b_dec, x, nowhere)
+    expected = sparse.decode_error(lists, W_dec, b_dec, x)
+    close(got.error[:, 0], expected.error)
+    close(got.squares, expected.squares)
+    close(got.products, expected.products)
+
+
+def test_weight_gradients_are_autograds(lists: Lists, path: str) -> None:
+    """Of a loss whose gradients at the latents and at x_hat are given."""
+    start = normal(M, D, seed=11, path=path)
     centred, grad = normal(B, D, seed=12, path=path), normal(B, D, seed=13, path=path)
     value_grads = normal(B, C, seed=14, path=path).where(lists.real, 0)
-    W_enc, b_enc, W = (
-        t.clone().requires_grad_() for t in (W_dec, torch.zeros(M, device=path), W_dec)
+    W_enc, b_enc, W_dec = (
+        t.clone().requires_grad_() for t in (start, torch.zeros(M, device=path), start)
     )
     pre_acts = centred @ W_enc.t() + b_enc
     loss = (pre_acts * lists.with_values(value_grads).dense()).sum()
-    loss = loss + ((lists.dense() @ W) * grad).sum()
-    expected = list(torch.autograd.grad(loss, (W_enc, b_enc, W)))
-    if is_unit:
-        expected[2] = expected[2] - (expected[2] * W_dec).sum(1, keepdim=True) * W_dec
-    unit_rows = W_dec if is_unit else None
-    got = sparse.weight_gradients(centred, grad, lists, value_grads, unit_rows)
-    for ours, reference in zip(got, expected, strict=False):
+    loss = loss + ((lists.dense() @ W_dec) * grad).sum()
+    expected = torch.autograd.grad(loss, (W_enc, b_enc, W_dec))
+    got = sparse.weight_gradients(centred, grad, lists, value_grads)
+    for ours, reference in zip(got, expected, strict=True):
         close(ours, reference)
-    sums = [t.square().reshape(M, -1).sum(1) for t in expected]
-    torch.testing.assert_close(got.squares, sum(sums), rtol=1e-4, atol=1e-4)
     first = [part.clone() for part in got]
-    again = sparse.weight_gradients(centred, grad, lists, value_grads, unit_rows)
+    again = sparse.weight_gradients(centred, grad, lists, value_grads)
     assert all(torch.equal(a, b) for a, b in zip(again, first, strict=True))
-    twice = sparse.weight_gradients(centred, grad, lists, value_grads, unit_rows, into=got)
-    for ours, reference in zip(twice, expected, strict=False):
+    twice = sparse.weight_gradients(centred, grad, lists, value_grads, into=got)
+    for ours, reference in zip(twice, expected, strict=True):
         close(ours, 2 * reference)
-    torch.testing.assert_close(twice.squares, 4 * sum(sums), rtol=1e-4, atol=1e-4)
+    nothing = Lists.from_mask(lists.dense(), torch.zeros(B, M, dtype=torch.bool, device=path), C)
+    same = sparse.weight_gradients(centred, grad, nothing, torch.zeros_like(value_grads), into=got)
+    for ours, reference in zip(same, expected, strict=True):
+        close(ours, 2 * reference)
 
 
 def test_sums_by_column_are_a_product_with_the_transpose(lists: Lists, path: str) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from saeflow.operators.gpu.update import Part, update
+from saeflow.operators.gpu.update import Part, measure, update
 
 RATE, EPS, LARGEST = 0.01, 1e-8, 1.0
 SHAPES = {"matrix": (7, 20), "unit rows": (5, 12), "vector": (1500,), "short vector": (3,)}
@@ -77,3 +77,22 @@ def test_a_skipped_update_writes_nothing(path: str) -> None:
     assert part.shadow is not None
     assert not part.shadow.any()
     assert step == 5
+
+
+@pytest.mark.parametrize("shape", [(7, 20), (1, 3000), (2, 1)])
+def test_a_gradient_is_measured_without_its_part_along_unit_rows(
+    shape: tuple[int, int], path: str
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    gradient, rows = torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+    rows = rows / rows.norm(dim=1, keepdim=True)
+    gradient[-1] = 0
+    plain = gradient.float().to(path)
+    expected = gradient.square().sum(1)
+    torch.testing.assert_close(measure(plain).double().cpu(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(plain.cpu(), gradient.float())
+    squares = measure(plain, rows.float().to(path))
+    projected = gradient - (gradient * rows).sum(1, keepdim=True) * rows
+    torch.testing.assert_close(plain.double().cpu(), projected, rtol=1e-4, atol=1e-5)
+    expected = projected.square().sum(1)
+    torch.testing.assert_close(squares.double().cpu(), expected, rtol=1e-4, atol=1e-5)

@@ -50,13 +50,20 @@ def entmax(values: Tensor, counts: Tensor, alpha: Tensor | float) -> Tensor:
     return _Simplex.apply(values, counts, alpha, power)
 
 
-def soft_topk(values: Tensor, counts: Tensor, k: Tensor, temperature: Tensor | float) -> Tensor:
+def soft_topk(
+    values: Tensor,
+    counts: Tensor,
+    k: Tensor,
+    temperature: Tensor | float,
+    reach: float = FAR,
+) -> Tensor:
     """(B, C) mask F((values - b) / temperature) that sums to k over the real entries of each row.
 
     Args:
         values, counts: as for `sparsemax`.
         k: (B,) real, 0 up to the number of real entries; above it every mask is 1.
         temperature: above 0, a number or () on the device.
+        reach: temperatures from the threshold at which a mask counts as 0 or 1.
 
     Returns:
         (B, C), 0 where not real, differentiable in the values and k.
@@ -64,7 +71,7 @@ def soft_topk(values: Tensor, counts: Tensor, k: Tensor, temperature: Tensor | f
     Source: LapSum, Struski et al. 2025 (arXiv:2503.06242), section 3.
     """
     temperature = gpu.on_device(temperature, torch.float32, values)
-    return _SoftTopK.apply(values, counts, k, temperature)
+    return _SoftTopK.apply(values, counts, k, temperature, reach)
 
 
 def _real(values: Tensor, counts: Tensor) -> Tensor:
@@ -167,7 +174,9 @@ def _distance_in_lists(values: Tensor, counts: Tensor, k: Tensor, temperature: T
 
 class _SoftTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, values: Tensor, counts: Tensor, k: Tensor, temperature: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, values: Tensor, counts: Tensor, k: Tensor, temperature: Tensor, reach: float
+    ) -> Tensor:
         if gpu.runs_triton(values) and values.numel():
             distance = torch.empty_like(values)
             gpu.load("lists").soft_lists[(len(values),)](
@@ -176,7 +185,8 @@ class _SoftTopK(torch.autograd.Function):
             )  # fmt: skip
         else:
             distance = _distance_in_lists(values.detach(), counts, k.detach(), temperature)
-        tail = _tail(distance)
+        tail = _tail(distance, reach)
+        ctx.reach = reach
         ctx.save_for_backward(distance, temperature)
         return torch.where(distance > 0, 1 - tail, tail)
 
@@ -187,10 +197,11 @@ class _SoftTopK(torch.autograd.Function):
         # f / sum f, also where every f is below float range; a row of nothing has no share
         share = (-distance.abs()).softmax(1).nan_to_num(0.0)
         mean = (share * grad).sum(1)
-        return _tail(distance) * (grad - mean[:, None]) / temperature, None, mean, None
+        slope = _tail(distance, ctx.reach) / temperature
+        return slope * (grad - mean[:, None]), None, mean, None, None
 
 
-def _tail(distance: Tensor) -> Tensor:
+def _tail(distance: Tensor, reach: float) -> Tensor:
     """F(-|t|), exactly 0 from far away on."""
     minus = -distance.abs()
-    return torch.where(minus > -FAR, minus.clamp(min=-FAR).exp() / 2, 0.0)
+    return torch.where(minus > -reach, minus.clamp(min=-reach).exp() / 2, 0.0)

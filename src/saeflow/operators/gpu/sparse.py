@@ -12,7 +12,7 @@ from saeflow.operators.gpu.lists import Lists
 class Decoded(NamedTuple):
     """Results of one pass over the entries of each row."""
 
-    error: Tensor  # (B, d) float32, x_hat - x
+    error: Tensor  # (B, d) float32, x_hat - x; in groups (B, G, d), see `nested_errors`
     squares: Tensor  # (B,) float32, |error|^2
     products: Tensor  # (B, C) float32, error . W_dec[column] of each entry, 0 where not real
 
@@ -23,7 +23,6 @@ class Gradients(NamedTuple):
     W_enc: Tensor  # (M, d) by rows
     b_enc: Tensor  # (M,)
     W_dec: Tensor  # (M, d)
-    squares: Tensor  # (M,) sum of squares of the three
 
 
 def rescore(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, lists: Lists) -> Tensor:
@@ -98,85 +97,128 @@ def decode_error(lists: Lists, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Decod
     return Decoded(*out)
 
 
+def nested_errors(
+    lists: Lists, W_dec: Tensor, b_dec: Tensor, x: Tensor, boundaries: Tensor
+) -> Decoded:
+    """Do `decode_error` for the reconstructions from the first group of latents, from the first two, and so on.
+
+    Args:
+        lists, W_dec, b_dec, x: as for `decode_error`.
+        boundaries: (G - 1,) int64, ascending: where each group but the last ends.
+
+    Returns:
+        `Decoded`: error (B, G, d), at g the sum of the errors of the reconstructions from g + 1 groups or
+        more, which is half of the gradient at what group g adds; squares, of all G together; products, with the
+        error of each entry's group.
+    """
+    (n_rows, width), groups = x.shape, len(boundaries) + 1
+    if not _runs_triton(x, lists):
+        row, parts = torch.arange(n_rows, device=x.device), x.new_zeros(n_rows, groups, width)
+        of = torch.bucketize(lists.columns, boundaries.to(torch.int32), right=True)
+        slots = list(_by_slot(lists.columns, lists.values.detach()))
+        for group, (columns, values) in zip(of.T, slots, strict=True):
+            parts[row, group] = parts[row, group] + values[:, None] * W_dec[columns].float()
+        errors = parts.cumsum(1) + (b_dec - x)[:, None]
+        sums = errors.flip(1).cumsum(1).flip(1)
+        found = [
+            (sums[row, group] * W_dec[columns].float()).sum(1)
+            for group, (columns, _) in zip(of.T, slots, strict=True)
+        ]
+        products = torch.where(lists.real, torch.stack(found, 1), 0)
+        return Decoded(sums, errors.square().sum((1, 2)), products)
+    sums = x.new_empty(n_rows, groups, width, dtype=torch.float32)
+    squares, products = sums.new_empty(n_rows), torch.empty_like(lists.values)
+    tensors = (_whole(x), _whole(W_dec), b_dec, boundaries, lists.columns, lists.values.detach())
+    constants = {
+        "CAPACITY": lists.capacity,
+        "GROUPS": groups,
+        "PADDED": 1 << (groups - 1).bit_length(),
+    }
+    arguments = (*tensors, lists.counts, sums, squares, products)
+    _launch("nested_errors_of_lists", n_rows, width, *arguments, **constants)
+    return Decoded(sums, squares, products)
+
+
 def weight_gradients(
     centred: Tensor,
     grad: Tensor,
     lists: Lists,
     value_grads: Tensor,
-    unit_rows: Tensor | None = None,
+    *,
     into: Gradients | None = None,
+    boundaries: Tensor | None = None,
 ) -> Gradients:
     """Gradients of encoder and decoder, in one walk over the entries of each latent.
 
     Args:
         centred: (B, d) x - b_dec.
-        grad: (B, d) gradient at x_hat.
+        grad: (B, d) gradient at x_hat, or (B, G, d) at what each group of latents adds to it.
         lists: latents, of which the decoder's gradient is the sum of value * grad[row].
         value_grads: (B, C) gradient at the pre-activations, of which the encoder's is the sum of
             value_grad * centred[row]; 0 where an entry is not real.
-        unit_rows: (M, d), the decoder, where its rows have unit norm: the part of its gradient along
-            each row is left out.
         into: gradients that these are added to; their memory is used.
+        boundaries: (G - 1,) int64, of the groups.
 
     Returns:
         `Gradients`, float32. A latent's sums run in the order of rows, so they are the same each time.
     """
     M, d = lists.d_sae, centred.shape[1]
-    is_added = into is not None
+    is_added, groups = into is not None, 1 if boundaries is None else len(boundaries) + 1
     if not _runs_triton(centred, lists):
-        W_enc, W_dec = centred.new_zeros(2, M, d, dtype=torch.float32)
-        b_enc = W_enc.new_zeros(M)
-        slots = zip(lists.columns.T.long(), lists.values.detach().T, value_grads.T, strict=True)
-        for columns, values, grads in slots:
-            W_enc.index_add_(0, columns, grads[:, None] * centred.float())
-            W_dec.index_add_(0, columns, values[:, None] * grad.float())
-            b_enc.index_add_(0, columns, grads)
-        if unit_rows is not None:
-            W_dec -= torch.linalg.vecdot(W_dec, unit_rows)[:, None] * unit_rows
-        if into is not None:
-            for old, new in zip(into[:3], (W_enc, b_enc, W_dec), strict=True):
-                new += old
-        squares = W_enc.square().sum(1) + W_dec.square().sum(1) + b_enc.square()
-        return Gradients(W_enc, b_enc, W_dec, squares)
+        W_enc, b_enc = column_sums(centred, lists, value_grads)
+        W_dec, _ = column_sums(grad, lists, lists.values.detach(), boundaries)
+        if into is None:
+            return Gradients(W_enc, b_enc, W_dec)
+        for old, new in zip(into, (W_enc, b_enc, W_dec), strict=True):
+            old += new
+        return into
     if into is None:
-        empty = (
-            torch.empty(2, M, d, device=centred.device),
-            torch.empty(2, M, device=centred.device),
-        )
-        into = Gradients(empty[0][0], empty[1][0], empty[0][1], empty[1][1])
-    order, offsets = lists.transposed
-    has_unit_rows = unit_rows is not None
-    rows = into.W_dec if unit_rows is None else _whole(unit_rows)
-    tensors = (_whole(centred), _whole(grad), rows, order, offsets)
-    values = (lists.values.detach().contiguous(), value_grads.contiguous())
-    constants = {"CAPACITY": lists.capacity, "IS_ADDED": is_added, "HAS_UNIT_ROWS": has_unit_rows}
+        W_enc, W_dec = torch.empty(2, M, d, device=centred.device).unbind()
+        into = Gradients(W_enc, torch.empty(M, device=centred.device), W_dec)
+    tensors = (_whole(centred), _whole(grad), _ends(boundaries, lists), *lists.transposed)
+    values = (_whole(lists.values), value_grads.contiguous())
+    constants = {"CAPACITY": lists.capacity, "IS_ADDED": is_added, "GROUPS": groups}
     _launch("gradients_of_weights", M, d, *tensors, *values, *into, **constants)
     return into
 
 
-def column_sums(matrix: Tensor, lists: Lists, weights: Tensor) -> tuple[Tensor, Tensor]:
+def column_sums(
+    matrix: Tensor, lists: Lists, weights: Tensor, boundaries: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """One of the gradients of `weight_gradients`, where the other is not wanted with it.
 
     Args:
-        matrix: (B, d).
+        matrix: (B, d), or (B, G, d) with one row for each group of latents.
         lists: whose values are left aside.
         weights: (B, C), 0 where an entry is not real.
+        boundaries: (G - 1,) int64, of the groups.
 
     Returns:
         (M, d) and (M,) float32: each column's sums of weight * matrix[row] and of weights.
     """
-    M, d = lists.d_sae, matrix.shape[1]
+    M, d = lists.d_sae, matrix.shape[-1]
     if not _runs_triton(matrix, lists):
         sums = matrix.new_zeros(M, d, dtype=torch.float32)
         totals = sums.new_zeros(M)
+        row = torch.arange(len(matrix), device=matrix.device)
         for columns, of_slot in _by_slot(lists.columns, weights):
-            sums.index_add_(0, columns, of_slot[:, None] * matrix.float())
+            rows = matrix
+            if boundaries is not None:
+                rows = matrix[row, torch.bucketize(columns.contiguous(), boundaries, right=True)]
+            sums.index_add_(0, columns, of_slot[:, None] * rows.float())
             totals.index_add_(0, columns, of_slot)
         return sums, totals
     sums, totals = torch.empty(M, d, device=matrix.device), torch.empty(M, device=matrix.device)
-    tensors = (_whole(matrix), *lists.transposed, _whole(weights), sums, totals)
-    _launch("sums_by_columns", M, d, *tensors, CAPACITY=lists.capacity)
+    groups = 1 if boundaries is None else len(boundaries) + 1
+    tensors = (_whole(matrix), _ends(boundaries, lists), *lists.transposed, _whole(weights))
+    constants = {"CAPACITY": lists.capacity, "GROUPS": groups}
+    _launch("sums_by_columns", M, d, *tensors, sums, totals, **constants)
     return sums, totals
+
+
+def _ends(boundaries: Tensor | None, lists: Lists) -> Tensor:
+    """Return what a kernel is given for boundaries: where there are none, something that it does not read."""
+    return lists.columns if boundaries is None else boundaries
 
 
 def _by_slot(columns: Tensor, values: Tensor) -> Any:
@@ -196,5 +238,5 @@ def _launch(kernel: str, programs: int, width: int, *arguments: Any, **constants
     """Run a kernel that holds a row of `width` numbers in registers."""
     block = 1 << max(4, (width - 1).bit_length())
     function = getattr(gpu.load("sparse"), kernel)
-    warps = max(1, min(16, block // 256))
+    warps = max(1, min(16, block * constants.get("PADDED", 1) // 256))
     function[(programs,)](*arguments, width, BLOCK=block, num_warps=warps, **constants)

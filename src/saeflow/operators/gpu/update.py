@@ -1,4 +1,4 @@
-"""One update of all weights in one pass over each: clipping, Adam, unit rows, a bfloat16 copy."""
+"""An update of all weights in two passes over each: what is to be clipped, then Adam, unit rows, a bfloat16 copy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +28,38 @@ class Part:
     exp_avg_sq: Tensor
     shadow: Tensor | None = None
     is_unit: bool = False
+
+
+@torch.no_grad()
+def measure(gradient: Tensor, unit_rows: Tensor | None = None) -> Tensor:
+    """Return the sum of squares of each row of a gradient, in float32.
+
+    Args:
+        gradient: (M, d) float32, contiguous.
+        unit_rows: (M, d), where rows of the weights have unit norm and are to keep it: the part of the gradient
+            along them is removed first, in place.
+
+    Returns:
+        (M,)
+    """
+    if not (gpu.runs_triton(gradient) and gradient.numel()):
+        if unit_rows is not None:
+            along = torch.linalg.vecdot(gradient, unit_rows)
+            gradient.addcmul_(along[:, None], unit_rows, value=-1)
+        return gradient.square().sum(1)
+    squares = gradient.new_empty(len(gradient))
+    rows = gradient if unit_rows is None else unit_rows
+    if not (gradient.is_contiguous() and rows.is_contiguous()):
+        raise ValueError("measure: expected contiguous tensors, got a transposed one")
+    width, is_unit = gradient.shape[1], unit_rows is not None
+    block = min(BLOCK, 1 << max(4, (width - 1).bit_length()))
+    if is_unit:  # a row is held whole, to be projected
+        block = 1 << max(4, (width - 1).bit_length())
+    gpu.load("update").measure_rows[(len(gradient),)](
+        gradient, rows, squares, width, IS_UNIT=is_unit, BLOCK=block,
+        num_warps=max(1, min(16, block // 256)),
+    )  # fmt: skip
+    return squares
 
 
 @torch.no_grad()

@@ -97,56 +97,93 @@ def decode_error_of_lists(
 
 
 @triton.jit
+def group_of(column, boundaries, GROUPS: tl.constexpr):
+    """Return the group that a latent is in."""
+    group = tl.full((), 0, tl.int32)
+    for place in tl.static_range(GROUPS - 1):
+        group += (column >= tl.load(boundaries + place)).to(tl.int32)
+    return group
+
+
+@triton.jit
+def nested_errors_of_lists(
+    x, W_dec, b_dec, boundaries, columns, values, counts, sums, squares, products, width,
+    CAPACITY: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Do `decode_error_of_lists` for each prefix of groups; sums[b, g] adds up the errors of those that have group g."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    group = tl.arange(0, PADDED)
+    start = tl.load(b_dec + at, mask=inside, other=0.0).to(tl.float32)
+    start -= tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    errors = tl.zeros((PADDED, BLOCK), tl.float32) + start[None, :]
+    count = tl.load(counts + row)
+    for e in range(count):
+        column = tl.load(columns + row * CAPACITY + e).to(tl.int64)
+        of = group_of(column, boundaries, GROUPS)
+        direction = tl.load(W_dec + column * width + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(values + row * CAPACITY + e)
+        errors += tl.where(group >= of, value, 0.0)[:, None] * direction[None, :]
+    errors = tl.where((group < GROUPS)[:, None], errors, 0.0)
+    tl.store(squares + row, tl.sum(tl.sum(errors * errors, 1), 0))
+    for of in tl.static_range(GROUPS):
+        total = tl.sum(tl.where((group >= of)[:, None], errors, 0.0), 0)
+        tl.store(sums + (row * GROUPS + of) * width + at, total, mask=inside)
+    slot = tl.arange(0, CAPACITY)
+    nothing = tl.zeros((CAPACITY,), tl.float32)
+    tl.store(products + row * CAPACITY + slot, nothing, mask=slot >= count)
+    for e in range(count):
+        column = tl.load(columns + row * CAPACITY + e).to(tl.int64)
+        of = group_of(column, boundaries, GROUPS)
+        total = tl.sum(tl.where((group >= of)[:, None], errors, 0.0), 0)
+        direction = tl.load(W_dec + column * width + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(products + row * CAPACITY + e, tl.sum(total * direction, 0))
+
+
+@triton.jit
 def gradients_of_weights(
-    centred, grad, unit_rows, order, offsets, values, value_grads, of_enc, of_b_enc, of_dec, squares, width,
-    CAPACITY: tl.constexpr, IS_ADDED: tl.constexpr, HAS_UNIT_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    centred, grad, boundaries, order, offsets, values, value_grads, of_enc, of_b_enc, of_dec, width,
+    CAPACITY: tl.constexpr, GROUPS: tl.constexpr, IS_ADDED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Both gradients of a latent's weights in one walk over its entries, in the order of rows."""
     latent = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     where = latent * width + at
-    enc, dec = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-    bias = tl.zeros((), tl.float32)
     begin, end = tl.load(offsets + latent), tl.load(offsets + latent + 1)
-    for place in range(begin, end):
-        entry = tl.load(order + place).to(tl.int64)
-        row = entry // CAPACITY
-        value, value_grad = tl.load(values + entry), tl.load(value_grads + entry)
-        dec += value * tl.load(grad + row * width + at, mask=inside, other=0.0).to(tl.float32)
-        enc += value_grad * tl.load(centred + row * width + at, mask=inside, other=0.0).to(
-            tl.float32
-        )
-        bias += value_grad
-    if HAS_UNIT_ROWS:
-        direction = tl.load(unit_rows + where, mask=inside, other=0.0)
-        dec -= direction * tl.sum(dec * direction, 0)
-    if IS_ADDED:
-        enc += tl.load(of_enc + where, mask=inside, other=0.0)
-        dec += tl.load(of_dec + where, mask=inside, other=0.0)
-        bias += tl.load(of_b_enc + latent)
-    tl.store(of_enc + where, enc, mask=inside)
-    tl.store(of_dec + where, dec, mask=inside)
-    tl.store(of_b_enc + latent, bias)
-    tl.store(squares + latent, tl.sum(enc * enc, 0) + tl.sum(dec * dec, 0) + bias * bias)
+    if (begin < end) | (IS_ADDED == 0):  # else there is nothing to add
+        group = group_of(latent, boundaries, GROUPS)
+        enc, dec = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        bias = tl.zeros((), tl.float32)
+        for place in range(begin, end):
+            entry = tl.load(order + place).to(tl.int64)
+            row = entry // CAPACITY
+            value, value_grad = tl.load(values + entry), tl.load(value_grads + entry)
+            of_row = grad + (row * GROUPS + group) * width + at
+            dec += value * tl.load(of_row, mask=inside, other=0.0).to(tl.float32)
+            inputs = tl.load(centred + row * width + at, mask=inside, other=0.0)
+            enc += value_grad * inputs.to(tl.float32)
+            bias += value_grad
+        if IS_ADDED:
+            enc += tl.load(of_enc + where, mask=inside, other=0.0)
+            dec += tl.load(of_dec + where, mask=inside, other=0.0)
+            bias += tl.load(of_b_enc + latent)
+        tl.store(of_enc + where, enc, mask=inside)
+        tl.store(of_dec + where, dec, mask=inside)
+        tl.store(of_b_enc + latent, bias)
 
 
 @triton.jit
 def sums_by_columns(
-    matrix,
-    order,
-    offsets,
-    weights,
-    sums,
-    totals,
-    width,
-    CAPACITY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    matrix, boundaries, order, offsets, weights, sums, totals, width,
+    CAPACITY: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Sum weight * matrix[row], and the weights, over each column's entries in the order of rows."""
     column = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
+    group = group_of(column, boundaries, GROUPS)
     total = tl.zeros((BLOCK,), tl.float32)
     of_weights = tl.zeros((), tl.float32)
     begin, end = tl.load(offsets + column), tl.load(offsets + column + 1)
@@ -154,7 +191,8 @@ def sums_by_columns(
         entry = tl.load(order + place).to(tl.int64)
         row = entry // CAPACITY
         weight = tl.load(weights + entry)
-        total += weight * tl.load(matrix + row * width + at, mask=inside, other=0.0).to(tl.float32)
+        of_row = matrix + (row * GROUPS + group) * width + at
+        total += weight * tl.load(of_row, mask=inside, other=0.0).to(tl.float32)
         of_weights += weight
     tl.store(sums + column * width + at, total, mask=inside)
     tl.store(totals + column, of_weights)

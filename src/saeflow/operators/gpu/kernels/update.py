@@ -1,4 +1,4 @@
-"""The kernel of an update of weights, one row a program."""
+"""Kernels of an update of weights, one row a program."""
 
 import triton
 import triton.language as tl
@@ -32,3 +32,23 @@ def update_rows(
         tl.store(exp_avg_sq + where, second, mask=inside)
         if HAS_SHADOW:
             tl.store(shadow + where, new.to(shadow.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def measure_rows(
+    gradient, unit_rows, squares, width, IS_UNIT: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Sum the squares of each row, without its part along a unit row, which is removed."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        inside = start + at < width
+        where = row * width + start + at
+        found = tl.load(gradient + where, mask=inside, other=0.0)
+        if IS_UNIT:
+            direction = tl.load(unit_rows + where, mask=inside, other=0.0)
+            found -= direction * tl.sum(found * direction, 0)
+            tl.store(gradient + where, found, mask=inside)
+        total += found * found
+    tl.store(squares + row, tl.sum(total, 0))

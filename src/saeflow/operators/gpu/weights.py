@@ -1,0 +1,285 @@
+"""Differentiable products of lists with an SAE's weights, whose gradients are summed in one walk over each latent's entries.
+
+The gradients of an encoder's and a decoder's row need the same entries, but autograd reaches the two at different
+times. So every product leaves what it knows of them with `Left`, and a token, an input of all of them, makes autograd
+sum them up when the last has.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from saeflow.operators.gpu import sparse
+from saeflow.operators.gpu.lists import Lists
+
+
+class OfEncoder(NamedTuple):
+    """A part of the encoder's gradient, of some entries."""
+
+    lists: Lists
+    centred: Tensor  # (B, d)
+    value_grads: Tensor  # (B, C)
+
+
+class OfDecoder(NamedTuple):
+    """A part of the decoder's gradient, of some entries."""
+
+    lists: Lists
+    grad: Tensor  # (B, d) at x_hat, or (B, G, d) at what each group of latents adds
+    boundaries: Tensor | None  # (G - 1,), of the groups
+
+
+@dataclass(eq=False)
+class Left:
+    """Parts of the gradients of one step's weights, which products leave here.
+
+    Attributes:
+        W_dec: the decoder that this is about.
+        W_enc: (M, d) by rows, without gradient.
+        b_enc, b_dec: (M,) and (d,), without gradient.
+        of_encoder, of_decoder: by the number of the product, so that a second backward pass replaces the first's.
+    """
+
+    W_dec: Tensor
+    W_enc: Tensor
+    b_enc: Tensor
+    b_dec: Tensor
+    numbers: int = 0
+    of_encoder: dict[int, OfEncoder] = field(default_factory=dict)
+    of_decoder: dict[int, OfDecoder] = field(default_factory=dict)
+
+    def number(self) -> int:
+        """Number one more product."""
+        self.numbers += 1
+        return self.numbers
+
+    def sums(
+        self, *, has_encoder: bool, has_decoder: bool
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Sum up the gradients of W_enc (M, d), b_enc (M,) and W_dec (M, d), None without a part; nothing is left.
+
+        Args:
+            has_encoder, has_decoder: whether their gradients are wanted.
+        """
+        encoders = list(self.of_encoder.values()) if has_encoder else []
+        decoders = list(self.of_decoder.values()) if has_decoder else []
+        self.of_encoder.clear()
+        self.of_decoder.clear()
+        W_enc, b_enc, W_dec = None, None, None
+        for encoder in encoders:
+            columns = encoder.lists.columns
+            of_same = (i for i, d in enumerate(decoders) if d.lists.columns is columns)
+            place = next(of_same, None)
+            if place is None:
+                W, b = sparse.column_sums(encoder.centred, encoder.lists, encoder.value_grads)
+                W_enc, b_enc = _added(W_enc, W), _added(b_enc, b)
+                continue
+            decoder, into = decoders.pop(place), None
+            if W_enc is not None and b_enc is not None and W_dec is not None:
+                into = sparse.Gradients(W_enc, b_enc, W_dec)
+            found = sparse.weight_gradients(
+                encoder.centred, decoder.grad, decoder.lists, encoder.value_grads,
+                into=into, boundaries=decoder.boundaries,
+            )  # fmt: skip
+            if into is None:
+                W_enc, b_enc = _added(W_enc, found.W_enc), _added(b_enc, found.b_enc)
+                W_dec = _added(W_dec, found.W_dec)
+        for decoder in decoders:
+            values = decoder.lists.values.detach()
+            W, _ = sparse.column_sums(decoder.grad, decoder.lists, values, decoder.boundaries)
+            W_dec = _added(W_dec, W)
+        return W_enc, b_enc, W_dec
+
+
+class Walk(NamedTuple):
+    """The link between the products of one step."""
+
+    token: Tensor
+    left: Left
+
+
+def walk(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, W_dec: Tensor) -> Walk:
+    """Start a step with these weights: (d, M), (M,), (d,) and (M, d)."""
+    left = Left(W_dec, W_enc.detach().t(), b_enc.detach(), b_dec.detach())
+    return Walk(_Token.apply(W_enc, b_enc, b_dec, W_dec, left), left)
+
+
+def gather(x: Tensor, lists: Lists, of: Walk, *, is_rounded: bool) -> Tensor:
+    """Return the pre-activations (B, C) of entries, with gradient; see `products.gather_pre_acts`."""
+    return _Gather.apply(x, of.token, of.left, lists, is_rounded)
+
+
+def decode(lists: Lists, W_dec: Tensor, of: Walk | None) -> Tensor:
+    """Return the sum of values times rows of W_dec (B, d), with gradient."""
+    token, left, W_dec = _inputs(W_dec, of)
+    return _Decode.apply(lists.values, token, W_dec, lists, left)
+
+
+def squared_errors(
+    lists: Lists,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    x: Tensor,
+    of: Walk | None,
+    boundaries: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return the squared errors of a reconstruction; one pass finds them and all that their gradients need.
+
+    Args:
+        lists: latents.
+        W_dec, b_dec: (M, d) and (d,).
+        x: (B, d).
+        of: the step whose decoder this is; None: another decoder, such as a constant one.
+        boundaries: (G - 1,), where latents are in groups: errors are those of the reconstructions from the
+            first group, from the first two, ..., added up.
+
+    Returns:
+        (B,), differentiable in values, weights and x, and (B, d) x_hat - x of all latents, which is not.
+    """
+    token, left, W_dec = _inputs(W_dec, of)
+    return _SquaredErrors.apply(lists.values, token, W_dec, b_dec, x, lists, left, boundaries)
+
+
+def _inputs(W_dec: Tensor, of: Walk | None) -> tuple[Tensor | None, Left | None, Tensor]:
+    """Return a token and who sums up, where the decoder is a step's; the decoder, with gradient where it is not."""
+    if of is None or of.left.W_dec is not W_dec:
+        return None, None, W_dec
+    return of.token, of.left, W_dec.detach()
+
+
+def _added(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total.add_(part)
+
+
+class _Token(torch.autograd.Function):
+    """A scalar whose gradient is worked out after those of all products that take it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, W_dec: Tensor, left: Left
+    ) -> Tensor:
+        ctx.save_for_backward(W_enc, W_dec)  # that they are still what they were is checked
+        ctx.left = left
+        ctx.set_materialize_grads(False)
+        return W_dec.new_zeros(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        W_enc, _ = ctx.saved_tensors
+        *of_encoder, of_decoder = ctx.needs_input_grad[:4]
+        of_W_enc, of_b_enc, of_W_dec = ctx.left.sums(
+            has_encoder=any(of_encoder), has_decoder=of_decoder
+        )
+        of_b_dec = None
+        if of_b_enc is not None and ctx.needs_input_grad[2]:
+            of_b_dec = -(W_enc @ of_b_enc)
+        of_W_enc = None if of_W_enc is None else of_W_enc.t()
+        found = (of_W_enc, of_b_enc, of_b_dec, of_W_dec)
+        wanted = zip(found, ctx.needs_input_grad, strict=False)
+        return (*(g if is_wanted else None for g, is_wanted in wanted), None)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, token: Tensor, left: Left, lists: Lists, is_rounded: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.left, ctx.lists, ctx.number = left, lists, left.number()
+        if any(ctx.needs_input_grad):
+            lists.transposed  # noqa: B018  # worked out here, so that lists of other values share it
+        if is_rounded:
+            return sparse.rescore(x, left.W_enc, left.b_enc, left.b_dec, lists)
+        return lists.values.to(left.W_enc.dtype, copy=True)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,), left, lists = ctx.saved_tensors, ctx.left, ctx.lists
+        grad = grad.contiguous()
+        centred = (x - left.b_dec).to(left.W_enc.dtype)
+        left.of_encoder[ctx.number] = OfEncoder(lists, centred, grad)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = sparse.decode(lists.with_values(grad), left.W_enc)
+        return grad_x, None, None, None, None
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        token: Tensor | None,
+        W_dec: Tensor,
+        lists: Lists,
+        left: Left | None,
+    ) -> Tensor:
+        ctx.save_for_backward(W_dec)
+        ctx.lists, ctx.left = lists, left
+        ctx.number = 0 if left is None else left.number()
+        return sparse.decode(lists, W_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (W_dec,), grad = ctx.saved_tensors, grad.contiguous()
+        of_values = None
+        if ctx.needs_input_grad[0]:
+            of_values = sparse.row_products(grad, W_dec, ctx.lists)
+        return of_values, None, _leave(ctx, grad, None), None, None
+
+
+class _SquaredErrors(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        values: Tensor,
+        token: Tensor | None,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        x: Tensor,
+        lists: Lists,
+        left: Left | None,
+        boundaries: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if boundaries is None:
+            found = sparse.decode_error(lists, W_dec, b_dec, x)
+            whole = found.error
+        else:
+            found = sparse.nested_errors(lists, W_dec, b_dec, x, boundaries)
+            whole = found.error[:, -1].clone()
+        ctx.save_for_backward(found.error, found.products)
+        ctx.lists, ctx.left, ctx.boundaries = lists, left, boundaries
+        ctx.number = 0 if left is None else left.number()
+        ctx.mark_non_differentiable(whole)
+        return found.squares, whole
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        error, products = ctx.saved_tensors
+        twice = 2 * grad
+        of_values = twice[:, None] * products if ctx.needs_input_grad[0] else None
+        of_error = twice.view(-1, *[1] * (error.ndim - 1)) * error
+        of_x_hat = of_error if ctx.boundaries is None else of_error[:, 0]  # of all prefixes
+        of_b_dec = of_x_hat.sum(0) if ctx.needs_input_grad[3] else None
+        of_x = -of_x_hat if ctx.needs_input_grad[4] else None
+        of_W_dec = _leave(ctx, of_error, ctx.boundaries)
+        return of_values, None, of_W_dec, of_b_dec, of_x, None, None, None
+
+
+def _leave(ctx: Any, grad: Tensor, boundaries: Tensor | None) -> Tensor | None:
+    """Leave the decoder's part of a gradient, or return it where nobody sums up."""
+    if ctx.left is not None:
+        if ctx.needs_input_grad[1]:
+            ctx.left.of_decoder[ctx.number] = OfDecoder(ctx.lists, grad, boundaries)
+        return None
+    if not ctx.needs_input_grad[2]:
+        return None
+    values = ctx.lists.values.detach()
+    return sparse.column_sums(grad, ctx.lists, values, boundaries)[0]
