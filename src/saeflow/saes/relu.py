@@ -59,7 +59,7 @@ class ReLU(FollowsDensity):
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         penalty = self.ranks.over_both(fwd.values.sum()) / self.ranks.rows(fwd.x)
-        return super().losses(fwd, dead) | {"l1": self.l1 * penalty}
+        return super().losses(fwd, dead) | {"l1": self.moved("l1") * penalty}
 
     def reconstruction(self, fwd: Forward) -> Tensor:
         if self.loss == "norm_weighted":

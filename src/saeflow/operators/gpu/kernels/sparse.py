@@ -127,9 +127,9 @@ def nested_errors_of_lists(
         errors += tl.where(group >= of, value, 0.0)[:, None] * direction[None, :]
     errors = tl.where((group < GROUPS)[:, None], errors, 0.0)
     tl.store(squares + row, tl.sum(tl.sum(errors * errors, 1), 0))
-    for of in tl.static_range(GROUPS):
-        total = tl.sum(tl.where((group >= of)[:, None], errors, 0.0), 0)
-        tl.store(sums + (row * GROUPS + of) * width + at, total, mask=inside)
+    for place in tl.static_range(GROUPS):
+        suffix = tl.sum(tl.where((group >= place)[:, None], errors, 0.0), 0)
+        tl.store(sums + (row * GROUPS + place) * width + at, suffix, mask=inside)
     slot = tl.arange(0, CAPACITY)
     nothing = tl.zeros((CAPACITY,), tl.float32)
     tl.store(products + row * CAPACITY + slot, nothing, mask=slot >= count)
