@@ -21,7 +21,15 @@ from saeflow.training.run import Run, Stepped
 
 MOST_LATENTS = 1 << 16
 """Latents of a stack: beyond them one SAE alone keeps a GPU busy, and scores of all of them cost memory."""
-SHARED = ("gather", "decode_selected", "decode_groups", "pre_activations", "margin", "centre")
+SHARED = (
+    "gather",
+    "decode_selected",
+    "decode_groups",
+    "pre_activations",
+    "latent_scores",
+    "margin",
+    "centre",
+)
 """Methods that a variant must have from `SAE` for its products to be taken together with others'."""
 
 
