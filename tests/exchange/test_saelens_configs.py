@@ -14,6 +14,7 @@ from torch import Tensor
 
 from saeflow.errors import UserError
 from saeflow.exchange import import_sae, saelens
+from saeflow.exchange.hook_names import ours, theirs
 from saeflow.exchange.plain import sae_of
 
 D_IN, D_SAE = 8, 24
@@ -173,12 +174,27 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["blocks.1.attn.hook_z", "blocks.1.hook_resid_mid", "blocks.1.ln2.hook_normalized"]
+    "name", ["blocks.1.attn.hook_z", "blocks.1.hook_mlp_in", "blocks.1.ln2.hook_normalized"]
 )
 def test_an_sae_of_another_place_is_refused(name: str, tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "sae", weights(), hook_name=name)
     with pytest.raises(UserError, match="where saeflow reads no activations"):
         import_sae(folder, "saelens", ABOUT, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "hook_name"),
+    [
+        ("blocks.3.resid_mid", "blocks.3.hook_resid_mid"),
+        ("blocks.3.mlp_out", "blocks.3.hook_mlp_out"),
+        ("blocks.12.mlp_in", "blocks.12.mlp.hook_in"),
+        ("blocks.12.attn_in", "blocks.12.attn.hook_in"),
+    ],
+)
+def test_names_of_hook_points_are_translated_both_ways(name: str, hook_name: str) -> None:
+    """By TransformerLens's names; its mlp.hook_in is what the MLP takes, its hook_mlp_in the stream before the norm."""
+    assert theirs(name)["hook_name"] == hook_name
+    assert ours({"hook_name": hook_name}) == name
 
 
 def test_a_place_of_another_library_is_logged(

@@ -9,12 +9,12 @@ import torch
 
 from saeflow.complexity.scorers import read_table
 from saeflow.rehearsal.scale import WIDTH, StandIn, default_classes
-from saeflow.rehearsal.stand_ins import write_stand_ins
+from saeflow.rehearsal.stand_ins import TOKENIZERS, write_stand_ins
 from saeflow.sources.decoding import as_rgb
 from saeflow.sources.documents import read_documents
 from saeflow.sources.hook_points import capture
 from saeflow.sources.images import read_images
-from saeflow.sources.layouts import LAYOUTS, config_shape
+from saeflow.sources.layouts import config_shape
 from saeflow.sources.models import load_model, load_tokenizer
 from saeflow.sources.preprocessing import load_preprocessing
 
@@ -35,7 +35,7 @@ def written(folder: Path, kind: str, path: str, **recipe: Any) -> Path:
     return folder / path
 
 
-@pytest.mark.parametrize("model_type", sorted(LAYOUTS))
+@pytest.mark.parametrize("model_type", sorted(TOKENIZERS))
 def test_every_family_has_a_model_with_its_hook_points(model_type: str, tmp_path: Path) -> None:
     folder = written(tmp_path, "models", "model", model_type=model_type, blocks=3)
     assert config_shape(folder / "config.json").model_type == model_type

@@ -147,7 +147,7 @@ def without(model: Any, place: str, block: int) -> Any:
 @pytest.mark.parametrize("place", ["attn_out", "mlp_out"])
 def test_zero_spliced_in_is_a_model_with_zero_weights_there(name: str, place: str) -> None:
     model = tiny_model(name)
-    point = HookPoint(1, PLACES.index(place))
+    point = HookPoint.parse(f"blocks.1.{place}")
     expected = without(model, place, 1)(TOKEN_IDS).logits
     assert not torch.allclose(expected, model(TOKEN_IDS).logits, atol=1e-3)
     block_input = capture(model, [str(point.block_input)], TOKEN_IDS)[str(point.block_input)]
@@ -270,19 +270,18 @@ def test_a_missing_block_is_named() -> None:
         capture(tiny_model("gpt2"), ["blocks.40.resid_post"], TOKEN_IDS)
 
 
-def test_an_unknown_layout_names_class_and_what_is_supported() -> None:
-    from transformers import BloomConfig, BloomForCausalLM
-
-    model = BloomForCausalLM(BloomConfig(vocab_size=32, hidden_size=8, n_layer=1, n_head=1))
-    with pytest.raises(UserError, match=r"BloomForCausalLM.*'bloom'.*gpt_neox.*qwen3"):
-        check_model(model, ["blocks.0.resid_post"])
-    with pytest.raises(UserError, match="Linear: unknown layout"):
+def test_a_model_of_another_library_is_refused() -> None:
+    with pytest.raises(UserError, match="Linear: expected a model of transformers"):
         check_model(nn.Linear(2, 2), ["blocks.0.resid_post"])
 
 
-def test_a_model_without_a_head_is_refused() -> None:
+def test_a_model_without_a_head_gives_activations_and_no_logits() -> None:
+    model = tiny_model("llama")
+    expected = capture(model, ["blocks.1.mlp_out"], TOKEN_IDS)["blocks.1.mlp_out"]
+    found = capture(model.model, ["blocks.1.mlp_out"], TOKEN_IDS)["blocks.1.mlp_out"]
+    assert torch.equal(found, expected)
     with pytest.raises(UserError, match="LlamaModel: expected a causal language model"):
-        check_model(tiny_model("llama").model, ["blocks.0.resid_post"])
+        logits(model.model, found)
 
 
 class Coder(nn.Module):

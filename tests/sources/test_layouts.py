@@ -39,6 +39,21 @@ def test_names_are_read_and_written() -> None:
     assert str(point.block_input) == "blocks.12.resid_pre"
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "place", "index"),
+    [
+        ("module.model.layers.7.mlp.output", "model.layers.7.mlp", "output", None),
+        ("module.model.layers.7.self_attn.output.1", "model.layers.7.self_attn", "output", 1),
+        ("module.lm_head.input", "lm_head", "input", None),
+        ("vision.module.vision_model.encoder.layers.0.mlp.fc1.output", "vision_model.encoder.layers.0.mlp.fc1", "output", None),
+    ],
+)  # fmt: skip
+def test_any_module_has_a_name(name: str, path: str, place: str, index: int | None) -> None:
+    point = HookPoint.parse(name)
+    assert (point.module, point.place, point.index, str(point)) == (path, place, index, name)
+    assert point.tower == ("vision." if name.startswith("vision") else "")
+
+
 def test_hook_points_are_ordered_as_the_model_runs() -> None:
     names = ["blocks.0.resid_post", "blocks.2.resid_pre", "blocks.2.attn_out", "blocks.2.mlp_out", "blocks.10.resid_pre"]  # fmt: skip
     assert sorted(map(HookPoint.parse, reversed(names))) == [HookPoint.parse(n) for n in names]
@@ -57,7 +72,7 @@ def test_hook_points_are_ordered_as_the_model_runs() -> None:
     ],
 )
 def test_a_bad_name_says_what_a_good_one_is(name: str) -> None:
-    with pytest.raises(UserError, match=r"expected blocks\.N\.resid_pre\|attn_out"):
+    with pytest.raises(UserError, match=r"expected blocks\.N\.resid_pre\|attn_in\|attn_out"):
         HookPoint.parse(name)
 
 
@@ -78,8 +93,9 @@ def test_a_config_of_something_else_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="num_hidden_layers"):
         config_shape(path)
     path.write_text('{"model_type": "bloom", "n_layer": 2}')
-    with pytest.raises(UserError, match=r"sources\.s: unknown layout \(model_type 'bloom'\)"):
-        check_hook_points("s", source({"folder": str(tmp_path)}, "blocks.1.mlp_out"), tmp_path)
+    check_hook_points("s", source({"folder": str(tmp_path)}, "blocks.1.mlp_out"), tmp_path)
+    with pytest.raises(UserError, match=r"sources\.s: the model has 2 blocks"):
+        check_hook_points("s", source({"folder": str(tmp_path)}, "blocks.2.mlp_out"), tmp_path)
 
 
 def write_gguf(path: Path, architecture: str, n_blocks: int) -> None:

@@ -225,7 +225,7 @@ def test_the_embedding_is_one_row_an_image(model: Path) -> None:
 def test_a_block_that_the_tower_lacks_is_refused(model: Path) -> None:
     with pytest.raises(UserError, match=r"has 3 blocks \(0..2\), found"):
         check_source("s", params(hook_points=["vision.blocks.3.resid_post"]), model.parent)
-    with pytest.raises(UserError, match=r"unknown layout .model_type 'clip'. for hook points"):
+    with pytest.raises(UserError, match=r"expected hook points of its image tower"):
         fetch_model({"folder": str(model)}, ["blocks.0.resid_post"], model.parent)
 
 

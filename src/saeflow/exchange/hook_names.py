@@ -6,15 +6,19 @@ from typing import Any
 
 from saeflow.errors import UserError
 
-_KINDS = "resid_pre|resid_post|mlp_out|attn_out"
+_KINDS = "resid_pre|resid_mid|resid_post|mlp_out|attn_out"
+_INPUTS = "mlp|attn"
+"""Of which TransformerLens's hook_in is what the module takes, after the norm before it."""
 
 
 def theirs(hook_point: str) -> dict[str, Any]:
     """Return the other libraries' names of a language model's hook point; empty for other hook points.
 
     Returns:
-        hook_name (TransformerLens, SAELens), submodule_name and layer (dictionary_learning).
+        hook_name (TransformerLens, SAELens) and layer; submodule_name (dictionary_learning) where it has one.
     """
+    if found := re.fullmatch(rf"blocks\.(\d+)\.({_INPUTS})_in", hook_point):
+        return {"hook_name": f"blocks.{found[1]}.{found[2]}.hook_in", "layer": int(found[1])}
     found = re.fullmatch(rf"blocks\.(\d+)\.({_KINDS})", hook_point)
     if not found:
         return {}
@@ -34,9 +38,14 @@ def ours(facts: Mapping[str, Any]) -> str | None:
     name = facts.get("hook_name")
     if isinstance(name, str) and (found := re.fullmatch(rf"blocks\.(\d+)\.hook_({_KINDS})", name)):
         return f"blocks.{found[1]}.{found[2]}"
+    if isinstance(name, str) and (
+        found := re.fullmatch(rf"blocks\.(\d+)\.({_INPUTS})\.hook_in", name)
+    ):
+        return f"blocks.{found[1]}.{found[2]}_in"
     if isinstance(name, str) and re.match(r"(blocks\.\d+\.|hook_|ln_final)", name):
         raise UserError(
-            f"hook_name: expected one of blocks.N.hook_({_KINDS}), found {name}, where saeflow reads no activations."
+            f"hook_name: expected one of blocks.N.hook_({_KINDS}) or blocks.N.({_INPUTS}).hook_in, found {name}, where "
+            "saeflow reads no activations."
         )
     name = facts.get("submodule_name")
     if isinstance(name, str) and (found := re.fullmatch(rf"({_KINDS})_layer_(\d+)", name)):

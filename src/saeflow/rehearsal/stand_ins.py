@@ -31,7 +31,7 @@ _TEXT_LAYERS, _TEXT_POSITIONS = 2, 77
 # letter of its own (SentencePiece) or part of a byte-level piece.
 _END_OF_TEXT = ("<|endoftext|>", "<|endoftext|>", False)
 _SENTENCEPIECE = ("<bos>", "<eos>", True)
-_TOKENIZERS: dict[str, tuple[str | None, str, bool]] = {
+TOKENIZERS: dict[str, tuple[str | None, str, bool]] = {
     "gemma": _SENTENCEPIECE,
     "gemma2": _SENTENCEPIECE,
     "gemma3": _SENTENCEPIECE,
@@ -81,8 +81,9 @@ def _model(recipe: Mapping[str, Any], folder: Path, seed: int) -> None:
     if recipe["model_type"] == "clip":
         _clip(recipe, folder, seed)
         return
-    model_type, blocks = recipe["model_type"], recipe["blocks"]
-    tokenizer = _tokenizer(*_TOKENIZERS[model_type])
+    # A family without a line above is stood in for by a Llama, which has every hook point of a block.
+    model_type = recipe["model_type"] if recipe["model_type"] in TOKENIZERS else "llama"
+    blocks, tokenizer = recipe["blocks"], _tokenizer(*TOKENIZERS[model_type])
     sizes: dict[str, Any] = {
         "hidden_size": WIDTH, "intermediate_size": 2 * WIDTH, "num_hidden_layers": blocks, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": WIDTH // 2, "max_position_embeddings": _POSITIONS,

@@ -31,7 +31,7 @@ def check_source(name: str, params: Mapping[str, Any], folder: Path) -> None:
         folder: the source's results folder, which may hold its model already.
 
     Raises:
-        UserError: a layer that the model lacks, an unknown layout, impossible synthetic data.
+        UserError: a layer that the model lacks, an unknown structure, impossible synthetic data.
     """
     kind_of(params).check(name, params, folder)
 

@@ -1,4 +1,4 @@
-"""Read and replace activations at hook points of Hugging Face causal language models and of CLIP.
+"""Read and replace activations at hook points of models of transformers.
 
 Only the blocks that are needed run: `capture` stops after the last hook point, `run_from` starts at the
 hook point's block. Both leave a language model's lm head out; `logits` applies it.
@@ -10,125 +10,127 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from saeflow.errors import UserError
-from saeflow.sources.layouts import (
-    HookPoint,
-    Layout,
-    Shape,
-    check_hook_points,
-    check_shape,
-    layout_of,
-)
+from saeflow.sources.attach import Visit, attach, forward_of
+from saeflow.sources.blocks import Place
+from saeflow.sources.layouts import PLACES, HookPoint, Shape, check_hook_points, check_shape
+from saeflow.sources.structure import module_place, no_cache, structure_of, tower_of
 
 __all__ = [
-    "HookPoint", "capture", "check_hook_points", "check_model", "decoder_of", "hook", "logits",
+    "HookPoint", "block_input_of", "capture", "check_hook_points", "check_model", "decoder_of", "hook", "logits",
     "resume_at", "run_from", "splice",
 ]  # fmt: skip
-
-Visit = Callable[[Tensor], Tensor | None]
-"""Sees the activation (batch, position, d_in), an image's embedding (batch, d_in); returns what takes its place, or None to keep it."""
 
 
 class _Stop(Exception):  # noqa: N818 (a signal, not an error)
     """Raised inside a forward pass when all that was asked for has been seen."""
 
 
-def _layout(model: nn.Module, tower: str) -> Layout:
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    return layout_of(model_type, type(model).__name__, tower)
-
-
 def decoder_of(model: nn.Module, tower: str = "") -> nn.Module:
-    """The part of a causal language model between token ids and lm head, or CLIP's image tower."""
-    path = _layout(model, tower).decoder
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        kind = (
-            "a CLIP model with its image tower"
-            if tower
-            else "a causal language model with its decoder"
-        )
-        loader = "CLIPModel" if tower else "AutoModelForCausalLM"
-        raise UserError(
-            f"{type(model).__name__}: expected {kind} at {path}. Load it with {loader}."
-        ) from None
+    """The part of a language model between token ids and lm head, or the image tower."""
+    return model.get_submodule(structure_of(model, tower).body)
 
 
 def _blocks(model: nn.Module, tower: str) -> Any:
-    return decoder_of(model, tower).get_submodule(_layout(model, tower).blocks)
+    return model.get_submodule(structure_of(model, tower).list_path)
 
 
 def check_model(model: nn.Module, hook_points: Iterable[str]) -> None:
     """Check that a model has some hook points.
 
     Raises:
-        UserError: unknown layout, bad name or a block that the model lacks.
+        UserError: bad name, a block that the model lacks, a place that a block lacks, or a structure that cannot
+            be told.
     """
-    config: Any = getattr(model, "config", None)
     for name in hook_points:
-        tower = HookPoint.parse(name).tower
-        _layout(model, tower)
-        shape = Shape(config.model_type, len(_blocks(model, tower)))
-        check_shape(shape, [name], type(model).__name__)
+        _place(model, HookPoint.parse(name))
+
+
+def _place(model: nn.Module, point: HookPoint) -> Place:
+    """Where a hook point is in a model."""
+    name = type(model).__name__
+    if point.module:
+        return module_place(model, point)
+    if point.is_embedding:
+        if not isinstance(getattr(model, "visual_projection", None), nn.Module):
+            raise UserError(
+                f"{name}: {point} is what CLIP's projection gives, found no visual_projection. Take a hook point "
+                "of the image tower."
+            )
+        return Place("visual_projection", "output")
+    blocks = structure_of(model, point.tower).blocks
+    config: Any = model.config
+    check_shape(Shape(config.model_type, len(blocks)), [str(point)], name)
+    block = blocks[point.block]
+    if point.place not in block.places:
+        raise UserError(
+            f"{name}: {block.path} has no {point.place}: {block.missing[point.place]}. It has "
+            f"{', '.join(place for place in PLACES if place in block.places)}; other modules can be named as "
+            f"module.{block.path}.PATH.output."
+        )
+    return block.places[point.place]
 
 
 def resume_at(model: nn.Module, hook_point: str) -> str | None:
     """The block input that the activation at a hook point is, if it is one."""
     point = HookPoint.parse(hook_point)
-    found = point.resume_at(len(_blocks(model, point.tower)))
-    return None if found is None else str(found)
+    if point.module or point.is_embedding:
+        return None
+    structure = structure_of(model, point.tower)
+    found = point.resume_at(len(structure.blocks))
+    return None if found is None or not structure.linked else str(found)
 
 
-def _attach(model: nn.Module, point: HookPoint, visit: Visit) -> Any:
-    """Register `visit` at a hook point; the handle's `remove` takes it away."""
+def block_input_of(model: nn.Module, hook_point: str) -> str | None:
+    """The residual stream before the block that a hook point is in; None if it is in none."""
+    point = HookPoint.parse(hook_point)
+    if not point.module:
+        return str(point.block_input)
+    try:
+        blocks = structure_of(model, point.tower).blocks
+    except UserError:
+        return None
+    inside = [
+        i for i, block in enumerate(blocks) if f"{point.module}.".startswith(f"{block.path}.")
+    ]
+    return str(HookPoint(inside[0], 0, point.tower)) if inside else None
 
-    def visit_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if args:
-            new = visit(args[0])
-            return None if new is None else ((new, *args[1:]), kwargs)
-        new = visit(kwargs["hidden_states"])
-        return None if new is None else (args, kwargs | {"hidden_states": new})
 
-    def visit_output(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if isinstance(output, tuple):
-            new = visit(output[0])
-            return None if new is None else (new, *output[1:])
-        return visit(output)
-
-    if point.is_embedding:
-        return cast(nn.Module, model.visual_projection).register_forward_hook(visit_output)
-    layout, block = _layout(model, point.tower), _blocks(model, point.tower)[point.block]
-    if point.place == "resid_pre":
-        return block.register_forward_pre_hook(visit_input, with_kwargs=True)
-    path = {"attn_out": layout.attention, "mlp_out": layout.mlp, "resid_post": ""}[point.place]
-    return block.get_submodule(path).register_forward_hook(visit_output)
+def _attach(model: nn.Module, point: HookPoint, visit: Visit) -> ExitStack:
+    """Register `visit` at a hook point; closing the result takes it away."""
+    return attach(model, _place(model, point), visit, str(point))
 
 
 def final_norm(model: nn.Module) -> nn.Module:
-    """The norm between the last block and the lm head of a causal language model."""
-    body = decoder_of(model)
-    found = [part for name, part in body.named_children() if name in _FINAL_NORMS]
-    if len(found) != 1:
+    """The norm between the last block and the lm head of a causal language model.
+
+    Raises:
+        UserError: it has none.
+    """
+    path = structure_of(model).final_norm
+    if path is None:
         raise UserError(
-            f"{type(model).__name__}: expected its final norm under one of {', '.join(_FINAL_NORMS)}, found "
-            f"{len(found)}. Use a model of a known layout."
+            f"{type(model).__name__}: expected a norm after its last block, found none, so that decoder rows have no "
+            "logit lens. Leave latent pages out for this model."
         )
-    return found[0]
-
-
-_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
+    return model.get_submodule(path)
 
 
 def _run(model: nn.Module, tower: str, inputs: Tensor) -> Tensor:
     """Final hidden states of token ids (batch, position), or embeddings of pixels (batch, 3, h, w)."""
-    body: Any = decoder_of(model, tower)
     if tower:
-        embedding: Tensor = cast(nn.Module, model.visual_projection)(body(inputs).pooler_output)
+        tower_body: Any = tower_of(model)
+        found = tower_body(inputs)
+        if not isinstance(getattr(model, "visual_projection", None), nn.Module):
+            hidden: Tensor = found.last_hidden_state
+            return hidden
+        embedding: Tensor = cast(nn.Module, model.visual_projection)(found.pooler_output)
         return embedding
-    hidden: Tensor = body(input_ids=inputs, use_cache=False).last_hidden_state
-    return hidden
+    body: Any = decoder_of(model)
+    hidden_states: Tensor = body(input_ids=inputs, **no_cache(body)).last_hidden_state
+    return hidden_states
 
 
 @torch.no_grad()
@@ -136,7 +138,7 @@ def capture(model: nn.Module, hook_points: Iterable[str], inputs: Tensor) -> dic
     """Activations at some hook points; nothing after the last of them runs.
 
     Args:
-        model: a causal language model of a known layout or CLIP, in evaluation mode.
+        model: a causal language model or CLIP, in evaluation mode.
         hook_points: names such as `blocks.8.resid_post`, all of one tower.
         inputs: token ids (batch, position), each position sees those before it; or normalised pixels
             (batch, 3, height, width) for hook points of the image tower.
@@ -146,15 +148,17 @@ def capture(model: nn.Module, hook_points: Iterable[str], inputs: Tensor) -> dic
         model's dtype and device.
 
     Raises:
-        UserError: unknown layout, bad name or a block that the model lacks.
+        UserError: unknown structure, bad name or a block that the model lacks.
     """
     names = list(hook_points)
     check_model(model, names)
     found: dict[str, Tensor] = {}
 
     def keep(name: str) -> Visit:
+        changed = _place(model, HookPoint.parse(name)).changed
+
         def visit(x: Tensor) -> None:
-            found[name] = x
+            found[name] = x.clone() if changed else x
             if len(found) == len(set(names)):
                 raise _Stop
 
@@ -162,9 +166,18 @@ def capture(model: nn.Module, hook_points: Iterable[str], inputs: Tensor) -> dic
 
     with ExitStack() as hooks:
         for name in set(names):
-            hooks.callback(_attach(model, HookPoint.parse(name), keep(name)).remove)
+            hooks.enter_context(_attach(model, HookPoint.parse(name), keep(name)))
         hooks.enter_context(suppress(_Stop))
-        _run(model, HookPoint.parse(names[0]).tower, inputs)
+        point = HookPoint.parse(names[0])
+        if point.module and not point.tower:  # in any model, also one without blocks
+            cast(Any, model)(input_ids=inputs, **no_cache(model))
+        else:
+            _run(model, point.tower, inputs)
+    if missing := [name for name in names if name not in found]:
+        raise UserError(
+            f"{type(model).__name__}: {', '.join(missing)}: the module does not run (a fused kernel may take its place). "
+            "Name the module around it."
+        )
     return {name: found[name] for name in names}
 
 
@@ -175,16 +188,13 @@ def splice(
     """While the context is open, `replace`(activation) takes the activation's place at a hook point.
 
     Args:
-        model: a causal language model of a known layout or CLIP.
+        model: a causal language model or CLIP.
         hook_point: a name such as `blocks.8.resid_post`.
         replace: (batch, position, d_in) to the same shape, dtype and device.
     """
     check_model(model, [hook_point])
-    handle = _attach(model, HookPoint.parse(hook_point), replace)
-    try:
+    with _attach(model, HookPoint.parse(hook_point), replace):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -202,7 +212,7 @@ def hook(
     Gradients flow through. Positions that the SAE's training left out keep their activations, as in the evaluation.
 
     Args:
-        model: a causal language model of a known layout or CLIP.
+        model: a causal language model or CLIP.
         hook_point: a name such as `blocks.8.resid_post`.
         sae: takes and returns raw activations (n, d_in), in its own dtype and on its own device.
         edit: what is done to the latents (n, d_sae) before they are decoded, such as `saeflow.ablate(7)`,
@@ -262,16 +272,17 @@ def hook(
 def run_from(
     model: nn.Module,
     hook_point: str,
-    block_input: Tensor,
+    block_input: Tensor | None,
     inputs: Tensor | None,
     replace: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Run a model from a hook point's block on, with the activation at the hook point replaced.
 
     Args:
-        model: a causal language model of a known layout or CLIP, in evaluation mode.
+        model: a causal language model or CLIP, in evaluation mode.
         hook_point: a name such as `blocks.8.mlp_out`.
-        block_input: (batch, position, d_model), what `capture` gives at `HookPoint.block_input`.
+        block_input: (batch, position, d_model), what `capture` gives at `block_input_of`; None where the hook point is
+            in no block, and the whole model runs.
         inputs: (batch, position) the ids that `block_input` came from; they set shape and masks. The
             image tower needs none.
         replace: (batch, position, d_in) to the same shape.
@@ -282,13 +293,24 @@ def run_from(
     """
     check_model(model, [hook_point])
     point = HookPoint.parse(hook_point)
+    start = block_input_of(model, hook_point)
     with ExitStack() as hooks:
-        hooks.enter_context(_passed_over(_blocks(model, point.tower)[: point.block]))
-        hooks.callback(_attach(model, point.block_input, lambda _: block_input).remove)
-        hooks.callback(_attach(model, point, replace).remove)
+        if (
+            start is not None
+            and block_input is not None
+            and not structure_of(model, point.tower).shares
+        ):
+            before = HookPoint.parse(start)
+            hooks.enter_context(_passed_over(model, before))
+            hooks.enter_context(_attach(model, before, lambda _: block_input))
+        hooks.enter_context(_attach(model, point, replace))
         if not point.tower:
             assert inputs is not None
             return _run(model, point.tower, inputs)
+        if block_input is None:
+            raise UserError(
+                f"{point}: no image embedding is computed from it. Take a hook point in a block."
+            )
         body: Any = decoder_of(model, point.tower)
         hidden = body.encoder(inputs_embeds=block_input).last_hidden_state
         embedding: Tensor = cast(nn.Module, model.visual_projection)(
@@ -298,29 +320,41 @@ def run_from(
 
 
 @contextmanager
-def _passed_over(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """While the context is open, these blocks give back their input and compute nothing.
+def _passed_over(model: nn.Module, before: HookPoint) -> Iterator[None]:
+    """While the context is open, the blocks before one give back their input and compute nothing.
 
     The blocks stay in the model's list, so what a model asks of them (such as their kind of attention)
     is still answered.
     """
 
-    def pass_through(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        return hidden_states
+    def passing(place_in: Place, place_out: Place, length: int) -> Callable[..., Any]:
+        def pass_through(*args: Any, **kwargs: Any) -> Any:
+            key = place_in.key
+            stream = kwargs[key] if isinstance(key, str) else args[cast(int, key)]
+            if place_out.key is None:
+                return stream
+            return tuple(stream if i == place_out.key else None for i in range(length))
 
+        return pass_through
+
+    blocks = structure_of(model, before.tower).blocks[: before.block]
     with ExitStack() as undo:
         for block in blocks:
-            own = block.__dict__.get("forward")
-            if own is None:
-                undo.callback(block.__dict__.pop, "forward")
-            else:
-                undo.callback(block.__dict__.__setitem__, "forward", own)
-            block.__dict__["forward"] = pass_through
+            forward = passing(block.places["resid_pre"], block.places["resid_post"], block.length)
+            undo.enter_context(forward_of(model.get_submodule(block.path), forward))
         yield
 
 
+class _Hidden(BaseModelOutputWithPast):
+    """Final hidden states as a body gives them; whatever else a head asks for is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
 def logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Next-token logits from final hidden states, with the soft cap of models that have one.
+    """Next-token logits from final hidden states: all that the model itself does with them.
 
     Args:
         model: a causal language model.
@@ -328,8 +362,35 @@ def logits(model: nn.Module, hidden: Tensor) -> Tensor:
 
     Returns:
         (..., vocabulary) logits in nats, dtype of the lm head.
+
+    Raises:
+        UserError: the model has no head.
     """
+    body = structure_of(model).body
     causal: Any = model
-    scores: Tensor = causal.get_output_embeddings()(hidden)
-    cap = getattr(causal.config.get_text_config(), "final_logit_softcapping", None)
-    return scores if cap is None else torch.tanh(scores / cap) * cap
+    if not body or causal.get_output_embeddings() is None:
+        raise UserError(
+            f"{type(model).__name__}: expected a causal language model, found no lm head. Load it with "
+            "AutoModelForCausalLM."
+        )
+    rows = hidden.reshape(1, -1, hidden.shape[-1])
+    output = _Hidden(last_hidden_state=rows)
+    ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
+    was_asked = False
+
+    def give(*_: Any, **__: Any) -> _Hidden:
+        nonlocal was_asked
+        was_asked = True
+        return output
+
+    names = body.split(".")
+    with ExitStack() as undo:
+        for n in range(len(names)):  # a head may ask the body or what is around it
+            undo.enter_context(forward_of(model.get_submodule(".".join(names[: n + 1])), give))
+        scores: Tensor = causal(input_ids=ids, **no_cache(causal)).logits
+    if not was_asked:
+        raise UserError(
+            f"{type(model).__name__}: expected its head to take what {body} gives, found that it does not. Choose "
+            "another model."
+        )
+    return scores.reshape(*hidden.shape[:-1], scores.shape[-1])

@@ -1,9 +1,12 @@
-"""Hook points by name, and where each family of models keeps them; loads no model code.
+"""Hook points by name, and a model's shape read without its weights; loads no model code.
 
-`blocks.N.resid_pre` and `blocks.N.resid_post` are the residual stream before and after block N;
-`blocks.N.attn_out` and `blocks.N.mlp_out` are what the block adds to it (TransformerLens's definitions),
-so that resid_post = resid_pre + attn_out + mlp_out. Of a model with an image tower, `vision.blocks.N...` are
-the same there, and `vision.embedding` is the image's projected embedding, one vector an image.
+`blocks.N.resid_pre` and `blocks.N.resid_post` are the residual stream before and after block N, `blocks.N.resid_mid`
+the one between attention and MLP; `blocks.N.attn_out` and `blocks.N.mlp_out` are what the block adds to it
+(TransformerLens's definitions), so that resid_post = resid_pre + attn_out + mlp_out; `blocks.N.attn_in` and
+`blocks.N.mlp_in` are what attention and MLP take, after the norm before them. Of a model with an image tower,
+`vision.blocks.N...` are the same there, and `vision.embedding` is the image's projected embedding, one vector an image.
+`module.PATH.input` and `module.PATH.output` are what any module takes and gives, `module.PATH.output.1` the
+second of several values.
 """
 
 import re
@@ -17,13 +20,16 @@ from saeflow.errors import UserError
 from saeflow.files import read_json
 from saeflow.sources.shapes import pinned_config
 
-PLACES = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+PLACES = ("resid_pre", "attn_in", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 """In the order in which a block computes them."""
 VISION = "vision."
 EMBEDDING = "vision.embedding"
+EVERY_BLOCK = "*"
+"""Stands for the number of every block, as in blocks.*.resid_post."""
 MOST_BLOCKS = 10_000
 """A damaged file that says more would be built for ever."""
 _AFTER_ALL = 1 << 30
+_SIDES = ("input", "output")
 
 
 @dataclass(frozen=True, order=True)
@@ -33,33 +39,51 @@ class HookPoint:
     block: int
     order: int
     tower: str = ""  # "vision." in the image tower
+    module: str = ""  # path of a module that is named by itself
+    index: int | None = None  # of several values that the module gives
 
     @classmethod
     def parse(cls, name: str) -> "HookPoint":
-        """Read a name such as `blocks.8.resid_post`.
+        """Read a name such as `blocks.8.resid_post` or `module.model.layers.8.mlp.output`.
 
         Raises:
             UserError: it is not a hook point's name.
         """
         if name == EMBEDDING:
             return cls(_AFTER_ALL, 0, VISION)
+        match = re.fullmatch(
+            r"(vision\.|)module\.([A-Za-z0-9_.]*[A-Za-z0-9_])\.(input|output)(?:\.([0-9]+))?", name
+        )
+        if match is not None:
+            index = None if match[4] is None else int(match[4])
+            return cls(_AFTER_ALL, _SIDES.index(match[3]), match[1], match[2], index)
         match = re.fullmatch(r"(vision\.|)blocks\.([0-9]+)\.([a-z_]+)", name)
         if match is None or match[3] not in PLACES:
             raise UserError(
-                f"hook point: expected blocks.N.{'|'.join(PLACES)} with N from 0, the same after vision., "
-                f"or {EMBEDDING}, found {name!r}."
+                f"hook point: expected blocks.N.{'|'.join(PLACES)} with N from 0, module.PATH.input|output, the same "
+                f"after vision., or {EMBEDDING}, found {name!r}."
             )
         return cls(int(match[2]), PLACES.index(match[3]), match[1])
 
     @property
     def is_embedding(self) -> bool:
         """Return whether it is the image's projected embedding."""
-        return self.block == _AFTER_ALL
+        return self.block == _AFTER_ALL and not self.module
+
+    @property
+    def is_in_block(self) -> bool:
+        """Return whether its name says a block."""
+        return self.block != _AFTER_ALL
+
+    @property
+    def is_in_stream(self) -> bool:
+        """Return whether it is the residual stream or what a block adds to it, all of one width."""
+        return self.is_in_block and not self.place.endswith("_in")
 
     @property
     def place(self) -> str:
-        """resid_pre, attn_out, mlp_out or resid_post."""
-        return PLACES[self.order]
+        """One of PLACES; of a module input or output."""
+        return _SIDES[self.order] if self.module else PLACES[self.order]
 
     @property
     def block_input(self) -> "HookPoint":
@@ -68,6 +92,8 @@ class HookPoint:
 
     def resume_at(self, n_blocks: int) -> "HookPoint | None":
         """The block input that the activation here is, so that its own block need not run again."""
+        if not self.is_in_block:
+            return None
         if self.place == "resid_pre":
             return self
         if self.place == "resid_post" and self.block + 1 < n_blocks:
@@ -75,42 +101,14 @@ class HookPoint:
         return None
 
     def __str__(self) -> str:
+        if self.module:
+            end = "" if self.index is None else f".{self.index}"
+            return f"{self.tower}module.{self.module}.{self.place}{end}"
         return EMBEDDING if self.is_embedding else f"{self.tower}blocks.{self.block}.{self.place}"
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Module paths of a family of models."""
-
-    decoder: str
-    """Path of the module that holds the blocks and the final norm."""
-    blocks: str
-    """Path, inside it, of its list of blocks."""
-    attention: str
-    """Path, inside a block, of the module whose output attention adds to the residual stream."""
-    mlp: str
-
-
-LLAMA = Layout("model", "layers", "self_attn", "mlp")
-# Gemma 2 and 3 normalise what attention and MLP give before it is added.
-GEMMA2 = Layout("model", "layers", "post_attention_layernorm", "post_feedforward_layernorm")
-
-LAYOUTS = {
-    "gemma": LLAMA,
-    "gemma2": GEMMA2,
-    "gemma3": Layout("model.language_model", "layers", GEMMA2.attention, GEMMA2.mlp),
-    "gemma3_text": GEMMA2,
-    "gpt2": Layout("transformer", "h", "attn", "mlp"),
-    "gpt_neox": Layout("gpt_neox", "layers", "attention", "mlp"),
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-}
-"""By `model_type` of the model's config.json."""
-
-VISION_LAYOUTS = {"clip": Layout("vision_model", "encoder.layers", "self_attn", "mlp")}
-"""The same of image towers."""
+IMAGE_MODELS = ("clip",)
+"""`model_type` of models with an image tower and a text tower, whose sizes are in config.json's vision_config."""
 
 GGUF_MODEL_TYPES = {"gemma3": "gemma3_text", "gptneox": "gpt_neox"}
 """Where GGUF's name of an architecture is not the `model_type`."""
@@ -122,28 +120,6 @@ class Shape:
 
     model_type: str
     n_blocks: int
-
-
-def layout_of(model_type: str, model: str, tower: str = "") -> Layout:
-    """The layout of a model type.
-
-    Args:
-        model_type: as in config.json.
-        model: the model's name, for the message.
-        tower: of the hook points that are asked for.
-
-    Raises:
-        UserError: the layout is not known.
-    """
-    known = VISION_LAYOUTS if tower else LAYOUTS
-    if model_type not in known:
-        kind = f"hook points of kind {tower}*" if tower else "hook points"
-        raise UserError(
-            f"{model}: unknown layout (model_type {model_type!r}) for {kind}. Supported model types: "
-            f"{', '.join(sorted(known))}. Choose such a model, or add its layout in "
-            "saeflow/sources/layouts.py."
-        )
-    return known[model_type]
 
 
 def check_shape(shape: Shape, hook_points: Iterable[str], model: str) -> None:
@@ -158,8 +134,12 @@ def check_shape(shape: Shape, hook_points: Iterable[str], model: str) -> None:
         )
     for name in hook_points:
         point = HookPoint.parse(name)
-        layout_of(shape.model_type, model, point.tower)
-        if point.block >= shape.n_blocks and not point.is_embedding:
+        if shape.model_type in IMAGE_MODELS and not point.tower:
+            raise UserError(
+                f"{model}: expected hook points of its image tower (vision.blocks.N.resid_post), found {name}. "
+                "Correct it, or give a language model."
+            )
+        if point.is_in_block and point.block >= shape.n_blocks:
             raise UserError(
                 f"{model}: the model has {shape.n_blocks} blocks (0..{shape.n_blocks - 1}), found "
                 f"hook point {name}. Choose a block below {shape.n_blocks}."
@@ -177,7 +157,7 @@ def check_hook_points(name: str, source: Mapping[str, Any], folder: Path) -> Non
         folder: results/sources/NAME, which may hold the fetched model.
 
     Raises:
-        UserError: a hook point that the model lacks, an unknown layout or a damaged model file.
+        UserError: a hook point that the model lacks or a damaged model file.
     """
     points = [HookPoint.parse(point) for point in source["hook_points"]]
     shape = known_shape(source["model"]) or fetched_shape(source["model"], folder / "model")
@@ -242,7 +222,7 @@ def _shape_of(config: Any) -> Shape | None:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         return None
-    is_clip = model_type in VISION_LAYOUTS
+    is_clip = model_type in IMAGE_MODELS
     part = config.get("vision_config" if is_clip else "text_config") or config
     if not isinstance(part, dict):
         return None

@@ -9,7 +9,6 @@ from typing import Any
 
 from saeflow.errors import UserError
 from saeflow.sources import hub
-from saeflow.sources.layouts import LAYOUTS, VISION_LAYOUTS
 
 logger = logging.getLogger(__name__)
 
@@ -64,14 +63,11 @@ def check_weights(model: Any, info: Mapping[str, Any], where: Path) -> None:
         raise UserError(
             f"{where}: weights are missing in its files: {_some(missing)}. Download or save the model again."
         )
+    from transformers import PreTrainedModel
+
     unexpected = sorted(key for key in info["unexpected_keys"] if not _NO_WEIGHT.search(key))
-    layouts = [
-        table[model.config.model_type]
-        for table in (LAYOUTS, VISION_LAYOUTS)
-        if model.config.model_type in table
-    ]
-    decoders = [model.get_submodule(layout.decoder) for layout in layouts]
-    own = {name for module in (model, *decoders) for name, _ in module.named_children()}
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    own = {name for module in models for name, _ in module.named_children()}
     if left_out := [key for key in unexpected if own.intersection(key.split("."))]:
         raise UserError(
             f"{where}: its files hold weights that the model its config.json describes has no place for: "

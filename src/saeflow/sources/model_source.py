@@ -59,17 +59,21 @@ class ModelSource:
 
     @cached_property
     def model(self) -> "nn.Module":
-        """The model, loaded when it is first needed.
+        """The model, loaded when it is first needed, and its hook points proved.
 
         Raises:
-            UserError: it lacks a hook point.
+            UserError: it lacks a hook point, or one is not what its name says.
         """
         from saeflow.sources.hook_points import check_model
         from saeflow.sources.models import load_model
 
         model = load_model(self.folder / "model", self.device)
         check_model(model, self.hook_points)
+        self.prove(model)
         return model
+
+    def prove(self, model: "nn.Module") -> None:
+        """Compare what the hook points give with the model itself, where there is something to compare with."""
 
     def inputs(self, split: str) -> np.ndarray:
         """(contexts, ...) prepared inputs, mapped from disk.

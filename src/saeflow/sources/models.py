@@ -11,7 +11,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from saeflow.errors import UserError
 from saeflow.files import file_digest, read_json, write_json
 from saeflow.sources import gguf_files, hub
 from saeflow.sources.layouts import (
-    VISION_LAYOUTS,
+    IMAGE_MODELS,
     Shape,
     check_shape,
     config_shape,
@@ -85,7 +85,7 @@ def fetch_model(
         What is to be known of it beside its files, by what it is about; for the record and the report.
 
     Raises:
-        UserError: a wrong digest, a missing file, an unknown layout or a block the model lacks.
+        UserError: a wrong digest, a missing file, an unknown structure or a block the model lacks.
     """
     if "dtype" in model:
         write_json(folder / LOADING, {"dtype": model["dtype"]})
@@ -106,6 +106,7 @@ def _link_to_hub(model: Model, hook_points: Iterable[str], folder: Path, workers
     config = hub.config_file(name, revision)
     check_shape(config_shape(config), hook_points, name)
     check_config(model, config.parent)
+    check_structure(config.parent, hook_points)
     local = hub.snapshot(name, revision, list(FILES))
     write_json(folder / LINK, {"model": dict(model), "files": _digests(local)})
     return {}
@@ -114,6 +115,7 @@ def _link_to_hub(model: Model, hook_points: Iterable[str], folder: Path, workers
 def _link_to_folder(model: Model, hook_points: Iterable[str], folder: Path, workers: int) -> Notes:
     path = Path(model["folder"])
     check_shape(config_shape(path / "config.json"), hook_points, str(path))
+    check_structure(path, hook_points)
     write_json(folder / LINK, {"model": dict(model), "files": _digests(path)})
     return {}
 
@@ -137,6 +139,31 @@ ORIGINS: dict[str, Callable[[Model, Iterable[str], Path, int], Notes]] = {
     "wheel": _convert_wheel,
 }
 """Ways to a model, by the key of `model` that asks for them: (model, hook points, folder, workers)."""
+
+
+def check_structure(local: Path, hook_points: Iterable[str]) -> None:
+    """Find a model's hook points in its structure before its weights are fetched.
+
+    Models that cannot be built, or whose structure shapes alone do not tell, are checked when their weights are loaded.
+
+    Args:
+        local: folder with its config.json.
+        hook_points: names such as `blocks.8.resid_post`.
+
+    Raises:
+        UserError: no list of blocks, or a place that a block lacks.
+    """
+    from saeflow.sources.hook_points import check_model
+    from saeflow.sources.structure import UntoldStructureError, without_weights
+
+    try:
+        config = config_in(local)
+        model = None if config.model_type in IMAGE_MODELS else without_weights(config)
+    except UserError:
+        return  # loading says more of it
+    if model is not None:
+        with suppress(UntoldStructureError):
+            check_model(model, hook_points)
 
 
 def take_model(like: Path, hook_points: Iterable[str], folder: Path) -> None:
@@ -278,7 +305,7 @@ def load_model(folder: Path, device: str) -> "nn.Module":
     with pinned_files(folder, weights=True) as (local, files):
         advice = "Run the step that fetches it again, or give another model."
         with one_line(f"{local}: the model cannot be loaded", advice):
-            is_clip = read_json(files / "config.json").get("model_type") in VISION_LAYOUTS
+            is_clip = read_json(files / "config.json").get("model_type") in IMAGE_MODELS
             architecture: Any = CLIPModel if is_clip else AutoModelForCausalLM
             is_spread = device.startswith("cuda") and not _fits(
                 files, getattr(torch, dtype), device
@@ -371,4 +398,4 @@ def config_in(local: Path) -> Any:
 def load_config(folder: Path) -> Any:
     """Configuration of a fetched model without its weights; of a language model, its language part."""
     config = config_in(model_folder(folder, weights=False))
-    return config if config.model_type in VISION_LAYOUTS else config.get_text_config()
+    return config if config.model_type in IMAGE_MODELS else config.get_text_config()

@@ -22,13 +22,13 @@ from saeflow.sources.documents import (
     read_documents,
 )
 from saeflow.sources.kinds import InModel, SourceKind
-from saeflow.sources.layouts import check_hook_points
+from saeflow.sources.layouts import HookPoint, check_hook_points
 from saeflow.sources.model_source import ModelSource
 from saeflow.sources.overlap import RUN, shared_runs
 from saeflow.sources.text_files import check_encoding
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
@@ -280,17 +280,30 @@ class TextSource(ModelSource):
     def __init__(self, params: Mapping[str, Any], folder: Path, device: str) -> None:
         super().__init__(params, folder, device, positions(params), rows_per_context(params))
 
-    @cached_property
-    def d_in(self) -> dict[str, int]:
-        """Width of the activations by hook point."""
-        from saeflow.sources.models import load_config
+    def prove(self, model: "nn.Module") -> None:
+        """Compare sums, neighbours, hidden states and logits of a few tokens."""
+        from saeflow.sources.proof import prove
 
-        width = int(load_config(self.folder / "model").hidden_size)
-        return dict.fromkeys(self.hook_points, width)
+        logger.info("hook points proved: %s", prove(model, self.hook_points))
 
     def model_input(self, inputs: "Tensor") -> "Tensor":
         """(n, context_length) token ids."""
         return inputs.long()
+
+    @cached_property
+    def d_in(self) -> dict[str, int]:
+        """Width of the activations by hook point; what is not the residual stream's is asked of the model."""
+        import torch
+
+        from saeflow.sources.hook_points import capture
+        from saeflow.sources.models import load_config
+
+        width = int(load_config(self.folder / "model").hidden_size)
+        found = dict.fromkeys(self.hook_points, width)
+        if others := [name for name in found if not HookPoint.parse(name).is_in_stream]:
+            ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+            found |= {name: x.shape[-1] for name, x in capture(self.model, others, ids).items()}
+        return found
 
     def known(self, split: str, start: int, stop: int) -> dict[str, np.ndarray]:
         """The token of each row."""

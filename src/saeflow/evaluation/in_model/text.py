@@ -26,7 +26,7 @@ from saeflow.evaluation.in_model import InModelResult
 from saeflow.evaluation.intervals import bounds, resample
 from saeflow.files import read_json, write_json
 from saeflow.sources.copies import Copies
-from saeflow.sources.hook_points import HookPoint, capture, logits, resume_at, run_from
+from saeflow.sources.hook_points import block_input_of, capture, logits, resume_at, run_from
 from saeflow.sources.models import load_model
 from saeflow.stores.batches import read_ahead
 
@@ -128,8 +128,9 @@ def constant(row: Tensor) -> Replace:
 def clean_batch(model: Any, hook_point: str, token_ids: Tensor) -> dict[str, Tensor]:
     """Run the unchanged model on contexts (n, length) and return what `write_clean` keeps."""
     names = {"activation": hook_point}
-    if resume_at(model, hook_point) is None:
-        names["block_input"] = str(HookPoint.parse(hook_point).block_input)
+    block_input = block_input_of(model, hook_point)
+    if block_input is not None and resume_at(model, hook_point) is None:
+        names["block_input"] = block_input
     found = capture(model, names.values(), token_ids)
     parts = {"token_ids": token_ids, **{part: found[name] for part, name in names.items()}}
     hidden = spliced_hidden(model, hook_point, parts, lambda x: x, keep_first=False)
@@ -163,7 +164,7 @@ def spliced_hidden(
     spliced[:, first:] = replace(rows.float()).reshape(x[:, first:].shape).to(x.dtype)
     resumed = resume_at(model, hook_point)
     if resumed is None:
-        return run_from(model, hook_point, parts["block_input"], token_ids, lambda _: spliced)
+        return run_from(model, hook_point, parts.get("block_input"), token_ids, lambda _: spliced)
     return run_from(model, resumed, spliced, token_ids, lambda block_input: block_input)
 
 
@@ -217,9 +218,13 @@ def linear_head(model: Any) -> Tensor | None:
     head = model.get_output_embeddings()
     if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
         return None
-    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    plain = type(head) is torch.nn.Linear and head.bias is None and cap is None
-    return head.weight if plain else None
+    if type(head) is not torch.nn.Linear or head.bias is not None:
+        return None
+    # Models that scale, cap or project before or after it give other logits.
+    generator = torch.Generator().manual_seed(0)
+    hidden = 100 * torch.randn(1, 2, head.in_features, generator=generator)
+    hidden = hidden.to(head.weight.device, head.weight.dtype)
+    return head.weight if torch.equal(logits(model, hidden), head(hidden)) else None
 
 
 def clean_expectations(

@@ -1,0 +1,192 @@
+"""The proof that a model's hook points are what their names say, made on the model itself with a few tokens.
+
+Four facts are compared: a block's output with the input of the next, a block's output with the sum of its input and of
+what its parts add, its input with the library's own `hidden_states`, and the model's logits with those of the clean
+activation spliced in.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from saeflow.errors import UserError
+from saeflow.sources.attach import attach
+from saeflow.sources.blocks import Block, Expression, Place, leaves
+from saeflow.sources.hook_points import block_input_of, capture, logits, run_from
+from saeflow.sources.layouts import PLACES, HookPoint
+from saeflow.sources.structure import no_cache, structure_of
+
+_CONTEXTS, _LENGTH, _SEED = 2, 8, 0
+_ROUNDING = 64
+"""Multiples of the dtype's epsilon, of the largest entry, that sums in another order may differ by."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Numbers of facts that were compared and held."""
+
+    kinds: Counter[str]
+    """Blocks by kind."""
+    places: list[str]
+    """Places that some block has."""
+    linked: int
+    sums: int
+    hidden_states: int
+    identities: int
+
+
+def prove(model: Any, hook_points: Sequence[str] | None = None) -> Proof:
+    """Compare what a language model's hook points give with the model itself.
+
+    Args:
+        model: a causal language model, in evaluation mode.
+        hook_points: those whose clean activation is spliced in; None for every place of every block.
+
+    Raises:
+        UserError: two of them differ.
+    """
+    structure = structure_of(model)
+    blocks = structure.blocks
+    if hook_points is None:
+        hook_points = [
+            f"blocks.{i}.{place}"
+            for i, block in enumerate(blocks)
+            for place in PLACES
+            if place in block.places
+        ]
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    generator = torch.Generator().manual_seed(_SEED)
+    ids = torch.randint(vocabulary, (_CONTEXTS, _LENGTH), generator=generator).to(model.device)
+    with torch.no_grad():
+        output, streams, given = _whole_run(model, ids)
+        linked = _neighbours(model, blocks, streams) if structure.linked else 0
+        sums = sum(_is_sum(model, block, streams, given) for block in blocks)
+        equal = _library(model, blocks, streams, output)
+        scores = getattr(output, "logits", None)
+        identities = 0
+        if structure.body and scores is not None:
+            for name in hook_points:
+                _identity(model, name, ids, scores)
+                identities += 1
+    places = [place for place in PLACES if any(place in block.places for block in blocks)]
+    kinds = Counter(block.kind for block in blocks)
+    return Proof(kinds, places, linked, sums, equal, identities)
+
+
+def _whole_run(
+    model: Any, ids: Tensor
+) -> tuple[Any, dict[tuple[str, str], Tensor], dict[Place, Tensor]]:
+    """The model's output, each block's input and output, and what its parts give."""
+    streams: dict[tuple[str, str], Tensor] = {}
+    given: dict[Place, Tensor] = {}
+
+    def keep(found: dict[Any, Tensor], key: Any, x: Tensor) -> None:
+        found[key] = x.clone()
+
+    with ExitStack() as hooks:
+        for block in structure_of(model).blocks:
+            for name in ("resid_pre", "resid_post"):
+                visit = partial(keep, streams, (block.path, name))
+                hooks.enter_context(attach(model, block.places[name], visit, name))
+            for term in leaves(block.sum_of) if block.sum_of else ():
+                if term.place is not None:
+                    visit = partial(keep, given, term.place)
+                    hooks.enter_context(attach(model, term.place, visit, term.place.path))
+        output = model(input_ids=ids, output_hidden_states=True, **no_cache(model))
+    return output, streams, given
+
+
+def _close(a: Tensor, b: Tensor, largest: float) -> bool:
+    bound = _ROUNDING * torch.finfo(b.dtype).eps * largest
+    return a.shape == b.shape and bool(((a.double() - b.double()).abs() <= bound).all())
+
+
+def _neighbours(
+    model: nn.Module, blocks: Sequence[Block], streams: dict[tuple[str, str], Tensor]
+) -> int:
+    for number, (before, after) in enumerate(pairwise(blocks)):
+        if not torch.equal(streams[before.path, "resid_post"], streams[after.path, "resid_pre"]):
+            raise UserError(
+                f"{type(model).__name__}: expected blocks.{number + 1}.resid_pre to be blocks.{number}.resid_post, found "
+                f"other values ({before.path}, {after.path}). Name modules by their path (module.PATH.output)."
+            )
+    return len(blocks) - 1
+
+
+def _is_sum(
+    model: nn.Module,
+    block: Block,
+    streams: dict[tuple[str, str], Tensor],
+    given: dict[Place, Tensor],
+) -> bool:
+    if block.sum_of is None:
+        return False
+    stream, found = streams[block.path, "resid_pre"], streams[block.path, "resid_post"]
+
+    def value(one: Expression) -> Tensor:
+        if one.terms:
+            x = torch.stack([value(term).reshape(stream.shape) for term in one.terms]).sum(0)
+            x = model.get_submodule(one.norm)(x) if one.norm else x
+        else:
+            x = stream if one.place is None else given[one.place]
+        return x * one.scale
+
+    expected = value(block.sum_of)
+    parts = [stream, *(given[t.place] for t in leaves(block.sum_of) if t.place), found]
+    if not _close(expected, found, float(max(part.abs().max() for part in parts))):
+        raise UserError(
+            f"{type(model).__name__}: expected the output of {block.path} to be its input and what its parts add, found "
+            f"values up to {float((expected - found).abs().max()):.2g} away. Name modules by their path "
+            "(module.PATH.output)."
+        )
+    return True
+
+
+def _library(
+    model: nn.Module,
+    blocks: Sequence[Block],
+    streams: dict[tuple[str, str], Tensor],
+    output: Any,
+) -> int:
+    """Blocks whose input or output is the library's `hidden_states`; 0 where it gives none of their number."""
+    hidden = getattr(output, "hidden_states", None) or getattr(
+        output, "decoder_hidden_states", None
+    )
+    if not isinstance(hidden, tuple) or len(hidden) != len(blocks) + 1:
+        return 0
+    for name in ("resid_pre", "resid_post"):  # Mamba's are what its blocks give
+        pairs = [(streams[block.path, name], x) for block, x in zip(blocks, hidden, strict=False)]
+        if all(torch.equal(found, expected) for found, expected in pairs):
+            return len(blocks)
+    raise UserError(
+        f"{type(model).__name__}: expected the library's hidden_states to be inputs or outputs of {blocks[0].path} and its "
+        "like, found other values. Name modules by their path (module.PATH.output)."
+    )
+
+
+def _identity(model: nn.Module, name: str, ids: Tensor, expected: Tensor) -> None:
+    """Splice the clean activation in, and something else."""
+    point = HookPoint.parse(name)
+    start = block_input_of(model, name)
+    names = [name] if start is None else [start, name]
+    found = capture(model, names, ids)
+    stream = found[names[0]]
+    clean = logits(model, run_from(model, name, stream, ids, lambda _: found[name].clone()))
+    if not _close(clean, expected, float(expected.abs().max())):
+        raise UserError(
+            f"{type(model).__name__}: expected the model's own logits with the clean activation spliced in at {point}, "
+            f"found them up to {float((clean - expected).abs().max()):.2g} away. Choose another hook point."
+        )
+    other = logits(model, run_from(model, name, stream, ids, torch.zeros_like))
+    if torch.equal(other, expected) and bool(found[name].any()):
+        raise UserError(
+            f"{type(model).__name__}: expected other logits with zeros spliced in at {point}, found the same: nothing "
+            "reads what it gives. Choose another hook point."
+        )

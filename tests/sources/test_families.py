@@ -1,0 +1,159 @@
+"""Hook points of families of language models that have no line of code, and of a family of this test's own."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from docs.families import BLOCKS, tiny_family
+from torch import Tensor, nn
+
+from saeflow.errors import UserError
+from saeflow.evaluation.in_model.text import linear_head
+from saeflow.sources.hook_points import capture, logits, run_from, splice
+from saeflow.sources.layouts import PLACES
+from saeflow.sources.proof import prove
+
+from .toy import toy
+
+IDS = torch.randint(320, (2, 9), generator=torch.Generator().manual_seed(1))
+EVERY = list(PLACES)
+NO_MIDDLE = [place for place in PLACES if place != "resid_mid"]
+SOME = {
+    "bloom": ("sequential", EVERY),
+    "cohere": ("parallel", NO_MIDDLE),
+    "falcon": ("parallel", NO_MIDDLE),
+    "gptj": ("parallel", NO_MIDDLE),
+    "granite": ("sequential", EVERY),
+    "mamba": ("mixer", ["resid_pre", "resid_post"]),
+    "mixtral": ("sequential", EVERY),
+    "olmo2": ("sequential", EVERY),
+    "opt": ("sequential", EVERY),
+    "phi": ("parallel", NO_MIDDLE),
+    "phi3": ("sequential", EVERY),
+}
+"""By the models' papers: one after the other, side by side, or neither attention nor MLP."""
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_a_familys_hook_points_are_proved(name: str) -> None:
+    model = tiny_family(name)
+    kind, places = SOME[name]
+    proof = prove(model)
+    assert proof.kinds == {kind: BLOCKS}
+    assert proof.places == places
+    assert (proof.linked, proof.sums, proof.hidden_states) == (BLOCKS - 1, BLOCKS, BLOCKS)
+    assert proof.identities == BLOCKS * len(places)
+
+
+def test_a_model_without_attention_says_what_it_has() -> None:
+    with pytest.raises(
+        UserError,
+        match=r"layers\.1 has no attn_out: the block has no attention; it adds what mixer",
+    ):
+        capture(tiny_family("mamba"), ["blocks.1.attn_out"], IDS)
+
+
+def by_hand(model: Any) -> dict[str, Tensor]:
+    """What a toy computes, written out."""
+    found = {}
+    stream = model.trunk.words(IDS)
+    for i, stage in enumerate(model.trunk.stages):
+        taken = stage.before(stream)
+        seen = 0.5 * stage.look(taken)[0]
+        middle = stream + seen
+        inside = stage.then(middle)
+        more = stage.down(nn.functional.gelu(stage.up(inside)))
+        values = (stream, taken, seen, middle, inside, more, more + middle)
+        found |= {f"blocks.{i}.{place}": x for place, x in zip(PLACES, values, strict=True)}
+        stream = values[-1]
+    return found
+
+
+def test_a_new_family_needs_no_line_of_code() -> None:
+    model = toy()
+    expected = by_hand(model)
+    found = capture(model, list(expected), IDS)
+    for name, x in expected.items():
+        assert torch.equal(found[name], x), name
+    proof = prove(model)
+    assert (proof.linked, proof.sums, proof.identities) == (2, 3, 3 * len(PLACES))
+    assert linear_head(model) is None  # it scales: the shortcut of a plain head would be wrong
+
+
+def test_zeros_spliced_into_a_new_family_are_a_model_without_that_part() -> None:
+    model = toy()
+    start = capture(model, ["blocks.1.resid_pre"], IDS)["blocks.1.resid_pre"]
+    for place, part in (("attn_out", "look.out"), ("mlp_out", "down")):
+        without = toy()
+        for parameter in without.trunk.stages[1].get_submodule(part).parameters():
+            parameter.zero_()
+        expected = without(IDS).logits
+        hidden = run_from(model, f"blocks.1.{place}", start, IDS, torch.zeros_like)
+        torch.testing.assert_close(logits(model, hidden), expected, rtol=1e-5, atol=1e-5)
+        with splice(model, f"blocks.1.{place}", torch.zeros_like):
+            torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_middle_of_a_block_is_replaced_as_a_whole() -> None:
+    model, other = toy(), torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(2))
+    stage = model.trunk.stages[2]
+    with splice(model, "blocks.2.resid_mid", lambda _: other):
+        found = model(IDS).logits
+    after = other + stage.down(nn.functional.gelu(stage.up(stage.then(other))))
+    expected = 3 * model.scores(model.trunk.last(after))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_modules_are_named_by_their_path() -> None:
+    model = toy()
+    look = model.trunk.stages[1].look
+    seen: dict[str, Any] = {}
+    look.register_forward_hook(lambda _, args, out: seen.update(given=args[0], out=out))
+    model(IDS)
+    path = "module.trunk.stages.1.look"
+    names = [
+        f"{path}.input",
+        f"{path}.output",
+        f"{path}.output.1",
+        "module.trunk.stages.1.output.1",
+    ]
+    found = capture(model, names, IDS)
+    assert torch.equal(found[names[0]], seen["given"])
+    assert torch.equal(found[names[1]], seen["out"][0])
+    assert torch.equal(found[names[2]][:, 0], seen["out"][1][:, 0])
+    assert torch.equal(found[names[3]], by_hand(model)["blocks.1.resid_post"])
+    assert prove(model, names[:2]).identities == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("module.trunk.stage.1.output", r"trunk has words, stages, last, found 'stage'"),
+        ("module.trunk.stages.1.look.output.2", r"gives 2 values \(0\.\.1\), found output\.2"),
+        ("module.trunk.stages.1.output", r"expected a tensor, found str"),
+        ("blocks.3.mlp_out", r"has 3 blocks \(0\.\.2\)"),
+    ],
+)
+def test_what_is_not_there_is_named(name: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        capture(toy(), [name], IDS)
+
+
+def test_a_block_that_does_not_add_up_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of which the model's shapes say nothing: a forward that is patched after it was traced."""
+    model = toy()
+    prove(model, [])
+    own = model.trunk.stages[1].forward
+    model.trunk.stages[1].forward = lambda *, stream: ("a stage", 2 * own(stream=stream)[1])
+    with pytest.raises(
+        UserError, match=r"stages\.1 to be its input and what its parts add, found values"
+    ):
+        prove(model, [])
+
+
+def test_a_model_without_a_list_of_blocks_lists_what_it_has(tmp_path: Path) -> None:
+    model = toy()
+    model.trunk.stages = nn.Sequential(*model.trunk.stages)
+    with pytest.raises(UserError, match=r"expected a list of blocks .* Its lists of modules: none"):
+        capture(model, ["blocks.0.resid_post"], IDS)
