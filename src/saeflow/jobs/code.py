@@ -281,8 +281,8 @@ class Kept:
         return digest, libraries
 
     def keep(self) -> None:
-        """Write what is new."""
-        if self._new and self.file is not None:
+        """Write what is new, if the file's folder is there: a refused run makes none."""
+        if self._new and self.file is not None and self.file.parent.is_dir():
             write_json(self.file, {"source": self._source, "found": self._found})
             self._new = False
 
