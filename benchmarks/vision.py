@@ -25,7 +25,8 @@ from saeflow.evaluation.in_model import vision
 from saeflow.evaluation.in_model.vision import ZeroShot, write_clean
 from saeflow.evaluation.zero_shot.top_n import Ranks
 from saeflow.saes.topk import TopK, TopKOptions
-from saeflow.sources.images import read_images, ready_images
+from saeflow.sources.decoding import ready_images
+from saeflow.sources.images import read_images
 from saeflow.sources.labelled import prepare_labelled
 from saeflow.sources.models import fetch_model, load_model
 from saeflow.sources.vision import VisionSource, prepare_inputs
