@@ -439,7 +439,11 @@ def test_a_gguf_file_splits_text_as_it_says_or_that_is_said(
     assert notes_of("llama-bpe") == {}  # whose splitting transformers knows
     assert load_tokenizer(out)("12345").input_ids != load_tokenizer(out)("12").input_ids
     assert type(load_tokenizer(out).backend_tokenizer.pre_tokenizer) is not type(plain)
-    assert "the file says smollm" in notes_of("smollm")["tokenizer"]
+    # llama.cpp's splitting of that name (llama-vocab.cpp): each digit alone, then GPT-2's in the pieces between.
+    assert notes_of("smollm") == {}
+    split = load_tokenizer(out).backend_tokenizer.pre_tokenizer.pre_tokenize_str("a   12 b")
+    assert [piece for piece, _ in split] == ["a", "ĠĠĠ", "1", "2", "Ġb"]
+    assert [piece for piece, _ in plain.pre_tokenize_str("a   12 b")] == ["a", "ĠĠ", "Ġ12", "Ġb"]
     assert "does not say how" in notes_of("default")["tokenizer"]
     assert "does not say how" in notes_of(None)["tokenizer"]
     with pytest.raises(

@@ -215,34 +215,35 @@ def check_read_whole(readers: Sequence[Any], name: Path, model: Any) -> None:
             )
 
 
-def splitting(reader: Any, name: Path, tokenizer: Any) -> str | None:
-    """Check that a byte-level tokenizer splits text as its GGUF file says.
+def split_as_stated(reader: Any, name: Path, tokenizer: Any) -> str | None:
+    """Make a byte-level tokenizer split text as its GGUF file says.
 
-    Of splittings that it does not know, transformers takes GPT-2's and says nothing.
+    Transformers takes GPT-2's splitting in place of any that it does not know, and says nothing.
 
     Args:
         reader: of the model's first file.
         name: the user's own path, for messages.
-        tokenizer: what transformers made of it.
+        tokenizer: transformers' tokenizer of the file; changed.
 
     Returns:
-        What is to be known of a splitting that is nearly the file's own, for the log and the record.
+        A note for the log and the record, if the file does not state its splitting.
 
     Raises:
-        UserError: the file names another splitting.
+        UserError: the file names a splitting that is not known here either.
     """
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    is_known = (backend["pre_tokenizer"] or {}).get("type") != "ByteLevel"
+    from tokenizers.pre_tokenizers import Digits, Sequence
+
+    backend = tokenizer.backend_tokenizer
+    stated = json.loads(backend.to_str())["pre_tokenizer"] or {}
+    is_known = stated.get("type") != "ByteLevel"
     if _value(reader, "tokenizer.ggml.model") != "gpt2" or is_known:
         return None
     kind = _value(reader, "tokenizer.ggml.pre")
     if kind in _SPLIT_AS_GPT2:
         return None
     if kind in _SPLIT_DIGITS:
-        return (
-            f"text is split as by GPT-2, the file says {kind}: digits after several spaces may become other tokens "
-            "than the model was trained on (transformers does not know this splitting)"
-        )
+        backend.pre_tokenizer = Sequence([Digits(individual_digits=True), backend.pre_tokenizer])
+        return None
     if kind in (None, "default"):
         return "text is split as by GPT-2: the file does not say how (tokenizer.ggml.pre)"
     raise UserError(

@@ -238,7 +238,7 @@ def _convert_gguf(
             del model.config.quantization_config
         with one_line(f"{name}: the tokenizer in it cannot be read", advice):
             tokenizer: Any = AutoTokenizer.from_pretrained(**location, trust_remote_code=False)
-        note = gguf_files.splitting(readers[0], name, tokenizer)
+        note = gguf_files.split_as_stated(readers[0], name, tokenizer)
         if note is not None:
             logger.warning("%s: %s", name, note)
         model.save_pretrained(folder)
