@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from docs.tree import tree
+from docs.tree import page, tree
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -38,3 +38,7 @@ def test_the_commands_are_targets_of_the_makefile(page: Path) -> None:
 def test_ci_runs_the_test_command() -> None:
     assert re.search(r"^make test$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
     assert "make test" in README
+
+
+def test_the_tree_is_the_one_of_the_files_that_are_there() -> None:
+    assert (ROOT / "docs/architecture.md").read_text() == page(), "run `make docs`"
