@@ -16,6 +16,8 @@ from saeflow.config.describe import as_markdown, as_text, keys
 from saeflow.config.options import defaults
 from saeflow.config.variants import variants
 from saeflow.errors import UserError
+from saeflow.jobs import Jobs
+from saeflow.jobs.code import Kept, package_code
 from saeflow.plan import Plan
 
 PAGE = (ROOT / "docs" / "own-data.md").read_text()
@@ -29,7 +31,8 @@ def test_the_parameter_file_of_the_documentation_is_whole_in_thirty_lines() -> N
     assert len(plan.runs) == 4
     training = plan.runs["gpt2/blocks.8.resid_pre/topk/d6144-k16-seed0"].training
     assert (training.betas, training.lr, training.grad_clip) == ((0.9, 0.999), "auto", 1.0)
-    assert plan.store("gpt2")["shard_rows"] % plan.store("gpt2")["chunk_rows"] == 0
+    store = plan.params["stores"]["gpt2"]
+    assert store["shard_rows"] % store["chunk_rows"] == 0
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,7 @@ def test_an_entry_has_the_training_of_all_where_it_states_none() -> None:
 
 def stated(value: Any) -> Any:
     """A copy through YAML, as if all of it had been written in a file."""
-    return yaml.safe_load(yaml.safe_dump(value))
+    return yaml.safe_load(yaml.safe_dump(value, sort_keys=False))
 
 
 @pytest.mark.parametrize(
@@ -92,9 +95,12 @@ def test_defaults_that_are_stated_change_no_key(part: str) -> None:
     written = {**yaml.safe_load(MINIMAL), part: stated(bare[part])}
     assert validate(written) == bare
     run = "gpt2/blocks.8.resid_pre/topk/d6144-k16-seed0"
-    for plan in (Plan(validate(written)), Plan(validate(stated(bare)))):
-        assert plan.key_evaluation(run) == Plan(bare).key_evaluation(run)
-        assert plan.key_report() == Plan(bare).key_report()
+    package = Kept(package_code(), None)
+    here = Jobs(Plan(bare), package)
+    for params in (written, stated(bare)):
+        there = Jobs(Plan(validate(params)), package)
+        assert there.evaluation(run).key == here.evaluation(run).key
+        assert there.report().key == here.report().key
 
 
 def assert_kept(stated: Any, found: Any) -> None:

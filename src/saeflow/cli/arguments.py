@@ -2,7 +2,7 @@
 
 import json
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +21,21 @@ Tasks = Annotated[
     typer.Argument(
         metavar="TASKS", help="One result or several of one store: JSON (docs/keys.md)."
     ),
+]
+TaskOrOptions = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[TASK]", help="The workflow's form: JSON (docs/keys.md). Without it, options."
+    ),
+]
+SourceJson = Annotated[
+    str | None, typer.Option(help="Without a TASK: one entry of `sources`, as JSON.")
+]
+SourceFolder = Annotated[
+    Path | None, typer.Option(help="Without a TASK: the source's folder, with model/ and inputs/.")
+]
+OutOrTask = Annotated[
+    Path | None, typer.Option(help="Without a TASK: the result folder, which is written.")
 ]
 Ahead = Annotated[
     bool,
@@ -46,6 +61,28 @@ def parse_json(option: str, text: str) -> Any:
         return json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
         raise UserError(f"{option}: expected JSON, found {text[:60]!r} ({error}).") from None
+
+
+def stated(**options: Any) -> list[Any]:
+    """Return the options of a command that was given no task; texts are read as JSON.
+
+    Raises:
+        UserError: one is missing.
+    """
+    names = [f"--{name.replace('_', '-')}" for name in options]
+    missing = [name for name, value in zip(names, options.values(), strict=True) if value is None]
+    if missing:
+        raise UserError(f"expected a TASK, or {', '.join(names)}; missing: {', '.join(missing)}.")
+    return [
+        parse_json(name, value) if isinstance(value, str) else value
+        for name, value in zip(names, options.values(), strict=True)
+    ]
+
+
+def read_of_source(source: Mapping[str, Any], folder: Path) -> dict[str, Path | list[Path]]:
+    """Return the results of a source that extraction and merging read, by their role."""
+    model = {"model": folder / "model"} if "model" in source else {}
+    return {**model, "inputs": folder / "inputs"}
 
 
 def machine_of(runtime: str, threads: int) -> dict[str, Any]:

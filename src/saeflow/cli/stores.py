@@ -6,16 +6,39 @@ from typing import Annotated
 
 import typer
 
-from saeflow import device, provenance
-from saeflow.cli.arguments import Out, RuntimeJson, Task, Threads, job_of, machine_of, source_folder
+from saeflow import device, jobs, provenance
+from saeflow.cli.arguments import (
+    Out,
+    OutOrTask,
+    RuntimeJson,
+    SourceFolder,
+    SourceJson,
+    TaskOrOptions,
+    Threads,
+    job_of,
+    machine_of,
+    read_of_source,
+    source_folder,
+    stated,
+)
+from saeflow.errors import UserError
 from saeflow.jobs import read_task
+
+StoreJson = Annotated[
+    str | None, typer.Option(help="Without a TASK: one entry of `stores`, as JSON.")
+]
+Split = Annotated[str | None, typer.Option(help="Without a TASK: train or evaluation.")]
 
 
 def extract(
-    task: Task,
     runtime: RuntimeJson,
     threads: Threads,
     out: Out,
+    task: TaskOrOptions = None,
+    source: SourceJson = None,
+    store: StoreJson = None,
+    split: Split = None,
+    folder: SourceFolder = None,
     part: Annotated[int, typer.Option(min=0, help="This job's part.")] = 0,
     parts: Annotated[int, typer.Option(min=1, help="Parts in all.")] = 1,
 ) -> None:
@@ -23,30 +46,63 @@ def extract(
     from saeflow.sources import open_source
     from saeflow.stores import write_part
 
-    asked = read_task(task)
-    source, layout, split = (asked.params[name] for name in ("source", "store", "split"))
+    asked = read_task(task) if task else _stated(source, store, split, folder, out)
+    values, layout, chosen = (asked.params[name] for name in ("source", "store", "split"))
     machine = machine_of(runtime, threads)
     of_part = replace(asked, out=out, params={**asked.params, "part": [part, parts]})
     with job_of(of_part, "extract", device=machine["device"], resumable=True) as job:
-        reader = open_source(source, source_folder(asked), machine["device"])
+        reader = open_source(values, source_folder(asked), machine["device"])
         writers = 1 if machine["device"] == device.CPU else threads  # a GPU outruns one thread
-        write_part(reader, split, part, parts, layout, job.path, writers)
+        write_part(reader, chosen, part, parts, layout, job.path, writers)
 
 
 def merge(
-    task: Task,
-    parts: Annotated[list[Path], typer.Argument(help="Folders that `extract` wrote.")],
+    parts: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[TASK] PART...",
+            help="The workflow's form, JSON (docs/keys.md); folders that `extract` wrote.",
+        ),
+    ],
+    name: Annotated[str | None, typer.Option(help="Without a TASK: the source's name.")] = None,
+    source: SourceJson = None,
+    store: StoreJson = None,
+    split: Split = None,
+    folder: SourceFolder = None,
+    out: OutOrTask = None,
 ) -> None:
     """Put the parts of a split together: shuffled rows, one Zarr store a hook point."""
     from saeflow.stores import finalise
 
-    asked = read_task(task)
-    name, source, layout, split = (
+    if parts[0].startswith("{"):
+        asked, parts = read_task(parts[0]), parts[1:]
+    else:
+        asked = _stated(source, store, split, folder, out)
+        asked.params["name"] = name or ""
+    called, values, layout, chosen = (
         asked.params[key] for key in ("name", "source", "store", "split")
     )
-    for part in parts:
+    if not called or not parts:
+        raise UserError(
+            f"{asked.out}: expected a TASK or --name, and the folders that `extract` wrote, found "
+            f"{'no name' if parts else 'no folder'}."
+        )
+    folders = [Path(part) for part in parts]
+    for part in folders:
         provenance.check(part)
     with job_of(asked, "merge") as job:
         made_from = {path.name: provenance.read_record(path)["digest"] for path in asked.inputs}
-        contents = finalise(parts, name, source, split, layout, made_from, job.path)
+        contents = finalise(folders, called, values, chosen, layout, made_from, job.path)
         job.details["content"] = contents
+
+
+def _stated(
+    source: str | None, store: str | None, split: str | None, folder: Path | None, out: Path | None
+) -> jobs.Task:
+    """Return the task that options state."""
+    # A split is a plain word, not JSON.
+    values, layout, place, result = stated(source=source, store=store, folder=folder, out=out)
+    if split not in ("train", "evaluation"):
+        raise UserError(f"--split: expected train or evaluation, found {split!r}.")
+    params = {"source": values, "store": layout, "split": split}
+    return jobs.Task(result, "", params, read_of_source(values, place))

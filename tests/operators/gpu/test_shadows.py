@@ -61,7 +61,7 @@ def test_an_update_writes_the_copy(is_skipped: bool, path: str) -> None:
     part = Part(rows, torch.ones_like(rows), zeros, zeros.clone(), shadow=copy.t())
     count, skip = torch.zeros((), device=path), torch.tensor(is_skipped, device=path)
     one = torch.ones((), device=path)
-    update([part], one, count, one, skip, betas=(0.9, 0.99), eps=1e-8, largest_norm=1.0)
+    update([part], one, [count], one, skip, betas=(0.9, 0.99), eps=1e-8, largest_norm=1.0)
     shadows.written(parameter)
     assert torch.equal(parameter, before) == is_skipped
     near(copy, parameter)

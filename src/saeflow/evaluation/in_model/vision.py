@@ -5,7 +5,6 @@ computed once a hook point (`write_clean`); an SAE's latents are computed once a
 the top-n protocols.
 """
 
-import logging
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,32 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from saeflow.evaluation.in_model import InModelResult
 from saeflow.evaluation.measure import Lines
+from saeflow.evaluation.zero_shot import LabelledSets, write_labelled
 from saeflow.evaluation.zero_shot.accuracy import Accuracy
-from saeflow.evaluation.zero_shot.class_texts import class_features, text_features, unit
-from saeflow.evaluation.zero_shot.labelled_sets import (
-    PROMPTS,
-    SETS,
-    SETS_FOLDER,
-    TEXT,
-    LabelledSets,
-    embed,
-)
+from saeflow.evaluation.zero_shot.class_texts import unit
 from saeflow.evaluation.zero_shot.top_n import Setting, kept, masks, rank, spooled
-from saeflow.files import write_json
-from saeflow.progress import progress
-from saeflow.sources.copies import Copies
-from saeflow.sources.hook_points import HookPoint, capture, resume_at
-from saeflow.sources.layouts import EMBEDDING
-from saeflow.sources.models import load_config, load_model, load_tokenizer
-from saeflow.sources.pixels import image_facts
-from saeflow.sources.preprocessing import load_preprocessing, normalised
-
-logger = logging.getLogger(__name__)
 
 
 def write_clean(
@@ -61,63 +42,11 @@ def write_clean(
         settings: `concept_cards`, whose prompts concepts are compared with; null for none.
         labelled: by name, the folders that `prepare_labelled` wrote.
         device: where the model runs.
-        out: written: a folder sets/NAME for each set, with text.safetensors (features of the classes) and
-            {train|test}-NNNNN.safetensors with activation (n, position, d_in), labels (n,) and, where the
-            hook's block must run, block_input; prompts.safetensors; labelled.json.
+        out: written, see `write_labelled`.
     """
     cards = settings["concept_cards"]
     prompts: Sequence[str] = cards["prompts"] if cards else []
-    model: Any = load_model(folder / "model", device)
-    tokenizer = load_tokenizer(folder / "model")
-    preprocessing = load_preprocessing(folder / "model")
-    names = [hook_point]
-    if hook_point != EMBEDDING and resume_at(model, hook_point) is None:
-        names.append(str(HookPoint.parse(hook_point).block_input))
-    facts: dict[str, Any] = {}
-    copies = Copies(device)
-    for name, images in labelled.items():
-        known = image_facts(images)
-        text = class_features(model, tokenizer, known["classes"], known["templates"])
-        own = out / SETS_FOLDER / name
-        own.mkdir(parents=True)
-        save_file({"text": text}, own / TEXT)
-        score = Accuracy(len(known["classes"]))
-        for split in ("train", "test"):
-            pixels = np.load(images / f"{split}.npy", mmap_mode="r")
-            labels = torch.from_numpy(np.load(images / f"{split}_labels.npy")).long()
-            size = source["forward_batch"]
-            starts = range(0, len(pixels), size)
-            for number, start in enumerate(progress(starts, f"{name}: {split}", "batch")):
-                stored = copies.to_device(torch.from_numpy(np.array(pixels[start : start + size])))
-                given = normalised(stored, preprocessing)
-                found = capture(model, names, given)
-                parts = {"activation": found[hook_point], "labels": labels[start : start + size]}
-                if len(names) > 1:
-                    parts["block_input"] = found[names[1]]
-                if split == "test":
-                    clean = embed(model, hook_point, parts, parts["activation"])
-                    score.add(clean.cpu() @ text.t(), parts["labels"])
-                save_file(
-                    {key: part.cpu().contiguous() for key, part in parts.items()},
-                    own / f"{split}-{number:05d}.safetensors",
-                )
-        facts[name] = {
-            "classes": known["classes"],
-            "train_images": known["train_images"],
-            "test_images": known["test_images"],
-            "accuracy": score.mean(),
-        }
-        logger.info("%s: zero-shot accuracy %.3f of %d classes", name, score.mean(), len(text))
-    if prompts:
-        save_file({"text": text_features(model, tokenizer, prompts)}, out / PROMPTS)
-    width = int(load_config(folder / "model").projection_dim)
-    write_json(
-        out / SETS,
-        {
-            "hook_point": hook_point, "sets": facts, "prompts": list(prompts), "tokens": source["tokens"],
-            "d_embedding": width,
-        },
-    )  # fmt: skip
+    write_labelled(source, folder, labelled, prompts, hook_point, device, out)
 
 
 class ZeroShot:

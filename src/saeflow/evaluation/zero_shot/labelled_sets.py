@@ -1,20 +1,29 @@
 """Labelled sets on disk: the activations of their images at the hook point, computed once for all SAEs."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from saeflow.files import read_json
+from saeflow.evaluation.zero_shot.accuracy import Accuracy
+from saeflow.evaluation.zero_shot.class_texts import class_features, text_features
+from saeflow.files import read_json, write_json
+from saeflow.progress import progress
 from saeflow.sources.base import positions
-from saeflow.sources.hook_points import resume_at, run_from
+from saeflow.sources.copies import Copies
+from saeflow.sources.hook_points import HookPoint, capture, resume_at, run_from
 from saeflow.sources.layouts import EMBEDDING
-from saeflow.sources.models import load_model
+from saeflow.sources.models import load_config, load_model, load_tokenizer
+from saeflow.sources.pixels import image_facts
+from saeflow.sources.preprocessing import load_preprocessing, normalised
 
+logger = logging.getLogger(__name__)
 SETS = "labelled.json"
 SETS_FOLDER, TEXT, PROMPTS = "sets", "text.safetensors", "prompts.safetensors"
 
@@ -34,8 +43,83 @@ def embed(model: Any, hook_point: str, parts: Mapping[str, Tensor], x: Tensor) -
     return run_from(model, resumed, x, None, lambda block_input: block_input).float()
 
 
+def write_labelled(
+    source: Mapping[str, Any],
+    folder: Path,
+    labelled: Mapping[str, Path],
+    prompts: Sequence[str],
+    hook_point: str,
+    device: str,
+    out: Path,
+) -> None:
+    """Run the model on every labelled set and keep what every SAE is measured on.
+
+    Args:
+        source: the source's parameters.
+        folder: the source's folder, with model/.
+        labelled: by name, the folders that `prepare_labelled` wrote.
+        prompts: texts that concepts are compared with.
+        hook_point: where the SAEs read.
+        device: where the model runs.
+        out: written: a folder sets/NAME for each set, with text.safetensors (features of the classes) and
+            {train|test}-NNNNN.safetensors with activation (n, position, d_in), labels (n,) and, where the
+            hook's block must run, block_input; prompts.safetensors; labelled.json.
+    """
+    model: Any = load_model(folder / "model", device)
+    tokenizer = load_tokenizer(folder / "model")
+    preprocessing = load_preprocessing(folder / "model")
+    names = [hook_point]
+    if hook_point != EMBEDDING and resume_at(model, hook_point) is None:
+        names.append(str(HookPoint.parse(hook_point).block_input))
+    facts: dict[str, Any] = {}
+    copies = Copies(device)
+    for name, images in labelled.items():
+        known = image_facts(images)
+        text = class_features(model, tokenizer, known["classes"], known["templates"])
+        own = out / SETS_FOLDER / name
+        own.mkdir(parents=True)
+        save_file({"text": text}, own / TEXT)
+        score = Accuracy(len(known["classes"]))
+        for split in ("train", "test"):
+            pixels = np.load(images / f"{split}.npy", mmap_mode="r")
+            labels = torch.from_numpy(np.load(images / f"{split}_labels.npy")).long()
+            size = source["forward_batch"]
+            starts = range(0, len(pixels), size)
+            for number, start in enumerate(progress(starts, f"{name}: {split}", "batch")):
+                stored = copies.to_device(torch.from_numpy(np.array(pixels[start : start + size])))
+                given = normalised(stored, preprocessing)
+                found = capture(model, names, given)
+                parts = {"activation": found[hook_point], "labels": labels[start : start + size]}
+                if len(names) > 1:
+                    parts["block_input"] = found[names[1]]
+                if split == "test":
+                    clean = embed(model, hook_point, parts, parts["activation"])
+                    score.add(clean.cpu() @ text.t(), parts["labels"])
+                save_file(
+                    {key: part.cpu().contiguous() for key, part in parts.items()},
+                    own / f"{split}-{number:05d}.safetensors",
+                )
+        facts[name] = {
+            "classes": known["classes"],
+            "train_images": known["train_images"],
+            "test_images": known["test_images"],
+            "accuracy": score.mean(),
+        }
+        logger.info("%s: zero-shot accuracy %.3f of %d classes", name, score.mean(), len(text))
+    if prompts:
+        save_file({"text": text_features(model, tokenizer, prompts)}, out / PROMPTS)
+    width = int(load_config(folder / "model").projection_dim)
+    write_json(
+        out / SETS,
+        {
+            "hook_point": hook_point, "sets": facts, "prompts": list(prompts), "tokens": source["tokens"],
+            "d_embedding": width,
+        },
+    )  # fmt: skip
+
+
 class LabelledSets:
-    """Labelled sets of one source and hook point, as `in_model.vision.write_clean` left them.
+    """Labelled sets of one source and hook point, as `write_labelled` left them.
 
     Args:
         clean: its folder.

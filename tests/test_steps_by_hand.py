@@ -1,0 +1,87 @@
+"""The steps from a source to a store, given options instead of the workflow's task."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from saeflow import provenance
+from saeflow.cli import main
+
+SOURCE = {
+    "kind": "synthetic", "d_in": 8, "n_features": 16, "l0_law": {"kind": "constant", "mean": 3},
+    "frequency_exponent": 0, "coefficient": {"kind": "normal", "mean": 1, "std": 0.2}, "noise_std": 0,
+    "hook_points": ["features"], "skip_first": False, "max_norm_multiple": None, "seed": 0,
+    "coherence": None, "hierarchy": None, "correlation": None,
+}  # fmt: skip
+STORE = {
+    "train_rows": 256, "evaluation_rows": 128, "dtype": "float32", "chunk_rows": 64, "shard_rows": 128,
+    "codec": "none", "block_contexts": 1, "seed": 0,
+}  # fmt: skip
+RUNTIME = {"device": "cpu", "precision": "fp32"}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr("sys.argv", ["saeflow", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    return int(stopped.value.code or 0)
+
+
+def task(out: Path, params: dict[str, Any], **reads: Path) -> str:
+    shared = {"params": params, "reads": {role: str(path) for role, path in reads.items()}}
+    job = {"out": str(out), "key": "", "params": {}, "reads": {}}
+    return json.dumps({"shared": shared, "jobs": [job]})
+
+
+def test_options_make_the_store_that_tasks_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SAEFLOW_RUNTIME", json.dumps(RUNTIME))
+    source, store = json.dumps(SOURCE), json.dumps(STORE)
+    rows = {"train": 256, "evaluation": 128}
+    by_hand = tmp_path / "by_hand"
+    of_split = ("--source", source, "--store", store, "--split", "train", "--folder", by_hand)
+    steps: list[tuple[object, ...]] = [
+        ("prepare", "--source", source, "--rows", json.dumps(rows), "--folder", by_hand),
+        ("extract", *of_split, "--threads", 1, "--out", by_hand / "part"),
+        ("merge", by_hand / "part", "--name", "s", *of_split, "--out", by_hand / "store"),
+    ]
+    by_task = tmp_path / "by_task"
+    inputs, params = (
+        by_task / "inputs",
+        {"source": SOURCE, "store": STORE, "split": "train", "name": "s"},
+    )
+    made = task(by_task / "store", params, inputs=inputs)
+    steps += [
+        ("prepare", task(inputs, {"source": SOURCE, "rows": rows})),
+        ("extract", made, "--threads", 1, "--out", by_task / "part"),
+        ("merge", made, by_task / "part"),
+    ]
+    assert [run(monkeypatch, *step) for step in steps] == [0] * len(steps)
+    content = [provenance.read_record(folder / "store")["content"] for folder in (by_hand, by_task)]
+    assert content[0] == content[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        (("fetch",), "--model, --out"),
+        (("prepare", "--source", "{}", "--rows", "{}"), "--folder"),
+        (("label", "--labelled", "{}", "--folder", "x"), "--out"),
+        (("extract", "--threads", "1", "--out", "x", "--store", "{}"), "--source, --folder"),
+        (("merge", "part", "--source", "{}"), "--store, --folder, --out"),
+    ],
+)
+def test_a_missing_option_is_named(
+    arguments: tuple[str, ...],
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SAEFLOW_RUNTIME", json.dumps(RUNTIME))
+    assert run(monkeypatch, *arguments) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: expected a TASK, or --")
+    assert said.endswith(f"missing: {missing}.\n")
