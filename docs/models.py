@@ -1,7 +1,7 @@
-"""Writes docs/models.md: every family of causal language models of transformers with the proof of its hook points.
+"""Write docs/models.md: families of causal language models of transformers with the proof of their hook points.
 
 python -m docs.models           # all families, about a quarter of an hour on one core
-python -m docs.models gpt2 phi  # prints the lines of some
+python -m docs.models gpt2 phi  # writes the page with these families alone
 """
 
 import logging
@@ -20,8 +20,8 @@ _HEAD = """# Models
 
 saeflow finds the hook points of a causal language model in the model itself: it follows each block's output back through
 sums to the block's input. No family has a line of code. This page is written by `python -m docs.models [FAMILY ...]`: it
-builds each family at tiny size with random weights ({shown} of the {all} that transformers {version} has for causal language
-models are shown), and proves its hook points. Before a model's first activation is stored, the same proof runs on that model.
+builds {shown} of the {all} families that transformers {version} has for causal language models, at tiny size with random weights, and
+proves their hook points. Before a model's first activation is stored, the same proof runs on that model.
 
 - **places**: what `blocks.N.PLACE` can name. All families that work have `resid_pre` and `resid_post`.
 - **next**: block outputs that are the next block's input, bit for bit.

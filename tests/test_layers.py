@@ -1,6 +1,7 @@
 """Imports point one way: each layer may import those before it."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,15 @@ def test_imports_only_layers_to_its_left(path: Path) -> None:
     own = LAYERS.index(layer(path))
     wrong = {name for name in imported_layers(path) if LAYERS.index(name) > own}
     assert not wrong
+
+
+def test_the_document_has_the_same_order() -> None:
+    page = (SRC.parents[1] / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", page.split("## Where each fact is")[0], re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`(\w+)/?`", row)]
+    ranks = [sorted(LAYERS.index(x) for x in re.findall(r"`(\w+)/?`", row)) for row in rows]
+    assert sorted(named) == sorted(set(LAYERS) - {"__main__"})
+    assert [rank for row in ranks for rank in row] == list(range(len(named)))
 
 
 @pytest.mark.parametrize(

@@ -42,3 +42,12 @@ def test_ci_runs_the_test_command() -> None:
 
 def test_the_tree_is_the_one_of_the_files_that_are_there() -> None:
     assert (ROOT / "docs/architecture.md").read_text() == page(), "run `make docs`"
+
+
+def test_the_cluster_profile_names_every_rule_that_asks_for_a_gpu() -> None:
+    rules = "".join(path.read_text() for path in (ROOT / "workflow/rules").glob("*.smk"))
+    asking = re.findall(r"^rule (\w+):(?:\n(?!rule ).*)*?\n\s+gpu=gpus\(\)", rules, re.MULTILINE)
+    profile = (ROOT / "workflow/profiles/slurm/config.yaml").read_text()
+    named = re.findall(r"^#   (\w+): \{slurm_partition: gpu\}$", profile, re.MULTILINE)
+    assert len(asking) == rules.count("gpu=gpus()")
+    assert sorted(named) == sorted(asking)
