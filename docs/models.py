@@ -43,7 +43,7 @@ _FAILED = """
 
 
 def line(name: str) -> tuple[bool, str]:
-    """Whether a family works, and its line of the table."""
+    """Tell whether a family works, and return its line of the table."""
     from saeflow.sources.proof import prove
 
     try:

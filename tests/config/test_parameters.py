@@ -21,6 +21,7 @@ from saeflow.jobs.code import Kept, package_code
 from saeflow.plan import Plan
 
 PAGE = (ROOT / "docs" / "own-data.md").read_text()
+PACKAGE = Kept(package_code(), None)
 MINIMAL = re.search(r"## A whole parameter file\n.*?```yaml\n(.*?)```", PAGE, re.DOTALL)[1]
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 
@@ -84,7 +85,7 @@ def test_an_entry_has_the_training_of_all_where_it_states_none() -> None:
 
 def stated(value: Any) -> Any:
     """A copy through YAML, as if all of it had been written in a file."""
-    return yaml.safe_load(yaml.safe_dump(value, sort_keys=False))
+    return yaml.safe_load(yaml.safe_dump(value))
 
 
 @pytest.mark.parametrize(
@@ -95,12 +96,11 @@ def test_defaults_that_are_stated_change_no_key(part: str) -> None:
     written = {**yaml.safe_load(MINIMAL), part: stated(bare[part])}
     assert validate(written) == bare
     run = "gpt2/blocks.8.resid_pre/topk/d6144-k16-seed0"
-    package = Kept(package_code(), None)
-    here = Jobs(Plan(bare), package)
+    jobs = Jobs(Plan(bare), PACKAGE)
+    expected = jobs.evaluation(run).key, jobs.report().key
     for params in (written, stated(bare)):
-        there = Jobs(Plan(validate(params)), package)
-        assert there.evaluation(run).key == here.evaluation(run).key
-        assert there.report().key == here.report().key
+        jobs = Jobs(Plan(validate(params)), PACKAGE)
+        assert (jobs.evaluation(run).key, jobs.report().key) == expected
 
 
 def assert_kept(stated: Any, found: Any) -> None:

@@ -55,7 +55,7 @@ def test_a_model_without_attention_says_what_it_has() -> None:
 
 
 def by_hand(model: Any) -> dict[str, Tensor]:
-    """What a toy computes, written out."""
+    """Activations that a toy computes, written out."""
     found = {}
     stream = model.trunk.words(IDS)
     for i, stage in enumerate(model.trunk.stages):

@@ -264,18 +264,19 @@ class Jobs:
 
     @_once
     def tables(self) -> Job:
+        """Collect all tables, whose order is their own: that of the entries in a file changes no key."""
         plan = self.plan
         return self._job(
             command="collect",
             result="tables",
             reads={
                 "evaluations": [
-                    *map(self.evaluation, plan.evaluated), *(self.baselines(*one) for one in plan.stores),
+                    *map(self.evaluation, sorted(plan.evaluated)), *(self.baselines(*one) for one in plan.stores),
                 ],
-                "saes": list(map(self.sae, plan.runs)),
+                "saes": list(map(self.sae, sorted(plan.runs))),
                 "probes": [self.probe(*one) for one in plan.probes],
-                "stability": list(map(self.stability, plan.seeds)),
-                "interpretations": list(map(self.interpretation, plan.interpreted)),
+                "stability": list(map(self.stability, sorted(plan.seeds))),
+                "interpretations": list(map(self.interpretation, sorted(plan.interpreted))),
             },
         )  # fmt: skip
 

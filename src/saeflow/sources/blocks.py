@@ -1,4 +1,4 @@
-"""What a block adds to the residual stream, and the places where that is read: one block of a trace.
+"""Parts that a block adds to the residual stream, and the places where they are read: one block of a trace.
 
 A block's output is followed back through sums to its input. The terms are what its parts add (TransformerLens's attn_out
 and mlp_out), whatever the parts are called and however they are nested.
@@ -20,7 +20,7 @@ BATCH, LENGTH = 2, 6
 
 @dataclass(frozen=True)
 class Place:
-    """Where an activation is read or replaced."""
+    """Place of a model at which an activation is read or replaced."""
 
     path: str
     side: str  # "input" or "output"

@@ -49,7 +49,7 @@ def check_model(model: nn.Module, hook_points: Iterable[str]) -> None:
 
 
 def _place(model: nn.Module, point: HookPoint) -> Place:
-    """Where a hook point is in a model."""
+    """Find a hook point in a model."""
     name = type(model).__name__
     if point.module:
         return module_place(model, point)

@@ -66,7 +66,7 @@ def test_the_error_and_all_its_gradients(lists: Lists, dtype: torch.dtype, path:
 
 
 def test_the_errors_of_prefixes_of_groups(lists: Lists, path: str) -> None:
-    """Of 5 groups, one of one latent, against autograd through each prefix's dense product."""
+    """Compare 5 groups, one of one latent, with autograd through each prefix's dense product."""
     boundaries = torch.tensor([4, 5, 11, 20], device=path)
     ends = [*boundaries.tolist(), M]
     W_dec, b_dec = normal(M, D, seed=8, path=path), normal(D, seed=10, path=path)
@@ -101,7 +101,7 @@ def test_one_group_is_the_whole(lists: Lists, path: str) -> None:
 
 
 def test_weight_gradients_are_autograds(lists: Lists, path: str) -> None:
-    """Of a loss whose gradients at the latents and at x_hat are given."""
+    """The gradients of a loss whose gradients at the latents and at x_hat are given."""
     start = normal(M, D, seed=11, path=path)
     centred, grad = normal(B, D, seed=12, path=path), normal(B, D, seed=13, path=path)
     value_grads = normal(B, C, seed=14, path=path).where(lists.real, 0)
