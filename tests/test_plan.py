@@ -3,14 +3,19 @@
 import copy
 import json
 import os
+import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from saeflow.cli import app
 from saeflow.config import ROOT, read_yaml
-from saeflow.jobs import Groups, Jobs, read_task, read_tasks, tasks
+from saeflow.errors import UserError
+from saeflow.jobs import Groups, Jobs, arguments, read_task, read_tasks, tasks
 from saeflow.jobs.code import Kept, package_code
 from saeflow.local_files import content_digests
 from saeflow.plan import Plan
@@ -149,6 +154,36 @@ def test_a_command_is_told_what_its_key_digests_and_nothing_else() -> None:
     together = read_tasks(tasks(runs))
     assert together == [read_task(tasks([job])) for job in runs]
     assert len(tasks(runs)) < sum(len(tasks([job])) for job in runs)
+
+
+def test_the_task_of_many_runs_is_arguments_that_linux_takes() -> None:
+    """The tables of 2000 SAEs are asked for in more than one argument may hold; the command reads all of it."""
+    jobs = Jobs(Plan(PARAMS), PACKAGE)
+    job = jobs.tables()
+    evaluations = [
+        replace(
+            job, result=f"evaluations/synthetic/true/an-entry-of-a-long-sweep/d_sae16384-seed{i}"
+        )
+        for i in range(2000)
+    ]
+    job = replace(job, reads={**job.reads, "evaluations": evaluations})
+    with pytest.raises(OSError, match="Argument list too long"):
+        subprocess.run(["true", tasks([job])], check=True)
+    told = arguments(tasks([job]))
+    subprocess.run(["true", *told], check=True)
+    assert read_task(told) == read_task(tasks([job]))
+    done = CliRunner().invoke(app, ["collect", *told])
+    assert isinstance(done.exception, UserError)
+    assert str(done.exception).startswith(f"{evaluations[0].path}")
+
+
+def test_no_part_of_a_task_looks_like_an_option() -> None:
+    text = "x" * 99_990 + "-" * 20 + "y" * 200_000
+    told = arguments(text)
+    assert "".join(told) == text
+    assert not isinstance(told, str)
+    assert not any(one.startswith("-") for one in told)
+    assert arguments("-") == "-"
 
 
 def test_every_job_comes_after_those_that_it_reads() -> None:

@@ -18,7 +18,7 @@ from saeflow.config import check_params
 from saeflow.device import has_gpu
 from saeflow.errors import UserError
 from saeflow.failures import failures
-from saeflow.jobs import Groups, Jobs, tasks
+from saeflow.jobs import Groups, Jobs, arguments, tasks
 from saeflow.jobs.code import Kept, package_code
 from saeflow.preflight import (
     check_inputs,
@@ -117,7 +117,7 @@ def records(found):
 
 def task(*made):
     """What a command is told: the results that it makes, and all that they depend on."""
-    return tasks(made)
+    return arguments(tasks(made))
 
 
 INPUTS = records(

@@ -35,6 +35,6 @@ rule merge_parts:
     conda:
         environment("model")
     params:
-        task=lambda w: task(jobs.store(w.source, w.split)),
+        task=lambda w: tasks([jobs.store(w.source, w.split)]),  # whole: folders follow it
     shell:
         "python -m saeflow merge {params.task:q} {input.parts} 2>&1 | tee {log}"

@@ -14,18 +14,23 @@ from saeflow import device, jobs, provenance
 from saeflow.errors import UserError
 
 Task = Annotated[
-    str, typer.Argument(metavar="TASK", help="What to make of what: JSON (docs/keys.md).")
+    list[str],
+    typer.Argument(
+        metavar="TASK", help="What to make of what: JSON (docs/keys.md), long ones in pieces."
+    ),
 ]
 Tasks = Annotated[
-    str,
+    list[str],
     typer.Argument(
-        metavar="TASKS", help="One result or several of one store: JSON (docs/keys.md)."
+        metavar="TASKS",
+        help="One result or several of one store: JSON (docs/keys.md), long ones in pieces.",
     ),
 ]
 TaskOrOptions = Annotated[
-    str | None,
+    list[str] | None,
     typer.Argument(
-        metavar="[TASK]", help="The workflow's form: JSON (docs/keys.md). Without it, options."
+        metavar="[TASK]",
+        help="The workflow's form: JSON (docs/keys.md), long ones in pieces. Without it, options.",
     ),
 ]
 SourceJson = Annotated[

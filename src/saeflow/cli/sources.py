@@ -31,7 +31,7 @@ def fetch(
     """Fetch (or train) a source's model, and check that it has the hook points."""
     from saeflow.sources.models import fetch_model, pinned, take_model
 
-    if task is None:
+    if not task:
         params, folder = stated(model=model, out=out)
         asked = jobs.Task(folder, "", params, {})
     else:
@@ -59,7 +59,7 @@ def prepare(
     """Make what a source reads: token ids of its text, pixels of its images, or its true dictionary."""
     from saeflow.sources import external_inputs, prepare_inputs
 
-    if task is None:
+    if not task:
         values, counts, place = stated(source=source, rows=rows, folder=folder)
         reads = read_of_source(values, place)
         out = Path(str(reads.pop("inputs")))
@@ -86,7 +86,7 @@ def label(
     from saeflow.sources.images import images_digests
     from saeflow.sources.labelled import prepare_labelled
 
-    if task is None:
+    if not task:
         values, place, result = stated(labelled=labelled, folder=folder, out=out)
         asked = jobs.Task(result, "", {"labelled": values}, {"model": place / "model"})
     else:

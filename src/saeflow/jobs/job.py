@@ -19,6 +19,8 @@ from saeflow.local_files import content_digests
 from saeflow.provenance import FORMAT, RECORD
 
 RESULTS = "results"
+LONGEST = 100_000
+"""Bytes of one argument of a command."""
 LOCK = FOLDER.parents[1] / "requirements.lock"
 DISTRIBUTIONS = {
     "PIL": "pillow", "sklearn": "scikit-learn", "skdim": "scikit-dimension", "yaml": "pyyaml",
@@ -141,6 +143,21 @@ def tasks(jobs: Iterable[Job]) -> str:
         for one in each:
             one[part] = {k: v for k, v in one[part].items() if k not in shared[part]}
     return json.dumps({"shared": shared, "jobs": each}, sort_keys=True)
+
+
+def arguments(text: str) -> str | list[str]:
+    """Cut the tasks of a command into arguments that Linux takes: each is below 128 KiB (`execve(2)`).
+
+    No argument begins like an option. What is short enough stays one text, as Snakemake has recorded it.
+    """
+    found = []
+    while len(text) > LONGEST:
+        end = LONGEST
+        while text[end] == "-":
+            end -= 1
+        found.append(text[:end])
+        text = text[end:]
+    return [*found, text] if found else text
 
 
 def pins(libraries: Iterable[str]) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """A task: a job as its command is told of it, in JSON."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,11 @@ class Task:
         return list(dict.fromkeys(path for paths in lists for path in paths))
 
 
-def read_tasks(text: str) -> list[Task]:
+def read_tasks(told: Iterable[str]) -> list[Task]:
     """Read the tasks of a command from JSON, as `saeflow.jobs.tasks` writes them.
+
+    Args:
+        told: the text, whole or as the arguments that `saeflow.jobs.arguments` cuts it into.
 
     Raises:
         UserError: it is something else, or holds numbers that are not finite.
@@ -71,6 +75,7 @@ def read_tasks(text: str) -> list[Task]:
     def refuse(constant: str) -> Any:
         raise UserError(f"the task: expected finite numbers, found {constant}.")
 
+    text = "".join(told)
     try:
         values = json.loads(text, parse_constant=refuse)
     except json.JSONDecodeError as error:
@@ -93,13 +98,13 @@ def read_tasks(text: str) -> list[Task]:
         ) from None
 
 
-def read_task(text: str) -> Task:
+def read_task(told: Iterable[str]) -> Task:
     """Read the task of a command that makes one result.
 
     Raises:
         UserError: as `read_tasks`, or there are several.
     """
-    found = read_tasks(text)
+    found = read_tasks(told)
     if len(found) != 1:
         raise UserError(f"the task: expected one result, found {len(found)}.")
     return found[0]

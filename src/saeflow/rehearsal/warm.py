@@ -26,7 +26,7 @@ IMPORTED = (
     "saeflow.sources.vision", "saeflow.sources.models", "saeflow.stores", "saeflow.training",
 )  # fmt: skip
 _READY = b"ready\n"
-_MOST = 1 << 20
+_MOST = 1 << 23
 """Bytes of a job's arguments and environment at most."""
 
 CLIENT = """#!{python} -IS
