@@ -186,6 +186,14 @@ def test_no_part_of_a_task_looks_like_an_option() -> None:
     assert arguments("-") == "-"
 
 
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "code.json").mkdir()
+    kept = Kept(package_code(), tmp_path / "code.json")
+    asked = ["cli:JOBS"], [("cli:JOBS", "draw")]
+    assert kept.digest(*asked) == PACKAGE.digest(*asked)
+    kept.keep()
+
+
 def test_every_job_comes_after_those_that_it_reads() -> None:
     done: set[str] = set()
     for job in Jobs(Plan(PARAMS), PACKAGE).every():

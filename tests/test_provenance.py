@@ -261,3 +261,38 @@ def test_a_checkout_that_git_cannot_read_is_said_once(
     for _ in range(2):
         assert provenance._git_state()["commit"] is None
     assert caplog.text.count("records name no commit") == 1
+
+
+def made(result: Path, *, is_killed: bool = False) -> bool:
+    """Make a result of one key, or begin it; tell whether the job went on from what was there."""
+    with (
+        pytest.raises(KeyboardInterrupt) if is_killed else ExitStack(),
+        provenance.job(result, name="train", key="k", resumable=True) as job,
+    ):
+        (job.path / "weights").write_bytes(b"1")
+        if is_killed:
+            raise KeyboardInterrupt
+    return job.resumed
+
+
+def test_a_result_goes_on_from_what_a_killed_job_of_its_group_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = Path("results/sae")
+    made(provenance.ready_of(result), is_killed=True)
+    assert not provenance.take_ready(result, "k")
+    assert made(result)
+    assert [path.name for path in Path("results").iterdir()] == ["sae"]
+
+
+def test_a_result_that_its_group_made_leaves_nothing_unfinished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = Path("results/sae")
+    made(result, is_killed=True)
+    made(provenance.ready_of(result))
+    assert provenance.take_ready(result, "k")
+    assert [path.name for path in Path("results").iterdir()] == ["sae"]
+    assert provenance.is_current(result, "k")

@@ -7,11 +7,12 @@ from pathlib import Path
 _FAILED = re.compile(
     r"^Error in rule (?P<rule>\w+):\n(?P<facts>(?:    .*\n|\n(?=    ))*)", re.MULTILINE
 )
+_JOB = re.compile(r"^    jobid: (?P<id>\d+)$", re.MULTILINE)
 _LOG = re.compile(r"^    log: (?P<path>.+?)(?: \(check log file.*)?$", re.MULTILINE)
 
 
 def failures(logs: Iterable[Path]) -> list[str]:
-    """Lines for a terminal, one a failed job, each once.
+    """Lines for a terminal, one a failed job, each once; none of a job that a later try finished.
 
     Args:
         logs: what Snakemake wrote of the run.
@@ -20,7 +21,8 @@ def failures(logs: Iterable[Path]) -> list[str]:
     text = "\n".join(log.read_text(encoding="utf-8", errors="backslashreplace") for log in logs)
     for failed in _FAILED.finditer(text):
         named = _LOG.search(failed["facts"])
-        if named is None:
+        job = _JOB.search(failed["facts"])
+        if named is None or (job and f"\nFinished jobid: {job['id']} (" in text[failed.end() :]):
             continue
         path = Path(named["path"].split(", ")[0])
         if said := _last_words(path):

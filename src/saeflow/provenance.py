@@ -156,12 +156,21 @@ def is_current(place: Path, key: str) -> bool:
 
 
 def take_ready(result: Path, key: str) -> bool:
-    """Move a result that its group's job left ready to its place; one that is out of date is deleted."""
+    """Move a result that its group's job left ready to its place; one that is out of date is deleted.
+
+    Of a group whose job was killed and that is none any more, the unfinished result becomes the one to go on from.
+    """
     ready = ready_of(result)
     is_taken = is_current(ready, key)
     if is_taken:
         replace_folder(ready, result)
-    shutil.rmtree(ready, ignore_errors=True)
+    own, of_group = partial_of(result), partial_of(ready)
+    if is_taken:
+        shutil.rmtree(own, ignore_errors=True)
+    elif of_group.exists() and not own.exists():
+        of_group.replace(own)
+    for left in (ready, of_group):
+        shutil.rmtree(left, ignore_errors=True)
     return is_taken
 
 

@@ -5,6 +5,7 @@ top or where they are used. What is reached this way is the job's code; the rest
 docs/keys.md states the rule for users.
 """
 
+import contextlib
 import functools
 import json
 from collections.abc import Iterable, Iterator
@@ -281,9 +282,13 @@ class Kept:
         return digest, libraries
 
     def keep(self) -> None:
-        """Write what is new, if the file's folder is there: a refused run makes none."""
+        """Write what is new, if the file's folder is there: a refused run makes none.
+
+        Jobs of a cluster may write at once, and a folder may be one that cannot be written to: it is only a cache.
+        """
         if self._new and self.file is not None and self.file.parent.is_dir():
-            write_json(self.file, {"source": self._source, "found": self._found})
+            with contextlib.suppress(OSError):
+                write_json(self.file, {"source": self._source, "found": self._found})
             self._new = False
 
 
