@@ -74,7 +74,7 @@ class Job:
 
     @property
     def is_made(self) -> bool:
-        """Whether a result of this key is there, by its record alone."""
+        """Tell whether a result of this key is there, by its record alone."""
         try:
             record = json.loads(Path(self.record).read_text(encoding="utf-8"))
         except (OSError, ValueError):
