@@ -282,6 +282,7 @@ def test_a_result_goes_on_from_what_a_killed_job_of_its_group_left(
     result = Path("results/sae")
     made(provenance.ready_of(result), is_killed=True)
     assert not provenance.take_ready(result, "k")
+    provenance.take_unfinished(result)
     assert made(result)
     assert [path.name for path in Path("results").iterdir()] == ["sae"]
 

@@ -156,22 +156,23 @@ def is_current(place: Path, key: str) -> bool:
 
 
 def take_ready(result: Path, key: str) -> bool:
-    """Move a result that its group's job left ready to its place; one that is out of date is deleted.
-
-    Of a group whose job was killed and that is none any more, the unfinished result becomes the one to go on from.
-    """
+    """Move a result that its group's job left ready to its place; one that is out of date is deleted."""
     ready = ready_of(result)
     is_taken = is_current(ready, key)
     if is_taken:
         replace_folder(ready, result)
-    own, of_group = partial_of(result), partial_of(ready)
     if is_taken:
-        shutil.rmtree(own, ignore_errors=True)
-    elif of_group.exists() and not own.exists():
-        of_group.replace(own)
-    for left in (ready, of_group):
-        shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(partial_of(result), ignore_errors=True)
+    shutil.rmtree(ready, ignore_errors=True)
     return is_taken
+
+
+def take_unfinished(result: Path) -> None:
+    """Let a job go on from what a killed job of a group left of its result; only where no group's job may still run."""
+    of_group, own = partial_of(ready_of(result)), partial_of(result)
+    if of_group.exists() and not own.exists():
+        of_group.replace(own)
+    shutil.rmtree(of_group, ignore_errors=True)
 
 
 def partial_of(result: Path) -> Path:

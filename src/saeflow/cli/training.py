@@ -35,6 +35,9 @@ def train(tasks: Tasks, runtime: RuntimeJson, threads: Threads, ahead: Ahead = F
     ]
     if not wanted:
         return
+    if is_first and machine.get("saes_per_job") == 1:  # there are no groups, or none any more
+        for task, _ in wanted:
+            provenance.take_unfinished(task.out)
     reader = open_store(asked[0].one("train") / f"{configs[0].hook_point}.zarr")
     with ExitStack() as stack:
         making: list[provenance.Job] = []
