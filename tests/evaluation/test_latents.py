@@ -144,6 +144,17 @@ def test_the_logit_lens_is_the_models_own_head_on_a_residual_of_one_row(name: st
         assert found["lowered"][latent].tolist() == scores.topk(3, largest=False).indices.tolist()
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_logit_lens_reads_a_model_in_half_precision(name: str) -> None:
+    model = tiny_model(name).eval().to(torch.bfloat16)
+    head, norm = model.get_output_embeddings(), final_norm(model)
+    rows = torch.randn(7, head.weight.shape[1], generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        scores = head(norm(rows.bfloat16())) - head(norm(torch.zeros_like(rows[:1]).bfloat16()))
+    found = torch.from_numpy(logit_lens(model, norm, rows, 3)["raised"]).long()
+    assert torch.equal(scores.gather(1, found), scores.topk(3).values)
+
+
 def test_the_final_norm_is_what_the_head_reads() -> None:
     for name in CONFIGS:
         model = tiny_model(name).eval()

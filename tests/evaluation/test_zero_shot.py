@@ -265,3 +265,16 @@ def test_without_labelled_sets_there_is_nothing_to_classify(folder: Path, sae: T
     nothing = InModelResult({}, tables={"classification": []})
     assert sets.measure(sae, is_trained=True) == nothing
     assert sets.name_latents(sae, np.array([0])) == []
+
+
+def test_a_module_inside_a_block_is_replaced_from_its_block_on(folder: Path) -> None:
+    """The module's own output in its place leaves the embedding as it is."""
+    found = loop(folder, "vision.module.vision_model.encoder.layers.1.mlp.fc1.output").sets
+    plain = loop(folder, "vision.embedding").sets
+    for parts, clean in zip(
+        found.batches("ones", "test"), plain.batches("ones", "test"), strict=True
+    ):
+        kept = found.embed_rows(parts, found.rows_of(parts))
+        other = found.embed_rows(parts, torch.zeros_like(found.rows_of(parts)))
+        torch.testing.assert_close(kept, clean["activation"], rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(other, kept, rtol=1e-3, atol=1e-3)

@@ -270,6 +270,11 @@ def test_a_missing_block_is_named() -> None:
         capture(tiny_model("gpt2"), ["blocks.40.resid_post"], TOKEN_IDS)
 
 
+def test_a_language_model_has_no_image_tower() -> None:
+    with pytest.raises(UserError, match="GPT2LMHeadModel: expected a model with an image tower"):
+        capture(tiny_model("gpt2"), ["vision.blocks.0.resid_post"], TOKEN_IDS)
+
+
 def test_a_model_of_another_library_is_refused() -> None:
     with pytest.raises(UserError, match="Linear: expected a model of transformers"):
         check_model(nn.Linear(2, 2), ["blocks.0.resid_post"])

@@ -27,6 +27,7 @@ from saeflow.sources.models import (
     load_model,
     load_tokenizer,
     pinned,
+    take_model,
     token_texts,
 )
 
@@ -70,6 +71,18 @@ def test_half_precision_weights_load_as_float32(local: Path, out: Path) -> None:
     loaded: Any = load_model(out, "cpu")
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight.float())
+
+
+def test_a_source_that_takes_anothers_model_runs_it_in_the_same_dtype(
+    local: Path, out: Path, tmp_path: Path
+) -> None:
+    fetch_model({"folder": str(local), "dtype": "bfloat16"}, HOOKS, out)
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    take_model(out, ["blocks.0.mlp_out"], taken)
+    for folder in (out, taken):
+        loaded: Any = load_model(folder, "cpu")
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
 def test_the_files_of_a_folder_are_its_provenance(local: Path) -> None:

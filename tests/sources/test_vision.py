@@ -378,3 +378,11 @@ def test_preprocessing_must_fit_the_model(model: Path, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(UserError, match="no preprocessing for images"):
         load_preprocessing(copy)
+
+
+def test_a_module_of_the_image_tower_has_its_own_width(model: Path) -> None:
+    point = "vision.module.vision_model.encoder.layers.1.mlp.fc1.output"
+    source = opened(model, {"train": 20}, hook_points=[point])
+    width = source.model.vision_model.encoder.layers[1].mlp.fc1.out_features
+    assert source.d_in == {point: width}
+    assert source.block("train", 0, 1).activations[point].shape[1] == width

@@ -56,9 +56,9 @@ def collect_latents(
     return write_latents(sae, setup.rows, tokens, window, folder, lens), facts
 
 
-def _of_words(sae: Any, setup: Setup) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _of_words(sae: Any, setup: Setup) -> tuple[dict[str, np.ndarray] | None, dict[str, Any]]:
     """The logit lens where decoder rows reach the lm head, and how tokens read."""
-    from saeflow.sources.hook_points import final_norm
+    from saeflow.sources.hook_points import HookPoint, final_norm
     from saeflow.sources.models import load_tokenizer, token_texts
 
     if setup.in_model is None or not setup.kind.has_tokens:
@@ -68,7 +68,9 @@ def _of_words(sae: Any, setup: Setup) -> tuple[dict[str, np.ndarray], dict[str, 
         )
     assert setup.folders.model is not None
     model, tokenizer = setup.in_model.model, load_tokenizer(setup.folders.model)
-    lens = logit_lens(model, final_norm(model), sae.directions(), _LENS)
+    lens = None  # for rows that are no part of the residual stream
+    if HookPoint.parse(setup.hook_point).is_in_stream:
+        lens = logit_lens(model, final_norm(model), sae.directions(), _LENS)
     inside = token_texts(tokenizer)  # which has none for special ones
     return lens, {"unit": "tokens", "strings": lambda t: inside(t) or tokenizer.decode([t])}
 

@@ -230,9 +230,10 @@ def logit_lens(model: Any, norm: Any, directions: Tensor, count: int) -> dict[st
     head = model.get_output_embeddings()
     found: dict[str, list[np.ndarray]] = {"raised": [], "lowered": []}
     with torch.inference_mode():
-        nothing = head(norm(torch.zeros_like(directions[:1])))
+        rows = directions.detach().to(head.weight.dtype)
+        nothing = head(norm(torch.zeros_like(rows[:1])))
         size = max(1, _AT_ONCE // nothing.shape[1])
-        for part in directions.detach().split(size):
+        for part in rows.split(size):
             scores = head(norm(part)) - nothing
             for name, largest in (("raised", True), ("lowered", False)):
                 top = scores.topk(count, dim=1, largest=largest)

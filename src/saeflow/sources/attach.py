@@ -30,11 +30,12 @@ def attach(model: nn.Module, place: Place, visit: Visit, point: str) -> ExitStac
             )
         x = found.reshape((*before["stream"].shape[:-1], -1)) if place.flat else found
         x = x if place.scale == 1 else x * place.scale
-        base = before["stream"] if place.adds else None
+        # A model spread over several devices gives a block its input on the device of the one before.
+        base = before["stream"].to(x.device) if place.adds else None
         new = visit(x if base is None else base + x)
         if new is None:
             return None
-        new = new if base is None else new - base
+        new = new if base is None else new.to(base.device) - base
         return (new if place.scale == 1 else new / place.scale).reshape(found.shape)
 
     def visit_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

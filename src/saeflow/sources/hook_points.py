@@ -130,7 +130,7 @@ def _run(model: nn.Module, tower: str, inputs: Tensor) -> Tensor:
         return embedding
     body: Any = decoder_of(model)
     hidden_states: Tensor = body(input_ids=inputs, **no_cache(body)).last_hidden_state
-    return hidden_states
+    return hidden_states.to(inputs.device)  # a model may be spread over several devices
 
 
 @torch.no_grad()

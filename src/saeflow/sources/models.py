@@ -167,7 +167,7 @@ def check_structure(local: Path, hook_points: Iterable[str]) -> None:
 
 
 def take_model(like: Path, hook_points: Iterable[str], folder: Path) -> None:
-    """Copy the model that another source fetched, and check that it has the hook points.
+    """Copy the model that another source fetched, its dtype included, and check that it has the hook points.
 
     Args:
         like: its folder.
@@ -177,14 +177,11 @@ def take_model(like: Path, hook_points: Iterable[str], folder: Path) -> None:
     Raises:
         UserError: a block the model lacks.
     """
-    link = like / LINK
-    if link.exists():
-        shutil.copyfile(link, folder / LINK)
     check_shape(
         config_shape(model_folder(like, weights=False) / "config.json"), hook_points, str(like)
     )
     for path in sorted(like.iterdir()):
-        if path.is_file() and path.name not in _NOT_MODEL:
+        if path.is_file() and path.name != "provenance.json":
             shutil.copyfile(path, folder / path.name)
 
 

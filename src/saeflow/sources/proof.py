@@ -103,7 +103,13 @@ def _whole_run(
     return output, streams, given
 
 
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Compare values; a model may be spread over several devices."""
+    return torch.equal(a.to(b.device), b)
+
+
 def _close(a: Tensor, b: Tensor, largest: float) -> bool:
+    a = a.to(b.device)
     bound = _ROUNDING * torch.finfo(b.dtype).eps * largest
     return a.shape == b.shape and bool(((a.double() - b.double()).abs() <= bound).all())
 
@@ -112,7 +118,7 @@ def _neighbours(
     model: nn.Module, blocks: Sequence[Block], streams: dict[tuple[str, str], Tensor]
 ) -> int:
     for number, (before, after) in enumerate(pairwise(blocks)):
-        if not torch.equal(streams[before.path, "resid_post"], streams[after.path, "resid_pre"]):
+        if not _equal(streams[before.path, "resid_post"], streams[after.path, "resid_pre"]):
             raise UserError(
                 f"{type(model).__name__}: expected blocks.{number + 1}.resid_pre to be blocks.{number}.resid_post, found "
                 f"other values ({before.path}, {after.path}). Name modules by their path (module.PATH.output)."
@@ -135,12 +141,12 @@ def _is_sum(
             x = torch.stack([value(term).reshape(stream.shape) for term in one.terms]).sum(0)
             x = model.get_submodule(one.norm)(x) if one.norm else x
         else:
-            x = stream if one.place is None else given[one.place]
+            x = (stream if one.place is None else given[one.place]).to(found.device)
         return x * one.scale
 
     expected = value(block.sum_of)
     parts = [stream, *(given[t.place] for t in leaves(block.sum_of) if t.place), found]
-    if not _close(expected, found, float(max(part.abs().max() for part in parts))):
+    if not _close(expected, found, max(float(part.abs().max()) for part in parts)):
         raise UserError(
             f"{type(model).__name__}: expected the output of {block.path} to be its input and what its parts add, found "
             f"values up to {float((expected - found).abs().max()):.2g} away. Name modules by their path "
@@ -163,7 +169,7 @@ def _library(
         return 0
     for name in ("resid_pre", "resid_post"):  # Mamba's are what its blocks give
         pairs = [(streams[block.path, name], x) for block, x in zip(blocks, hidden, strict=False)]
-        if all(torch.equal(found, expected) for found, expected in pairs):
+        if all(_equal(found, expected) for found, expected in pairs):
             return len(blocks)
     raise UserError(
         f"{type(model).__name__}: expected the library's hidden_states to be inputs or outputs of {blocks[0].path} and its "
@@ -185,7 +191,7 @@ def _identity(model: nn.Module, name: str, ids: Tensor, expected: Tensor) -> Non
             f"found them up to {float((clean - expected).abs().max()):.2g} away. Choose another hook point."
         )
     other = logits(model, run_from(model, name, stream, ids, torch.zeros_like))
-    if torch.equal(other, expected) and bool(found[name].any()):
+    if _equal(other, expected) and bool(found[name].any()):
         raise UserError(
             f"{type(model).__name__}: expected other logits with zeros spliced in at {point}, found the same: nothing "
             "reads what it gives. Choose another hook point."

@@ -32,7 +32,7 @@ from saeflow.sources.blocks import (
     stream_of,
 )  # fmt: skip
 from saeflow.sources.hub import last_line
-from saeflow.sources.layouts import HookPoint
+from saeflow.sources.layouts import VISION, HookPoint
 from saeflow.sources.trace import Call, Trace
 
 logger = logging.getLogger(__name__)
@@ -127,7 +127,12 @@ def _trace(model: Any, tower: str, device: torch.device) -> Trace:
     body: Any = tower_of(model) if tower else model
     if tower:
         config = getattr(body.config, "vision_config", body.config)
-        size = config.image_size
+        size = getattr(config, "image_size", None)
+        if size is None:
+            raise UserError(
+                f"{type(model).__name__}: expected a model with an image tower, found none. Leave {VISION} out of the "
+                "hook point, or take a model of images."
+            )
         height, width = (size, size) if isinstance(size, int) else size
         channels = getattr(config, "num_channels", 3)
         inputs = {"pixel_values": torch.zeros(BATCH, channels, height, width, device=device)}

@@ -18,7 +18,7 @@ from saeflow.files import write_json
 from saeflow.sources.base import Column, ImageInputs, Inputs, positions
 from saeflow.sources.images import NO_LABEL, Item, images_digests, read_images
 from saeflow.sources.kinds import InModel, SourceKind
-from saeflow.sources.layouts import EMBEDDING, check_hook_points
+from saeflow.sources.layouts import EMBEDDING, HookPoint, check_hook_points
 from saeflow.sources.model_source import ModelSource
 from saeflow.sources.pixels import FACTS, image_facts, write_images
 from saeflow.sources.preprocessing import Preprocessing, load_preprocessing, normalised
@@ -127,15 +127,25 @@ class VisionSource(ModelSource):
 
     @cached_property
     def d_in(self) -> dict[str, int]:
-        """Width of the activations by hook point."""
+        """Width of the activations by hook point; what is not the residual stream's is asked of the model."""
+        import torch
+
+        from saeflow.sources.hook_points import capture
         from saeflow.sources.models import load_config
 
         config = load_config(self.folder / "model")
-        widths = {EMBEDDING: int(config.projection_dim)}
-        return {
-            name: widths.get(name, int(config.vision_config.hidden_size))
-            for name in self.hook_points
-        }
+        known = {EMBEDDING: int(config.projection_dim)}
+        width = int(config.vision_config.hidden_size)
+        found = {name: known.get(name, width) for name in self.hook_points}
+        points = {name: HookPoint.parse(name) for name in found}
+        if others := [
+            name for name, point in points.items() if not (point.is_in_stream or point.is_embedding)
+        ]:
+            shape = (1, self.preprocessing.height, self.preprocessing.width, 3)
+            pixels = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+            given = self.model_input(pixels)
+            found |= {name: x.shape[-1] for name, x in capture(self.model, others, given).items()}
+        return found
 
     def model_input(self, inputs: "Tensor") -> "Tensor":
         """(n, 3, height, width) normalised pixels."""

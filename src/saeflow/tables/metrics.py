@@ -187,8 +187,11 @@ METRICS: dict[str, Metric] = {
         better="higher", summary="mean", printed=True,
     ),
     "kl": Metric(
-        label="KL", definition="Mean KL(clean || spliced) of the next-token distributions.", unit=_PER_TOKEN,
-        axis="KL divergence (nats/token)", bounds=_POSITIVE, better="lower", summary="mean", printed=True,
+        label="KL", unit=_PER_TOKEN, axis="KL divergence (nats/token)", better="lower", summary="mean", printed=True,
+        definition=(
+            "Mean KL(clean || spliced) of the next-token distributions; of a model in half precision, whose logits are "
+            "rounded, a value near 0 may be below it."
+        ),
     ),
     "matched_feature_cosine": Metric(
         label="matched cosine",

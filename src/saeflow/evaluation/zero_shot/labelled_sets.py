@@ -17,7 +17,7 @@ from saeflow.files import read_json, write_json
 from saeflow.progress import progress
 from saeflow.sources.base import positions
 from saeflow.sources.copies import Copies
-from saeflow.sources.hook_points import HookPoint, capture, resume_at, run_from
+from saeflow.sources.hook_points import block_input_of, capture, resume_at, run_from
 from saeflow.sources.layouts import EMBEDDING
 from saeflow.sources.models import load_config, load_model, load_tokenizer
 from saeflow.sources.pixels import image_facts
@@ -39,7 +39,7 @@ def embed(model: Any, hook_point: str, parts: Mapping[str, Tensor], x: Tensor) -
         return x.float()
     resumed = resume_at(model, hook_point)
     if resumed is None:
-        return run_from(model, hook_point, parts["block_input"], None, lambda _: x).float()
+        return run_from(model, hook_point, parts.get("block_input"), None, lambda _: x).float()
     return run_from(model, resumed, x, None, lambda block_input: block_input).float()
 
 
@@ -69,8 +69,9 @@ def write_labelled(
     tokenizer = load_tokenizer(folder / "model")
     preprocessing = load_preprocessing(folder / "model")
     names = [hook_point]
-    if hook_point != EMBEDDING and resume_at(model, hook_point) is None:
-        names.append(str(HookPoint.parse(hook_point).block_input))
+    before = None if hook_point == EMBEDDING else block_input_of(model, hook_point)
+    if before is not None and resume_at(model, hook_point) is None:
+        names.append(before)
     facts: dict[str, Any] = {}
     copies = Copies(device)
     for name, images in labelled.items():
