@@ -1,5 +1,6 @@
 """Documents come whole, in order and lazily from every kind of text."""
 
+import gzip
 import json
 import re
 import sysconfig
@@ -75,6 +76,21 @@ def test_files_are_read_in_turns_in_proportion_to_their_sizes(
         counts = Counter(document.file for document in found[:taken])
         assert abs(counts[str(large)] - 3 * counts[str(small)]) <= 4
     assert list(read_documents(files(large, small, plain))) == found
+
+
+def test_compression_and_other_columns_do_not_change_a_files_turn(tmp_path: Path) -> None:
+    """Four files of as many equal documents are read alike, though their sizes on disk differ a hundredfold."""
+    rows = [{"story": f"{i:03d} " * 20, "meta": "x" * 900} for i in range(400)]
+    lines = "".join(json.dumps({"story": row["story"]}) + "\n" for row in rows)
+    (tmp_path / "plain.jsonl").write_text(lines)
+    (tmp_path / "packed.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "wide.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    found = list(read_documents(files(*sorted(tmp_path.iterdir()))))
+    for taken in (40, 200, 800, 1600):
+        counts = Counter(document.file for document in found[:taken])
+        assert len(counts) == 4
+        assert max(counts.values()) - min(counts.values()) <= 2
 
 
 def test_more_files_than_are_open_at_once_are_all_read(

@@ -15,7 +15,7 @@ import numpy as np
 from saeflow.errors import UserError
 from saeflow.files import file_digest, files_below
 from saeflow.sources import BUNDLED, english, hub
-from saeflow.sources.text_files import COMPRESSED, read_lines
+from saeflow.sources.text_files import COMPRESSED, content_size, read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ class Cell(NamedTuple):
     unit: str  # what is counted in the file: row, line, passage
     number: int
     text: str | None
+    share: float = 0.0  # of the file's content that was read for it, about
 
     @property
     def place(self) -> str:
@@ -53,7 +54,7 @@ def read_documents(
     """Documents in a fixed order, read as they are asked for.
 
     Of several files, documents are taken in turn, so that at any moment each file has been read to the same
-    share of its size on disk.
+    share of its content: rows of Parquet, bytes of text, those of a compressed file at the ratio of its beginning.
 
     Args:
         text: {bundled: english | python} | {files, column, encoding} |
@@ -124,24 +125,23 @@ def _files(text: Mapping[str, Any]) -> Iterator[Cell]:
     if len(paths) > _OPEN_FILES:  # the first ones are no better sample than any others
         paths = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))]
     waiting = iter(enumerate(paths))
-    turns: list[tuple[float, int, float, Iterator[Cell]]] = []
+    turns: list[tuple[float, int, Iterator[Cell]]] = []
 
     def open_next() -> None:
         for number, path in islice(waiting, 1):
-            size = max(1, path.stat().st_size)
             start = turns[0][0] if turns else 0.0
-            heapq.heappush(turns, (start, number, size, _cells(path, text)))
+            heapq.heappush(turns, (start, number, _cells(path, text)))
 
     for _ in range(_OPEN_FILES):
         open_next()
     while turns:
-        share, number, size, cells = heapq.heappop(turns)
+        share, number, cells = heapq.heappop(turns)
         cell = next(cells, None)
         if cell is None:
             open_next()
             continue
         yield cell
-        heapq.heappush(turns, (share + (len(cell.text or "") + 1) / size, number, size, cells))
+        heapq.heappush(turns, (share + cell.share, number, cells))
 
 
 def check_files(text: Mapping[str, Any]) -> None:
@@ -214,19 +214,20 @@ def _not_text(where: str, column: str, found: str, columns: Iterable[str] = ()) 
 def _text(path: Path, column: str, encoding: str | None) -> Generator[Cell]:
     """Passages of whole paragraphs; memory is bounded by the longest paragraph."""
     lines: list[str] = []
-    size, number = 0, 1
+    size, number, whole = 0, 1, content_size(path)
     for line in read_lines(path, encoding):
         if not line.strip() and size >= PASSAGE_CHARACTERS:
-            yield Cell(str(path), "passage", number, "".join(lines).strip())
+            passage = "".join(lines)
+            yield Cell(str(path), "passage", number, passage.strip(), _bytes(passage) / whole)
             lines, size, number = [], 0, number + 1
         lines.append(line)
         size += len(line)
     if rest := "".join(lines).strip():
-        yield Cell(str(path), "passage", number, rest)
+        yield Cell(str(path), "passage", number, rest, _bytes(rest) / whole)
 
 
 def _jsonl(path: Path, column: str, encoding: str | None) -> Generator[Cell]:
-    place = f"{path}, line"
+    place, whole = f"{path}, line", content_size(path)
     for number, line in enumerate(read_lines(path, encoding), start=1):
         if not line.strip():
             continue
@@ -241,7 +242,11 @@ def _jsonl(path: Path, column: str, encoding: str | None) -> Generator[Cell]:
         cell = row[column]
         if cell is not None and not isinstance(cell, str):
             raise _not_text(f"{place} {number}", column, f"a JSON {type(cell).__name__}", row)
-        yield Cell(str(path), "line", number, cell)
+        yield Cell(str(path), "line", number, cell, _bytes(line) / whole)
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode("utf-8", "surrogatepass"))
 
 
 def _parquet(path: Path, column: str) -> Generator[Cell]:
@@ -257,10 +262,11 @@ def _parquet(path: Path, column: str) -> Generator[Cell]:
             kind = schema.field(column).type
             if not _is_text(kind):
                 raise _not_text(str(path), column, str(kind), _text_columns(schema))
+            share = 1 / max(1, file.metadata.num_rows)
             for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=[column]):
                 for cell in batch.column(0):
                     number += 1
-                    yield Cell(str(path), "row", number, cell.as_py())
+                    yield Cell(str(path), "row", number, cell.as_py(), share)
     except UnicodeDecodeError as error:
         raise UserError(
             f"{place} {number}: expected UTF-8, found {error.reason} in a column of text. Write the file again."

@@ -13,6 +13,8 @@ from typing import IO, Any
 from saeflow.errors import UserError
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
+_SAMPLE = 1 << 22
+"""Bytes of a compressed file's text that its ratio is taken from."""
 LONGEST_LINE = 1 << 26
 """Characters; a longer line is refused, so that memory stays bounded."""
 _MARKS = (
@@ -83,6 +85,20 @@ def read_lines(path: Path, encoding: str | None) -> Iterator[str]:
         raise UserError(
             f"{path}, after line {number}: cannot be read to its end ({error}). Fix or download the file again."
         ) from None
+
+
+def content_size(path: Path) -> float:
+    """Bytes of a file's text; of a compressed one about, at the ratio of its first megabytes."""
+    size = float(max(1, path.stat().st_size))
+    with path.open("rb") as raw:
+        content = _decompressed(raw)
+        if content.raw is raw:
+            return size
+        try:
+            found = len(content.read(_SAMPLE))
+        except (EOFError, OSError, zlib.error, lzma.LZMAError):
+            return size  # `read_lines` says what is wrong
+        return size * max(1, found) / raw.tell()
 
 
 def _decoder(raw: IO[bytes], path: Path, encoding: str | None) -> tuple[Any, str]:
