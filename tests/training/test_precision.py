@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeflow.operators import SparseLatents
+from saeflow.operators import SparseLatents, auxk_loss
 from saeflow.saes import VARIANTS, build
 from saeflow.training.run import Run
 
@@ -104,6 +104,25 @@ def test_chosen_pre_activations_are_those_of_fp32_weights(variant: str) -> None:
         inputs, bias = x - sae.b_dec, sae.b_enc
     exact = (inputs.double() @ sae.W_enc.double() + bias.double()).view(-1)[fwd.selected.flat]
     torch.testing.assert_close(fwd.selected.values.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dead", [3, D_SAE // 2])  # fewer, and more, than AuxK takes
+def test_auxk_of_a_step_in_bf16_is_that_of_fp32_weights(dead: int, tmp_path: Path) -> None:
+    setting = config("topk", d_sae=D_SAE, batch_size=256, input_scale="raw")
+    runtime = {"device": "cpu", "precision": "bf16", "threads": 1, "checkpoint_every_s": 1e9}
+    run = Run(Planted(), setting, runtime, tmp_path)
+    x = next(run.batches())
+    with torch.no_grad():
+        run.silent[:dead] = 10**6
+        run.sae.W_enc[:, :dead] *= 0.01  # positive for some rows, among the largest of none
+        weights = {name: parameter.clone() for name, parameter in run.sae.named_parameters()}
+    fwd, terms = run.one_step(x)
+    exact = (x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
+    expected = auxk_loss((x - fwd.x_hat).detach(), exact, weights["W_dec"], run.dead)
+    assert int(run.dead.sum()) == dead
+    torch.testing.assert_close(terms["auxk"], expected / 32, rtol=1e-4, atol=0)
+    assert run.sae.W_enc.grad is not None
+    assert bool(run.sae.W_enc.grad[:, :dead].any())
 
 
 @pytest.mark.parametrize(

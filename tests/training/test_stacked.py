@@ -37,7 +37,7 @@ def changed(variant: str, number: int, training: dict[str, Any], **options: Any)
     return dataclasses.replace(found, **named)
 
 
-def sweep(variant: str) -> list[SAEConfig]:
+def sweep(variant: str, **options: Any) -> list[SAEConfig]:
     """Eight TopK SAEs; of others, three of different rates and penalties, the last in another input scale."""
     if variant == "topk":
         return [changed("topk", k, {}, k=k, k_schedule=CONSTANT) for k in KS]
@@ -45,7 +45,7 @@ def sweep(variant: str) -> list[SAEConfig]:
     name = weights.get(variant, "auxk_weight")
     scales = {2: "centred"}
     return [
-        changed(variant, n, {"lr": 1e-3 * (n + 1), "input_scale": scales.get(n, "dimension")}, **{name: 0.1 * n + 0.01})
+        changed(variant, n, {"lr": 1e-3 * (n + 1), "input_scale": scales.get(n, "dimension")}, **{name: 0.1 * n + 0.01}, **options)
         for n in range(3)
     ]  # fmt: skip
 
@@ -57,10 +57,16 @@ def steps_of(folder: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    "variant", ["topk", "batch_topk", "adaptive_k", "soft_topk", "relu", "gated"]
-)
-def test_a_group_gets_what_runs_of_their_own_get(variant: str, tmp_path: Path) -> None:
-    wanted = sweep(variant)
+    ("variant", "options"),
+    [
+        ("topk", {}), ("batch_topk", {}), ("adaptive_k", {}), ("soft_topk", {}),
+        ("soft_topk", {"hard_phase": "decoder"}), ("relu", {}), ("gated", {}),
+    ],
+)  # fmt: skip
+def test_a_group_gets_what_runs_of_their_own_get(
+    variant: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    wanted = sweep(variant, **options)
     together = [(setting, tmp_path / f"together/{n}", None) for n, setting in enumerate(wanted)]
     runs = []
     for setting, folder, _ in together:

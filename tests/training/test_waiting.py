@@ -91,9 +91,20 @@ def test_rows_that_lose_latents_are_counted_and_get_more_room(
         run.take(x, 0.0)
     assert caplog.text.count("rows since the last line") == 2
     assert run.sae.widened == 4
+    run.take(x, 0.0)
     run.checkpoint()
     again = start("batch_topk", tmp_path, monkeypatch, d_sae=256, log_every_steps=2)
     assert again.sae.widened == 4
+    assert int(again.cut) == int(run.cut) > 0  # which the next line of the log will say
+
+
+def test_a_row_cut_on_another_rank_gives_room_on_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start("batch_topk", tmp_path, monkeypatch)
+    monkeypatch.setattr(run.ranks, "over_both", lambda own: own + 1)
+    run.make_room()
+    assert run.sae.widened == 2
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -183,8 +183,9 @@ class SAE(nn.Module):
         """
         kinds = (bool, int, float, str, type(None))
         named = {name: value for name, value in vars(self).items() if isinstance(value, kinds)}
+        is_sparse = self.is_sparse  # read first, since `most` may follow from what it reads
         capacity = None if self.room is None else capacity_for(min(self.room, self.d_sae))
-        return {**named, "is_sparse": self.is_sparse, "capacity": capacity}
+        return {**named, "is_sparse": is_sparse, "capacity": capacity}
 
     def moved(self, name: str, dtype: torch.dtype | None = None) -> Any:
         """A `Moving` attribute for kernels: on a GPU its copy there, (), elsewhere the number itself.

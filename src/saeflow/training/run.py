@@ -204,8 +204,8 @@ class Run:
         self.logged = self.taken, seconds
 
     def make_room(self) -> None:
-        """Say how many rows were cut, if any were, and double the room of a row."""
-        if cut := int(self.cut):
+        """Say how many rows of all ranks were cut, if any were, and double the room of a row on each."""
+        if cut := int(self.ranks.over_both(self.cut)):
             logger.warning(
                 "%s: step %d: %d rows since the last line of the log had more active latents than there was room "
                 "for, and lost some; there is twice the room from here on",
@@ -215,7 +215,7 @@ class Run:
             self.sae.widened *= 2
 
     def autocast(self) -> torch.autocast:
-        """The precision of the products of a step."""
+        """The precision of the products of a pass; losses, AuxK's columns and a probe's score are exact."""
         return torch.autocast(self.device.type, torch.bfloat16, self.is_bf16)
 
     def work(self, x: Tensor) -> Stepped:
@@ -225,8 +225,8 @@ class Run:
         try:
             with self.autocast():
                 fwd = sae.run(x)
-                losses = self.judge(fwd)
-                fwd.forget_scores()
+            losses = self.judge(fwd)
+            fwd.forget_scores()
         except (
             ValueError
         ) as error:  # an operator met NaN, or weights so large that their products overflow
@@ -308,12 +308,13 @@ class Run:
             for key, part in self.optimizer.state.get(parameter, {}).items():
                 whole = self.sae.whole_of(name, part) if part.ndim else part.clone()
                 tensors[f"adam.{name}.{key}"] = whole
-        silent = self.sae.whole_of("W_dec", self.silent)
+        silent, cut = self.sae.whole_of("W_dec", self.silent), self.ranks.over_both(self.cut)
         if self.ranks.rank:
             return
         rows = np.frombuffer(json.dumps(self.rows).encode(), np.uint8)
         tensors |= {
             "silent": silent,
+            "cut": cut,
             "widened": torch.tensor(self.sae.widened),
             "rows": torch.from_numpy(rows.copy()),
         }
@@ -343,6 +344,8 @@ class Run:
                 if (saved := tensors.get(f"adam.{name}.{key}")) is not None:
                     held.copy_(part_of(name, saved) if saved.ndim else saved)
         self.silent.copy_(part_of("W_dec", tensors["silent"]))
+        if self.ranks.rank == 0:  # which counts for all
+            self.cut.copy_(tensors["cut"])
         self.sae.widened = int(tensors["widened"])
         logger.info("going on from %s", path)
 

@@ -90,13 +90,13 @@ class Stack:
         W_enc, b_enc, W_dec = (part.requires_grad_() for part in self.weights())
         with self.runs[0].autocast():
             forwards = self.forward(inputs, W_enc, b_enc, W_dec)
-            losses = [run.judge(fwd) for run, fwd in zip(self.runs, forwards, strict=True)]
-            for fwd in forwards:
-                fwd.forget_scores()
+        losses = [run.judge(fwd) for run, fwd in zip(self.runs, forwards, strict=True)]
+        for fwd in forwards:
+            fwd.forget_scores()
         torch.stack([terms["loss"] for terms in losses]).sum().backward()
-        grads = [part.grad for part in (W_enc, b_enc, W_dec) if part.grad is not None]
-        for run, *of_one in zip(self.runs, *grads, strict=True):
-            give(run.sae, *of_one)
+        grads = [part.grad for part in (W_enc, b_enc, W_dec)]
+        for number, run in enumerate(self.runs):
+            give(run.sae, *(None if grad is None else grad[number] for grad in grads))
         steps = zip(self.runs, forwards, losses, strict=True)
         return [run.learn(fwd, terms) for run, fwd, terms in steps]
 
@@ -143,12 +143,16 @@ class Stack:
         ]
 
 
-def give(sae: SAE, W_enc: Tensor, b_enc: Tensor, W_dec: Tensor) -> None:
-    """Add gradients (d_sae, d_in), (d_sae,) and (d_sae, d_in) to those that an SAE's own products gave its weights."""
-    of_centre = -(sae.W_enc.detach() @ b_enc)  # through x - b_dec
-    found = ((sae.W_enc, W_enc.t()), (sae.b_enc, b_enc), (sae.W_dec, W_dec), (sae.b_dec, of_centre))
+def give(sae: SAE, W_enc: Tensor | None, b_enc: Tensor | None, W_dec: Tensor | None) -> None:
+    """Add gradients (d_sae, d_in), (d_sae,) and (d_sae, d_in) to those that an SAE's own products gave its weights.
+
+    The encoder has none while the variant takes its scores as constants.
+    """
+    of_W_enc = None if W_enc is None else W_enc.t()
+    of_centre = None if b_enc is None else -(sae.W_enc.detach() @ b_enc)  # through x - b_dec
+    found = ((sae.W_enc, of_W_enc), (sae.b_enc, b_enc), (sae.W_dec, W_dec), (sae.b_dec, of_centre))
     for parameter, gradient in found:
-        if parameter.requires_grad:
+        if gradient is not None and parameter.requires_grad:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 

@@ -6,7 +6,13 @@ import torch
 from saeflow.operators.gpu.update import Part, measure, update
 
 RATE, EPS, LARGEST = 0.01, 1e-8, 1.0
-SHAPES = {"matrix": (7, 20), "unit rows": (5, 12), "vector": (1500,), "short vector": (3,)}
+SHAPES = {
+    "matrix": (7, 20),
+    "long row": (1, 2500),
+    "unit rows": (5, 12),
+    "vector": (1500,),
+    "short vector": (3,),
+}
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.99)])

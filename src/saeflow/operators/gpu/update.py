@@ -128,7 +128,8 @@ def _launch(
     if not all(tensor.is_contiguous() for tensor in (*tensors, shadow)):
         raise ValueError("update: expected contiguous tensors, got a transposed one")
     count = part.parameter.numel()
-    width = part.parameter.shape[-1] if part.parameter.ndim == 2 else min(BLOCK, count)
+    # A row is held whole only to be made unit: rows may be as long as an SAE has latents.
+    width = part.parameter.shape[-1] if part.is_unit else min(BLOCK, count)
     block = 1 << max(4, (width - 1).bit_length())
     constants = {"HAS_SHADOW": part.shadow is not None, "IS_UNIT": part.is_unit, "BLOCK": block}
     gpu.load("update").update_rows[(-(-count // width),)](

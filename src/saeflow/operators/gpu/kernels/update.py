@@ -1,4 +1,4 @@
-"""Kernels of an update of weights, one row a program."""
+"""Kernels of an update of weights, a row or a block of numbers a program."""
 
 import triton
 import triton.language as tl
