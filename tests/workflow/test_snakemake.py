@@ -366,7 +366,8 @@ def test_the_hub_folder_loads_and_its_card_is_read_by_the_hubs_library(done: Pro
     assert record["digest"] in card.content
     metrics = pd.read_csv(done.folder / f"results/evaluations/{ADAPTIVE}/metrics.csv")
     fvu = metrics.set_index("metric").value["fvu"]
-    assert f"| fvu | {fvu:.4g} |" in card.content
+    assert fvu > 0.1  # then three significant digits are three decimals
+    assert f"| FVU | {fvu:.3f} |" in card.content
     assert "kind: synthetic" in card.content
     here, there = (saeflow.load(done.folder / f) for f in (f"results/saes/{ADAPTIVE}", "card"))
     x = torch.randn(9, here.d_in)

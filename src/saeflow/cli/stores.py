@@ -31,10 +31,11 @@ Split = Annotated[str | None, typer.Option(help="Without a TASK: train or evalua
 
 
 def extract(
+    task: TaskOrOptions = None,
+    *,
     runtime: RuntimeJson,
     threads: Threads,
     out: Out,
-    task: TaskOrOptions = None,
     source: SourceJson = None,
     store: StoreJson = None,
     split: Split = None,
@@ -57,13 +58,15 @@ def extract(
 
 
 def merge(
-    parts: Annotated[
-        list[str],
+    task: Annotated[
+        str,
         typer.Argument(
-            metavar="[TASK] PART...",
-            help="The workflow's form, JSON (docs/keys.md); folders that `extract` wrote.",
+            metavar="[TASK]", help="The workflow's form: JSON (docs/keys.md). Without it, options."
         ),
     ],
+    parts: Annotated[
+        list[Path] | None, typer.Argument(help="Folders that `extract` wrote.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Without a TASK: the source's name.")] = None,
     source: SourceJson = None,
     store: StoreJson = None,
@@ -74,20 +77,21 @@ def merge(
     """Put the parts of a split together: shuffled rows, one Zarr store a hook point."""
     from saeflow.stores import finalise
 
-    if parts[0].startswith("{"):
-        asked, parts = read_task(parts[0]), parts[1:]
+    folders = list(parts or [])
+    if task.startswith("{"):
+        asked = read_task(task)
     else:
+        folders = [Path(task), *folders]
         asked = _stated(source, store, split, folder, out)
-        asked.params["name"] = name or ""
+        asked.params["name"] = name
     called, values, layout, chosen = (
         asked.params[key] for key in ("name", "source", "store", "split")
     )
-    if not called or not parts:
+    if not called or not folders:
         raise UserError(
             f"{asked.out}: expected a TASK or --name, and the folders that `extract` wrote, found "
-            f"{'no name' if parts else 'no folder'}."
+            f"{'no name' if folders else 'no folder'}."
         )
-    folders = [Path(part) for part in parts]
     for part in folders:
         provenance.check(part)
     with job_of(asked, "merge") as job:
