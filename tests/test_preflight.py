@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from saeflow.cli.arguments import parse_json
 from saeflow.config import load_params, validate
 from saeflow.errors import UserError
+from saeflow.files import parse_json
 from saeflow.preflight import (
     check_inputs,
     check_saes,

@@ -50,6 +50,25 @@ def write_json(path: Path, value: Any) -> None:
         staged.write_text(canonical_json(value), encoding="utf-8")
 
 
+def parse_json(name: str, text: str) -> Any:
+    """Read JSON that a command was given.
+
+    Args:
+        name: of the argument, for messages.
+
+    Raises:
+        UserError: the text is not JSON, or holds NaN or an infinite number.
+    """
+
+    def refuse(constant: str) -> Any:
+        raise UserError(f"{name}: expected finite numbers, found {constant}.")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{name}: expected JSON, found {text[:60]!r} ({error}).") from None
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 

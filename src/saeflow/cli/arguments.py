@@ -1,6 +1,5 @@
 """Options and helpers that commands share."""
 
-import json
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import typer
 
 from saeflow import device, jobs, provenance
 from saeflow.errors import UserError
+from saeflow.files import parse_json
 
 Task = Annotated[
     list[str],
@@ -52,22 +52,6 @@ RuntimeJson = Annotated[str, typer.Option(envvar="SAEFLOW_RUNTIME", help="`runti
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 
 
-def parse_json(option: str, text: str) -> Any:
-    """Read an option's value from JSON.
-
-    Raises:
-        UserError: the text is not JSON, or holds NaN or an infinite number.
-    """
-
-    def refuse(constant: str) -> Any:
-        raise UserError(f"{option}: expected finite numbers, found {constant}.")
-
-    try:
-        return json.loads(text, parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{option}: expected JSON, found {text[:60]!r} ({error}).") from None
-
-
 def stated(**options: Any) -> list[Any]:
     """Return the options of a command that was given no task; texts are read as JSON.
 
@@ -84,7 +68,7 @@ def stated(**options: Any) -> list[Any]:
     ]
 
 
-def read_of_source(source: Mapping[str, Any], folder: Path) -> dict[str, Path | list[Path]]:
+def read_of_source(source: Mapping[str, Any], folder: Path) -> dict[str, Path]:
     """Return the results of a source that extraction and merging read, by their role."""
     model = {"model": folder / "model"} if "model" in source else {}
     return {**model, "inputs": folder / "inputs"}

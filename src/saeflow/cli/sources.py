@@ -1,6 +1,5 @@
 """Jobs that make what a source reads: its model, its inputs, its labelled images."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -62,7 +61,7 @@ def prepare(
     if not task:
         values, counts, place = stated(source=source, rows=rows, folder=folder)
         reads = read_of_source(values, place)
-        out = Path(str(reads.pop("inputs")))
+        out = reads.pop("inputs")
         asked = jobs.Task(out, "", {"source": values, "rows": counts}, reads)
     else:
         asked = read_task(task)

@@ -1,12 +1,12 @@
 """A task: a job as its command is told of it, in JSON."""
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from saeflow.errors import UserError
+from saeflow.files import parse_json
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Task:
     out: Path
     key: str
     params: dict[str, Any]
-    reads: dict[str, Path | list[Path]]
+    reads: Mapping[str, Path | list[Path]]
 
     def one(self, role: str) -> Path:
         """The folder of a result that is read.
@@ -71,15 +71,8 @@ def read_tasks(told: Iterable[str]) -> list[Task]:
     Raises:
         UserError: it is something else, or holds numbers that are not finite.
     """
-
-    def refuse(constant: str) -> Any:
-        raise UserError(f"the task: expected finite numbers, found {constant}.")
-
     text = "".join(told)
-    try:
-        values = json.loads(text, parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        raise UserError(f"the task: expected JSON, found {text[:60]!r} ({error}).") from None
+    values = parse_json("the task", text)
     try:
         shared = values["shared"]
         return [

@@ -33,10 +33,6 @@ def decoder_of(model: nn.Module, tower: str = "") -> nn.Module:
     return model.get_submodule(structure_of(model, tower).body)
 
 
-def _blocks(model: nn.Module, tower: str) -> Any:
-    return model.get_submodule(structure_of(model, tower).list_path)
-
-
 def check_model(model: nn.Module, hook_points: Iterable[str]) -> None:
     """Check that a model has some hook points.
 

@@ -24,8 +24,6 @@ PLACES = ("resid_pre", "attn_in", "attn_out", "resid_mid", "mlp_in", "mlp_out", 
 """In the order in which a block computes them."""
 VISION = "vision."
 EMBEDDING = "vision.embedding"
-EVERY_BLOCK = "*"
-"""Stands for the number of every block, as in blocks.*.resid_post."""
 MOST_BLOCKS = 10_000
 """A damaged file that says more would be built for ever."""
 _AFTER_ALL = 1 << 30
