@@ -219,9 +219,13 @@ class SAE(nn.Module):
         """(d_in,) what the encoder subtracts from activations."""
         return self.b_dec
 
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what the encoder multiplies: inputs (B, d_in), matrix (d_in, d_sae), bias (d_sae,), centre (d_in,)."""
+        return x, self.W_enc, self.b_enc, self.centre
+
     def latent_scores(self, x: Tensor) -> Tensor:
-        """Return (x - centre) W_enc + b_enc (B, d_sae), in the precision of the product."""
-        return pre_acts(x, self.W_enc, self.b_enc, self.centre)
+        """Return (inputs - centre) matrix + bias (B, d_sae) of `factors`, in the precision of the product."""
+        return pre_acts(*self.factors(x))
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """Return `latent_scores`, float32 also of bfloat16 products."""
@@ -415,7 +419,8 @@ class SAE(nn.Module):
 
     def margin(self, x: Tensor) -> Tensor:
         """() how far `pre_activations(x)` of lower precision may lie from exact ones."""
-        return rounding(x - self.centre, self.W_enc)
+        inputs, matrix, _, centre = self.factors(x)
+        return rounding(inputs - centre, matrix)
 
     def gather(
         self,
@@ -429,9 +434,8 @@ class SAE(nn.Module):
         Args:
             beside: entries of the same step that were gathered before.
         """
-        weights = self.W_enc, self.b_enc, self.centre
         return gather_pre_acts(
-            x, *weights, chosen, is_rounded=is_rounded, W_dec=self.W_dec, beside=beside
+            *self.factors(x), chosen, is_rounded=is_rounded, W_dec=self.W_dec, beside=beside
         )
 
     def gather_columns(self, fwd: Forward, columns: Tensor) -> Tensor:

@@ -12,9 +12,6 @@ from saeflow.errors import UserError
 from saeflow.operators import (
     SparseLatents,
     decode_sparse,
-    gather_pre_acts,
-    pre_acts,
-    rounding,
     sparsemax,
     sparsemax_of,
     sparsemax_sparse,
@@ -162,8 +159,6 @@ class Sparsemax(SAE):
             raise UserError("train_decoder: the shared concepts are encoder and decoder at once.")
         super().freeze_decoder()
 
-    # The encoder's product is `encoder_input(x) @ encoder + bias`.
-
     def centred(self, x: Tensor) -> Tensor:
         return x if self.is_shared else x - self.b_dec
 
@@ -186,26 +181,8 @@ class Sparsemax(SAE):
             return self.W_dec.t(), self.W_dec.new_zeros(self.d_sae)
         return self.W_enc, self.b_enc * self.score_scale
 
-    def latent_scores(self, x: Tensor) -> Tensor:
-        matrix, bias = self.encoder()
-        return pre_acts(self.encoder_input(x), matrix, bias, self.W_dec.new_zeros(self.d_in))
-
-    def margin(self, x: Tensor) -> Tensor:
-        return rounding(self.encoder_input(x), self.encoder()[0])
-
-    def gather(
-        self,
-        x: Tensor,
-        chosen: SparseLatents,
-        is_rounded: bool,
-        beside: SparseLatents | None = None,
-    ) -> SparseLatents:
-        matrix, bias = self.encoder()
-        weights = matrix, bias, self.W_dec.new_zeros(self.d_in)
-        inputs, W_dec = self.encoder_input(x), self.W_dec
-        return gather_pre_acts(
-            inputs, *weights, chosen, is_rounded=is_rounded, W_dec=W_dec, beside=beside
-        )
+    def factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.encoder_input(x), *self.encoder(), self.W_dec.new_zeros(self.d_in)
 
     @property
     def adds_up(self) -> bool:

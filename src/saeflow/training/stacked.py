@@ -26,6 +26,7 @@ SHARED = (
     "decode_selected",
     "decode_groups",
     "pre_activations",
+    "factors",
     "latent_scores",
     "margin",
     "centre",
