@@ -6,13 +6,14 @@ too, so that a print in grey can be read.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_pdf import FigureCanvasPdf
@@ -209,6 +210,12 @@ def legend_columns(labels: list[str], width: float) -> int:
     widest = 0.45 + 0.056 * max(map(len, labels))
     fitting = max(1, min(len(labels), int(width / widest)))
     return -(-len(labels) // -(-len(labels) // fitting))
+
+
+def legend_below(figure: Figure, legend: Mapping[str, Artist]) -> None:
+    """Put a legend (handles by label) below all panels, in columns that fit the width of the text."""
+    columns = legend_columns(list(legend), TEXT_WIDTH)
+    figure.legend(legend.values(), legend, loc="outside lower center", ncols=columns)
 
 
 def marked(caption: str, mark: str) -> str:

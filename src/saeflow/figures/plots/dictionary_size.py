@@ -58,12 +58,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         ax.set_ylabel(compare.panel_axis(metric, panel).replace(" (", "\n("))
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
-    figure.legend(
-        legend.values(),
-        legend,
-        loc="outside lower center",
-        ncols=style.legend_columns(list(legend), style.TEXT_WIDTH),
-    )
+    style.legend_below(figure, legend)
     caption = (
         "Uncentred normalised error (NMSE) and rise of the model's cross-entropy against the number of latents, for "
         f"entries with SAEs of several sizes. Mean L0: {l0_sentence(rows)}. {captions.seed_sentence(rows)} "

@@ -61,12 +61,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         ax.grid(True)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
-    figure.legend(
-        legend.values(),
-        legend,
-        loc="outside lower center",
-        ncols=style.legend_columns(list(legend), style.TEXT_WIDTH),
-    )
+    style.legend_below(figure, legend)
     data = pd.concat(parts, ignore_index=True)
     best = data.iloc[int(data["spearman"].abs().argmax())]
     caption = (

@@ -52,12 +52,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         ax.set_title(f"{compare.panel_title(panel)}: {ESTIMATORS[estimator]}")
         ax.set_xlabel("local intrinsic dimension")
         ax.set_ylabel("L0 over its mean")
-    figure.legend(
-        legend.values(),
-        legend,
-        loc="outside lower center",
-        ncols=style.legend_columns(list(legend), style.TEXT_WIDTH),
-    )
+    style.legend_below(figure, legend)
     caption = (
         "Mean L0 of held-out rows, over its mean, against the local intrinsic dimension around them, in ten bins of "
         f"equally many rows; the dimension is estimated from {neighbours:g} neighbours. Variants with a fixed k are left "

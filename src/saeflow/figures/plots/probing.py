@@ -70,12 +70,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         ax.set_axis_off()
     legend["neurons"] = Line2D([], [], **_NEURONS)  # type: ignore[arg-type]
     legend["whole activation"] = Line2D([], [], **_CEILING)  # type: ignore[arg-type]
-    figure.legend(
-        legend.values(),
-        legend,
-        loc="outside lower center",
-        ncols=style.legend_columns(list(legend), style.TEXT_WIDTH),
-    )
+    style.legend_below(figure, legend)
     caption = (
         "Accuracy on held-out rows of logistic regressions on the k latents whose mean activation differs most between yes "
         "and no, mean over questions; dotted, on k of the activation's own dimensions; dashed, on all of them. Yes and no are "
