@@ -16,6 +16,9 @@ def docstrings(path: Path) -> Iterator[tuple[str, str]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield getattr(node, "name", "module"), ast.get_docstring(node) or ""
+        match node:
+            case ast.Expr(value=ast.Constant(value=str(text))):  # below an assignment or attribute
+                yield f"line {node.lineno}", text
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

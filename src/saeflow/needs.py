@@ -35,9 +35,9 @@ class Rates:
 
     machine: str
     product_gflops: float
-    """Of an encoder product."""
+    """Rate of an encoder product."""
     forward_gflops: float
-    """Of a model's forward pass."""
+    """Rate of a model's forward pass."""
     images_s: float
     """Images decoded to a model's size in a second."""
     tokens_s: float
@@ -49,7 +49,7 @@ class Rates:
     steps: Mapping[str, Mapping[int, float]]
     """By variant and d_sae: encoder products that a training step costs."""
     arithmetic: tuple[str, ...] = ()
-    """What was worked out on paper and not measured."""
+    """Rates that were worked out on paper and not measured."""
 
     @property
     def device(self) -> str:
@@ -108,7 +108,7 @@ class Need:
     memory: float = 0
     """Bytes of the largest process."""
     hours: float = 0
-    """Of all jobs, one after the other."""
+    """Hours of all jobs, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class Needs:
     plan: Plan
     rates: Rates
     passes: Mapping[str, Pass]
-    """Of each source, see `count_passes`."""
+    """The passes of each source, see `count_passes`."""
 
     def steps(self) -> Iterator[Need]:
         """Yield the needs of each step in the order in which they run."""

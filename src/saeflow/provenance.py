@@ -58,7 +58,7 @@ class Job:
     details: dict[str, Any] = field(default_factory=dict)
     """Extra facts for the record, such as the content digest of a store."""
     share: float = 1.0
-    """Of the time, where one process makes several results at once."""
+    """Share of the time, if one process makes several results at once."""
 
 
 def record_path(result: Path) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 NAME, SHA = "someone/tiny", "0123456789abcdef0123456789abcdef01234567"
 HANGS_S = 3
-"""How long an answer that hangs is waited for: past the limits that the tests give the client."""
+"""Seconds of an answer that hangs: past the limits that the tests give the client."""
 LARGE = 4096
 """Bytes from which a file is named by its SHA-256, as the hub does with large files."""
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.workflow
 PARAMS: dict[str, Any] = yaml.safe_load((Path(__file__).parent / "text.yaml").read_text())
 
 GIVEN = ("model", "0.txt", "1.txt", "own_scorer.py")
-"""What the user brings along."""
+"""Files of the user's own."""
 SCORER = """
 def same_token(examples, windows):
     known = {one.texts[one.mark] for one in examples if one.fires}

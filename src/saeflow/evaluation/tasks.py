@@ -22,9 +22,9 @@ TOKENS: dict[str, Callable[[str], bool]] = {
     ),
     "white space": lambda text: bool(text) and text.isspace(),
 }
-"""What a token's own text says of it."""
+"""Facts that a token's own text shows."""
 _PIECE = "\ufffd"
-"""What bytes that are no whole character decode to."""
+"""The text of bytes that are no whole character."""
 
 
 def asked(columns: Mapping[str, np.ndarray]) -> np.ndarray:

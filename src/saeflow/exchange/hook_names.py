@@ -8,7 +8,7 @@ from saeflow.errors import UserError
 
 _KINDS = "resid_pre|resid_mid|resid_post|mlp_out|attn_out"
 _INPUTS = "mlp|attn"
-"""Of which TransformerLens's hook_in is what the module takes, after the norm before it."""
+"""Modules whose TransformerLens hook_in is their input after the norm before it."""
 
 
 def theirs(hook_point: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from saeflow.files import atomic_file, read_json, write_json
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 VERSION = "6.0.0"
-"""Of the format, not of the library: folders of earlier ones are read with other defaults there."""
+"""Version of the format, not of the library: SAELens reads folders of earlier ones with other defaults."""
 _KINDS: dict[str, Kind] = {
     "standard": "relu",
     "topk": "topk",

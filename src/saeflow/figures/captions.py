@@ -81,7 +81,7 @@ _SCALES = {
     "raw": "as they are",
     "centred": "less their mean row, divided by the root of their mean squared norm",
 }
-"""What an input scale (`training.input_scale`) makes of activations."""
+"""Activations under each input scale (`training.input_scale`)."""
 
 
 def scale_sentence(rows: pd.DataFrame, options: pd.DataFrame) -> str:

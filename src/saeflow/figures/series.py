@@ -11,7 +11,7 @@ from saeflow.figures import style
 from saeflow.tables.numbers import natural
 
 ESTIMATORS = {"mle": "maximum likelihood", "twonn": "TwoNN"}
-"""Of local intrinsic dimension, as panels name them."""
+"""Estimators of local intrinsic dimension, as panels name them."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class Code:
     def __init__(self, folder: Path = FOLDER) -> None:
         self._edits: dict[str, str] = {}
         self.files: dict[str, Path] = {}
-        """Of each module."""
+        """The file of each module."""
         self._data: dict[str, Path] = {}
         for path in sorted(folder.rglob("*")):
             if path.suffix == ".py":

@@ -26,7 +26,7 @@ DISTRIBUTIONS = {
     "PIL": "pillow", "sklearn": "scikit-learn", "skdim": "scikit-dimension", "yaml": "pyyaml",
     "huggingface_hub": "huggingface-hub", "sae_lens": "sae-lens",
 }  # fmt: skip
-"""Where a library is imported under another name than it is installed under."""
+"""Names under which libraries are installed, if they are imported under others."""
 BEHIND = {
     "transformers": ("tokenizers", "safetensors"), "zarr": ("numcodecs",), "pandas": ("numpy",), "torch": ("numpy",),
 }  # fmt: skip

@@ -36,11 +36,11 @@ class Statement:
     names: frozenset[tuple[str, str | None]]
     """Names of the module, each with the attribute that is taken of it; None where the name itself is used."""
     imports: frozenset[tuple[Import, str | None]]
-    """What is imported inside the statement, with the attribute that is taken of it, if that is all that is used."""
+    """Imports inside the statement, with the attribute that is taken of each, if that is all that is used."""
     texts: frozenset[str]
     """Strings in it: each may name a module or a data file of the package."""
     entries: tuple[tuple[str, "Statement"], ...]
-    """Of a table (a dictionary with literal keys): the statement for each key alone."""
+    """The statement for each key alone of a table (a dictionary with literal keys)."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from saeflow.operators.gpu.weights import Walk
 from saeflow.operators.rows import pad, positions
 
 is_padded = False
-"""Whether a CPU does what a GPU does, which is slower: for tests."""
+"""True makes a CPU take the GPU's path, which is slower: for tests."""
 
 
 class ByColumn(NamedTuple):

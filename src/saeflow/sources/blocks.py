@@ -15,7 +15,7 @@ from saeflow.sources.layouts import PLACES, VISION
 from saeflow.sources.trace import Call, Node, Trace
 
 BATCH, LENGTH = 2, 6
-"""Of the trace: no family has heads, experts or widths that these would be taken for."""
+"""Sizes of the trace: no family has heads, experts or widths that these would be taken for."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Block:
     sum_of: "Expression | None" = None
     """The output as a sum; None where it is none."""
     length: int = 0
-    """Of the tuple that it returns; 0 for a lone tensor."""
+    """Length of the tuple that it returns; 0 for a lone tensor."""
 
 
 @dataclass(frozen=True)
@@ -188,9 +188,9 @@ class Branch:
     """The way from the residual stream to what a part of a block adds to it."""
 
     calls: list[Call]
-    """Of the block's parts with matrices, in their order."""
+    """Calls of the block's parts with matrices, in their order."""
     taken: set[Node]
-    """Where it leaves the residual stream."""
+    """Nodes at which it leaves the residual stream."""
 
 
 def _is_inside(node: Node, path: str) -> bool:

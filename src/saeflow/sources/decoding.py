@@ -56,7 +56,7 @@ _DAMAGED = (
     OSError, ValueError, SyntaxError, EOFError, TypeError, AttributeError, LookupError, OverflowError, RuntimeError,
     MemoryError, ZeroDivisionError, struct.error, zlib.error,
 )  # fmt: skip
-"""What Pillow raises at damaged files and their EXIF."""
+"""Errors that Pillow raises at damaged files and their EXIF."""
 
 
 @cache

@@ -25,7 +25,7 @@ SUFFIXES = {
     ".apng", ".avif", ".bmp", ".dib", ".gif", ".heic", ".heif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg",
     ".jxl", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp",
 }  # fmt: skip
-"""Of files that are images, also those that Pillow may have no decoder for."""
+"""Suffixes of images, also of those that Pillow may have no decoder for."""
 NO_LABEL = -1
 _MOST_BYTES = 1 << 28
 

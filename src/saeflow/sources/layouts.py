@@ -109,7 +109,7 @@ IMAGE_MODELS = ("clip",)
 """`model_type` of models with an image tower and a text tower, whose sizes are in config.json's vision_config."""
 
 GGUF_MODEL_TYPES = {"gemma3": "gemma3_text", "gptneox": "gpt_neox"}
-"""Where GGUF's name of an architecture is not the `model_type`."""
+"""The `model_type` of architectures that GGUF calls by another name."""
 
 
 @dataclass(frozen=True)

@@ -36,15 +36,15 @@ logger = logging.getLogger(__name__)
 
 LINK = "model.json"
 FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
-"""What a model and its tokenizer need; pickled weights (*.bin, *.pt) are never read."""
+"""Files of a model and its tokenizer; pickled weights (*.bin, *.pt) are never read."""
 LOADING = "loading.json"
-"""Where the dtype stands in which a model is run, if it is not float32."""
+"""File with the dtype in which a model is run, if it is not float32."""
 _NOT_MODEL = (LINK, LOADING, "provenance.json")
 _ADAPTER = "adapter_config.json"
 Model = Mapping[str, Any]
 """`model` of a source."""
 Notes = dict[str, str]
-"""What was done to a model that a reader of the record should know."""
+"""Changes to a model that a reader of the record should know."""
 
 
 def pinned(model: Mapping[str, Any]) -> dict[str, str]:

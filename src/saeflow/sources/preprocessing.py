@@ -47,9 +47,9 @@ class Preprocessing:
     resample: int
     """PIL's number of the filter."""
     factor: float | None
-    """What pixels (0..255) are multiplied with; None leaves them."""
+    """Factor of pixels (0..255); None leaves them."""
     mean: tuple[float, ...] | None
-    """Of each channel; None does not normalise."""
+    """Mean of each channel; None does not normalise."""
     std: tuple[float, ...] | None
     patch: int
 

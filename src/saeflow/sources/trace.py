@@ -50,7 +50,7 @@ class Call:
     outputs: dict[int | str | None, Node] = field(default_factory=dict)
     """Floating tensors of the result, by place in a tuple; None for a lone tensor."""
     length: int = 0
-    """Of the result, where it is a tuple."""
+    """Length of the result, if it is a tuple."""
     started: int = 0
     ended: int = 0
 

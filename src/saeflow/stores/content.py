@@ -46,7 +46,7 @@ def in_pieces(windows: Iterable[Rows]) -> Iterator[Rows]:
 _LEAST_SCALE = float(np.finfo(np.float32).tiny)
 """Activations are divided by their scale in float32."""
 _LEAST_SPREAD = 1e-12
-"""Of the variance in the mean square, above the rounding of sums in float64."""
+"""Least share of the variance in the mean square, above the rounding of sums in float64."""
 
 
 @dataclass

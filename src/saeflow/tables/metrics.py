@@ -13,7 +13,7 @@ from typing import Literal
 from saeflow.tables.numbers import significant
 
 _TOLERANCE = 1e-3
-"""How far rounding may carry a value out of its bounds."""
+"""Largest distance by which rounding may carry a value out of its bounds."""
 
 
 @dataclass(frozen=True, kw_only=True)

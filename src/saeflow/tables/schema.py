@@ -74,7 +74,7 @@ MEASURED_IDS: Columns = {
     ),
 }
 TARGETED_IDS: Columns = with_target(IDS)
-"""Of a table that has a k of its own."""
+"""Columns that identify a line of a table with a k of its own."""
 
 _INTERVAL = {
     "low": _number("Lower bound of the 95 % bootstrap interval over contexts."),
@@ -131,7 +131,7 @@ STEPS: Columns = {
     "lr": _number("Learning rate."),
     "tokens_per_s": _number("Training throughput since the last logged step.", "tokens/s", "tokens/s"),
 }  # fmt: skip
-"""What a logged step may hold; a variant of the user's own may log more."""
+"""Columns that a logged step may hold; a variant of the user's own may log more."""
 
 
 @dataclass(frozen=True, kw_only=True)

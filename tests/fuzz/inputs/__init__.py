@@ -20,7 +20,7 @@ class Kind:
     """A kind of input: makes one, reads it, and raises WrongError where that is not as it should be."""
 
     share: int
-    """How many of a hundred inputs."""
+    """Share of a hundred inputs."""
     check: Callable[[random.Random, Path], None]
 
 

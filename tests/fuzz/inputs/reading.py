@@ -16,7 +16,7 @@ from saeflow.errors import UserError
 MOST_BYTES = 2 << 30
 """Memory that reading one input may take."""
 REFUSED = object()
-"""What `read` gives where the input was refused in one line."""
+"""Result of `read` for an input that was refused in one line."""
 
 NASTY: list[Any] = [
     None, True, False, 0, 1, -1, 2**63, 10**40, 0.5, -0.5, 1e308, float("nan"), float("inf"), "", " ", "x", "\x00",
