@@ -16,6 +16,10 @@ if not torch.cuda.is_available():  # with a GPU, operators/test_gpu.py runs the 
         gpu.load(module)
     del os.environ["TRITON_INTERPRET"]
 
+# Where SLURM is installed and does not run, each start of Snakemake waits 10 s for `scontrol`, which its plugin calls;
+# with an empty configuration that ends at once. The fixture `cluster` takes this away.
+os.environ.setdefault("SLURM_CONF", os.devnull)
+
 # The same examples at every run; FUZZ_EXAMPLES draws as many new ones.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 settings.register_profile(

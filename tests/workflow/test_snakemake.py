@@ -86,6 +86,17 @@ def test_one_parameter_reruns_exactly_what_depends_on_it(
     assert done.todo() == {}
 
 
+def test_parts_of_another_number_are_not_asked_for_because_inputs_seem_newer(done: Project) -> None:
+    """A store's parts are gone, and a checkout may give its inputs a later time than the store's."""
+    for record in (done.folder / "results/sources").rglob("provenance.json"):
+        os.utime(record)
+    done.write(with_value("runtime/extraction_jobs", 3))
+    try:
+        assert done.todo() == {}
+    finally:
+        done.write(SYNTHETIC)
+
+
 def test_a_group_makes_what_is_missing_and_the_same(done: Project) -> None:
     """One job trains, one evaluates what is missing. Of what a killed one had measured, it takes what still holds."""
     saes, evaluations = done.folder / "results/saes", done.folder / "results/evaluations"

@@ -7,7 +7,9 @@ extracted by runtime.extraction_jobs independent jobs, whose number does not cha
 
 rule extract_part:
     input:
-        lambda w: jobs.store(w.source, w.split).inputs,
+        # Snakemake compares the time of an input with that of the store where the part itself is gone. Only the
+        # rule that writes the store decides whether it is written again.
+        lambda w: ancient(jobs.store(w.source, w.split).inputs),
     output:
         part=temp(directory("results/stores/{source}/{split}.parts/{part}-of-{parts}")),
     log:
