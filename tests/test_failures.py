@@ -47,3 +47,16 @@ def test_a_job_that_a_later_try_finished_is_no_failure(
     assert (
         found[-1] == "error: of draw_figure/f [draw_figure; the whole log: logs/draw_figure/f.log]"
     )
+
+
+def test_progress_of_a_killed_job_is_not_given_for_its_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("logs/draw_figure").mkdir(parents=True)
+    Path("logs/draw_figure/f.log").write_text("12:00:00 step 3 of 9\n\n")
+    Path("run.log").write_text(LOG.format(finished=1))
+    (found,) = failures([Path("run.log")])
+    assert found.startswith(
+        "error: the job ended without a message. Its last line: 12:00:00 step 3 of 9 ["
+    )

@@ -31,13 +31,16 @@ def failures(logs: Iterable[Path]) -> list[str]:
 
 
 def _last_words(path: Path) -> str | None:
-    """The line of a job's log that says what went wrong: the last `error: ...`, or the last line of all."""
+    """The last `error: ...` of a job's log. A job that wrote none was killed, or failed outside the package."""
     if not path.is_file():
         return None
     lines = [
         line.strip()
         for line in path.read_text(encoding="utf-8", errors="backslashreplace").splitlines()
     ]
-    errors = [line for line in lines if line.startswith("error: ")]
-    found = errors or [f"error: {line}" for line in lines if line]
-    return found[-1] if found else None
+    if errors := [line for line in lines if line.startswith("error: ")]:
+        return errors[-1]
+    written = [line for line in lines if line]
+    return (
+        f"error: the job ended without a message. Its last line: {written[-1]}" if written else None
+    )
