@@ -231,10 +231,12 @@ class Needs:
         others = plan.others(source)
         has_model, in_model = plan.has_model(source), plan.kind(source).predicts_contexts
         width = one.widths[hook_point]
-        chosen = plan.evaluation(source)["ce_contexts"] if in_model else 0
+        asked = plan.evaluation(source)["ce_contexts"]
         rows, contexts, seconds = 0, 0, 0.0
         for name in (source, *others):
             whole, to_hook = self.passes[name].flops_whole, self.passes[name].flops
+            each = plan.kind(name).rows_per_context(plan.params["sources"][name]) or 1
+            chosen = (asked or -(-plan.rows(name)["evaluation"] // each)) if in_model else 0
             contexts += chosen
             rows += plan.rows(name)["evaluation"]
             through_model = chosen * (whole + len(runs) * (whole - to_hook))

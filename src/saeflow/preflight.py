@@ -175,7 +175,7 @@ def _check_rows(plan: Plan, source: str) -> None:
     each = kind.rows_per_context(params)
     contexts = None if each is None else math.ceil(rows / each)
     wanted = evaluation["ce_contexts"]
-    if kind.predicts_contexts and contexts is not None and wanted > contexts:
+    if kind.predicts_contexts and contexts is not None and (wanted or 0) > contexts:
         raise UserError(
             f"evaluation.ce_contexts: expected at most {contexts} (stores.{source}.evaluation_rows: {rows} rows, "
             f"{each} of each context), found {wanted}. Lower it, or raise evaluation_rows."

@@ -26,7 +26,7 @@ def text(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     params: dict[str, Any] = {
         "kind": "text", "model": {"folder": str(model_folder)}, "hook_points": [HOOK_POINT],
         "text": {"bundled": "english"}, "evaluation_share": 0.3, "context_length": 32, "prepend_bos": True, "skip_first": True, "max_norm_multiple": 10,
-        "forward_batch": 4,
+        "forward_batch": 4, "contexts_per_document": 4, "shared_run": 13, "seed": 0,
     }  # fmt: skip
     folder = root / "sources" / "tiny"
     (folder / "inputs").mkdir(parents=True)

@@ -122,6 +122,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split, contexts in (("train", 40), ("evaluation", 12)):
         ids = rng.integers(0, 50, (contexts, 16)).astype(np.int32)
         np.save(text / "inputs" / f"{split}.npy", ids)
+        np.save(text / "inputs" / f"{split}_documents.npy", np.arange(contexts) // 2)
     make_stores(root, "tiny", TEXT)
     clean = root / "evaluations" / "tiny" / HOOK_POINT / "clean"
     clean.mkdir(parents=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saeflow.evaluation.controls import Controls, mean_k, threshold_for
-from saeflow.evaluation.intervals import PerContext
+from saeflow.evaluation.intervals import PerUnit
 from saeflow.evaluation.measure import measure_rows
 from saeflow.evaluation.rows import EvaluatedRows, RowSelection
 from saeflow.operators import keep_topk
@@ -46,7 +46,7 @@ def rows(counts: np.ndarray) -> np.ndarray:
 
 def lines(store: Any, batch_size: int = 100) -> dict[tuple[str, str], dict[str, Any]]:
     evaluated = EvaluatedRows(store, ALL, batch_size, "cpu")
-    contexts = PerContext(ROWS // 4, SETTINGS)
+    contexts = PerUnit(np.arange(ROWS // 4), SETTINGS)
     controls = Controls(Oracle(), evaluated, contexts, SETTINGS)
     found = measure_rows(Oracle(), evaluated, [contexts, controls]).tables["controls"]
     return {(line["control"], line["metric"]): line for line in found}
@@ -60,7 +60,7 @@ def varying(memory_store: Any) -> Any:
 
 def test_the_true_k_beats_another_rows_and_the_mean(varying: Any) -> None:
     found = lines(varying)
-    for control in ("shuffled_k", "mean_k"):
+    for control in ("shuffled_k", "k_by_norm", "mean_k"):
         fvu = found[control, "fvu"]
         assert fvu["difference_low"] > 0.01
         assert fvu["difference_low"] < fvu["difference"] < fvu["difference_high"]
@@ -71,7 +71,7 @@ def test_the_true_k_beats_another_rows_and_the_mean(varying: Any) -> None:
 def test_where_k_is_constant_it_gains_nothing(memory_store: Any) -> None:
     store = memory_store(rows(np.full(ROWS, 4)), context=np.arange(ROWS) // 4)
     found = lines(store)
-    for control in ("shuffled_k", "mean_k"):
+    for control in ("shuffled_k", "k_by_norm", "mean_k"):
         for metric in ("fvu", "nmse", "l0_mean"):
             line = found[control, metric]
             assert line["difference"] == line["difference_low"] == line["difference_high"] == 0
@@ -84,12 +84,16 @@ def test_controls_are_what_they_say(varying: Any) -> None:
     random = np.random.default_rng(SETTINGS["seed"])
     shuffled = random.permutation(k.astype(np.int32))
     mean = mean_k(k, random)
+    longest_first = np.sort(k)[::-1]
+    norms = np.array([float((row**2).sum()) for row in x.double().numpy()])
+    of_norm = np.array([longest_first[int((norms > own).sum())] for own in norms])
     everything = np.sort(x.numpy().ravel())[::-1]
     threshold = everything[k.sum()]
     found = lines(varying)
     for control, kept in {
         "own": [np.argsort(-row)[:n] for row, n in zip(x.numpy(), k, strict=True)],
         "shuffled_k": [np.argsort(-row)[:n] for row, n in zip(x.numpy(), shuffled, strict=True)],
+        "k_by_norm": [np.argsort(-row)[:n] for row, n in zip(x.numpy(), of_norm, strict=True)],
         "mean_k": [np.argsort(-row)[:n] for row, n in zip(x.numpy(), mean, strict=True)],
         "batch_threshold": [np.flatnonzero(row > threshold) for row in x.numpy()],
     }.items():
@@ -128,3 +132,12 @@ def test_the_mean_k_has_as_many_in_all() -> None:
     same = mean_k(k, np.random.default_rng(1))
     assert same.sum() == k.sum()
     assert same.max() - same.min() <= 1
+
+
+def test_where_the_norm_tells_k_it_is_as_good(memory_store: Any) -> None:
+    """Rows whose norm grows with their count: the control hands out the k's that the SAE chose itself."""
+    counts = np.random.default_rng(2).integers(1, 9, ROWS)
+    x = (np.arange(WIDTH)[None] < counts[:, None]) * 1.0
+    found = lines(memory_store(x, context=np.arange(ROWS) // 4))
+    assert found["k_by_norm", "fvu"]["difference"] == pytest.approx(0, abs=1e-12)
+    assert found["shuffled_k", "fvu"]["difference_low"] > 0.01

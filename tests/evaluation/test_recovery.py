@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 from sklearn.metrics import precision_recall_fscore_support
 from torch.nn.functional import normalize
 
@@ -139,3 +139,38 @@ def test_a_dead_sae_has_recall_zero_and_no_precision() -> None:
     got = recovery.metrics()
     assert got["support_recall"] == got["support_f1"] == 0
     assert "support_precision" not in got
+
+
+def test_correlations_given_the_norm_are_those_of_residuals() -> None:
+    """Against scipy's ranks with the norm's regressed out, row by row."""
+    rng = np.random.default_rng(3)
+    count = rng.integers(1, 8, 3000)
+    norm = torch.from_numpy(count**0.5 * rng.lognormal(0, 0.3, 3000))
+    k_hat = torch.from_numpy(0.5 * count + 2 * norm.numpy() + rng.random(3000))
+    l0 = np.minimum(12, count + rng.integers(0, 5, 3000))
+    latents = torch.from_numpy((np.arange(12)[None] < l0[:, None]) * 1.0)
+    indices = np.where(np.arange(7)[None] < count[:, None], np.arange(7)[None], -1)
+    recovery = Recovery(torch.eye(12), torch.eye(12))
+    for part in np.array_split(np.arange(3000), 4):
+        recovery.add(latents[part], indices[part], k_hat[part], norm[part])
+    got = recovery.metrics()
+    assert got["spearman_norm_true"] == pytest.approx(spearmanr(norm, count)[0], abs=2e-3)
+    for name, values in (("l0", l0), ("k_hat", k_hat.numpy())):
+        ranks = [rankdata(v) for v in (values, count)]
+        given = np.stack([rankdata(norm), np.ones(3000)], 1)
+        a, b = (rank - given @ np.linalg.lstsq(given, rank)[0] for rank in ranks)
+        assert got[f"partial_{name}_true"] == pytest.approx(np.corrcoef(a, b)[0, 1], abs=5e-3)
+
+
+def test_random_directions_reach_chance_and_no_more() -> None:
+    features = unit_rows(40, 16, 0)
+    of_chance = [
+        Recovery(features, unit_rows(80, 16, seed)).metrics_of_dictionary() for seed in range(1, 6)
+    ]
+    for found in of_chance:
+        assert found["matched_feature_cosine"] == pytest.approx(
+            found["matched_feature_cosine_chance"], abs=0.05
+        )
+    half = torch.cat([features[:20], unit_rows(20, 16, 9) * 1e-9 + features[:1] * 0])
+    found = Recovery(features, half).metrics_of_dictionary()
+    assert 0.5 <= found["features_found"] <= 0.5 + 20 * 0.03

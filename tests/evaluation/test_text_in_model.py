@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -107,16 +108,18 @@ def make_source(tmp_path: Path, kind: str, contexts: int = CONTEXTS) -> tuple[Pa
     ids = np.random.default_rng(5).integers(0, VOCABULARY, (contexts, LENGTH)).astype(np.int32)
     (folder / "inputs").mkdir()
     np.save(folder / "inputs" / "evaluation.npy", ids)
+    np.save(folder / "inputs" / "evaluation_documents.npy", np.arange(contexts) // 2)
     return folder, model, torch.tensor(ids, dtype=torch.int64)
 
 
 def make_loop(
-    folder: Path, hook_point: str, *, skip_first: bool, forward_batch: int = 3, out: str = "clean"
+    folder: Path, hook_point: str, *, skip_first: bool, forward_batch: int = 3, out: str = "clean",
+    contexts: int | None = CONTEXTS,
 ) -> NextTokens:
     clean = folder / out
     clean.mkdir()
     source = {"skip_first": skip_first, "forward_batch": forward_batch}
-    write_clean(source, folder, hook_point, MEAN, {"ce_contexts": CONTEXTS}, {}, "cpu", clean)
+    write_clean(source, folder, hook_point, MEAN, {"ce_contexts": contexts}, {}, "cpu", clean)
     return NextTokens(clean, folder / "model", "cpu")
 
 
@@ -135,9 +138,8 @@ def test_matches_whole_forward_passes(
 ) -> None:
     folder, model, ids = make_source(tmp_path, kind)
     loop = make_loop(folder, hook_point, skip_first=skip_first)
-    loop.zero_costs = (
-        True  # for the formula's sake; a random model is not always worse without an activation
-    )
+    # For the formulas' sake; a random model is not always worse without an activation.
+    loop.zero_costs = loop.mean_costs = True
     got = measured(loop, damaged)
     only = all_but_first if skip_first else (lambda replace: replace)
     mean = MEAN.float()
@@ -158,10 +160,12 @@ def test_matches_whole_forward_passes(
     assert got["ce_degradation"] == pytest.approx(
         expected["ce_spliced"] - expected["ce_clean"], abs=3e-6
     )
-    recovered = (expected["ce_zero"] - expected["ce_spliced"]) / (
-        expected["ce_zero"] - expected["ce_clean"]
-    )
-    assert got["loss_recovered"] == pytest.approx(recovered, rel=1e-3, abs=1e-4)
+    for name, ablated in (("loss_recovered", "ce_zero"), ("loss_recovered_of_mean", "ce_mean")):
+        recovered = (expected[ablated] - expected["ce_spliced"]) / (
+            expected[ablated] - expected["ce_clean"]
+        )
+        assert got[name] == pytest.approx(recovered, rel=1e-3, abs=1e-4)
+    assert got["ce_uniform"] == pytest.approx(float(torch.tensor(VOCABULARY).double().log()))
     kl = kl_div(
         scores["ce_spliced"].log_softmax(-1).flatten(0, 1),
         scores["ce_clean"].log_softmax(-1).flatten(0, 1),
@@ -183,7 +187,9 @@ def test_identity_costs_nothing_and_the_mean_baseline_is_ce_mean(
     assert identity["ce_degradation"] == pytest.approx(0, abs=1e-6)
     assert identity["kl"] == pytest.approx(0, abs=1e-6)
     assert identity["loss_recovered"] == pytest.approx(1, abs=1e-4)
+    loop.mean_costs = True
     mean = measured(loop, Mean(MEAN).forward)
+    assert mean["loss_recovered_of_mean"] == pytest.approx(0, abs=1e-4)
     assert mean["ce_spliced"] == pytest.approx(mean["ce_mean"], abs=1e-6)
     assert measured(loop, torch.zeros_like)["loss_recovered"] == pytest.approx(0, abs=1e-6)
 
@@ -288,6 +294,46 @@ def test_contexts_are_spread_over_the_split(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = float(model(input_ids=ids[::3], labels=ids[::3]).loss)
     assert got["ce_clean"] == pytest.approx(expected, abs=2e-6)
+
+
+def test_all_contexts_are_run_where_no_number_is_given(tmp_path: Path) -> None:
+    folder, model, ids = make_source(tmp_path, "llama", contexts=3 * CONTEXTS)
+    got = measured(make_loop(folder, CASES[0][1], skip_first=False, contexts=None), damaged)
+    with torch.no_grad():
+        expected = float(model(input_ids=ids, labels=ids).loss)
+    assert got["ce_clean"] == pytest.approx(expected, abs=2e-6)
+    assert (got["ce_contexts"], got["ce_share"]) == (3 * CONTEXTS, 1)
+
+
+def test_sums_are_those_of_documents(tmp_path: Path) -> None:
+    """Two contexts a document, each with its own loss from a plain run of the model."""
+    folder, model, ids = make_source(tmp_path, "llama")
+    loop = make_loop(folder, CASES[0][1], skip_first=False)
+    found = loop.measure(SimpleNamespace(forward=damaged), is_trained=True)
+    with torch.no_grad():
+        clean = model(input_ids=ids).logits[:, :-1]
+        with replaced(model, CASES[0][1], damaged):
+            spliced = model(input_ids=ids).logits[:, :-1]
+    targets = ids[:, 1:]
+    rise = cross_entropy(spliced.transpose(1, 2), targets, reduction="none").double().sum(1)
+    rise -= cross_entropy(clean.transpose(1, 2), targets, reduction="none").double().sum(1)
+    expected = [float(rise[i : i + 2].sum()) for i in range(0, CONTEXTS, 2)]
+    assert found.units.tolist() == [0, 1, 2, 3]
+    assert found.sums["rise"].tolist() == pytest.approx(expected, abs=1e-4)
+    assert found.sums["tokens"].tolist() == [22, 22, 22, 11]
+
+
+@pytest.mark.parametrize("scale", [0.0, 4.0])
+def test_a_zero_ablation_worse_than_a_uniform_guess_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, scale: float
+) -> None:
+    folder, model, _ = make_source(tmp_path, "llama")
+    model.lm_head.weight.data.mul_(scale)
+    model.save_pretrained(folder / "model")
+    summary = make_loop(folder, CASES[0][1], skip_first=False).summary
+    is_above = summary["ce_zero"] > np.log(VOCABULARY)
+    assert is_above == (scale > 0)  # a model without a head guesses uniformly
+    assert ("uniform" in caplog.text) == is_above
 
 
 def test_clean_side_is_kept_in_pieces_with_its_summary(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ import json
 import re
 import sysconfig
 from collections import Counter
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,9 +21,11 @@ from saeflow.files import file_digest
 from saeflow.sources import english
 from saeflow.sources.documents import (
     PASSAGE_CHARACTERS,
+    Document,
     documents_digests,
     is_evaluation,
     read_documents,
+    shuffled,
 )
 
 STORIES = [f"Story {i}: once there was a number {i * i}.\n\nThe end — “ended”." for i in range(50)]
@@ -303,3 +307,31 @@ def test_the_split_keeps_its_share_and_depends_on_the_document_alone() -> None:
     larger = [is_evaluation(document, 0.3) for document in documents]
     assert all(b for a, b in zip(chosen, larger, strict=True) if a)  # a larger share only adds
     assert is_evaluation(documents[0], 0.1) == chosen[0]
+
+
+def test_documents_come_in_a_random_order_of_their_seed() -> None:
+    documents = [Document(f"document {i}", "a.txt") for i in range(2000)]
+    numbers = [number for number, _ in shuffled(iter(documents), 0)]
+    assert sorted(numbers) == list(range(2000))
+    assert all(one == documents[number] for number, one in shuffled(iter(documents), 0))
+    assert numbers == [number for number, _ in shuffled(iter(documents), 0)]
+    assert numbers != [number for number, _ in shuffled(iter(documents), 1)]
+    rank = np.corrcoef(numbers, np.arange(2000))[0, 1]
+    assert abs(rank) < 4 / 2000**0.5
+
+
+def test_shuffling_holds_no_more_characters_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saeflow.sources.documents.SHUFFLE_CHARACTERS", 1000)
+    read = 0
+
+    def documents() -> Iterator[Document]:
+        nonlocal read
+        for _ in range(500):
+            read += 10
+            yield Document("x" * 10, "a.txt")
+
+    given = 0
+    for _ in shuffled(documents(), 0):
+        assert read - given <= 1010
+        given += 10
+    assert given == 5000

@@ -1,47 +1,47 @@
-"""Runs of tokens that stand in both splits, against a set of all of them."""
+"""Contexts with runs of tokens that stand in both splits, against a set of all of them."""
 
 import numpy as np
 import pytest
 
 from saeflow.sources import overlap
-from saeflow.sources.overlap import RUN, shared_runs
+from saeflow.sources.overlap import shared_contexts
 
 
-def by_sets(train: np.ndarray, evaluation: np.ndarray) -> float:
+def by_sets(train: np.ndarray, evaluation: np.ndarray, run: int) -> list[bool]:
     """Independent reference: every run as a tuple."""
-    known = {tuple(train[i : i + RUN].tolist()) for i in range(len(train) - RUN + 1)}
-    runs = [tuple(evaluation[i : i + RUN].tolist()) for i in range(len(evaluation) - RUN + 1)]
-    return sum(run in known for run in runs) / len(runs)
-
-
-def runs(train: np.ndarray, length: int, evaluation: np.ndarray) -> float:
-    return shared_runs(train.reshape(-1, length), evaluation.reshape(1, -1))
+    flat = train.reshape(-1).tolist()
+    known = {tuple(flat[i : i + run]) for i in range(len(flat) - run + 1)}
+    return [
+        any(tuple(one[i : i + run]) in known for i in range(len(one) - run + 1))
+        for one in evaluation.tolist()
+    ]
 
 
 @pytest.mark.parametrize("at_once", [100, 1 << 22])
-@pytest.mark.parametrize("copied", [0, 40, 900])
-def test_the_share_is_that_of_all_runs(
-    copied: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("run", [2, 13, 16, 30])
+def test_shared_contexts_are_those_of_all_runs(
+    run: int, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(overlap, "_AT_ONCE", at_once)
-    rng = np.random.default_rng(copied)
-    train, evaluation = rng.integers(0, 50000, 3000), rng.integers(0, 50000, 1200)
-    evaluation[100 : 100 + copied] = train[1500 : 1500 + copied]
-    monkeypatch.setattr(overlap, "_SAMPLE", 1)
-    length = 30  # of a context
-    assert runs(train, length, evaluation) == by_sets(train, evaluation)
-    monkeypatch.setattr(overlap, "_SAMPLE", 8)
-    n, share = len(evaluation) / 8, by_sets(train, evaluation)
-    assert abs(runs(train, length, evaluation) - share) < 4 * (0.25 / n) ** 0.5
+    rng = np.random.default_rng(run)
+    train, evaluation = rng.integers(0, 50000, (100, 30)), rng.integers(0, 50000, (40, 30))
+    flat = train.reshape(-1)
+    for number, length in enumerate((run - 1, run, 30, run, run - 1)):  # copied across contexts
+        place = 300 * number + 30 - length // 2
+        evaluation[7 * number, 30 - length :] = flat[place : place + length]
+    expected = by_sets(train, evaluation, run)
+    assert sum(expected) == 3
+    assert shared_contexts(train, evaluation, run).tolist() == expected
 
 
 def test_tokens_in_another_order_are_another_run() -> None:
-    tokens = np.arange(RUN)
-    for changed in (tokens[::-1], np.roll(tokens, 1), tokens + 1):
-        assert by_sets(tokens, changed) == 0
-        assert runs(tokens, RUN, changed) == 0
+    tokens = np.arange(13)[None]
+    for changed in (tokens[:, ::-1], np.roll(tokens, 1, 1), tokens + 1):
+        assert not shared_contexts(tokens, changed, 13).any()
+    assert shared_contexts(tokens, tokens, 13).all()
 
 
-def test_too_few_tokens_for_a_run_share_none() -> None:
-    few = np.arange(RUN - 1)
-    assert runs(few, RUN - 1, few) == 0
+def test_contexts_shorter_than_a_run_share_none() -> None:
+    few = np.arange(12)[None]
+    assert shared_contexts(few, few, 13).tolist() == [False]
+    assert shared_contexts(few, few[:0], 13).tolist() == []

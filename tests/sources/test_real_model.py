@@ -27,6 +27,9 @@ PARAMS: dict[str, Any] = {
     "skip_first": True,
     "max_norm_multiple": None,
     "forward_batch": 4,
+    "contexts_per_document": 4,
+    "shared_run": 13,
+    "seed": 0,
 }
 
 

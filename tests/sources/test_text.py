@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from saeflow.errors import UserError
 from saeflow.sources import external_inputs, open_source, prepare_inputs
-from saeflow.sources.documents import is_evaluation
+from saeflow.sources.documents import Document, is_evaluation, shuffled
 from saeflow.sources.models import fetch_model
 from saeflow.sources.text import TextSource
 
@@ -46,6 +46,9 @@ PARAMS: dict[str, Any] = {
     "skip_first": True,
     "max_norm_multiple": None,
     "forward_batch": 4,
+    "contexts_per_document": None,
+    "shared_run": None,
+    "seed": 0,
 }
 
 
@@ -80,20 +83,20 @@ def prepare(params: dict[str, Any], folder: Path, **rows: int) -> dict[str, Any]
 def packed(
     documents: list[str], split: str, params: dict[str, Any], tokenizer: PreTrainedTokenizerFast
 ) -> tuple[list[list[int]], list[int]]:
-    """Independent reference, one token at a time: all contexts, and the document each begins in."""
+    """Independent reference, one token at a time: all contexts, and the document of each one's middle."""
     stream = []
-    for number, text in enumerate(filter(None, documents)):
+    for number, (text, _) in shuffled((Document(t, "") for t in documents if t), params["seed"]):
         if is_evaluation(text, params["evaluation_share"]) == (split == "evaluation"):
             ids = tokenizer.encode(text, add_special_tokens=False)
             stream += [(number, token) for token in [*ids, tokenizer.eos_token_id]]
     bos = [tokenizer.bos_token_id] if params["prepend_bos"] else []
-    contexts, first = [], []
+    contexts, middle = [], []
     while len(stream) >= params["context_length"] - len(bos):
         size = params["context_length"] - len(bos)
         contexts.append(bos + [token for _, token in stream[:size]])
-        first.append(stream[0][0])
+        middle.append(stream[size // 2][0])
         stream = stream[size:]
-    return contexts, first
+    return contexts, middle
 
 
 @pytest.mark.parametrize("prepend_bos", [True, False])
@@ -111,12 +114,12 @@ def test_contexts_hold_the_documents_of_their_split_one_after_another(
     prepare(params, folder, **rows)
     for split, n in rows.items():
         tokens = np.load(folder / "inputs" / f"{split}.npy")
-        first = np.load(folder / "inputs" / f"{split}_documents.npy")
+        of = np.load(folder / "inputs" / f"{split}_documents.npy")
         contexts, numbers = packed(documents, split, params, tokenizer)
-        assert tokens.dtype == first.dtype == np.int32
+        assert tokens.dtype == of.dtype == np.int32
         assert len(tokens) == -(-n // (16 - skip_first)) < len(contexts)
         assert tokens.tolist() == contexts[: len(tokens)]
-        assert first.tolist() == numbers[: len(tokens)]
+        assert of.tolist() == numbers[: len(tokens)]
 
 
 def test_what_was_read_is_counted_by_file(
@@ -150,6 +153,54 @@ def test_what_was_read_is_counted_by_file(
     assert (
         ends <= first["documents"] + second["documents"] <= ends + 2
     )  # the last of each split is cut
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_a_document_gives_no_more_contexts_than_are_allowed(
+    most: int, params: dict[str, Any], documents: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    rows = {"train": 600, "evaluation": 100}
+    prepare(params | {"contexts_per_document": most}, folder, **rows)
+    given = [text for text in documents if text]
+    for split in rows:
+        tokens = np.load(folder / "inputs" / f"{split}.npy")[:, 1:].ravel()
+        of = np.load(folder / "inputs" / f"{split}_documents.npy")
+        assert np.unique(of, return_counts=True)[1].max() <= most
+        ends = np.flatnonzero(tokens == tokenizer.eos_token_id)
+        for start, stop in zip(ends, ends[1:], strict=False):  # whole documents, or parts of long ones
+            piece = tokens[start + 1 : stop]
+            assert len(piece) < most * 15
+            assert any(tokenizer.decode(piece) in text for text in given)
+
+
+def test_evaluation_contexts_with_a_run_of_train_are_left_out(
+    params: dict[str, Any], documents: list[str], folder: Path, tmp_path: Path
+) -> None:
+    """Random words, so that only what was copied is shared; every second held-out document quotes one of train."""
+    rng = np.random.default_rng(1)
+    words = ["".join(rng.choice(list("abcdefgh"), 6)) for _ in range(4000)]
+    texts = [" ".join(rng.choice(words, 40)) for _ in range(300)]
+    quoted = next(text for text in texts if not is_evaluation(text, 0.3))
+    texts = [f"{text} {quoted[:80]}" if i % 2 else text for i, text in enumerate(texts)] + [quoted]
+    path = tmp_path / "quotes.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    params |= {"text": {"files": [str(path)], "column": "text"}, "shared_run": 13}
+    read = prepare(params, folder, train=9000, evaluation=300)["splits"]
+    train, held_out = (
+        np.load(folder / "inputs" / f"{s}.npy")[:, 1:] for s in ("train", "evaluation")
+    )
+    flat = train.ravel().tolist()
+    known = {tuple(flat[i : i + 13]) for i in range(len(flat) - 12)}
+    assert not any(tuple(row[i : i + 13]) in known for row in held_out.tolist() for i in range(3))
+    assert read["evaluation"] == {
+        "contexts": 20, "documents": len(set(np.load(folder / "inputs" / "evaluation_documents.npy").tolist())),
+        "tokens": 300, "shared": read["evaluation"]["shared"],
+    }  # fmt: skip
+    assert read["evaluation"]["shared"] > 3
+    assert read["train"]["contexts"] == len(train)
+    assert read["train"]["shared"] == 0
+    with pytest.raises(UserError, match=r"share a run of 2 tokens .* 20 are asked for"):
+        prepare(params | {"shared_run": 2}, folder, train=9000, evaluation=300)
 
 
 def test_pieces_of_any_size_pack_alike(

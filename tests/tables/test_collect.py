@@ -40,6 +40,7 @@ def config(entry: str, k: int | None, seed: int, **changes: Any) -> dict[str, An
 POLICY = {
     "rows": 1000.0, "excluded_rows_fraction": 0.125, "first_position_excluded": 1.0,
     "max_norm_multiple": 10.0, "ce_tokens": 508.0, "ce_first_position_kept": 1.0,
+    "ce_contexts": 4.0, "ce_share": 0.25, "ce_uniform": 10.8, "ce_zero": 9.0,
 }  # fmt: skip
 
 

@@ -3,12 +3,14 @@
 On the same rows, with the same encoder and decoder, the k largest latents of each row are kept with
 
 - shuffled_k: the k of another row, drawn as one permutation of all rows;
+- k_by_norm: the same k's, handed out by the norm of the activation: the largest k to the longest row, and so on
+  (that the norm alone decides k is the null hypothesis of adaptivity; arXiv:2503.24277);
 - mean_k: the mean k in every row, rounded up in as many random rows as it takes to have equally many;
 - batch_threshold: no k; all latents above one threshold for all rows, at which equally many are active.
 
 Latents are ranked by their activations before the selection, so those that the SAE left out can enter.
-Differences to the SAE's own k are paired by context. An adaptive k that is worth something has errors below
-all three.
+Differences to the SAE's own k are paired by unit (document, image, sample). An adaptive k that is worth something
+has errors below all four.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -18,27 +20,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow.evaluation.intervals import PerContext, Sums, bounds, ratios, resample, total
+from saeflow.evaluation.intervals import PerUnit, Sums, bounds, count, ratios, resample, total
 from saeflow.evaluation.measure import Lines, Result, Seen
 from saeflow.evaluation.reconstruction import Reconstruction
 from saeflow.evaluation.rows import EvaluatedRows
 from saeflow.operators import keep_topk
 
-CONTROLS = ("shuffled_k", "mean_k", "batch_threshold")
+CONTROLS = ("shuffled_k", "k_by_norm", "mean_k", "batch_threshold")
 METRICS = ("fvu", "nmse", "l0_mean")
 _BITS = 16
 
 
 class OwnK:
-    """The k of every evaluated row, rounded down as the selection does, and how many latents were active.
+    """The k of every evaluated row, rounded down as the selection does, its norm, and how many latents were active.
 
     Args:
-        rows: how many are evaluated. Their k has its place from the start: small arrays kept between the
-            large ones of every batch would hold memory that those leave.
+        rows: how many are evaluated. Their k and norm have their place from the start: small arrays kept between
+            the large ones of every batch would hold memory that those leave.
     """
 
     def __init__(self, rows: int) -> None:
-        self.held = np.empty(rows, np.int32)
+        self.held, self.norms = np.empty(rows, np.int32), np.empty(rows, np.float32)
         self.rows = 0
         self.active = 0
 
@@ -47,6 +49,7 @@ class OwnK:
         if seen.allowed is not None:
             stop = self.rows + len(seen.allowed)
             self.held[self.rows : stop] = seen.allowed.floor().cpu().numpy()
+            self.norms[self.rows : stop] = seen.x.norm(dim=1).cpu().numpy()
             self.rows = stop
 
     def result(self) -> Result:
@@ -56,6 +59,11 @@ class OwnK:
     def k(self) -> np.ndarray | None:
         """(rows,) int32; None for an SAE that chooses none."""
         return self.held[: self.rows] if self.rows else None
+
+    @property
+    def norm(self) -> np.ndarray:
+        """(rows,) float32 norms of the same rows."""
+        return self.norms[: self.rows]
 
 
 class Controls:
@@ -68,7 +76,7 @@ class Controls:
     """
 
     def __init__(
-        self, sae: Any, rows: EvaluatedRows, own_sums: PerContext, settings: Mapping[str, int]
+        self, sae: Any, rows: EvaluatedRows, own_sums: PerUnit, settings: Mapping[str, int]
     ) -> None:
         self.sae, self.rows, self.own_sums, self.settings = sae, rows, own_sums, settings
         self.own = OwnK(rows.statistics.rows)
@@ -135,11 +143,18 @@ def mean_k(k: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return same
 
 
+def by_norm(k: np.ndarray, norm: np.ndarray) -> np.ndarray:
+    """The same k's (rows,), in the order of the norms: the row of rank i has the k of rank i."""
+    placed = np.empty_like(k)
+    placed[np.argsort(norm, kind="stable")] = np.sort(k)
+    return placed
+
+
 def control_lines(
     sae: Any,
     rows: EvaluatedRows,
     own: OwnK,
-    own_sums: PerContext,
+    own_sums: PerUnit,
     settings: Mapping[str, int],
 ) -> Lines:
     """Lines of the table `controls`; three further passes of the encoder over the rows.
@@ -148,7 +163,7 @@ def control_lines(
         sae: whose `allowed_k` is a number for each row.
         rows: as of `measure_rows`.
         own: of the SAE as it is, from a pass over the same rows.
-        own_sums: of each context, from that pass.
+        own_sums: of each unit, from that pass.
         settings: resamples and seed.
     """
     assert own.k is not None
@@ -159,7 +174,8 @@ def control_lines(
 
     random = np.random.default_rng(settings["seed"])
     counts = {"shuffled_k": random.permutation(own.k), "mean_k": mean_k(own.k, random)}
-    found = {name: PerContext(rows.contexts, settings) for name in CONTROLS}
+    counts["k_by_norm"] = by_norm(own.k, own.norm)
+    found = {name: PerUnit(own_sums.units[own_sums.unit_of], settings) for name in CONTROLS}
     rebuilt = Reconstruction(rows.statistics.mean)
     with torch.inference_mode():
         threshold = threshold_for(batches, own.active)
@@ -186,12 +202,13 @@ def control_lines(
 
 def _lines(own: Sums, controls: Mapping[str, Sums], settings: Mapping[str, int]) -> Lines:
     lines = []
+    units = count(own)
     own_drawn, own_values = ratios(resample(own, settings)), ratios(total(own))
     for name, sums in {"own": own, **controls}.items():
         drawn, values = ratios(resample(sums, settings)), ratios(total(sums))
         for metric in METRICS:
-            low, high = bounds(drawn[metric])
-            least, most = bounds(drawn[metric] - own_drawn[metric])
+            low, high = bounds(drawn[metric], units)
+            least, most = bounds(drawn[metric] - own_drawn[metric], units)
             line = {"control": name, "metric": metric, "value": float(values[metric])}
             difference = float(values[metric] - own_values[metric])
             line |= {"low": low, "high": high, "difference": difference}

@@ -23,3 +23,9 @@ def partial_correlation(a: np.ndarray, b: np.ndarray, given: np.ndarray) -> floa
     left, right = (rank - (rank @ g) / (g @ g) * g for rank in (a_rank, b_rank))
     scale = np.sqrt((left @ left) * (right @ right))
     return float(left @ right / scale) if scale > 1e-9 * len(a) else None
+
+
+def partial_of(ab: float, a_given: float, b_given: float) -> float | None:
+    """The partial correlation of a and b from the three pairwise ones; None where the third decides either wholly."""
+    rest = (1 - a_given**2) * (1 - b_given**2)
+    return (ab - a_given * b_given) / rest**0.5 if rest > 1e-12 else None

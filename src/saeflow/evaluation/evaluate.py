@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from saeflow.evaluation.baselines import baselines
 from saeflow.evaluation.by_dimension import PerRow
@@ -16,7 +16,7 @@ from saeflow.evaluation.contexts import ContextMeans
 from saeflow.evaluation.controls import Controls
 from saeflow.evaluation.dimension import DIMENSIONS
 from saeflow.evaluation.images import PerGroup, PerImage, write_cards
-from saeflow.evaluation.intervals import PerContext, interval_lines
+from saeflow.evaluation.intervals import UNIT, PerUnit, interval_lines
 from saeflow.evaluation.measure import Lines, Measured, Observer, measure_rows
 from saeflow.evaluation.recovery import Recovery
 from saeflow.evaluation.setup import Setup
@@ -25,6 +25,11 @@ from saeflow.tables.metrics import brief
 from saeflow.tables.runs import identify
 
 logger = logging.getLogger(__name__)
+
+SUMS = "sums.safetensors"
+"""What each unit of the SAE's own source adds to the sums that metrics are ratios of, for paired comparisons."""
+ROWS, IN_MODEL = "rows.", "model."
+"""Names in SUMS begin so: sums of evaluated rows, and of predicted tokens of the model with the SAE in it."""
 
 
 def observers(setup: Setup, sae: Any, *, is_trained: bool) -> list[Observer]:
@@ -45,8 +50,8 @@ def observers(setup: Setup, sae: Any, *, is_trained: bool) -> list[Observer]:
     if is_trained:
         found.append(_per_context(setup))
     if (bootstrap := settings.get("bootstrap")) is not None:
-        per_context = PerContext(rows.contexts, bootstrap)
-        found += [per_context, Controls(sae, rows, per_context, bootstrap)]
+        per_unit = PerUnit(setup.inputs.units("evaluation"), bootstrap)
+        found += [per_unit, Controls(sae, rows, per_unit, bootstrap)]
     if is_trained and setup.folders.dimension is not None:
         found.append(PerRow(load_file(setup.folders.dimension / DIMENSIONS)))
     return found
@@ -97,6 +102,12 @@ def measure(
     measured = measure_rows(sae, setup.rows, observed)
     metrics = row_policy(setup) | measured.metrics
     tables: dict[str, Lines] = dict(measured.tables)
+    sums = {
+        f"{ROWS}{name}": values
+        for observer in observed
+        if isinstance(observer, PerUnit)
+        for name, values in observer.saved.items()
+    }
     # Labelled sets are no rows of a store: once, with the SAE's own source.
     if setup.in_model is not None and (setup.is_own or not setup.kind.has_labelled_sets):
         found = setup.in_model.measure(sae, is_trained=is_trained)
@@ -105,7 +116,9 @@ def measure(
         if "intervals" in tables and found.sums:
             more = interval_lines(found.sums, setup.settings["bootstrap"])
             tables["intervals"] = [*tables["intervals"], *more]
-    return Evaluation(setup.on, metrics, measured.histograms, tables), measured
+            saved = {UNIT: found.units, **found.sums}
+            sums |= {f"{IN_MODEL}{name}": values for name, values in saved.items()}
+    return Evaluation(setup.on, metrics, measured.histograms, tables, sums), measured
 
 
 def evaluate_sae(
@@ -130,6 +143,8 @@ def evaluate_sae(
         found, measured = measure(setup, sae, is_trained=True, observed=observed)
         logger.info("%s%s: %s", config["name"], _where(setup), brief(found.metrics))
         results.append((identify(config), found))
+        if setup.is_own and found.sums:
+            save_file(dict(found.sums), folder / SUMS)
         for observer in observed:
             if isinstance(observer, PerImage):
                 place = folder if setup.is_own else folder / setup.on

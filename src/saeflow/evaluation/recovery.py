@@ -7,9 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saeflow.evaluation.correlation import partial_of
 from saeflow.evaluation.measure import Result, Seen
 
 _K_STEPS = 64
+_NORM_STEPS = 256
+"""Steps of a norm's logarithm to base 2: 0.3 % of the norm."""
+SIMILAR = 0.7
+"""Cosine above which a feature counts as found."""
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,22 @@ class Recovery:
         self.matching = match(similarity)
         absolute = match(np.abs(similarity))
         self.mcc = float(absolute.cosine.sum() / min(similarity.shape))
+        generator = torch.Generator().manual_seed(0)
+        random = torch.randn(directions.shape, generator=generator, dtype=torch.float64)
+        self.chance = float(match(cosines(features, random)).cosine.mean())
         self.rows = self.hits = self.fired = self.present = 0
         self.l0_pairs: Counter[tuple[int, int]] = Counter()
         self.k_pairs: Counter[tuple[int, int]] = Counter()
+        self.norm_pairs: dict[str, Counter[tuple[int, int]]] = {
+            name: Counter() for name in ("true", "l0", "k_hat")
+        }
 
     def add(
-        self, latents: Tensor, true_indices: np.ndarray, allowed_k: Tensor | None = None
+        self,
+        latents: Tensor,
+        true_indices: np.ndarray,
+        allowed_k: Tensor | None = None,
+        norms: Tensor | None = None,
     ) -> None:
         """Add rows.
 
@@ -87,6 +102,7 @@ class Recovery:
             latents: (n, d_sae).
             true_indices: (n, most) int, the features that are on, padded with -1.
             allowed_k: (n,) the k that the SAE allowed each row, where it chooses one.
+            norms: (n,) of the activations, where correlations are wanted given the norm.
         """
         indices = torch.as_tensor(np.asarray(true_indices), dtype=torch.int64)
         on = (indices >= 0).to(latents.device)
@@ -98,24 +114,45 @@ class Recovery:
         self.hits += int(hit.sum())
         self.fired += int(l0.sum())
         self.present += int(true_count.sum())
-        self.l0_pairs.update(zip(l0.tolist(), true_count.tolist(), strict=True))
+        seen = {"true": true_count.tolist(), "l0": l0.tolist()}
+        self.l0_pairs.update(zip(seen["l0"], seen["true"], strict=True))
         if allowed_k is not None:
-            steps = (allowed_k.double() * _K_STEPS).round().long()
-            self.k_pairs.update(zip(steps.tolist(), true_count.tolist(), strict=True))
+            seen["k_hat"] = (allowed_k.double() * _K_STEPS).round().long().tolist()
+            self.k_pairs.update(zip(seen["k_hat"], seen["true"], strict=True))
+        if norms is not None:
+            steps = (norms.double().clamp(min=1e-30).log2() * _NORM_STEPS).round().long().tolist()
+            for name, values in seen.items():
+                self.norm_pairs[name].update(zip(steps, values, strict=True))
 
     def update(self, seen: Seen) -> None:
         """Add rows of a store with the column `true_indices`."""
-        self.add(seen.latents, seen.column("true_indices"), seen.allowed)
+        self.add(
+            seen.latents, seen.column("true_indices"), seen.allowed, seen.x.double().norm(dim=1)
+        )
 
     def result(self) -> Result:
         return Result(self.metrics())
 
     def metrics_of_dictionary(self) -> dict[str, float]:
-        """Return matched_feature_cosine and mcc, which need no rows."""
+        """Return the metrics that need no rows: the matching, and what random directions would reach."""
         return {
             "matched_feature_cosine": float(self.matching.cosine.mean()),
+            "matched_feature_cosine_chance": self.chance,
+            "features_found": float((self.matching.cosine > SIMILAR).mean()),
             "mcc": self.mcc,
         }
+
+    def _given_norm(self) -> dict[str, float | None]:
+        """Return what the norm alone tells of the true count, and what L0 and k tell that it does not."""
+        found = {name: spearman(pairs) for name, pairs in self.norm_pairs.items() if pairs}
+        true = found.get("true")
+        of_norm: dict[str, float | None] = {"spearman_norm_true": true}
+        for name, pairs in (("l0", self.l0_pairs), ("k_hat", self.k_pairs)):
+            with_true = spearman(pairs) if pairs else None
+            with_norm = found.get(name)
+            if with_true is not None and with_norm is not None and true is not None:
+                of_norm[f"partial_{name}_true"] = partial_of(with_true, with_norm, true)
+        return of_norm
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of recovery that have a value; needs at least one row."""
@@ -129,5 +166,6 @@ class Recovery:
             "true_l0_mean": self.present / self.rows,
             "spearman_l0_true": spearman(self.l0_pairs),
             "spearman_k_hat_true": spearman(self.k_pairs) if self.k_pairs else None,
+            **self._given_norm(),
         }
         return {name: value for name, value in metrics.items() if value is not None}

@@ -31,7 +31,7 @@ def seeds(rows: pd.DataFrame) -> str:
 def seed_sentence(rows: pd.DataFrame) -> str:
     """State the meaning of a front's points and error bars."""
     count = seeds(rows)
-    resampled = "95 % bootstrap intervals over contexts" if "low" in rows else ""
+    resampled = "95 % bootstrap intervals over documents, images or samples" if "low" in rows else ""
     if count == "1":
         return "Each point is one seed" + (f", error bars {resampled}." if resampled else ".")
     return (
@@ -124,7 +124,7 @@ def _policy(row: pd.Series, cross_entropy: bool) -> str:
     if cross_entropy and not pd.isna(row.get("ce_tokens")):
         kept = "kept" if row.get("ce_first_position_kept") == 1 else "replaced too"
         text += (
-            f"; cross-entropy on {compact(row['ce_tokens'])} predicted tokens, the activation of each "
-            f"first position {kept}"
+            f"; cross-entropy on {compact(row['ce_tokens'])} predicted tokens, those of {row['ce_contexts']:g} contexts "
+            f"({100 * row['ce_share']:.3g} % of the split's), the activation of each first position {kept}"
         )
     return text

@@ -121,6 +121,10 @@ class Inputs:
         """Number of contexts of a split."""
         return len(np.load(self.folder / f"{split}.npy", mmap_mode="r"))
 
+    def units(self, split: str) -> np.ndarray:
+        """(contexts,) numbers of what contexts are drawn together with in intervals: each is one by itself."""
+        return np.arange(self.n_contexts(split))
+
     def tokens(self, split: str) -> np.ndarray | None:
         """(contexts, length) token ids of a text, mapped from disk."""
         return None

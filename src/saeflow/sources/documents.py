@@ -23,6 +23,9 @@ PASSAGE_CHARACTERS = 4000
 """A .txt file is cut into documents at the first blank line after this many characters."""
 _PARQUET_ROWS = 1024
 
+SHUFFLE_CHARACTERS = 1 << 24
+"""Documents are drawn at random from so many characters of those that were read; a smaller text is shuffled whole."""
+
 _OPEN_FILES = 64
 """Files that are read in turn; of more, the next is opened where one ends."""
 
@@ -71,6 +74,28 @@ def read_documents(
         yield from (Document(one, f"{BUNDLED}{kind}") for one in english.documents(kind))
     else:
         yield from _only_text(_files(text) if "files" in text else _dataset(text), counts)
+
+
+def shuffled(documents: Iterable[Document], seed: int) -> Iterator[tuple[int, Document]]:
+    """Documents with the numbers of the order that they come in, in random order; memory stays bounded."""
+    random = np.random.default_rng(seed)
+    waiting: list[tuple[int, Document]] = []
+    characters = 0
+
+    def draw() -> tuple[int, Document]:
+        place = int(random.integers(len(waiting)))
+        waiting[place], waiting[-1] = waiting[-1], waiting[place]
+        return waiting.pop()
+
+    for numbered in enumerate(documents):
+        waiting.append(numbered)
+        characters += len(numbered[1].text)
+        while characters > SHUFFLE_CHARACTERS:
+            drawn = draw()
+            characters -= len(drawn[1].text)
+            yield drawn
+    while waiting:
+        yield draw()
 
 
 def _only_text(cells: Iterable[Cell], left_out: Counter[str]) -> Iterator[Document]:

@@ -20,11 +20,12 @@ from saeflow.sources.documents import (
     documents_digests,
     is_evaluation,
     read_documents,
+    shuffled,
 )
 from saeflow.sources.kinds import InModel, SourceKind
 from saeflow.sources.layouts import HookPoint, check_hook_points
 from saeflow.sources.model_source import ModelSource
-from saeflow.sources.overlap import RUN, shared_runs
+from saeflow.sources.overlap import shared_contexts
 from saeflow.sources.text_files import check_encoding
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHARACTERS_AT_ONCE = 1 << 20
+_CONTEXTS_AT_ONCE = 4096
 _LOG_EVERY_S = 30
+_SPARE = 2
+"""Evaluation contexts packed for each that is asked for, where some may be left out."""
 
 
 def check(name: str, params: Mapping[str, Any], folder: Path) -> None:
@@ -67,19 +71,22 @@ def prepare_inputs(
 ) -> dict[str, Any]:
     """Tokenise and pack documents into contexts, split by document; memory stays bounded.
 
-    Documents follow one another with the tokenizer's EOS after each; a context may begin and end inside
-    a document.
+    Documents come in random order (`seed`) and follow one another with the tokenizer's EOS after each; a context may
+    begin and end inside a document. Of a document longer than `contexts_per_document` contexts, so much is taken,
+    from a random place. Evaluation contexts that share a run of `shared_run` tokens with the training contexts are
+    left out.
 
     Args:
         params: a text source.
         rows: rows asked for by split, rounded up to whole contexts.
         model: the folder that `fetch_model` wrote.
         folder: written: `{split}.npy` (contexts, context_length) int32 token ids, and
-            `{split}_documents.npy` (contexts,) int32, which document each context begins in.
+            `{split}_documents.npy` (contexts,) int32, the document of each context: the one its middle is of.
 
     Returns:
-        What was read, for the record: `files`, of each file (or data set) the documents and tokens in the
-        contexts; `left_out`, how many documents by the reason; `shared_runs`, see `overlap`.
+        What was read, for the record: `files`, of each file (or data set) the documents and tokens that were packed;
+        `left_out`, how many documents by the reason; `splits`, of each split the contexts, their documents and tokens
+        and how many contexts were left out for a `shared_run`.
 
     Raises:
         UserError: too little text, or the tokenizer or model does not fit.
@@ -92,11 +99,18 @@ def prepare_inputs(
     _check_model(config, length)
     bos = [_special(tokenizer, "bos")] if params["prepend_bos"] else []
     eos = _special(tokenizer, "eos")
-    n_contexts = {split: math.ceil(n / rows_per_context(params)) for split, n in rows.items()}
-    packers = {split: _Packer(folder, split, n, length, bos) for split, n in n_contexts.items()}
+    wanted = {split: math.ceil(n / rows_per_context(params)) for split, n in rows.items()}
+    run = params["shared_run"] if len(wanted) == 2 else None
+    packers = {split: _Packer(folder, split, n, length, bos) for split, n in wanted.items()}
+    if run is not None:
+        packers["evaluation"] = _Packer(
+            folder, "evaluation", wanted["evaluation"], length, bos, spare=_SPARE
+        )
+    most = params["contexts_per_document"]
+    tokens_of_one = None if most is None else most * (length - len(bos))
     left_out: Counter[str] = Counter()
     logged = time.monotonic()
-    for batch in _batches(params["text"], params["evaluation_share"], packers, left_out):
+    for batch in _batches(params, packers, left_out):
         texts = [document.text for _, _, document in batch]
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
         for (number, split, document), ids in zip(batch, encoded["input_ids"], strict=True):
@@ -106,35 +120,48 @@ def prepare_inputs(
                     f"{model}: the tokenizer gives id {tokens.max()}, the model knows ids below "
                     f"{config.vocab_size}. Use the tokenizer that belongs to the model."
                 )
+            if tokens_of_one is not None:
+                tokens = _some_of(tokens, tokens_of_one, (params["seed"], number))
             packers[split].add(_Piece(number, document.file, tokens))
         if time.monotonic() - logged > _LOG_EVERY_S:
             logged = time.monotonic()
             logger.info("%s", ", ".join(map(str, packers.values())))
     for packer in packers.values():
         packer.close()
-    logger.info("%s", ", ".join(map(str, packers.values())))
     names = [str(Path(name)) for name in params["text"].get("files", ())] or sorted(
         {name for packer in packers.values() for name in packer.n_tokens}
     )
-    read: dict[str, Any] = {
-        "files": {
-            name: {
-                "documents": sum(packer.n_documents[name] for packer in packers.values()),
-                "tokens": sum(packer.n_tokens[name] for packer in packers.values()),
-            }
-            for name in names
-        },
-        "left_out": dict(left_out),
+    files = {
+        name: {
+            "documents": sum(packer.n_documents[name] for packer in packers.values()),
+            "tokens": sum(packer.n_tokens[name] for packer in packers.values()),
+        }
+        for name in names
     }
-    if len(packers) == 2:  # without their BOS
-        bodies = [packers[split].tokens[:, len(bos) :] for split in ("train", "evaluation")]
-        read["shared_runs"] = shared_runs(*bodies)
+    is_shared = np.zeros(packers["evaluation"].count if "evaluation" in packers else 0, bool)
+    if run is not None:  # without their BOS
+        bodies = [packers[split].packed[:, len(bos) :] for split in ("train", "evaluation")]
+        is_shared = shared_contexts(*bodies, run)
+    splits = {}
+    for split, packer in packers.items():
+        kept, dropped = packer.keep(is_shared if split == "evaluation" else None, run)
+        splits[split] = {
+            "contexts": len(kept), "documents": len(np.unique(kept)),
+            "tokens": len(kept) * packer.body, "shared": dropped,
+        }  # fmt: skip
         logger.info(
-            "of evaluation's runs of %d tokens, %.3g %% stand in train too",
-            RUN,
-            100 * read["shared_runs"],
-        )
-    return read
+            "%s: %d contexts of %d documents; %d left out for a run of tokens of train",
+            split, len(kept), splits[split]["documents"], dropped,
+        )  # fmt: skip
+    return {"files": files, "left_out": dict(left_out), "splits": splits, "shared_run": run}
+
+
+def _some_of(tokens: np.ndarray, most: int, seed: tuple[int, int]) -> np.ndarray:
+    """At most so many tokens of a document, from a random place, with its EOS at their end."""
+    if len(tokens) <= most:
+        return tokens
+    start = int(np.random.default_rng(seed).integers(len(tokens) - most + 1))
+    return np.append(tokens[start : start + most - 1], tokens[-1])
 
 
 def _check_model(config: Any, length: int) -> None:
@@ -156,16 +183,14 @@ def _special(tokenizer: Any, name: str) -> int:
 
 
 def _batches(
-    text: Mapping[str, Any],
-    share: float,
-    packers: Mapping[str, "_Packer"],
-    left_out: Counter[str],
+    params: Mapping[str, Any], packers: Mapping[str, "_Packer"], left_out: Counter[str]
 ) -> Iterator[list[tuple[int, str, Document]]]:
     """Documents that are still wanted as (number, split, document), some characters at a time."""
     batch: list[tuple[int, str, Document]] = []
     characters = 0
-    for number, document in enumerate(read_documents(text, left_out)):
-        split = "evaluation" if is_evaluation(document.text, share) else "train"
+    for number, document in shuffled(read_documents(params["text"], left_out), params["seed"]):
+        is_held_out = is_evaluation(document.text, params["evaluation_share"])
+        split = "evaluation" if is_held_out else "train"
         if split in packers and not packers[split].is_full:
             batch.append((number, split, document))
             characters += len(document.text)
@@ -189,17 +214,30 @@ class _Piece:
 
 
 class _Packer:
-    """Contexts of one split, written to disk as they fill."""
+    """Contexts of one split, written to disk as they fill.
 
-    def __init__(self, folder: Path, split: str, n: int, length: int, bos: list[int]) -> None:
+    Args:
+        folder: where `{split}.npy` and `{split}_documents.npy` go.
+        split: its name.
+        n: contexts that are asked for.
+        length: tokens of a context.
+        bos: the tokens that each begins with.
+        spare: contexts that are packed for each that is asked for, if there is so much text.
+    """
+
+    def __init__(
+        self, folder: Path, split: str, n: int, length: int, bos: list[int], spare: int = 1
+    ) -> None:
         self.split = split
+        self.folder = folder
         self.count = 0
         self.n = n
+        self.most = spare * n
         self.length = length
         self.bos = bos
         self.body = length - len(bos)
-        self.tokens = _new_array(folder / f"{split}.npy", (n, length))
-        self.documents = _new_array(folder / f"{split}_documents.npy", (n,))
+        self.tokens = _new_array(folder / f"{split}.npy", (self.most, length))
+        self.documents = np.empty(self.most, np.int32)
         self.pending: list[_Piece] = []
         self.pending_size = 0
         self.n_documents: Counter[str] = Counter()
@@ -207,7 +245,7 @@ class _Packer:
 
     @property
     def is_full(self) -> bool:
-        return self.count >= self.n
+        return self.count >= self.most
 
     def __str__(self) -> str:
         return f"{self.split}: {self.count} of {self.n} contexts"
@@ -216,17 +254,17 @@ class _Packer:
         """Append a document's tokens, and write the contexts that are complete."""
         self.pending.append(piece)
         self.pending_size += len(piece.tokens)
-        full = min(self.pending_size // self.body, self.n - self.count)
+        full = min(self.pending_size // self.body, self.most - self.count)
         if full == 0:
             return
         joined = np.concatenate([piece.tokens for piece in self.pending])
         numbers = np.array([piece.document for piece in self.pending])
         ends = np.cumsum([len(piece.tokens) for piece in self.pending])
-        starts = np.arange(full) * self.body
+        middles = np.arange(full) * self.body + self.body // 2
         rows = slice(self.count, self.count + full)
         self.tokens[rows, : len(self.bos)] = self.bos
         self.tokens[rows, len(self.bos) :] = joined[: full * self.body].reshape(full, self.body)
-        self.documents[rows] = numbers[np.searchsorted(ends, starts, side="right")]
+        self.documents[rows] = numbers[np.searchsorted(ends, middles, side="right")]
         self.count += full
         self._count_used(full * self.body)
         rest = joined[full * self.body :]
@@ -242,20 +280,58 @@ class _Packer:
             self.n_documents[piece.file] += used > 0 and not piece.is_rest
             size -= used
 
+    @property
+    def packed(self) -> np.ndarray:
+        """(count, length) token ids of the contexts that were packed."""
+        return self.tokens[: self.count]
+
     def close(self) -> None:
-        """Put the last contexts on disk.
+        """Check that there are enough contexts.
 
         Raises:
             UserError: there were too few.
         """
-        if not self.is_full:
+        if self.count < self.n:
             raise UserError(
                 f"text: it gives {self.count} contexts of {self.length} tokens for the {self.split} "
                 f"split, {self.n} are asked for. Lower {self.split}_rows in stores, change "
-                "evaluation_share, or add text."
+                "evaluation_share, raise contexts_per_document, or add text."
             )
-        for array in (self.tokens, self.documents):
-            array.flush()
+
+    def keep(self, is_shared: np.ndarray | None, run: int | None) -> tuple[np.ndarray, int]:
+        """Put the contexts that are asked for on disk: the first ones that are not shared.
+
+        Args:
+            is_shared: (count,) which are left out; None for none.
+            run: tokens of a run that makes them shared.
+
+        Returns:
+            (n,) the document of each, and how many contexts were left out for them.
+
+        Raises:
+            UserError: too few are left.
+        """
+        left = np.arange(self.count) if is_shared is None else np.flatnonzero(~is_shared)
+        if len(left) < self.n:
+            raise UserError(
+                f"text: {self.count - len(left)} of {self.count} contexts of the {self.split} split share a run of "
+                f"{run} tokens with the training split, {len(left)} are left, {self.n} are asked for. Lower "
+                f"{self.split}_rows in stores, add text, or set shared_run to a longer run or null."
+            )
+        left = left[: self.n]
+        dropped = int(left[-1]) + 1 - self.n
+        documents = self.documents[left]
+        if self.most > self.n:
+            path = self.folder / f"{self.split}.npy"
+            kept = _new_array(path.with_suffix(".part"), (self.n, self.length))
+            for start in range(0, self.n, _CONTEXTS_AT_ONCE):
+                some = slice(start, start + _CONTEXTS_AT_ONCE)
+                kept[some] = self.tokens[left[some]]
+            self.tokens = kept
+            path.with_suffix(".part").replace(path)
+        self.tokens.flush()
+        np.save(self.folder / f"{self.split}_documents.npy", documents)
+        return documents, dropped
 
 
 def _new_array(path: Path, shape: tuple[int, ...]) -> np.memmap:
@@ -310,12 +386,22 @@ class TextSource(ModelSource):
         return {"token": self.inputs(split)[start:stop, self.positions]}
 
 
+def documents_of(inputs: Path, split: str) -> np.ndarray:
+    """(contexts,) int32, the document of each context that `prepare_inputs` wrote to a folder."""
+    documents: np.ndarray = np.load(inputs / f"{split}_documents.npy")
+    return documents
+
+
 class TextInputs(Inputs):
-    """Packed contexts of tokens and the documents that they begin in."""
+    """Packed contexts of tokens and the documents that they are of."""
 
     def tokens(self, split: str) -> np.ndarray:
         """(contexts, length) token ids, mapped from disk."""
         return np.load(self.folder / f"{split}.npy", mmap_mode="r")
+
+    def units(self, split: str) -> np.ndarray:
+        """(contexts,) the document of each context."""
+        return documents_of(self.folder, split)
 
     def known(self, split: str) -> dict[str, Any]:
         """`strings`: token id to text; where documents are of several kinds, `kinds` and `all_kinds`."""
@@ -325,7 +411,7 @@ class TextInputs(Inputs):
         kinds = document_kinds(self.params["text"])
         if kinds is not None:
             known["all_kinds"] = set(kinds.tolist())
-            known["kinds"] = kinds[np.load(self.folder / f"{split}_documents.npy")]
+            known["kinds"] = kinds[self.units(split)]
         return known
 
 

@@ -21,12 +21,14 @@ class Evaluation:
         metrics: by name, entries of METRICS.
         histograms: by name, (left, right, count) of each bin.
         tables: by name, rows of further tables of the job `evaluate`, without id columns.
+        sums: by name, (units,) what each document, image or sample adds to the sums that metrics are ratios of; no table.
     """
 
     evaluated_on: str
     metrics: Mapping[str, float]
     histograms: Mapping[str, Any]
     tables: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+    sums: Mapping[str, Any] = field(default_factory=dict)
 
 
 def write_evaluation(folder: Path, results: Iterable[tuple[Mapping[str, Any], Evaluation]]) -> None:

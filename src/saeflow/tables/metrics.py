@@ -76,6 +76,16 @@ METRICS: dict[str, Metric] = {
         label="predicted tokens", definition="Predicted tokens that cross-entropies and KL are means over.",
         bounds=_POSITIVE, summary="stated",
     ),
+    "ce_contexts": Metric(
+        label="predicted contexts", definition="Contexts whose predicted tokens these are.", bounds=_POSITIVE, summary="stated",
+    ),
+    "ce_share": Metric(
+        label="share of contexts", definition="Share of the evaluation split's contexts that these are.", bounds=_SHARE,
+        summary="stated",
+    ),
+    "ce_uniform": Metric(
+        label="CE of a uniform guess", definition="ln(vocabulary).", unit=_PER_TOKEN, bounds=_POSITIVE, summary="stated",
+    ),
     "l0_mean": Metric(
         label="L0", definition="Mean over rows of the number of latents that are not 0.", unit="per token",
         axis="mean L0 (active latents per token)", bounds=_POSITIVE, summary="mean", printed=True,
@@ -177,13 +187,19 @@ METRICS: dict[str, Metric] = {
     ),
     "ce_zero": Metric(
         label="CE of zero", definition="Mean cross-entropy with zero in place of x.", unit=_PER_TOKEN, bounds=_POSITIVE,
+        summary="stated",
     ),
     "ce_degradation": Metric(
         label="CE degradation", definition="ce_spliced - ce_clean.", unit=_PER_TOKEN,
         axis="cross-entropy degradation (nats/token)", better="lower", summary="mean", printed=True,
     ),
+    "loss_recovered_of_mean": Metric(
+        label="loss recovered (mean ablation)",
+        definition="(ce_mean - ce_spliced) / (ce_mean - ce_clean); absent where what the mean costs is not clear of 0.",
+        better="higher", summary="mean", printed=True,
+    ),
     "loss_recovered": Metric(
-        label="loss recovered", definition="(ce_zero - ce_spliced) / (ce_zero - ce_clean); absent where what zero costs is not clear of 0.",
+        label="loss recovered (zero ablation)", definition="(ce_zero - ce_spliced) / (ce_zero - ce_clean); absent where what zero costs is not clear of 0.",
         better="higher", summary="mean", printed=True,
     ),
     "kl": Metric(
@@ -200,6 +216,15 @@ METRICS: dict[str, Metric] = {
             "averaged over the true features; one without a latent counts 0."
         ),
         bounds=_CORRELATION, better="higher", summary="mean", printed=True,
+    ),
+    "matched_feature_cosine_chance": Metric(
+        label="chance of matched cosine",
+        definition="The matched cosine of as many random directions of that width (one draw): what an untrained decoder reaches.",
+        bounds=_CORRELATION, summary="mean", printed=True,
+    ),
+    "features_found": Metric(
+        label="features found", definition="Share of the true features whose matched latent has a cosine above 0.7.", unit="%",
+        bounds=_SHARE, better="higher", summary="mean", printed=True, percent=True,
     ),
     "mcc": Metric(
         label="MCC",
@@ -240,6 +265,21 @@ METRICS: dict[str, Metric] = {
     "spearman_k_hat_true": Metric(
         label="Spearman of k-hat, true count",
         definition="Spearman correlation of the k that the SAE allows, in steps of 1/64, with the row's true count.",
+        bounds=_CORRELATION, better="higher", summary="mean", printed=True,
+    ),
+    "spearman_norm_true": Metric(
+        label="Spearman of the norm, true count",
+        definition="Spearman correlation of the activation's norm, in steps of 0.3 %, with the true count: what the norm alone tells.",
+        bounds=_CORRELATION, summary="mean", printed=True,
+    ),
+    "partial_l0_true": Metric(
+        label="Spearman of L0, true count, given the norm",
+        definition="Partial Spearman correlation of a row's L0 with its true count, the activation's norm taken out of both.",
+        bounds=_CORRELATION, better="higher", summary="mean", printed=True,
+    ),
+    "partial_k_hat_true": Metric(
+        label="Spearman of k-hat, true count, given the norm",
+        definition="Partial Spearman correlation of the k that the SAE allows with the true count, the activation's norm taken out of both.",
         bounds=_CORRELATION, better="higher", summary="mean", printed=True,
     ),
     "zero_shot_clean": Metric(
@@ -288,6 +328,21 @@ METRICS: dict[str, Metric] = {
     "spearman_k_hat_objects": Metric(
         label="Spearman of k-hat, objects",
         definition="Spearman correlation of an image's mean k-hat over its tokens with its number of objects (scenes).",
+        bounds=_CORRELATION, better="higher", summary="mean",
+    ),
+    "spearman_norm_objects": Metric(
+        label="Spearman of the norm, objects",
+        definition="Spearman correlation of an image's mean activation norm with its number of objects (scenes).",
+        bounds=_CORRELATION, summary="mean", printed=True,
+    ),
+    "partial_l0_objects": Metric(
+        label="Spearman of L0, objects, given the norm",
+        definition="Partial Spearman correlation of an image's mean L0 with its number of objects, its mean activation norm taken out of both.",
+        bounds=_CORRELATION, better="higher", summary="mean", printed=True,
+    ),
+    "partial_k_hat_objects": Metric(
+        label="Spearman of k-hat, objects, given the norm",
+        definition="Partial Spearman correlation of an image's mean k-hat with its number of objects, its mean activation norm taken out of both.",
         bounds=_CORRELATION, better="higher", summary="mean",
     ),
 }  # fmt: skip

@@ -77,7 +77,7 @@ TARGETED_IDS: Columns = with_target(IDS)
 """Columns that identify a line of a table with a k of its own."""
 
 _INTERVAL = {
-    "low": _number("Lower bound of the 95 % bootstrap interval over contexts."),
+    "low": _number("Lower bound of the 95 % bootstrap interval over documents, images or samples; empty where there is one alone."),
     "high": _number("Upper bound of this interval."),
 }
 _SCORED: Columns = {
@@ -224,6 +224,7 @@ TABLES: dict[str, Table] = {
             "objects": _count("Objects in a generated scene, -1 or empty where unknown."),
             "l0": _number("Mean L0 over the context's rows.", "per token", "L0"),
             "k_hat": _number("Mean k that the SAE allows; empty where it chooses none.", "per token"),
+            "norm": _number("Mean norm of the context's activations."),
         },
     ),
     "dimension": Table(
@@ -248,18 +249,19 @@ TABLES: dict[str, Table] = {
         },
     ),
     "intervals": Table(
-        about="A row per measurement and metric that is a ratio of sums over contexts.", job="evaluate",
+        about="A row per measurement and metric that is a ratio of sums over rows or tokens.", job="evaluate",
         columns=MEASURED_IDS | {
             "metric": _word("Name of the metric."), "value": _VALUE, **_INTERVAL,
-            "contexts": _count("Contexts that are resampled."),
+            "units": _count("Documents, images or samples that are resampled."),
         },
     ),
     "controls": Table(
         about="A row per SAE that chooses its k, control and metric.", job="evaluate",
         columns=MEASURED_IDS | {
             "control": _word(
-                "own: the SAE as it is; shuffled_k: the k of another row; mean_k: the mean k in every row; batch_threshold: "
-                "one threshold for all rows with equally many active in all."
+                "own: the SAE as it is; shuffled_k: the k of another row; k_by_norm: the same k's in the order of the "
+                "activations' norms; mean_k: the mean k in every row; batch_threshold: one threshold for all rows with "
+                "equally many active in all."
             ),
             "metric": _word("Name of the metric."), "value": _VALUE, **_INTERVAL,
             "difference": _number("Value less that of the SAE as it is."),

@@ -68,11 +68,18 @@ def policy_note(line: Mapping[str, str]) -> str:
             f" Cross-entropy and KL: {line['ce_tokens']} predicted tokens, in nats, {kept} the "
             "activation of each first position."
         )
-        if line.get("loss_recovered_mean") == "":
+        text += f" These are {line['ce_contexts']} contexts, {100 * float(line['ce_share']):.3g} % of the split's."
+        if float(line["ce_zero"]) > float(line["ce_uniform"]):
             text += (
-                " Loss recovered is blank: what zero in the place of the activations costs is not clear of 0, the "
-                "95 % interval over contexts."
+                f" Zero in the place of the activations costs more than a uniform guess ({float(line['ce_zero']):.3g} against "
+                f"{float(line['ce_uniform']):.3g} nats), which inflates loss recovered against zero."
             )
+        for name, what in (("loss_recovered_of_mean", "the mean"), ("loss_recovered", "zero")):
+            if line.get(f"{name}_mean") == "":
+                text += (
+                    f" Loss recovered against {what} is blank: what {what} in the place of the activations costs is not "
+                    "clear of 0, by its 95 % interval over documents."
+                )
     return text
 
 

@@ -27,13 +27,15 @@ class InModelResult:
 
     Attributes:
         metrics: by name.
-        sums: what each context adds to sums, (contexts,) float64 by name, see `intervals.RATIOS`; empty
+        sums: what each unit (a document) adds to sums, (units,) float64 by name, see `intervals.RATIOS`; empty
             where the model is not measured by context.
+        units: (units,) their numbers in the source.
         tables: lines by table.
     """
 
     metrics: Mapping[str, float]
     sums: Mapping[str, np.ndarray] = field(default_factory=dict)
+    units: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     tables: Mapping[str, Lines] = field(default_factory=dict)
 
 

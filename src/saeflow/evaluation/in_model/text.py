@@ -1,6 +1,6 @@
 """A language model in the loop: what a reconstruction at the hook point does to next-token predictions.
 
-The clean side of evenly spread evaluation contexts is computed once per hook point and kept on disk
+The clean side of the evaluation contexts, or of some evenly spread ones, is computed once per hook point and kept on disk
 (`write_clean`); each SAE then costs only the blocks from the hook point on and the lm head.
 
 Metrics are means over predicted tokens (position t predicts t + 1 within its context), in nats. Where
@@ -10,6 +10,7 @@ position is replaced, whatever its norm.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from torch.nn.functional import log_softmax
 
 from saeflow.errors import UserError
 from saeflow.evaluation.in_model import InModelResult
-from saeflow.evaluation.intervals import bounds, resample
+from saeflow.evaluation.intervals import bounds, by_unit, count, resample
 from saeflow.files import read_json, write_json
 from saeflow.sources.copies import Copies
 from saeflow.sources.hook_points import block_input_of, capture, logits, resume_at, run_from
 from saeflow.sources.models import load_model
+from saeflow.sources.text import documents_of
 from saeflow.stores.batches import read_ahead
 
 logger = logging.getLogger(__name__)
@@ -55,15 +57,15 @@ def write_clean(
 
     Args:
         source: the source's parameters.
-        folder: the source's folder, with model/ and inputs/evaluation.npy.
+        folder: the source's folder, with model/ and inputs/.
         hook_point: where activations are replaced.
         mean: (d_in,) mean row of the training split.
-        settings: `ce_contexts`, the number of contexts, spread evenly over the split.
+        settings: `ce_contexts`, the number of contexts, spread evenly over the split; None for all of it.
         labelled: not used.
         device: where the model runs.
         out: written: `contexts-NNNNN.safetensors`, one per `forward_batch` contexts, with token_ids
-            (n, length), activation (n, length, d_in), ce (n (length - 1),), zero_rise (n,), what zero in the
-            place of activations adds to each context's sum, for hook points inside a block block_input (n, length, d_model), and what the KL needs: `clean_expectations`, or
+            (n, length), activation (n, length, d_in), ce (n (length - 1),), mean_rise and zero_rise (n,), what the mean
+            and zero in the place of activations add to each context's sum, unit (n,), the document of each, for hook points inside a block block_input (n, length, d_model), and what the KL needs: `clean_expectations`, or
             hidden (n, length, d_model) where the lm head is no plain matrix; and clean.json with
             the means over all of them.
 
@@ -71,7 +73,8 @@ def write_clean(
         UserError: the split has fewer contexts than asked for.
     """
     available = np.load(folder / "inputs" / "evaluation.npy", mmap_mode="r")
-    ce_contexts = settings["ce_contexts"]
+    units = documents_of(folder / "inputs", "evaluation")
+    ce_contexts = settings["ce_contexts"] or len(available)
     if ce_contexts > len(available):
         raise UserError(
             f"evaluation.ce_contexts: expected at most {len(available)} (contexts of the evaluation "
@@ -93,13 +96,13 @@ def write_clean(
             rows = np.asarray(available[chosen[start : start + batch_size]], dtype=np.int64)
             token_ids = torch.as_tensor(rows, device=device)
             parts = clean_batch(model, hook_point, token_ids)
+            parts["unit"] = torch.from_numpy(units[chosen[start : start + batch_size]])
             sums["clean"] += parts["ce"].sum()
             for name, replace in replacements.items():
                 hidden = spliced_hidden(model, hook_point, parts, replace, keep_first)
                 losses = token_losses(model, hidden, token_ids)
                 sums[name] += losses.sum()
-                if name == "zero":
-                    parts["zero_rise"] = (losses - parts["ce"]).reshape(len(rows), -1).sum(1)
+                parts[f"{name}_rise"] = (losses - parts["ce"]).reshape(len(rows), -1).sum(1)
             tokens += parts["ce"].numel()
             parts["token_ids"] = token_ids.to(torch.int32)
             save_file(
@@ -107,15 +110,25 @@ def write_clean(
                 out / f"contexts-{number:05d}.safetensors",
             )
             logger.info("clean side: %d of %d contexts", start + len(rows), ce_contexts)
+    means = {f"ce_{name}": float(total) / tokens for name, total in sums.items()}
+    uniform = math.log(model.config.get_text_config().vocab_size)
+    if means["ce_zero"] > uniform:
+        logger.warning(
+            "%s: with zero in the place of activations the loss is %.2f nats, above ln(vocabulary) = %.2f, that of a "
+            "uniform guess: loss recovered against zero is inflated. Read the one against the mean (%.2f nats).",
+            hook_point, means["ce_zero"], uniform, means["ce_mean"],
+        )  # fmt: skip
     write_json(
         out / CLEAN,
         {
             "hook_point": hook_point,
             "contexts": ce_contexts,
+            "share": ce_contexts / len(available),
+            "ce_uniform": uniform,
             "context_length": int(available.shape[1]),
             "tokens": tokens,
             "keep_first": keep_first,
-            **{f"ce_{name}": float(total) / tokens for name, total in sums.items()},
+            **means,
         },
     )
 
@@ -283,16 +296,26 @@ class NextTokens:
         self.files = sorted(found, key=lambda path: int(path.stem.removeprefix("contexts-")))
         self.model = load_model(model_folder, device)
         self.device = device
-        self.zero_costs = self._zero_costs()
+        kept = self._kept("unit", "mean_rise", "zero_rise")
+        self.units = kept.pop("unit")
+        self.mean_costs, self.zero_costs = (
+            self._costs(kept[name]) for name in ("mean_rise", "zero_rise")
+        )
 
-    def _zero_costs(self) -> bool:
-        """Return whether zero ablation raises the loss: its 95 % interval lies above 0."""
-        rises = []
+    def _kept(self, *names: str) -> dict[str, np.ndarray]:
+        """Return arrays (contexts,) of the clean side."""
+        found: dict[str, list[np.ndarray]] = {name: [] for name in names}
         for path in self.files:
             with safe_open(path, "np") as file:
-                rises.append(file.get_tensor("zero_rise"))
-        low, _ = bounds(resample({"rise": np.concatenate(rises)}, _RESAMPLING)["rise"])
-        return low > 0
+                for name, parts in found.items():
+                    parts.append(file.get_tensor(name))
+        return {name: np.concatenate(parts) for name, parts in found.items()}
+
+    def _costs(self, rise: np.ndarray) -> bool:
+        """Return whether an ablation raises the loss: its 95 % interval (of one document, its value) is above 0."""
+        sums = by_unit({"rise": rise}, self.units)
+        low, _ = bounds(resample(sums, _RESAMPLING)["rise"], count(sums))
+        return (float(rise.sum()) if low is None else low) > 0
 
     def sums(self, replace: Replace) -> dict[str, np.ndarray]:
         """Return the sums of each context with one replacement, such as an SAE's `forward`.
@@ -332,7 +355,7 @@ class NextTokens:
     def measure(self, sae: Any, *, is_trained: bool) -> InModelResult:
         """Cross-entropy and KL with an SAE's or a baseline's reconstructions in the model."""
         sums = self.sums(sae.forward)
-        return InModelResult(self.metrics(sums), sums)
+        return InModelResult(self.metrics(sums), by_unit(sums, self.units), np.unique(self.units))
 
     def name_latents(self, sae: Any, latents: np.ndarray) -> list[tuple[str, float]]:
         """Nothing: next tokens give no text to compare latents with."""
@@ -342,20 +365,27 @@ class NextTokens:
         """Return the metrics of one replacement, from its `sums`."""
         summary = self.summary
         rise, divergence, tokens = (float(sums[n].sum()) for n in ("rise", "divergence", "tokens"))
-        clean, zero = summary["ce_clean"], summary["ce_zero"]
+        clean = summary["ce_clean"]
         spliced = clean + rise / tokens
         metrics = {
             "ce_clean": clean,
             "ce_spliced": spliced,
             "ce_mean": summary["ce_mean"],
-            "ce_zero": zero,
+            "ce_zero": summary["ce_zero"],
+            "ce_uniform": summary["ce_uniform"],
             "ce_degradation": rise / tokens,
             "kl": divergence / tokens,
             "ce_tokens": tokens,
+            "ce_contexts": float(summary["contexts"]),
+            "ce_share": summary["share"],
             "ce_first_position_kept": float(summary["keep_first"]),
         }
-        if self.zero_costs:
-            metrics["loss_recovered"] = (zero - spliced) / (zero - clean)
+        for name, ablated, costs in (
+            ("loss_recovered_of_mean", summary["ce_mean"], self.mean_costs),
+            ("loss_recovered", summary["ce_zero"], self.zero_costs),
+        ):
+            if costs:
+                metrics[name] = (ablated - spliced) / (ablated - clean)
         return metrics
 
     def _compare(self, hidden: Tensor, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

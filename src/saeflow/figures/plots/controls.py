@@ -18,10 +18,11 @@ from saeflow.tables.numbers import natural
 
 _CONTROLS = {
     "shuffled_k": ("k of another input", "o"),
+    "k_by_norm": ("k by the activation's norm", "D"),
     "mean_k": ("mean k for every input", "s"),
     "batch_threshold": ("one threshold for all inputs", "^"),
 }
-_STEP = 0.22  # of a row's height, between its controls
+_STEP = 0.19  # of a row's height, between its controls
 _ROW = 0.42  # inches
 
 
@@ -57,9 +58,9 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     )
     caption = (
         "What happens to the fraction of variance unexplained when the k that an SAE chose for each input is "
-        "replaced, with the same encoder and decoder on the same rows: by the k of another input, by the mean k, "
-        "or by one threshold on the activations with equally many active in all. Right of the line the control is "
-        "worse. Bars are 95 % bootstrap intervals of the paired difference, over contexts. "
+        "replaced, with the same encoder and decoder on the same rows: by the k of another input, by the same k's in the order of the "
+        "activations' norms, by the mean k, or by one threshold on the activations with equally many active in all. Right of the line the control is "
+        "worse. Bars are 95 % bootstrap intervals of the paired difference, over documents, images or samples. "
         f"Of {rows['run'].nunique()} SAEs, a control is worse by more than its interval: {counted}. "
         f"{captions.budget_sentence(runs)} {captions.rows_sentence(runs)}"
     )
@@ -89,7 +90,7 @@ def _panel(ax: Axes, rows: pd.DataFrame, panel: compare.Panel) -> None:
         for number, (name, (_, marker)) in enumerate(_CONTROLS.items()):
             one = held.loc[name]
             ax.errorbar(
-                one["change"], place + (number - 1) * _STEP,
+                one["change"], place + (number - 1.5) * _STEP,
                 xerr=[[one["change"] - one["low"]], [one["high"] - one["change"]]],
                 marker=marker, color=color, elinewidth=0.8, capsize=1.6,
             )  # fmt: skip

@@ -9,7 +9,6 @@ from typing import Any
 from saeflow.errors import UserError
 from saeflow.figures import style
 from saeflow.files import read_json
-from saeflow.sources.overlap import RUN
 from saeflow.tables.numbers import natural
 
 JOBS = {
@@ -117,9 +116,14 @@ def _read(read: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(("left out", reasons or "nothing"))
     if read.get("in_both"):
         facts.append(("in both splits", f"{plain(read['in_both'])} images of test"))
-    if "shared_runs" in read:
-        percent = 100 * read["shared_runs"]
-        facts.append(("in both splits", f"{percent:.2g} % of evaluation's runs of {RUN} tokens"))
+    for split, of in read.get("splits", {}).items():
+        text = f"{plain(of['contexts'])} contexts of {plain(of['documents'])} documents, {plain(of['tokens'])} tokens"
+        if split == "evaluation" and read["shared_run"]:
+            text += (
+                f"; {plain(of['shared'])} contexts left out for a run of {read['shared_run']} tokens that stands in "
+                "train too"
+            )
+        facts.append((split, text))
     return facts
 
 
