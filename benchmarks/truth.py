@@ -3,11 +3,13 @@
     python benchmarks/truth.py
     python benchmarks/truth.py --saes soft_topk-paper adaptive_k-paper --seeds 0 1 --laws varying --name truth_papers
 
-Two synthetic data sets of equal mean number of active features, constant in one and varying in the other.
-Every SAE is trained at several settings of its sparsity, with several seeds; the table shows the
+Synthetic worlds of equal mean number of active features: constant in one and varying in another, where the norm of a
+row grows with its number; varying at norms that tell nothing of it on average (balanced) or at all (equal); and constant at norms
+that vary (rescaled). Every SAE is trained at several settings of its sparsity, with several seeds; the table shows the
 setting whose mean L0 is nearest to the true mean. `oracle` is TopK told each row's true number, in
-training and in use; `NAME-paper` has the weights of its paper, in the units of its paper; `shuffled k` and
-`mean k` are the trained SAE with its own k permuted over the rows or replaced by its mean. Written to
+training and in use; `NAME-paper` has the weights of its paper, in the units of its paper; `shuffled k`,
+`k by norm` and `mean k` are the trained SAE with its own k permuted over the rows, handed out by the rank of their norms, or
+replaced by its mean. Written to
 benchmarks/results/truth.md, .csv, .svg and .png, or under another name.
 """
 
@@ -31,6 +33,7 @@ from torch import Tensor
 
 from saeflow.complexity.files import PROBE
 from saeflow.config import SAEConfig, TrainingConfig
+from saeflow.evaluation.controls import by_norm
 from saeflow.evaluation.reconstruction import Reconstruction
 from saeflow.evaluation.recovery import Recovery
 from saeflow.figures.style import COLUMN_WIDTH, Look, context, look, new_figure, save
@@ -47,10 +50,16 @@ D_IN, N_FEATURES, D_SAE, MEAN_L0, MOST = 96, 192, 192, 6, 11
 ROWS = {"train": 131_072, "evaluation": 16_384}
 SEEDS = (0, 1, 2)
 PROBE_ROWS = 8192
+_CONSTANT = {"kind": "constant", "mean": MEAN_L0}
+_VARYING = {"kind": "uniform", "smallest": 1, "largest": MOST}
 LAWS: dict[str, dict[str, Any]] = {
-    "constant": {"kind": "constant", "mean": MEAN_L0},
-    "varying": {"kind": "uniform", "smallest": 1, "largest": MOST},
+    "constant": {"l0_law": _CONSTANT},
+    "varying": {"l0_law": _VARYING},
+    "balanced": {"l0_law": _VARYING, "row_norm": {"kind": "balanced"}},
+    "equal": {"l0_law": _VARYING, "row_norm": {"kind": "equal"}},
+    "rescaled": {"l0_law": _CONSTANT, "row_norm": {"kind": "varying", "sigma": 0.4}},
 }
+"""By world, parameters of its source."""
 SOURCE: dict[str, Any] = {
     "kind": "synthetic", "hook_points": ["features"], "d_in": D_IN, "n_features": N_FEATURES,
     "coherence": 0.3, "frequency_exponent": 0.3, "correlation": None, "hierarchy": None,
@@ -181,7 +190,7 @@ class Data:
 
 def draw(law: Mapping[str, Any], *, with_count: bool) -> Data:
     """Sample a data set; with the true number of active features as a last column for the oracle."""
-    params = {**SOURCE, "l0_law": law}
+    params = {**SOURCE, **law}
     with tempfile.TemporaryDirectory() as name:
         inputs = Path(name) / "inputs"
         inputs.mkdir()
@@ -287,7 +296,7 @@ def measure(sae: SAE, data: Data, latents: Tensor, k_hat: Tensor | None) -> dict
     rebuilt = Reconstruction(x.double().mean(0))
     rebuilt.add(x, sae.decode(latents))
     recovery = Recovery(data.features, sae.directions())
-    recovery.add(latents, data.true_indices, k_hat)
+    recovery.add(latents, data.true_indices, k_hat, x.double().norm(dim=1))
     metrics = {"fvu": rebuilt.metrics()["fvu"], **recovery.metrics()}
     return {**metrics, "l0_mean": float((latents != 0).sum(1).double().mean())}
 
@@ -313,7 +322,9 @@ def rows_of(law: str, data: Data, name: str, seeds: list[int]) -> Iterator[dict[
                     k = k_hat.floor().long()
                     order = torch.randperm(len(k), generator=torch.Generator().manual_seed(seed))
                     mean = torch.full_like(k, round(float(k.double().mean())))
+                    placed = torch.from_numpy(by_norm(k.numpy(), x.double().norm(dim=1).numpy()))
                     ways["shuffled k"] = (with_k(sae, x, k[order]), None)
+                    ways["k by norm"] = (with_k(sae, x, placed), None)
                     ways["mean k"] = (with_k(sae, x, mean), None)
                 for control, (active, allowed) in ways.items():
                     yield {
@@ -325,6 +336,7 @@ def rows_of(law: str, data: Data, name: str, seeds: list[int]) -> Iterator[dict[
 
 METRICS = [
     "l0_mean", "fvu", "matched_feature_cosine", "support_f1", "spearman_l0_true", "spearman_k_hat_true",
+    "spearman_norm_true", "partial_l0_true", "partial_k_hat_true",
 ]  # fmt: skip
 
 
@@ -403,9 +415,9 @@ def main() -> None:
         draw_calibration(rows, asked.name)
     write(
         asked.name,
-        {f"{law.capitalize()} number of active features": summary(rows, law) for law in asked.laws},
-        f"{N_FEATURES} features in {D_IN} dimensions, {MEAN_L0} active in the mean (constant, or uniform in "
-        f"1..{MOST}), d_sae {D_SAE}, {TRAINING.tokens} rows of training, {ROWS['evaluation']} held out, "
+        {f"World: {law}": summary(rows, law) for law in asked.laws},
+        f"{N_FEATURES} features in {D_IN} dimensions, {MEAN_L0} active in the mean (constant and rescaled: in every "
+        f"row; varying, balanced and equal: uniform in 1..{MOST}), d_sae {D_SAE}, {TRAINING.tokens} rows of training, {ROWS['evaluation']} held out, "
         f"{len(asked.seeds)} seeds (± half of their range).",
         command=" ".join(["truth.py", *sys.argv[1:]]),
     )

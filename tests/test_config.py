@@ -189,8 +189,8 @@ def test_shipped_parameters_are_valid(path: Path) -> None:
         ),
         (
             "saes/soft-topk/options/k_max",
-            {"times_k": 40},
-            "saes.soft-topk.options.k_max.times_k: expected a number in 64..1536 (k and d_sae), found 2560",
+            {"times_k": 50},
+            "saes.soft-topk.options.k_max.times_k: expected a number in 32..1536 (k and d_sae), found 1600",
         ),
         ("saes/jumprelu/options/form", "paper", "saes.jumprelu.options.form: expected one of"),
         ("saes/relu/options/initialisation", "zeros", "saes.relu.options.initialisation"),
@@ -207,7 +207,7 @@ def test_shipped_parameters_are_valid(path: Path) -> None:
             {"kind": "linear", "from": 0.5, "until": 0.1},
             "saes.jumprelu.options.target_schedule.from: expected 1..1536 (d_sae), found 0.5",
         ),
-        ("saes/adaptive-k/options/k_min", 99, "k_min: expected at most k_max (30), found 99"),
+        ("saes/adaptive-k/options/k_min", 99, "k_min: expected at most k_max (60), found 99"),
         (
             "saes/adaptive-k/options/complexity",
             "none",

@@ -47,6 +47,8 @@ def keys(params: dict[str, Any]) -> dict[str, str]:
         found[f"latents:{run}"] = jobs.latents(run)
     for setting in plan.seeds:
         found[f"stability:{setting}"] = jobs.stability(setting)
+    if plan.rivals:
+        found["rivals"] = jobs.rivals()
     for figure in params["figures"]["names"]:
         found[f"figure:{figure}"] = jobs.figure(figure)
     return {name: job.key for name, job in found.items()}
@@ -85,13 +87,13 @@ def test_the_machine_changes_no_key(path: str, value: Any) -> None:
 
 def test_an_evaluation_parameter_leaves_training_alone() -> None:
     assert kinds(changed_by("evaluation/max_norm_multiple", 5)) == {
-        "evaluation", "baselines", "stability", "latents", "tables", "figure", "report",
+        "evaluation", "baselines", "stability", "rivals", "latents", "tables", "figure", "report",
     }  # fmt: skip
 
 
 def test_intervals_and_controls_are_part_of_an_evaluation() -> None:
     assert kinds(changed_by("evaluation/bootstrap/seed", 9)) == {
-        "evaluation", "baselines", "tables", "figure", "report",
+        "evaluation", "baselines", "rivals", "tables", "figure", "report",
     }  # fmt: skip
 
 
@@ -101,9 +103,10 @@ def test_a_page_of_latents_changes_nothing_but_itself_and_the_report() -> None:
 
 def test_seeds_of_one_setting_are_compared_and_no_others() -> None:
     seeds = Plan(PARAMS).seeds
-    assert seeds["smollm2/blocks.19.resid_post/topk/d1536-k8"] == [
-        f"smollm2/blocks.19.resid_post/topk/d1536-k8-seed{seed}" for seed in (0, 1)
+    assert seeds["smollm2/blocks.19.resid_post/soft-topk/d1536-k32"] == [
+        f"smollm2/blocks.19.resid_post/soft-topk/d1536-k32-seed{seed}" for seed in (0, 1, 2)
     ]
+    assert not any("guided" in setting for setting in seeds)  # `rivals` compares these
     assert all(len(runs) > 1 for runs in seeds.values())
     assert "stability" not in kinds(changed_by("saes/relu/lr", 5.0e-4))
 
@@ -122,7 +125,6 @@ def test_one_entry_changes_its_own_runs_only() -> None:
     assert kinds(changed) == {
         "sae",
         "evaluation",
-        "stability",
         "latents",
         "tables",
         "figure",
@@ -243,7 +245,7 @@ def test_groups_hold_every_run_once() -> None:
 
 def test_another_source_to_evaluate_on_concerns_the_saes_of_one_source() -> None:
     changed = changed_by("evaluation/also_on", {"smollm2": ["python"]})
-    assert kinds(changed) == {"evaluation", "baselines", "tables", "figure", "report"}
+    assert kinds(changed) == {"evaluation", "baselines", "rivals", "tables", "figure", "report"}
     assert not {job for job in changed if job.split(":")[-1].split("/")[0] in ("python", "scenes")}
 
 

@@ -9,6 +9,16 @@ from typing import Any
 from saeflow.config import ImportConfig, SAEConfig, expand_runs, imports
 from saeflow.sources import SourceKind, kind_of
 
+
+def setting_of(run: str) -> str:
+    """A run's whole name without its seed."""
+    return re.sub(r"-seed\d+$", "", run)
+
+
+def _label(setting: str) -> str:
+    return setting.rpartition("/")[2]
+
+
 _OF_IMAGES = ("labelled_sets", "concept_cards")
 
 
@@ -96,11 +106,51 @@ class Plan:
 
     @cached_property
     def seeds(self) -> dict[str, list[str]]:
-        """By setting (a run's name without its seed): its runs, where there are several."""
+        """By setting (a run's name without its seed): its runs, where there are several; rivals at a found L0 left out."""
         found: dict[str, list[str]] = {}
-        for name in self.runs:
-            found.setdefault(re.sub(r"-seed\d+$", "", name), []).append(name)
+        for name, run in self.runs.items():
+            if run.guide is not None:
+                continue
+            found.setdefault(setting_of(name), []).append(name)
         return {setting: runs for setting, runs in found.items() if len(runs) > 1}
+
+    @cached_property
+    def rivals(self) -> list[dict[str, Any]]:
+        """Settings that find their own k, each with one that is trained at the mean L0 it found.
+
+        `pairs` are the runs of both, seed by seed. None where evaluations keep no sums (`evaluation.bootstrap`).
+        """
+        if self.params["evaluation"]["bootstrap"] is None:
+            return []
+        found: dict[tuple[str, str], dict[str, Any]] = {}
+        for run in self.runs.values():
+            if run.guide is None:
+                continue
+            own = self._same_seed(run.guide, run.seed)
+            guide = self.evaluated[run.guide]
+            places = (setting_of(run.guide), setting_of(run.name))
+            comparison = found.setdefault(
+                places,
+                {
+                    "source": run.source, "hook_point": run.hook_point, "d_sae": run.d_sae,
+                    "entry": guide.entry, "variant": getattr(guide, "variant", guide.entry), "setting": _label(places[0]),
+                    "rival_entry": run.entry, "rival_variant": run.variant, "rival_setting": _label(places[1]), "pairs": [],
+                },
+            )  # fmt: skip
+            if own is not None:
+                comparison["pairs"].append([own, run.name])
+        return [one for _, one in sorted(found.items()) if one["pairs"]]
+
+    def _same_seed(self, guide: str, seed: int) -> str | None:
+        """The run of a guide's setting with a seed, if there is one."""
+        name = f"{setting_of(guide)}-seed{seed}"
+        return name if name in self.evaluated else None
+
+    @property
+    def compared(self) -> list[str]:
+        """The runs that `rivals` names, each once."""
+        pairs = itertools.chain.from_iterable(one["pairs"] for one in self.rivals)
+        return sorted(set(itertools.chain.from_iterable(pairs)))
 
     def complexity(self, run: str) -> str | None:
         """The scores that a run's options name, where its variant uses any."""

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy.stats import spearmanr
+from sklearn.model_selection import GroupKFold
 
 from saeflow.complexity.files import read_probe
 from saeflow.complexity.probe import agreement, fit_probe, scored_rows
@@ -33,7 +34,15 @@ def scores(stores: dict[str, Any], tmp_path: Path) -> Path:
         context = store.column("context")[last]
         score = rows.numpy()[last] + noise.normal(0, 0.3, last.sum())
         tables.append(
-            pd.DataFrame({"split": split, "context": context, "position": 31, "score": score})
+            pd.DataFrame(
+                {
+                    "split": split,
+                    "context": context,
+                    "unit": context // 3,
+                    "position": 31,
+                    "score": score,
+                }
+            )
         )
     path = tmp_path / "scores.csv"
     pd.concat(tables).to_csv(path, index=False)
@@ -71,20 +80,25 @@ def test_the_penalty_has_the_least_error_on_held_out_folds(
     probe = read_probe(tmp_path)
     x = (probe["examples"] / stores["train"].scale).double().numpy()
     y = probe["scores"].double().numpy()
-    order = np.random.RandomState(0).permutation(len(y))  # KFold's own shuffle
-    folds = np.array_split(order, 5)
+    train = pd.read_csv(scores).query("split == 'train'").set_index("context").unit
+    store = stores["train"]
+    documents = train.loc[store.column("context")[store.column("position") == 31]].to_numpy()
+    folds = [test for _, test in GroupKFold(5, shuffle=True, random_state=0).split(x, y, documents)]
+    assert all(len(np.unique(documents[fold])) >= 2 for fold in folds)
     errors = {}
-    for ridge in (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0):
+    for ridge in len(y) * 10.0 ** np.arange(-8, 3):
         of_folds = []
         for fold in folds:
-            rest = np.setdiff1d(order, fold)
+            rest = np.setdiff1d(np.arange(len(y)), fold)
+            assert not set(documents[rest]) & set(documents[fold])
             mean, offset = x[rest].mean(0), y[rest].mean()
             c = x[rest] - mean
             w = np.linalg.solve(c.T @ c + ridge * np.eye(x.shape[1]), c.T @ (y[rest] - offset))
             error = y[fold] - offset - (x[fold] - mean) @ w
             of_folds.append((error**2).mean() ** 0.5)
         errors[ridge] = np.mean(of_folds)
-    assert quality["ridge"] == min(errors, key=errors.__getitem__)
+    assert quality["ridge"] == pytest.approx(min(errors, key=errors.__getitem__))
+    assert quality["at_edge"] == (quality["ridge"] in (min(errors), max(errors)))
     assert quality["cross_validated_rmse"] == pytest.approx(min(errors.values()), rel=1e-6)
 
 
@@ -96,11 +110,17 @@ def test_quality_is_that_of_the_predictions(stores: Any, scores: Path, tmp_path:
     for split in ("train", "evaluation"):
         of_split = table[table.split == split]
         assert quality[split] == pytest.approx(
-            agreement(of_split.score.to_numpy(), of_split.predicted.to_numpy())
+            agreement(
+                of_split.score.to_numpy(),
+                of_split.predicted.to_numpy(),
+                of_split.context.to_numpy() // 3,
+            )
         )
         assert of_split.predicted.between(0, 10).all()
     held_out = table[table.split == "evaluation"]
-    _, x, _ = scored_rows(stores["evaluation"], pd.read_csv(scores).query("split == 'evaluation'"))
+    _, x, _, _ = scored_rows(
+        stores["evaluation"], pd.read_csv(scores).query("split == 'evaluation'")
+    )
     expected = (x @ probe["weight"] + probe["bias"]).clamp(0, 10)
     np.testing.assert_allclose(held_out.predicted, expected, rtol=1e-4, atol=1e-4)
     assert quality["evaluation"]["spearman"] == pytest.approx(
@@ -109,30 +129,62 @@ def test_quality_is_that_of_the_predictions(stores: Any, scores: Path, tmp_path:
 
 
 def test_agreement_by_hand() -> None:
-    found = agreement(np.array([1.0, 2, 3, 4]), np.array([1.0, 2, 4, 3]))
+    found = agreement(np.array([1.0, 2, 3, 4]), np.array([1.0, 2, 4, 3]), np.zeros(4, int))
+    assert (found.pop("r2_low"), found.pop("r2_high"), found.pop("units")) == (None, None, 1)
     assert found == pytest.approx(
         {"contexts": 4, "rmse": 0.5**0.5, "r2": 1 - 2 / 5, "pearson": 0.8, "spearman": 0.8}
     )
-    assert agreement(np.ones(3), np.arange(3.0))["pearson"] is None
+    assert agreement(np.ones(3), np.arange(3.0), np.arange(3))["pearson"] is None
+
+
+def test_the_interval_of_r2_is_drawn_by_documents() -> None:
+    """Against rows copied out, document by document; noise that a document shares widens it."""
+    rng = np.random.default_rng(0)
+    units = np.repeat(np.arange(30), 20)
+    score = rng.normal(size=30)[units] + rng.normal(size=600)
+    predicted = score + 0.8 * rng.normal(size=30)[units]
+    found = agreement(score, predicted, units)
+    drawn = []
+    for _ in range(4000):
+        rows = np.concatenate([np.flatnonzero(units == u) for u in rng.integers(30, size=30)])
+        error = np.square(score - predicted)[rows].sum()
+        drawn.append(1 - error / np.square(score - score.mean())[rows].sum())
+    expected = np.quantile(drawn, [0.025, 0.975])
+    width = expected[1] - expected[0]
+    assert [found["r2_low"], found["r2_high"]] == pytest.approx(expected.tolist(), abs=0.1 * width)
+    alone = agreement(score, predicted, np.arange(600))
+    assert alone["r2_high"] - alone["r2_low"] < 0.6 * width
+
+
+def test_scores_of_one_document_are_refused(stores: Any, scores: Path, tmp_path: Path) -> None:
+    table = pd.read_csv(scores).assign(unit=0)
+    table.to_csv(scores, index=False)
+    with pytest.raises(UserError, match="two or more documents"):
+        fit_probe(scores, stores, None, WHERE, tmp_path)
 
 
 def test_rows_that_the_store_left_out_are_left_out(stores: Any) -> None:
-    table = pd.DataFrame({"context": [*range(20), 1000], "position": 31, "score": range(21)})
-    context, x, score = scored_rows(stores["train"], table)
+    table = pd.DataFrame(
+        {"context": [*range(20), 1000], "unit": range(21), "position": 31, "score": range(21)}
+    )
+    context, x, score, unit = scored_rows(stores["train"], table)
     assert set(context) <= set(range(20))
     assert x.shape == (len(context), stores["train"].d_in)
     np.testing.assert_array_equal(score, context)
+    np.testing.assert_array_equal(unit, context)
 
 
 def test_too_few_or_equal_scores_are_refused(stores: Any, tmp_path: Path) -> None:
-    few = pd.DataFrame({"context": range(5), "position": 31, "score": range(5)})
+    few = pd.DataFrame({"context": range(5), "unit": 0, "position": 31, "score": range(5)})
     with pytest.raises(UserError, match="at least 10 rows"):
         scored_rows(stores["train"], few)
-    rows = [("train", c, 31, 1.0) for c in range(40)] + [
-        ("evaluation", c, 31, 1.0) for c in range(12)
+    rows = [("train", c, c, 31, 1.0) for c in range(40)] + [
+        ("evaluation", c, c, 31, 1.0) for c in range(12)
     ]
     path = tmp_path / "scores.csv"
-    pd.DataFrame(rows, columns=["split", "context", "position", "score"]).to_csv(path, index=False)
+    pd.DataFrame(rows, columns=["split", "context", "unit", "position", "score"]).to_csv(
+        path, index=False
+    )
     with pytest.raises(UserError, match="all contexts have the score 1"):
         fit_probe(path, stores, None, WHERE, tmp_path)
 

@@ -42,8 +42,8 @@ ENTRIES = [  # entry, variant, quality (smaller is better), ks
 ]
 COMPLEXITY = ["source", "hook_point", "complexity", "split", "context", "score", "predicted"]
 PROBES = [
-    "source", "hook_point", "complexity", "split", "contexts", "ridge", "rmse", "r2", "pearson",
-    "spearman",
+    "source", "hook_point", "complexity", "split", "contexts", "units", "ridge", "at_edge", "rmse", "r2", "pearson",
+    "spearman", "r2_low", "r2_high",
 ]  # fmt: skip
 L1S = (0.1, 0.5, 2.0, 8.0)
 
@@ -87,6 +87,7 @@ class Bench:
         self.extra: dict[str, list[dict[str, Any]]] = {name: [] for name in EXTRA}
         self.pictured: list[str] = []
         self.stability: list[dict[str, Any]] = []
+        self.rivals: list[dict[str, Any]] = []
         self.options: list[dict[str, Any]] = []
         self.of_latents: dict[str, list[dict[str, Any]]] = {
             name: [] for name in tables_of("interpret")
@@ -111,6 +112,7 @@ class Bench:
             varies = 0 if ids["variant"] == "topk" else image % 7
             known = {"context": image, "label": image % 20, "objects": image % 7}
             own = {"l0": l0 * (1 + varies / 10), "k_hat": "" if ids["variant"] == "topk" else l0}
+            own["norm"] = 10 + image % 5
             self.extra["contexts"].append({**ids, **known, **own})
         for estimator in ("mle", "twonn"):
             for neighbours in (20, 50):
@@ -148,7 +150,9 @@ class Bench:
             self.of_latents["absorption"].append({**known, **line})
         self.pictured.append(ids["run"])
         if ids["variant"] != "topk":
-            for i, control in enumerate(("own", "shuffled_k", "k_by_norm", "mean_k", "batch_threshold")):
+            for i, control in enumerate(
+                ("own", "shuffled_k", "k_by_norm", "mean_k", "batch_threshold")
+            ):
                 around = {"low": 0.2 + i / 100, "high": 0.3 + i / 100, "difference": i / 100}
                 around |= {"difference_low": (i - 1) / 100, "difference_high": (i + 1) / 100}
                 known = {"control": control, "metric": "fvu", "value": 0.25 + i / 100}
@@ -285,12 +289,30 @@ class Bench:
                     {**ids, "histogram": histogram, "left": left, "right": right, "count": count}
                 )
         self.steps(ids, l0, fvu, k, tokens, variant, name)
+        if not seed and variant != "topk":
+            self.rival(ids, f"d{d_sae}-{label}", l0, fvu)
         if seed:
             known = {key: value for key, value in ids.items() if key not in ("run", "seed")}
             known |= {"setting": f"d{d_sae}-{label}", "seed_a": 0, "seed_b": seed}
             for metric, value in (("matched_cosine", 0.4), ("spearman_l0", 0.8)):
                 value -= fvu / 9
                 self.stability.append({**known, "metric": metric, "value": f"{value:.12g}"})
+
+    def rival(self, ids: dict[str, Any], setting: str, l0: float, fvu: float) -> None:
+        """An SAE against two rivals and two controls, of three seeds."""
+        own = {name: ids[name] for name in ("source", "hook_point", "d_sae", "entry", "variant")}
+        own |= {"setting": setting, "seeds": 3, "units": 31}
+        for number, rival in enumerate(("topk", "batch_topk", "shuffled_k", "k_by_norm")):
+            entry = "topk" if number < 2 else ""
+            known = {**own, "rival_entry": entry, "rival_variant": rival}
+            known["rival_setting"] = f"d{own['d_sae']}-k8" if entry else ""
+            for metric, value, difference in (
+                ("fvu", fvu, (0.02, -0.001, -0.05, -0.03)[number]), ("l0_mean", l0, 0.01),
+            ):  # fmt: skip
+                line = {"metric": metric, "value": value, "rival": value - difference}
+                line |= {"difference": difference, "seed_sd": 0.001}
+                line |= {"low": difference - 0.004, "high": difference + 0.004}
+                self.rivals.append({**known, **line})
 
     def steps(
         self,
@@ -357,6 +379,7 @@ class Bench:
         for name in EXTRA:
             write(folder / f"{name}.csv", columns_of(name), measured(self.extra[name]))
         write(folder / "stability.csv", columns_of("stability"), self.stability)
+        write(folder / "rivals.csv", columns_of("rivals"), self.rivals)
         for name in tables_of("interpret"):
             write(folder / f"{name}.csv", columns_of(name), self.of_latents[name])
         write(folder / "options.csv", columns_of("options"), self.options)
@@ -374,6 +397,7 @@ class Bench:
                 row = {**ids, "split": split, "context": context, "score": score, "predicted": read}
                 self.complexity.append(row)
             quality = {"contexts": count, "ridge": 1, "rmse": 1, "r2": 0.8, "pearson": 0.9}
+            quality |= {"units": 20, "at_edge": 0, "r2_low": 0.7, "r2_high": 0.9}
             self.probes.append({**ids, "split": split, **quality, "spearman": ""})
 
 

@@ -31,7 +31,7 @@ def small(make_tables: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path:
 PICTURES = ("concepts", "simple_to_complex")
 OF_RUNS = [name for name in FIGURES if name not in ("complexity", "probe_layers")]
 COMPARED = [name for name in OF_RUNS if name not in PICTURES]
-VARYING = ("simple_to_complex", "adaptivity", "controls", "k_complexity", "k_dimension")
+VARYING = ("simple_to_complex", "adaptivity", "controls", "k_complexity", "k_dimension", "headline")
 OF_SYNTHETIC = ("recovery", "top_concepts", "probing", *VARYING)
 
 

@@ -142,6 +142,26 @@ def test_one_seed_of_one_setting_can_be_drawn(make_tables: Maker, tmp_path: Path
     assert drawing.figure.get_size_inches()[0] == style.COLUMN_WIDTH
 
 
+def test_error_bars_of_a_figure_mean_one_thing(make_tables: Maker, tmp_path: Path) -> None:
+    """One entry has two seeds, the other one: all bars are intervals, none a deviation over seeds."""
+    entries = [("topk", "topk", 1.0, (16,)), ("jumprelu", "jumprelu", 0.8, (24,))]
+    folder = make_tables(tmp_path, panels=[TEXT], entries=entries, seeds=2)
+    for path in folder.glob("*.csv"):
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(line for line in lines if "jumprelu/d2304-k24-seed1" not in line))
+    with style.context():
+        drawing = FIGURES["fvu_l0"].draw(load_tables(folder), STRICT)
+    assert "Points are means over 1 to 2 seeds, error bars 95 % bootstrap" in drawing.caption
+    assert "standard deviation" not in drawing.caption
+    heights = [
+        abs(float(bar.get_segments()[0][0][1] - bar.get_segments()[0][1][1]))
+        for bar in drawing.figure.axes[0].collections
+    ]
+    data = drawing.data[drawing.data["entry"].isin(["topk", "jumprelu"])]
+    for _, held in data.groupby("entry"):
+        assert pytest.approx((held["high"] - held["low"]).mean()) in heights
+
+
 def test_a_negative_degradation_is_shown_on_a_linear_axis(
     make_tables: Maker, tmp_path: Path
 ) -> None:

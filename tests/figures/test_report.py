@@ -142,7 +142,10 @@ def test_what_was_read_and_left_out_is_counted(page: Page) -> None:
     )
     assert "7: null; 1: empty" in page.text
     assert "text is split as by GPT-2" in page.text
-    assert "1.2 % of evaluation's runs of 32 tokens" in page.text
+    assert "790 contexts of 210 documents, 100,330 tokens" in page.text
+    assert (
+        "95 contexts of 31 documents, 12,065 tokens; 12 contexts left out for a run of 13 tokens that stands in train too"
+    ) in page.text
     assert "pets (labelled, for scenes)" in page.text
     assert "train 74 images, test 111 images" in page.text
     assert "5: an image of train" in page.text

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from scipy.stats import spearmanr
 
 from saeflow.errors import UserError
 from saeflow.sources import (
@@ -184,3 +185,40 @@ def test_inputs_that_are_not_there_are_named(tmp_path: Path) -> None:
 
 def test_nothing_comes_from_outside() -> None:
     assert external_inputs(EASY) == {}
+
+
+def test_worlds_separate_the_count_from_the_norm(tmp_path: Path) -> None:
+    """Norms from the rows themselves, and rows rebuilt from what is stored of their features."""
+    varying = {"l0_law": {"kind": "uniform", "smallest": 1, "largest": 9}, "noise_std": 0.0}
+    worlds: dict[str, dict[str, Any]] = {
+        "as drawn": varying,
+        "balanced": varying | {"row_norm": {"kind": "balanced"}},
+        "equal": varying | {"row_norm": {"kind": "equal"}},
+        "varying": {"noise_std": 0.0, "row_norm": {"kind": "varying", "sigma": 0.5}},
+    }
+    norms, counts = {}, {}
+    for name, change in worlds.items():
+        source = made(tmp_path / name.replace(" ", "-"), change, train=6000)
+        block = source.block("train", 0, source.n_contexts("train"))
+        x = block.activations["features"].double().numpy()
+        indices, values = block.columns["true_indices"], block.columns["true_values"]
+        features = load_file(
+            tmp_path / name.replace(" ", "-") / "inputs" / "dictionary.safetensors"
+        )
+        rebuilt = np.einsum("rk,rkd->rd", values * (indices >= 0), features["features"][indices])
+        np.testing.assert_allclose(x, rebuilt, atol=1e-5)
+        norms[name], counts[name] = np.linalg.norm(x, axis=1), (indices >= 0).sum(1)
+    told = {name: spearmanr(norms[name], counts[name])[0] for name in ("as drawn", "balanced")}
+    assert told["as drawn"] > 0.8
+    assert abs(told["balanced"]) < 0.25
+    for count in range(1, 10):
+        rows = norms["balanced"][counts["balanced"] == count]
+        assert np.square(rows).mean() == pytest.approx(1 + 0.25**2, rel=0.25)
+    assert norms["equal"] == pytest.approx(1, abs=1e-6)
+    assert len(np.unique(counts["equal"])) == 9
+    assert set(counts["varying"]) == {5}
+    plain = made(tmp_path / "plain", {"noise_std": 0.0}, train=6000)
+    unscaled = plain.block("train", 0, plain.n_contexts("train")).activations["features"]
+    factor = norms["varying"] / np.linalg.norm(unscaled.double().numpy(), axis=1)
+    assert factor.mean() == pytest.approx(1, abs=4 * factor.std() / 6000**0.5)
+    assert np.log(factor).std() == pytest.approx(0.5, abs=0.03)

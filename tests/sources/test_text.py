@@ -1,5 +1,6 @@
 """Text becomes packed contexts, contexts become activations."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,11 @@ def test_what_was_read_is_counted_by_file(
     folder: Path,
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(
+        "saeflow.sources.documents.SHUFFLE_CHARACTERS", 0
+    )  # in the files' own order
     other = tmp_path / "other.jsonl"
     other.write_text("".join(json.dumps({"text": f"other {text}"}) + "\n" for text in documents))
     unread = tmp_path / "empty.jsonl"
@@ -157,7 +162,11 @@ def test_what_was_read_is_counted_by_file(
 
 @pytest.mark.parametrize("most", [1, 3])
 def test_a_document_gives_no_more_contexts_than_are_allowed(
-    most: int, params: dict[str, Any], documents: list[str], folder: Path, tokenizer: PreTrainedTokenizerFast
+    most: int,
+    params: dict[str, Any],
+    documents: list[str],
+    folder: Path,
+    tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     rows = {"train": 600, "evaluation": 100}
     prepare(params | {"contexts_per_document": most}, folder, **rows)
@@ -167,7 +176,7 @@ def test_a_document_gives_no_more_contexts_than_are_allowed(
         of = np.load(folder / "inputs" / f"{split}_documents.npy")
         assert np.unique(of, return_counts=True)[1].max() <= most
         ends = np.flatnonzero(tokens == tokenizer.eos_token_id)
-        for start, stop in zip(ends, ends[1:], strict=False):  # whole documents, or parts of long ones
+        for start, stop in itertools.pairwise(ends):  # whole documents, or parts of long ones
             piece = tokens[start + 1 : stop]
             assert len(piece) < most * 15
             assert any(tokenizer.decode(piece) in text for text in given)
@@ -185,7 +194,7 @@ def test_evaluation_contexts_with_a_run_of_train_are_left_out(
     path = tmp_path / "quotes.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     params |= {"text": {"files": [str(path)], "column": "text"}, "shared_run": 13}
-    read = prepare(params, folder, train=9000, evaluation=300)["splits"]
+    read = prepare(params, folder, train=9000, evaluation=3000)["splits"]
     train, held_out = (
         np.load(folder / "inputs" / f"{s}.npy")[:, 1:] for s in ("train", "evaluation")
     )
@@ -193,14 +202,14 @@ def test_evaluation_contexts_with_a_run_of_train_are_left_out(
     known = {tuple(flat[i : i + 13]) for i in range(len(flat) - 12)}
     assert not any(tuple(row[i : i + 13]) in known for row in held_out.tolist() for i in range(3))
     assert read["evaluation"] == {
-        "contexts": 20, "documents": len(set(np.load(folder / "inputs" / "evaluation_documents.npy").tolist())),
-        "tokens": 300, "shared": read["evaluation"]["shared"],
+        "contexts": 200, "documents": len(set(np.load(folder / "inputs" / "evaluation_documents.npy").tolist())),
+        "tokens": 3000, "shared": read["evaluation"]["shared"],
     }  # fmt: skip
     assert read["evaluation"]["shared"] > 3
     assert read["train"]["contexts"] == len(train)
     assert read["train"]["shared"] == 0
-    with pytest.raises(UserError, match=r"share a run of 2 tokens .* 20 are asked for"):
-        prepare(params | {"shared_run": 2}, folder, train=9000, evaluation=300)
+    with pytest.raises(UserError, match=r"share a run of 2 tokens .* 200 are asked for"):
+        prepare(params | {"shared_run": 2}, folder, train=9000, evaluation=3000)
 
 
 def test_pieces_of_any_size_pack_alike(

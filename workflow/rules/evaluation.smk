@@ -190,6 +190,22 @@ rule compare_seeds:
         "python -m saeflow stability {params.task:q} --threads {threads} 2>&1 | tee {log}"
 
 
+rule compare_rivals:
+    input:
+        lambda w: jobs.rivals().inputs,
+    output:
+        rivals="results/evaluations/rivals/rivals.csv",
+        record="results/evaluations/rivals/provenance.json",
+    log:
+        "logs/compare_rivals.log",
+    conda:
+        environment("model")
+    params:
+        task=lambda w: task(jobs.rivals()),
+    shell:
+        "python -m saeflow rivals {params.task:q} 2>&1 | tee {log}"
+
+
 rule collect_tables:
     input:
         jobs.tables().inputs,

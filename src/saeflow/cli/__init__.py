@@ -53,6 +53,7 @@ JOBS: dict[str, Command] = {
     "interpret": evaluation.interpret_,
     "baselines": evaluation.baselines,
     "stability": evaluation.stability,
+    "rivals": evaluation.rivals,
     "collect": evaluation.collect,
     "draw": figures.draw,
     "report": figures.report,

@@ -159,6 +159,24 @@ def stability(task: Task, runtime: RuntimeJson, threads: Threads) -> None:
         write_stability(saes, first, setup, job.path)
 
 
+def rivals(task: Task) -> None:
+    """Compare SAEs that find their own k with those that are trained at the L0 that they found."""
+    from saeflow.evaluation.rivals import control_lines, rival_lines
+    from saeflow.tables.evaluations import write_rivals
+
+    asked = read_task(task)
+    folders = dict(zip(asked.params["runs"], asked.many("evaluations"), strict=True))
+    comparisons, settings = asked.params["rivals"], asked.params["bootstrap"]
+    places = [
+        (one["source"], one["hook_point"], one["entry"], one["setting"]) for one in comparisons
+    ]
+    own = dict(zip(reversed(places), reversed(comparisons), strict=True))  # each setting once
+    with job_of(asked, "rivals") as job:
+        lines = [line for one in comparisons for line in rival_lines(one, folders, settings)]
+        lines += [line for one in own.values() for line in control_lines(one, folders, settings)]
+        write_rivals(job.path, lines)
+
+
 def collect(task: Task) -> None:
     """Gather the tables of all runs."""
     from saeflow.tables.collect import collect as collect_tables
@@ -167,7 +185,7 @@ def collect(task: Task) -> None:
     with job_of(asked, "collect") as job:
         collect_tables(
             asked.many("evaluations"), asked.many("saes"), asked.many("probes"), job.path,
-            asked.many("stability"), asked.many("interpretations"),
+            asked.many("stability"), asked.many("interpretations"), asked.many("rivals"),
         )  # fmt: skip
 
 

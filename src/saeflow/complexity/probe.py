@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from scipy.stats import pearsonr, spearmanr
 from sklearn.linear_model import Ridge
-from sklearn.model_selection import GridSearchCV, KFold
+from sklearn.model_selection import GridSearchCV, GroupKFold
 
 from saeflow.complexity.files import PROBE
 from saeflow.config import SPLITS
@@ -24,8 +24,10 @@ logger = logging.getLogger(__name__)
 QUALITY, PREDICTIONS = "quality.json", "predictions.csv"
 PIECE_ROWS = 8192
 LARGEST = 10.0
-LAMBDAS = [0.01, 0.1, 1.0, 10.0, 100.0, 1000.0]
+LAMBDAS = [10.0**power for power in range(-8, 3)]
+"""Penalties that are tried, times the number of rows; rows are divided so that their mean squared norm is 1."""
 FOLDS = 5
+_RESAMPLES, _INTERVAL = 1000, (0.025, 0.975)
 _RANGE = (1, 99)  # percentiles of the training scores that map to 0 and LARGEST
 
 
@@ -63,17 +65,29 @@ def fit_probe(
         )
     y = {
         split: np.clip((score - low) / (high - low), 0, 1) * LARGEST
-        for split, (_, _, score) in rows.items()
+        for split, (_, _, score, _) in rows.items()
     }
     scale = stores["train"].scale
     x = {split: rows[split][1].double().numpy() / scale for split in SPLITS}
+    units = {split: rows[split][3] for split in SPLITS}
+    if (groups := len(np.unique(units["train"]))) < 2:
+        raise UserError(
+            "complexity: expected scored contexts of two or more documents in the training split, found one; cross-validation "
+            "needs documents to hold out. Score more contexts, or extract more rows."
+        )
     search = GridSearchCV(
         Ridge(),
-        {"alpha": LAMBDAS},
+        {"alpha": [ridge * len(y["train"]) for ridge in LAMBDAS]},
         scoring="neg_root_mean_squared_error",
-        cv=KFold(FOLDS, shuffle=True, random_state=0),
-    ).fit(x["train"], y["train"])
+        cv=GroupKFold(min(FOLDS, groups), shuffle=True, random_state=0),
+    ).fit(x["train"], y["train"], groups=units["train"])
     best = search.best_estimator_
+    at_edge = search.best_index_ in (0, len(LAMBDAS) - 1)
+    if at_edge:
+        logger.warning(
+            "probe: the penalty with the least error, %g, is at the edge of those tried: a better one may lie beyond",
+            best.alpha,
+        )
     predicted = {split: np.clip(best.predict(x[split]), 0, LARGEST) for split in SPLITS}
     tensors = {
         "weight": torch.tensor(best.coef_ / scale, dtype=torch.float32),
@@ -100,21 +114,24 @@ def fit_probe(
     pd.concat(predictions).to_csv(out / PREDICTIONS, index=False, lineterminator="\n")
     quality: dict[str, Any] = {
         "ridge": best.alpha,
+        "at_edge": at_edge,
         "cross_validated_rmse": -search.best_score_,
         "range": [low, high],
-        **{split: agreement(y[split], predicted[split]) for split in SPLITS},
+        **{split: agreement(y[split], predicted[split], units[split]) for split in SPLITS},
     }
     write_json(out / QUALITY, quality)
     logger.info("probe: %s on held-out contexts", quality["evaluation"])
 
 
-def scored_rows(store: Store, table: pd.DataFrame) -> tuple[np.ndarray, torch.Tensor, np.ndarray]:
+def scored_rows(
+    store: Store, table: pd.DataFrame
+) -> tuple[np.ndarray, torch.Tensor, np.ndarray, np.ndarray]:
     """The rows of a store that have a score.
 
     Rows that the store left out (for their norm) are left out here.
 
     Returns:
-        context (n,), activations (n, d_in) float32 raw, score (n,), in the store's order.
+        context (n,), activations (n, d_in) float32 raw, score (n,), unit (n,), in the store's order.
 
     Raises:
         UserError: fewer than 10.
@@ -125,7 +142,8 @@ def scored_rows(store: Store, table: pd.DataFrame) -> tuple[np.ndarray, torch.Te
     keys = (table["context"] * length + table["position"]).to_numpy(np.int64)
     order = np.argsort(keys)
     keys, scores = keys[order], table["score"].to_numpy(np.float64)[order]
-    contexts, activations, found = [], [], []
+    units = table["unit"].to_numpy(np.int64)[order]
+    contexts, activations, found, of = [], [], [], []
     for start, rows in store.in_order(PIECE_ROWS):
         context = store.column("context", start, start + len(rows))
         position = store.column("position", start, start + len(rows)).astype(np.int64)
@@ -135,16 +153,29 @@ def scored_rows(store: Store, table: pd.DataFrame) -> tuple[np.ndarray, torch.Te
         contexts.append(context[hit])
         activations.append(rows[torch.from_numpy(hit)].float())
         found.append(scores[at[hit]])
+        of.append(units[at[hit]])
     if sum(map(len, found)) < 2 * FOLDS:
         raise UserError(
             f"{store.path}: expected at least {2 * FOLDS} rows with a complexity score, found "
             f"{sum(map(len, found))}. Score more contexts, or extract more rows."
         )
-    return np.concatenate(contexts), torch.cat(activations), np.concatenate(found)
+    return (
+        np.concatenate(contexts),
+        torch.cat(activations),
+        np.concatenate(found),
+        np.concatenate(of),
+    )
 
 
-def agreement(score: np.ndarray, predicted: np.ndarray) -> dict[str, float | None]:
-    """RMSE, R^2, Pearson and Spearman correlation; None where one side is constant."""
+def agreement(
+    score: np.ndarray, predicted: np.ndarray, units: np.ndarray
+) -> dict[str, float | None]:
+    """RMSE, R^2 with its 95 % interval over units, Pearson and Spearman correlation; None where one side is constant.
+
+    Args:
+        score, predicted: (n,).
+        units: (n,) the document (image, sample) that each is of; one alone gives no interval.
+    """
     error = float(np.square(score - predicted).sum())
     spread = float(np.square(score - score.mean()).sum())
     varies = spread > 0 and bool(np.ptp(predicted) > 0)
@@ -152,6 +183,22 @@ def agreement(score: np.ndarray, predicted: np.ndarray) -> dict[str, float | Non
         "contexts": len(score),
         "rmse": (error / len(score)) ** 0.5,
         "r2": 1 - error / spread if spread > 0 else None,
+        **_interval(np.square(score - predicted), np.square(score - score.mean()), units),
         "pearson": float(pearsonr(score, predicted)[0]) if varies else None,
         "spearman": float(spearmanr(score, predicted)[0]) if varies else None,
     }
+
+
+def _interval(errors: np.ndarray, spreads: np.ndarray, units: np.ndarray) -> dict[str, Any]:
+    """The bootstrap interval of R^2, drawn by units."""
+    names, unit_of = np.unique(units, return_inverse=True)
+    sums = np.stack([np.bincount(unit_of, weights=values) for values in (errors, spreads)])
+    low = high = None
+    if len(names) > 1 and spreads.sum() > 0:
+        random = np.random.default_rng(0)
+        drawn = random.integers(len(names), size=(_RESAMPLES, len(names)))
+        counts = np.stack([np.bincount(one, minlength=len(names)) for one in drawn])
+        error, spread = sums @ counts.T
+        known = spread > 0
+        low, high = np.quantile(1 - error[known] / spread[known], _INTERVAL).tolist()
+    return {"units": len(names), "r2_low": low, "r2_high": high}

@@ -81,8 +81,9 @@ def score_contexts(
         source: the source's parameters.
         folder: the source's folder, with model/ and inputs/.
         device: where a model runs.
-        out: written: scores.csv with split, context, position and score; `position` names the row of
-            the context that the probe reads, the last one of a text, the first one (CLS) of an image.
+        out: written: scores.csv with split, context, unit (of a text, the context's document), position and score;
+            `position` names the row of the context that the probe reads, the last one of a text, the first one (CLS)
+            of an image.
 
     Raises:
         UserError: the table misses contexts, or a score is not finite.
@@ -90,6 +91,7 @@ def score_contexts(
     import pandas as pd
 
     tables = []
+    inputs = kind_of(source).inputs(source, folder / "inputs", folder / "model")
     for split in SPLITS:
         context, position, score = KINDS[scoring["kind"]](scoring, source, folder, split, device)
         if not np.isfinite(score).all():
@@ -98,7 +100,8 @@ def score_contexts(
                 f"complexity ({scoring['kind']}): the score of context {first} of the {split} split is "
                 "not finite. Fix it, or leave the context out."
             )
-        columns = {"context": context, "position": position, "score": score}
+        unit = inputs.units(split)[context]
+        columns = {"context": context, "unit": unit, "position": position, "score": score}
         tables.append(pd.DataFrame({"split": split, **columns}))
     pd.concat(tables).to_csv(out / SCORES, index=False, lineterminator="\n")
 

@@ -165,6 +165,8 @@ def _aslisted(value: Any) -> list[Any]:
 
 def slug(value: Any) -> str:
     """A value as part of a folder's name."""
+    if isinstance(value, Mapping) and "mean_l0_of" in value:
+        return f"-of-{slug(value['mean_l0_of'])}"
     if isinstance(value, Mapping):
         return "-".join(f"{key}{slug(part)}" for key, part in value.items())
     return re.sub(r"[^A-Za-z0-9.]+", "-", str(value))

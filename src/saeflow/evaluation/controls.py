@@ -80,6 +80,8 @@ class Controls:
     ) -> None:
         self.sae, self.rows, self.own_sums, self.settings = sae, rows, own_sums, settings
         self.own = OwnK(rows.statistics.rows)
+        self.found: dict[str, PerUnit] = {}
+        """By control, its sums, once the result was asked for."""
 
     def update(self, seen: Seen) -> None:
         self.own.update(seen)
@@ -88,8 +90,9 @@ class Controls:
         """Lines of the table `controls`, from three further passes of the encoder over the rows."""
         if self.own.k is None:
             return Result()
-        lines = control_lines(self.sae, self.rows, self.own, self.own_sums, self.settings)
-        return Result(tables={"controls": lines})
+        self.found = controlled(self.sae, self.rows, self.own, self.own_sums, self.settings)
+        sums = {name: one.sums for name, one in self.found.items()}
+        return Result(tables={"controls": _lines(self.own_sums.sums, sums, self.settings)})
 
 
 def activations(sae: Any, x: Tensor) -> Tensor:
@@ -150,14 +153,14 @@ def by_norm(k: np.ndarray, norm: np.ndarray) -> np.ndarray:
     return placed
 
 
-def control_lines(
+def controlled(
     sae: Any,
     rows: EvaluatedRows,
     own: OwnK,
     own_sums: PerUnit,
     settings: Mapping[str, int],
-) -> Lines:
-    """Lines of the table `controls`; three further passes of the encoder over the rows.
+) -> dict[str, PerUnit]:
+    """Each control's sums; three further passes of the encoder over the rows.
 
     Args:
         sae: whose `allowed_k` is a number for each row.
@@ -197,7 +200,7 @@ def control_lines(
                 terms = rebuilt.add(x, sae.decode(latents))
                 found[name].add_rows(context, terms, (latents != 0).sum(1))
             start += len(x)
-    return _lines(own_sums.sums, {name: one.sums for name, one in found.items()}, settings)
+    return found
 
 
 def _lines(own: Sums, controls: Mapping[str, Sums], settings: Mapping[str, int]) -> Lines:

@@ -28,8 +28,9 @@ logger = logging.getLogger(__name__)
 
 SUMS = "sums.safetensors"
 """What each unit of the SAE's own source adds to the sums that metrics are ratios of, for paired comparisons."""
-ROWS, IN_MODEL = "rows.", "model."
-"""Names in SUMS begin so: sums of evaluated rows, and of predicted tokens of the model with the SAE in it."""
+ROWS, IN_MODEL, CONTROL = "rows.", "model.", "control."
+"""Names in SUMS begin so: sums of evaluated rows, of predicted tokens of the model with the SAE in it, and of evaluated
+rows under a control, whose name follows."""
 
 
 def observers(setup: Setup, sae: Any, *, is_trained: bool) -> list[Observer]:
@@ -102,12 +103,16 @@ def measure(
     measured = measure_rows(sae, setup.rows, observed)
     metrics = row_policy(setup) | measured.metrics
     tables: dict[str, Lines] = dict(measured.tables)
-    sums = {
-        f"{ROWS}{name}": values
-        for observer in observed
-        if isinstance(observer, PerUnit)
-        for name, values in observer.saved.items()
-    }
+    sums: dict[str, Any] = {}
+    for observer in observed:
+        if isinstance(observer, PerUnit):
+            sums |= {f"{ROWS}{name}": values for name, values in observer.saved.items()}
+        if isinstance(observer, Controls):
+            sums |= {
+                f"{CONTROL}{control}.{name}": values
+                for control, held in observer.found.items()
+                for name, values in held.saved.items()
+            }
     # Labelled sets are no rows of a store: once, with the SAE's own source.
     if setup.in_model is not None and (setup.is_own or not setup.kind.has_labelled_sets):
         found = setup.in_model.measure(sae, is_trained=is_trained)

@@ -13,6 +13,7 @@ from saeflow.evaluation.measure import Result, Seen
 _K_STEPS = 64
 _NORM_STEPS = 256
 """Steps of a norm's logarithm to base 2: 0.3 % of the norm."""
+_CHANCE_SEED = 271828
 SIMILAR = 0.7
 """Cosine above which a feature counts as found."""
 
@@ -79,7 +80,7 @@ class Recovery:
         self.matching = match(similarity)
         absolute = match(np.abs(similarity))
         self.mcc = float(absolute.cosine.sum() / min(similarity.shape))
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(_CHANCE_SEED)
         random = torch.randn(directions.shape, generator=generator, dtype=torch.float64)
         self.chance = float(match(cosines(features, random)).cosine.mean())
         self.rows = self.hits = self.fired = self.present = 0

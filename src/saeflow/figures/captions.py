@@ -31,14 +31,20 @@ def seeds(rows: pd.DataFrame) -> str:
 def seed_sentence(rows: pd.DataFrame) -> str:
     """State the meaning of a front's points and error bars."""
     count = seeds(rows)
-    resampled = "95 % bootstrap intervals over documents, images or samples" if "low" in rows else ""
+    resampled = (
+        "95 % bootstrap intervals over documents, images or samples" if "low" in rows else ""
+    )
     if count == "1":
         return "Each point is one seed" + (f", error bars {resampled}." if resampled else ".")
-    return (
-        f"Points are means over {count} seeds, error bars one sample standard deviation"
-        + (f" (of one seed: {resampled})" if resampled and count.startswith("1") else "")
-        + ", faint points the single seeds."
-    )
+    bars = resampled if resampled and not is_seeded(rows) else "one sample standard deviation"
+    return f"Points are means over {count} seeds, error bars {bars}, faint points the single seeds."
+
+
+def is_seeded(rows: pd.DataFrame) -> bool:
+    """Tell whether every setting of an SAE has several seeds, so that all error bars can be deviations over them."""
+    saes = rows[compare.is_sae(rows)]
+    counts = saes.groupby(["source", "hook_point", "entry", "setting"])["seed"].nunique()
+    return len(counts) > 0 and int(counts.min()) > 1
 
 
 def size_sentence(rows: pd.DataFrame) -> str:

@@ -107,7 +107,7 @@ def draw_fronts(
     figure = style.new_figure(width, height)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax, (panel, metric) in zip(axes, panels, strict=False):
-        _panel(ax, series[panel], metric, strokes, of_truth)
+        _panel(ax, series[panel], metric, strokes, of_truth, captions.is_seeded(rows))
         ax.set_title(compare.panel_title(panel))
         ax.set_xlabel(compare.panel_axis("l0_mean", panel))
         label = compare.panel_axis(metric, panel)
@@ -161,6 +161,7 @@ def _panel(
     metric: str,
     strokes: Mapping[str, Mapping[str, Any]],
     of_truth: bool,
+    is_seeded: bool,
 ) -> None:
     ax.grid(True)
     rows = pd.concat([one.rows for one in series])
@@ -168,16 +169,21 @@ def _panel(
         if one.rows["variant"].iloc[0] == "mean":
             ax.axhline(float(one.rows[metric].mean()), zorder=1.5, **strokes[one.label])
         else:
-            _line(ax, one.rows, metric, one.look, strokes[one.label])
+            _line(ax, one.rows, metric, one.look, strokes[one.label], is_seeded)
     _scale(ax, rows, metric, of_truth)
     if of_truth and "true_l0_mean" in rows:
         ax.axvline(float(rows["true_l0_mean"].mean()), color=style.INK, lw=0.8, ls=(0, (4, 2)))
 
 
 def _line(
-    ax: Axes, rows: pd.DataFrame, metric: str, look: style.Look, stroke: Mapping[str, Any]
+    ax: Axes,
+    rows: pd.DataFrame,
+    metric: str,
+    look: style.Look,
+    stroke: Mapping[str, Any],
+    is_seeded: bool,
 ) -> None:
-    """Mean and deviation of each setting, joined in order of L0; the seeds behind them."""
+    """Mean and error of each setting, joined in order of L0; the seeds behind them."""
     points = compare.over_seeds(rows, ["l0_mean", metric]).sort_values("l0_mean_seed_mean")
     baseline = look in style.BASELINES.values()
     if rows["seed"].nunique() > 1:
@@ -187,22 +193,21 @@ def _line(
         )  # fmt: skip
     ax.errorbar(
         points["l0_mean_seed_mean"], points[f"{metric}_seed_mean"],
-        xerr=points["l0_mean_seed_sd"].fillna(0), yerr=_spread(rows, points, metric),
+        xerr=points["l0_mean_seed_sd"].fillna(0) if is_seeded else None, yerr=_spread(rows, points, metric, is_seeded),
         elinewidth=0.8, capsize=1.6, capthick=0.8, zorder=2.5 if baseline else 3, **stroke,
     )  # fmt: skip
 
 
-def _spread(rows: pd.DataFrame, points: pd.DataFrame, metric: str) -> np.ndarray:
-    """(2, settings) below and above: the deviation over seeds, or one seed's interval, or nothing."""
-    sd = points[f"{metric}_seed_sd"]
-    if "low" not in rows:
-        return np.stack([sd.fillna(0)] * 2)
-    of_one = rows.set_index("setting").loc[points["setting"]]
-    of_one = of_one[~of_one.index.duplicated()]
-    below, above = of_one[metric] - of_one["low"], of_one["high"] - of_one[metric]
-    return np.stack(
-        [sd.fillna(side.reset_index(drop=True)).fillna(0) for side in (below, above)]
-    ).clip(min=0)
+def _spread(rows: pd.DataFrame, points: pd.DataFrame, metric: str, is_seeded: bool) -> np.ndarray:
+    """(2, settings) below and above: deviations over seeds where all SAEs of the figure have several, else intervals.
+
+    Of a setting with several seeds the interval's bounds are means over them.
+    """
+    if is_seeded or "low" not in rows:
+        return np.stack([points[f"{metric}_seed_sd"].fillna(0)] * 2)
+    sides = {"below": rows[metric] - rows["low"], "above": rows["high"] - rows[metric]}
+    means = pd.DataFrame(sides).groupby(rows["setting"]).mean().loc[points["setting"]]
+    return means.fillna(0).to_numpy().T.clip(min=0)
 
 
 def _scale(ax: Axes, rows: pd.DataFrame, metric: str, of_truth: bool) -> None:

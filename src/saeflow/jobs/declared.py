@@ -260,6 +260,19 @@ class Jobs:
             choices=(*self._kind(source), *self._variants(*runs)),
         )
 
+    @_once
+    def rivals(self) -> Job:
+        """Compare SAEs that find their own k with those that are trained at what they found."""
+        return self._job(
+            command="rivals",
+            result="evaluations/rivals",
+            params={
+                "rivals": self.plan.rivals, "runs": self.plan.compared,
+                "bootstrap": self.params["evaluation"]["bootstrap"],
+            },
+            reads={"evaluations": list(map(self.evaluation, self.plan.compared))},
+        )  # fmt: skip
+
     # Tables, figures, report
 
     @_once
@@ -276,6 +289,7 @@ class Jobs:
                 "saes": list(map(self.sae, sorted(plan.runs))),
                 "probes": [self.probe(*one) for one in plan.probes],
                 "stability": list(map(self.stability, sorted(plan.seeds))),
+                "rivals": [self.rivals()] if plan.rivals else [],
                 "interpretations": list(map(self.interpretation, sorted(plan.interpreted))),
             },
         )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Near to SynthSAEBench (arXiv 2602.14687): Zipf firing rates, low-rank correlations of firing, a
 hierarchy with exclusive children, noise. Beyond it, the number of active features can follow a law of its
-own, constant or varying, and is stored with each row.
+own, constant or varying, and is stored with each row; and the norm of a row can be made to tell nothing of it.
 """
 
 import math
@@ -173,6 +173,29 @@ def coefficients(
     return np.exp(location + math.sqrt(variance) * normal).astype(np.float32)
 
 
+def norm_factors(
+    law: Mapping[str, Any], x: np.ndarray, counts: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """(rows,) float32 factors that take away what the norm tells of the count, or add to it what tells nothing.
+
+    Args:
+        law: {kind: balanced}: 1 / sqrt(count), so that the mean square of the norm is the same for every count but
+            for noise and coherence; {kind: equal}: every row has norm 1; {kind: varying, sigma}: lognormal with mean 1, drawn
+            alike for every row.
+        x: (rows, d_in), with noise.
+        counts: (rows,) active features; a row without any is left as it is under `balanced`.
+        rng: source of randomness.
+    """
+    if law["kind"] == "balanced":
+        return (1 / np.sqrt(np.maximum(counts, 1))).astype(np.float32)
+    if law["kind"] == "equal":
+        norms = np.linalg.norm(x.astype(np.float64), axis=1)
+        return (1 / np.where(norms > 0, norms, 1)).astype(np.float32)
+    sigma = law["sigma"]
+    drawn = rng.standard_normal(len(x))
+    return np.exp(sigma * drawn - sigma**2 / 2).astype(np.float32)
+
+
 class SyntheticSource:
     """Samples of a known dictionary, in contexts of ROWS_PER_CONTEXT rows.
 
@@ -248,6 +271,9 @@ class SyntheticSource:
         latents = csr_array((values[fires], indices[fires], ends), shape=shape)
         noise = rng.standard_normal((ROWS_PER_CONTEXT, self.features.shape[1]), dtype=np.float32)
         x = latents @ self.features + np.float32(self.params["noise_std"]) * noise
+        if (law := self.params.get("row_norm")) is not None:
+            factor = norm_factors(law, x, fires.sum(axis=1), rng)[:, None]
+            x, values = x * factor, values * factor
         return x, indices, values
 
 

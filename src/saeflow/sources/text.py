@@ -140,8 +140,10 @@ def prepare_inputs(
     }
     is_shared = np.zeros(packers["evaluation"].count if "evaluation" in packers else 0, bool)
     if run is not None:  # without their BOS
-        bodies = [packers[split].packed[:, len(bos) :] for split in ("train", "evaluation")]
-        is_shared = shared_contexts(*bodies, run)
+        train, held_out = (
+            packers[split].packed[:, len(bos) :] for split in ("train", "evaluation")
+        )
+        is_shared = shared_contexts(train, held_out, run)
     splits = {}
     for split, packer in packers.items():
         kept, dropped = packer.keep(is_shared if split == "evaluation" else None, run)

@@ -29,6 +29,7 @@ def collect(
     folder: Path,
     stabilities: Iterable[Path] = (),
     interpreted: Iterable[Path] = (),
+    rivals: Iterable[Path] = (),
 ) -> None:
     """Gather the tables of all runs.
 
@@ -40,6 +41,7 @@ def collect(
             as .md and .tex too; cards, pictures of concepts.
         stabilities: folders with the stability.csv of a setting.
         interpreted: folders with the tables of the job `interpret`.
+        rivals: folders with a rivals.csv.
 
     Raises:
         UserError: a file is missing, or two folders hold one run.
@@ -49,6 +51,7 @@ def collect(
         **{name: _of_runs(folders, name) for name in tables_of("evaluate")},
         **{name: _of_runs(of_latents, name) for name in tables_of("interpret")},
         "stability": _of_settings(stabilities),
+        "rivals": [row for folder in rivals for row in read_csv(folder / "rivals.csv")],
     }
     rows["summary"] = summarise(rows["metrics"])
     rows["training"], rows["options"] = _of_training(list(saes))
@@ -132,7 +135,11 @@ def _of_probes(probes: Iterable[Path]) -> tuple[list[Row], list[Row]]:
         quality = read_json(probe / "quality.json")
         known = {name: rows[0][name] for name in ("source", "hook_point", "complexity")}
         for split in ("train", "evaluation"):
-            values = {**quality[split], "ridge": quality["ridge"]}
+            values = {
+                **quality[split],
+                "ridge": quality["ridge"],
+                "at_edge": int(quality["at_edge"]),
+            }
             numbers = {name: number(value) for name, value in values.items()}
             qualities.append({**known, "split": split, **numbers})
     return predictions, qualities

@@ -97,6 +97,11 @@ def write_of_seeds(
     _write(folder, "stability", _written(known, lines))
 
 
+def write_rivals(folder: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write rivals.csv: lines with all columns of the table `rivals`."""
+    _write(folder, "rivals", _written({}, lines))
+
+
 def _written(known: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> list[Row]:
     return [{name: number(value) for name, value in {**known, **line}.items()} for line in lines]
 

@@ -38,6 +38,7 @@ class Tables:
     intervals: pd.DataFrame
     controls: pd.DataFrame
     stability: pd.DataFrame
+    rivals: pd.DataFrame
     options: pd.DataFrame
     probing: pd.DataFrame
     detection: pd.DataFrame

@@ -84,7 +84,7 @@ METRICS: dict[str, Metric] = {
         summary="stated",
     ),
     "ce_uniform": Metric(
-        label="CE of a uniform guess", definition="ln(vocabulary).", unit=_PER_TOKEN, bounds=_POSITIVE, summary="stated",
+        label="CE of a uniform guess", definition="Cross-entropy of a uniform guess, ln(vocabulary).", unit=_PER_TOKEN, bounds=_POSITIVE, summary="stated",
     ),
     "l0_mean": Metric(
         label="L0", definition="Mean over rows of the number of latents that are not 0.", unit="per token",

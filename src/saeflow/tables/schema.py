@@ -77,7 +77,9 @@ TARGETED_IDS: Columns = with_target(IDS)
 """Columns that identify a line of a table with a k of its own."""
 
 _INTERVAL = {
-    "low": _number("Lower bound of the 95 % bootstrap interval over documents, images or samples; empty where there is one alone."),
+    "low": _number(
+        "Lower bound of the 95 % bootstrap interval over documents, images or samples; empty where there is one alone."
+    ),
     "high": _number("Upper bound of this interval."),
 }
 _SCORED: Columns = {
@@ -148,7 +150,7 @@ class Table:
 
     about: str
     columns: Columns
-    job: Literal["evaluate", "interpret", "stability", "probe", "train", "collect"]
+    job: Literal["evaluate", "interpret", "stability", "rivals", "probe", "train", "collect"]
     is_open: bool = False
     optional: frozenset[str] = frozenset()
 
@@ -195,7 +197,12 @@ TABLES: dict[str, Table] = {
         about="A row per fitted probe and split.", job="probe",
         columns=_SCORED | {
             "contexts": _count("Contexts with a score."),
-            "ridge": _number("Ridge penalty that cross-validation chose."), **_QUALITY,
+            "units": _count("Documents, images or samples that these are of."),
+            "ridge": _number("Ridge penalty that cross-validation chose, with documents held out whole."),
+            "at_edge": _count("1 if it is the smallest or largest of those tried, else 0.", label="at the edge"),
+            **_QUALITY,
+            "r2_low": _number("Lower bound of the 95 % bootstrap interval of R² over documents, images or samples.", label="R², from"),
+            "r2_high": _number("Upper bound of this interval.", label="R², to"),
         },
     ),
     "classification": Table(
@@ -276,6 +283,27 @@ TABLES: dict[str, Table] = {
             "seed_a": _count("One seed."),
             "seed_b": _count("The other seed."),
             "metric": _word("Name of the metric; see the list of metrics between seeds."), "value": _VALUE,
+        },
+    ),
+    "rivals": Table(
+        about="A row per setting that finds its own number of latents, setting trained at the L0 that it found, and metric.",
+        job="rivals",
+        columns=_PLACE | {
+            "d_sae": IDS["d_sae"],
+            "entry": _word("Key of `saes` of the SAE that finds its own number of latents."),
+            "variant": _word("Its variant."),
+            "setting": _word("Its setting."),
+            "rival_entry": _word("Key of `saes` of the rival, whose k is the mean L0 found."),
+            "rival_variant": _word("The rival's variant.", label="rival"),
+            "rival_setting": _word("The rival's setting."),
+            "metric": _word("Name of the metric."), "value": _VALUE,
+            "rival": _number("The rival's value."),
+            "difference": _number("Value less the rival's, paired by seed and unit, mean over seeds."),
+            "low": _number("Lower bound of the paired 95 % bootstrap interval of the difference; empty where there is one unit alone."),
+            "high": _number("Upper bound of this interval."),
+            "seed_sd": _number("Sample standard deviation of the difference over seeds; empty for one.", label="SD over seeds"),
+            "seeds": _count("Pairs of runs of equal seed."),
+            "units": _count("Documents, images or samples that are resampled."),
         },
     ),
     "probing": Table(

@@ -81,7 +81,7 @@ def write_clean(
             f"split of {folder.name}), found {ce_contexts}. Lower it, or raise evaluation_rows."
         )
     chosen = np.arange(ce_contexts) * len(available) // ce_contexts
-    model = load_model(folder / "model", device)
+    model: Any = load_model(folder / "model", device)
     keep_first = bool(source["skip_first"])
     replacements: dict[str, Replace] = {
         "mean": constant(mean.to(device, torch.float32)),

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from saeflow.errors import UserError
+from saeflow.evaluation.correlation import correlation, partial_correlation
 from saeflow.figures import captions, style
 from saeflow.figures.figure import Drawing, Figure
 from saeflow.figures.needs import Need
@@ -63,15 +64,22 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         ax.set_axis_off()
     style.legend_below(figure, legend)
     data = pd.concat(parts, ignore_index=True)
-    best = data.iloc[int(data["spearman"].abs().argmax())]
+    found = data.drop_duplicates(["run", "complexity"])
     caption = (
         f"Mean L0 of a context, over its mean across contexts, against the context's complexity score (the mean of its "
         f"rows, where each has one), in {_BINS} bins of equally many held-out contexts; bars are standard errors. Shown "
-        "are the variants that choose k by input, darker shades for more active latents. The strongest rank "
-        f"correlation over contexts is {best['spearman']:.2f} ({best['run']}, {best['complexity']}). "
+        "are the variants that choose k by input, darker shades for more active latents. Rank correlations over contexts "
+        f"are {_span(found['spearman'])} for {len(found)} settings and scores, and {_span(found['partial'])} given the "
+        "mean norm of a context's activations. "
         f"{captions.budget_sentence(shown)}"
     )
     return Drawing(figure, data, caption)
+
+
+def _span(values: pd.Series) -> str:
+    """Say from where to where some correlations go; there are many, so the largest is not singled out."""
+    known = values.dropna()
+    return f"{known.min():.2f} to {known.max():.2f}" if len(known) else "not defined"
 
 
 def _binned(
@@ -85,7 +93,8 @@ def _binned(
         first = rows.sort_values("run").iloc[0]
         relative = rows["l0"] / rows["l0"].mean()
         order = np.argsort(rows[x].to_numpy(), kind="stable")
-        spearman = rows[x].rank().corr(rows["l0"].rank())
+        spearman = correlation(rows[x].to_numpy(), rows["l0"].to_numpy())
+        partial = partial_correlation(*(rows[name].to_numpy() for name in (x, "l0", "norm")))
         for number, held in enumerate(np.array_split(order, _BINS)):
             if not len(held):
                 continue
@@ -95,7 +104,7 @@ def _binned(
                 {
                     "run": first["run"], "complexity": first["complexity"], "bin": number, "contexts": len(held),
                     x: rows[x].to_numpy()[held].mean(), "l0_over_mean": values.mean(), "error": error,
-                    "spearman": spearman,
+                    "spearman": spearman, "partial": partial,
                 }
             )  # fmt: skip
         own = pd.DataFrame(found[-_BINS:])

@@ -23,6 +23,7 @@ from saeflow.figures.report.results import sections
 from saeflow.figures.report.shown import href, schedules, shown_figure
 from saeflow.tables.files import read_csv, write_text
 from saeflow.tables.load import load_tables
+from saeflow.tables.verdict import sentences
 
 
 def write_report(
@@ -47,9 +48,10 @@ def write_report(
         UserError: a table, a figure or a record is missing or damaged.
     """
     found = sorted((read_record(path, out.parent) for path in records), key=record_order)
-    summary = read_csv(tables / "summary.csv")
+    summary, loaded = read_csv(tables / "summary.csv"), load_tables(tables)
     page = template("report.html.j2").render(
         mark=mark,
+        headline=sentences(loaded),
         sources=sources(found),
         saes=saes(found),
         sections=sections(summary),
@@ -58,7 +60,7 @@ def write_report(
             {"run": run, "href": href(folder / "latents.html", out.parent)}
             for run, folder in (pages or {}).items()
         ],
-        schedules=schedules(load_tables(tables).training),
+        schedules=schedules(loaded.training),
         records=found,
         jobs=job_times(found),
         total=duration(sum(record["seconds"] for record in found)),
