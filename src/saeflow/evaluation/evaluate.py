@@ -27,7 +27,7 @@ from saeflow.tables.runs import identify
 logger = logging.getLogger(__name__)
 
 SUMS = "sums.safetensors"
-"""What each unit of the SAE's own source adds to the sums that metrics are ratios of, for paired comparisons."""
+"""Sums of each unit of the SAE's own source, whose quotients are metrics, for paired comparisons."""
 ROWS, IN_MODEL, CONTROL = "rows.", "model.", "control."
 """Names in SUMS begin so: sums of evaluated rows, of predicted tokens of the model with the SAE in it, and of evaluated
 rows under a control, whose name follows."""

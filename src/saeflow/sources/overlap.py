@@ -40,8 +40,7 @@ def _shared(train: np.ndarray, evaluation: np.ndarray, run: int) -> np.ndarray:
         found = _hashes(train[start : start + rows + more].reshape(-1), run)
         places = np.searchsorted(known, found).clip(max=len(known) - 1)
         is_shared[places[known[places] == found]] = True
-    found: np.ndarray = is_shared[np.searchsorted(known, hashes)].any(axis=1)
-    return found
+    return np.asarray(is_shared[np.searchsorted(known, hashes)].any(axis=1))
 
 
 def _hashes(tokens: np.ndarray, run: int) -> np.ndarray:
