@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from saeflow.complexity.scorers import read_table
-from saeflow.rehearsal.scale import WIDTH, StandIn, default_classes
+from saeflow.rehearsal.sources import WIDTH, StandIn, default_classes
 from saeflow.rehearsal.stand_ins import TOKENIZERS, write_stand_ins
 from saeflow.sources.decoding import as_rgb
 from saeflow.sources.documents import read_documents

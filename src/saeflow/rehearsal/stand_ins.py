@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from saeflow.files import replace_folder
-from saeflow.rehearsal.scale import D_SAE, PATCH_SIZE, WIDTH, StandIn, default_classes
+from saeflow.rehearsal.scale import D_SAE
+from saeflow.rehearsal.sources import PATCH_SIZE, WIDTH, StandIn, default_classes
 from saeflow.sources import english, scenes
 from saeflow.sources.clip_training import clip_config, make_tokenizer, save_clip
 

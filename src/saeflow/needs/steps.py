@@ -1,0 +1,175 @@
+"""Jobs, disk, memory and hours of every step of a parameter file, on one machine."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from saeflow.config import SAEConfig
+from saeflow.needs.passes import FLOAT, Pass
+from saeflow.needs.rates import Rates
+from saeflow.plan import Plan
+
+_WORDS_TRAINED = 4
+"""Weights, their gradients and Adam's two moments."""
+_PROCESS = 0.6e9
+"""Bytes of a Python process that has imported torch and transformers."""
+
+
+@dataclass
+class Need:
+    """Needs of the jobs of one step."""
+
+    step: str
+    what: str
+    jobs: int = 0
+    disk: float = 0
+    """Bytes of all results."""
+    memory: float = 0
+    """Bytes of the largest process."""
+    hours: float = 0
+    """Hours of all jobs, one after the other."""
+
+
+@dataclass
+class Needs:
+    """The needs of a parameter file on one machine."""
+
+    plan: Plan
+    rates: Rates
+    passes: Mapping[str, Pass]
+    """The passes of each source, see `count_passes`."""
+
+    def steps(self) -> Iterator[Need]:
+        """Yield the needs of each step in the order in which they run."""
+        for source in self.plan.sources:
+            yield from self._stores(source)
+        for source, complexity in sorted({(s, c) for s, _, c in self.plan.probes}):
+            yield self._scores(source, complexity)
+        for source, hook_point in self.plan.stores:
+            yield self._training(source, hook_point)
+            yield self._evaluation(source, hook_point)
+        figures = self.plan.params["figures"]["names"]
+        seconds = self.rates.job_s * (2 + len(figures))
+        what = f"tables, {_count(len(figures), 'figure')}, the report"
+        yield Need("draw", what, 2 + len(figures), 0, _PROCESS, seconds / 3600)
+
+    @property
+    def merging_disk(self) -> float:
+        """Bytes beside all results while the parts of the largest source are merged into its stores."""
+        return max((need.disk for need in self.steps() if need.step == "extract"), default=0)
+
+    def _stores(self, source: str) -> Iterator[Need]:
+        """Fetching, preparing and extracting."""
+        params, one = self.plan.params["sources"][source], self.passes[source]
+        store, splits = self.plan.params["stores"][source], self.plan.rows(source)
+        n_labelled = len(self.plan.labelled(source))
+        contexts = sum(math.ceil(rows / one.rows) for rows in splits.values())
+        weights = one.weights if self.plan.has_model(source) else 0
+        seconds, kind = 0.0, self.plan.kind(source)
+        if kind.has_images:
+            seconds = contexts / self.rates.images_s
+        elif kind.has_tokens:
+            seconds = contexts * params["context_length"] / self.rates.tokens_s
+        yield Need(
+            "prepare", f"{source}: {contexts:,} contexts", 1 + n_labelled + (weights > 0),
+            weights + contexts * one.input_bytes, _PROCESS + 2 * weights,
+            (seconds + (1 + (weights > 0)) * self.rates.job_s) / 3600,
+        )  # fmt: skip
+        rows, width = sum(splits.values()), sum(one.widths.values())
+        disk = rows * width * _itemsize(store["dtype"])
+        seconds = contexts * one.flops / self.rates.forward_gflops / 1e9
+        seconds += 2 * disk / self.rates.store_write_gb_s / 1e9
+        jobs = len(splits) * (self.plan.params["runtime"]["extraction_jobs"] + 1)  # and their merge
+        block = store["block_contexts"] * one.rows * width * FLOAT
+        batch = params.get("forward_batch", 1) * one.rows * max(one.widths.values()) * FLOAT * 20
+        yield Need(
+            "extract", f"{source}: {rows:,} rows x {width} {store['dtype']}", jobs, disk,
+            _PROCESS + weights + 2 * block + batch,
+            (seconds + jobs * self.rates.job_s) / 3600,
+        )  # fmt: skip
+
+    def _scores(self, source: str, complexity: str) -> Need:
+        """Scoring contexts and fitting probes to the scores."""
+        one, scoring = self.passes[source], self.plan.params["complexity"][complexity]
+        contexts = sum(math.ceil(rows / one.rows) for rows in self.plan.rows(source).values())
+        contexts = min(contexts, scoring["contexts"] or contexts)
+        probes = [p for p in self.plan.probes if p[0] == source and p[2] == complexity]
+        flops = contexts * one.flops_whole if scoring["kind"] == "surprisal" else 0
+        seconds = flops / self.rates.forward_gflops / 1e9 + (1 + len(probes)) * self.rates.job_s
+        what = f"{source}: {complexity} of {contexts:,} contexts"
+        return Need("score", what, 1 + len(probes), 0, _PROCESS, seconds / 3600)
+
+    def _of_store(self, source: str, hook_point: str) -> list[SAEConfig]:
+        runs = self.plan.runs.values()
+        return [run for run in runs if (run.source, run.hook_point) == (source, hook_point)]
+
+    def _groups_of(self, place: str, groups: list[list[str]]) -> int:
+        """Jobs that train or evaluate the runs of a store, of such groups."""
+        return sum(group[0].startswith(place) for group in groups)
+
+    def _training(self, source: str, hook_point: str) -> Need:
+        runs, width = self._of_store(source, hook_point), self.passes[source].widths[hook_point]
+        jobs = self._groups_of(f"{source}/{hook_point}/", self.plan.training_groups)
+        row_bytes = width * _itemsize(self.plan.params["stores"][source]["dtype"])
+        ranks = self.plan.params["runtime"]["ranks"]
+        disk = memory = seconds = 0.0
+        for run in runs:
+            weights = 2 * width * run.d_sae * FLOAT
+            batch = run.training.batch_size * (2 * run.d_sae + 8 * width) * FLOAT
+            by_split = {"batch": (1, ranks["count"]), "latents": (ranks["count"], ranks["count"])}
+            weight_parts, batch_parts = by_split[ranks["split"]]
+            product = 2 * width * run.d_sae / self.rates.product_gflops / 1e9
+            cost = self.rates.step_products(run.variant, run.d_sae)
+            rows = run.training.steps * run.training.batch_size
+            seconds += rows * (cost * product + row_bytes / self.rates.store_read_gb_s / 1e9)
+            disk += weights
+            trained = _WORDS_TRAINED * weights / weight_parts + batch / batch_parts
+            memory = max(memory, _PROCESS + trained)
+        what = f"{_saes(runs)} on {source}/{hook_point}"
+        seconds += jobs * self.rates.job_s
+        return Need("train", what, jobs, disk, memory, seconds / 3600)
+
+    def _evaluation(self, source: str, hook_point: str) -> Need:
+        """Every SAE and the baselines; the model's clean side runs once for all of them."""
+        plan, runs, one = self.plan, self._of_store(source, hook_point), self.passes[source]
+        others = plan.others(source)
+        has_model, in_model = plan.has_model(source), plan.kind(source).predicts_contexts
+        width = one.widths[hook_point]
+        asked = plan.evaluation(source)["ce_contexts"]
+        rows, contexts, seconds = 0, 0, 0.0
+        for name in (source, *others):
+            whole, to_hook = self.passes[name].flops_whole, self.passes[name].flops
+            each = plan.kind(name).rows_per_context(plan.params["sources"][name]) or 1
+            chosen = (asked or -(-plan.rows(name)["evaluation"] // each)) if in_model else 0
+            contexts += chosen
+            rows += plan.rows(name)["evaluation"]
+            through_model = chosen * (whole + len(runs) * (whole - to_hook))
+            seconds += through_model / self.rates.forward_gflops / 1e9
+        for run in runs:
+            seconds += 3 * rows * 2 * width * run.d_sae / self.rates.product_gflops / 1e9
+        dimensions = [name for name in (source, *others) if plan.has_dimension(name)]
+        clean_sides = [side for side in plan.clean_sides() if side[:2] == (source, hook_point)]
+        place = f"{source}/{hook_point}/"
+        apart = [*plan.seeds, *plan.pages, *plan.interpreted]
+        jobs = self._groups_of(place, plan.evaluation_groups) + 1 + has_model + len(clean_sides)
+        jobs += len(dimensions) + sum(name.startswith(place) for name in apart)
+        largest = max((run.d_sae for run in runs), default=0)
+        memory = _PROCESS + (one.weights if has_model else 0) + 2 * width * largest * FLOAT
+        what = f"{_saes(runs)} on {rows:,} rows" + (
+            f" of {', '.join((source, *others))}" if others else ""
+        )
+        what += f", {contexts:,} contexts through the model" if contexts else ""
+        seconds += jobs * self.rates.job_s
+        return Need("evaluate", what, jobs, 0, memory, seconds / 3600)
+
+
+def _saes(runs: list[SAEConfig]) -> str:
+    return _count(len(runs), "SAE")
+
+
+def _count(number: int, of: str) -> str:
+    return f"{number:,} {of}{'s' if number != 1 else ''}"
+
+
+def _itemsize(dtype: str) -> int:
+    return {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
