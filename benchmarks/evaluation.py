@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from saeflow.batch import Batch
 from saeflow.evaluation.evaluate import measure
 from saeflow.evaluation.in_model import text
 from saeflow.evaluation.in_model.text import NextTokens, write_clean
@@ -82,7 +83,7 @@ def adaptive(d_in: int, d_sae: int, seed: int = 0) -> Any:
     }  # fmt: skip
     sae = build("soft_topk", d_in, d_sae, options)
     generator = torch.Generator().manual_seed(seed)
-    sae.initialise(torch.randn(512, d_in, generator=generator), generator)
+    sae.initialise(Batch.of(torch.randn(512, d_in, generator=generator)), generator)
     return sae.eval()
 
 

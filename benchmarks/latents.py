@@ -19,6 +19,7 @@ from drawn import Drawn, write_drawn
 from tables import in_turns, write
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from saeflow.batch import Batch
 from saeflow.config import ROOT
 from saeflow.evaluation.latents import BINS, LOWEST, logit_lens, write_latents
 from saeflow.evaluation.rows import EvaluatedRows, RowSelection
@@ -41,7 +42,7 @@ def topk(d_in: int, d_sae: int) -> torch.nn.Module:
     options = {"k": K, "k_schedule": {"kind": "constant"}, "auxk_weight": 0.0}
     sae = build("topk", d_in, d_sae, options)
     generator = torch.Generator().manual_seed(0)
-    sae.initialise(torch.randn(512, d_in, generator=generator), generator)
+    sae.initialise(Batch.of(torch.randn(512, d_in, generator=generator)), generator)
     return sae.eval()
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 from tables import write
-from torch import Tensor
 
+from saeflow.batch import Batch
 from saeflow.config import ROOT, SAEConfig, expand_runs, load_params
 from saeflow.stores import open_store
 from saeflow.training.checkpoints import delete_checkpoints
@@ -46,13 +46,13 @@ class InMemory:
     def __init__(self, path: Path) -> None:
         store = open_store(path)
         self.d_in, self.model, self.positions = store.d_in, store.model, store.positions
-        self.scale, self.mean = store.scale, store.mean
+        self.scale, self.mean, self.targets = store.scale, store.mean, None
         self.x = store.read(0, min(ROWS, store.rows)).float()
 
-    def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Tensor]:
+    def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Batch]:
         for number in itertools.count(start_batch):
             start = number * batch_size % (len(self.x) - batch_size)
-            yield self.x[start : start + batch_size]
+            yield Batch.of(self.x[start : start + batch_size])
 
     def last_rows(self) -> "InMemory":
         return self
@@ -99,8 +99,8 @@ def end_to_end(project: Path) -> Iterator[dict[str, object]]:
             run = Run(memory, config, runtime(), folder)
 
             def bare() -> None:
-                for x in itertools.islice(run.raw_batches(), steps):
-                    run.take(x, 0.0)
+                for batch in itertools.islice(run.raw_batches(), steps):
+                    run.take(batch, 0.0)
 
             return seconds(bare)
 

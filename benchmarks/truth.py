@@ -30,140 +30,45 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 from tables import RESULTS, write
 from torch import Tensor
+from truth_settings import (
+    D_IN,
+    D_SAE,
+    ENTRIES,
+    LAWS,
+    MEAN_L0,
+    MOST,
+    N_FEATURES,
+    PROBE_ROWS,
+    ROWS,
+    RUNTIME,
+    SCALES,
+    SEEDS,
+    SOURCE,
+    TRAINING,
+)
 
+from saeflow.batch import Batch
 from saeflow.complexity.files import PROBE
-from saeflow.config import SAEConfig, TrainingConfig
+from saeflow.config import SAEConfig
 from saeflow.evaluation.controls import by_norm
 from saeflow.evaluation.reconstruction import Reconstruction
 from saeflow.evaluation.recovery import Recovery
 from saeflow.figures.style import COLUMN_WIDTH, Look, context, look, new_figure, save
 from saeflow.operators import keep_topk
 from saeflow.saes import SAE
-from saeflow.saes.base import Forward
+from saeflow.saes.forward import Forward
 from saeflow.saes.topk import TopK
 from saeflow.sources import open_source, prepare_inputs
 from saeflow.training.optimizer import Optimizer
 from saeflow.training.run import Run
 from saeflow.training.trainer import advance
 
-D_IN, N_FEATURES, D_SAE, MEAN_L0, MOST = 96, 192, 192, 6, 11
-ROWS = {"train": 131_072, "evaluation": 16_384}
-SEEDS = (0, 1, 2)
-PROBE_ROWS = 8192
-_CONSTANT = {"kind": "constant", "mean": MEAN_L0}
-_VARYING = {"kind": "uniform", "smallest": 1, "largest": MOST}
-LAWS: dict[str, dict[str, Any]] = {
-    "constant": {"l0_law": _CONSTANT},
-    "varying": {"l0_law": _VARYING},
-    "balanced": {"l0_law": _VARYING, "row_norm": {"kind": "balanced"}},
-    "equal": {"l0_law": _VARYING, "row_norm": {"kind": "equal"}},
-    "rescaled": {"l0_law": _CONSTANT, "row_norm": {"kind": "varying", "sigma": 0.4}},
-}
-"""By world, parameters of its source."""
-SOURCE: dict[str, Any] = {
-    "kind": "synthetic", "hook_points": ["features"], "d_in": D_IN, "n_features": N_FEATURES,
-    "coherence": 0.3, "frequency_exponent": 0.3, "correlation": None, "hierarchy": None,
-    "coefficient": {"kind": "normal", "mean": 1.0, "std": 0.2}, "noise_std": 0.02,
-    "skip_first": False, "max_norm_multiple": None, "seed": 0,
-}  # fmt: skip
-TRAINING = TrainingConfig(
-    tokens=1_048_576, batch_size=1024, input_scale="dimension", lr=2e-3, betas=(0.9, 0.999),
-    lr_warmup_steps=25, lr_decay_fraction=0.3, grad_clip=1.0, dead_after_tokens=50_000, train_decoder=True,
-    log_every_steps=64,
-)  # fmt: skip
-RUNTIME = {"device": "cpu", "precision": "fp32", "checkpoint_every_s": 1e9}
-CONSTANT = {"kind": "constant"}
-FALLING = {"kind": "linear", "from": 48, "until": 0.2}
-WARM = {"kind": "linear", "from": 0, "until": 0.05}
-TOPK = {"k": MEAN_L0, "k_schedule": FALLING, "auxk_weight": 0.03125}
-BATCH_TOPK = {**TOPK, "threshold_start_step": 400}
-ADAPTIVE = {
-    "complexity": "true_count", "k_min": 1, "k_max": MOST, "steepness": 6.0, "phase_ratio": 0.8,
-    "probe_weight": 0.05, "l1": 0.0, "auxk_weight": 0.03125,
-}  # fmt: skip
-SOFT = {
-    "k": MEAN_L0, "estimator_width": None, "hard_fraction": 0.04, "hard_phase": "full",
-    "auxk_weight": 0.03125,
-}  # fmt: skip
-ATTENTION = {
-    "architecture": "mlp", "activation": "weights", "query": "identity", "max_rate": None,
-    "loss": "squared", "l1": 0.0, "l1_schedule": CONSTANT,
-}  # fmt: skip
-ENTRIES: dict[str, list[dict[str, Any]]] = {
-    "topk": [TOPK],
-    "batch_topk": [BATCH_TOPK],
-    "matryoshka": [{**BATCH_TOPK, "groups": {"fractions": [0.125, 0.25]}}],
-    "relu": [{"l1": l1, "l1_schedule": WARM} for l1 in (3.0, 4.0)],
-    "gated": [{"l1": l1, "l1_schedule": WARM} for l1 in (4.0, 6.0)],
-    "p_anneal": [
-        {"l1": l1, "l1_schedule": WARM, "p_end": 0.5, "p_updates": 10, "anneal_start": 0.3}
-        for l1 in (2.0, 3.0)
-    ],
-    "jumprelu": [
-        {
-            "l0_weight": 10.0,
-            "l0_schedule": WARM,
-            "target_l0": MEAN_L0,
-            "target_schedule": FALLING,
-            "threshold": threshold,
-            "bandwidth": 1.0,
-        }
-        for threshold in (1.5,)
-    ],
-    "soft_topk": [
-        {
-            **TOPK,
-            "k_max": 24.0,
-            "estimator_width": D_SAE,
-            "alpha": 0.1,
-            "alpha_schedule": {"kind": "exponential", "from": 1.0, "until": 0.3},
-            "budget_weight": weight,
-            "hard_fraction": 0.1,
-            "hard_phase": "full",
-        }
-        for weight in (1.0, 10.0)
-    ],
-    "adaptive_k": [
-        {**ADAPTIVE, "form": "per_token", "alpha": None},
-        {**ADAPTIVE, "form": "soft", "alpha": 0.1},
-    ],
-    "sparsemax": [{**ATTENTION, "score_scale": scale} for scale in (12.0, 14.0)],
-    "entmax": [
-        {**ATTENTION, "score_scale": scale, "alpha": 1.8, "is_alpha_learned": True}
-        for scale in (24.0,)
-    ],
-    # arXiv:2605.06610 and its released language-model runs: k_max 2 k, budget weight 1, temperature 1e-4 from 1
-    # on and k from d_in on, both over the first hundredth.
-    "soft_topk-paper": [
-        {
-            **SOFT,
-            "k_schedule": {"kind": "linear", "from": D_IN, "until": 0.01},
-            "k_max": 2 * MEAN_L0,
-            "alpha": 1e-4,
-            "alpha_schedule": {"kind": "linear", "from": 1.0, "until": 0.01},
-            "budget_weight": 1.0,
-        }
-    ],
-    # arXiv:2508.17320 and its released code; k_min and k_max are the data's.
-    "adaptive_k-paper": [
-        {
-            **ADAPTIVE,
-            "form": "per_token",
-            "alpha": None,
-            "phase_ratio": 0.9,
-            "probe_weight": 0.9,
-            "l1": 0.005,
-        }
-    ],
-}
-"""Options by SAE, one or more settings each; `NAME-paper` is of the variant NAME."""
-SCALES = {"soft_topk-paper": "unit", "adaptive_k-paper": "raw"}
-"""Input scales that are not TRAINING's: those that the released code of a paper trains in."""
-
 
 @dataclass
 class Data:
     """One synthetic data set in memory: what the trainer needs of a store, and the truth."""
+
+    targets = None  # rows are their own
 
     features: Tensor
     train: Tensor
@@ -177,7 +82,7 @@ class Data:
     def true_count(self) -> Tensor:
         return torch.from_numpy((self.true_indices >= 0).sum(1))
 
-    def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Tensor]:
+    def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Batch]:
         """Endless shuffled batches."""
         per_epoch = len(self.train) // batch_size
         for number in itertools.count(start_batch):
@@ -185,7 +90,7 @@ class Data:
             if place == 0 or number == start_batch:
                 generator = torch.Generator().manual_seed(1000 * seed + epoch)
                 order = torch.randperm(len(self.train), generator=generator)
-            yield self.train[order[place * batch_size : (place + 1) * batch_size]]
+            yield Batch.of(self.train[order[place * batch_size : (place + 1) * batch_size]])
 
 
 def draw(law: Mapping[str, Any], *, with_count: bool) -> Data:
@@ -217,10 +122,10 @@ class Oracle(TopK):
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x[:, : self.d_in], (x[:, self.d_in] * self.unit).round().long()
 
-    def run(self, x: Tensor, *, is_sparse: bool | None = None) -> Forward:
-        x, count = self.split(x)
+    def run(self, batch: Batch, *, is_sparse: bool | None = None) -> Forward:
+        x, count = self.split(batch.x)
         self.k_of_rows = (count * self.k / MEAN_L0).round().long()  # the schedule of the others
-        return super().run(x, is_sparse=False)
+        return super().run(Batch.of(x), is_sparse=False)
 
     def condition(self, x: Tensor) -> Tensor | None:
         return self.k_of_rows
@@ -249,7 +154,7 @@ def train_sae(data: Data, name: str, options: Mapping[str, Any], seed: int) -> S
         if name == "oracle":
             plain = replace_rows(data)
             run = Run(plain, config, RUNTIME, Path(folder))
-            oracle = Oracle(data.d_in, D_SAE, **options)
+            oracle = Oracle(data.d_in, D_SAE, Oracle.Options.read(options, D_SAE))
             oracle.load_state_dict(run.sae.state_dict())
             oracle.unit = run.inputs.scale
             run.sae, run.store, run.rows_of = oracle.train(), data, data
@@ -258,8 +163,7 @@ def train_sae(data: Data, name: str, options: Mapping[str, Any], seed: int) -> S
             probe = fit(data, Path(folder)) if variant == "adaptive_k" else None
             run = Run(data, config, RUNTIME, Path(folder), probe)
         advance([run])
-    with torch.no_grad():
-        run.sae.fold_scale(run.inputs.scale)
+    run.sae.fold(run.inputs, run.targets)
     if isinstance(run.sae, Oracle):
         run.sae.unit = 1.0
     return run.sae.eval()

@@ -21,6 +21,7 @@ from PIL import Image
 from tables import in_turns, ratio, write
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
+from saeflow.batch import Batch
 from saeflow.evaluation.in_model import vision
 from saeflow.evaluation.in_model.vision import ZeroShot, write_clean
 from saeflow.evaluation.zero_shot.top_n import Ranks
@@ -138,7 +139,7 @@ def classification(root: Path) -> pd.DataFrame:
     load_model(folder / "model", "cpu")
     sets = ZeroShot(folder / "clean", folder / "model", "cpu")
     sae = TopK(64, 4096, TopKOptions(k=16, auxk_weight=0))
-    sae.initialise(torch.randn(500, 64), torch.Generator().manual_seed(0))
+    sae.initialise(Batch.of(torch.randn(500, 64)), torch.Generator().manual_seed(0))
     original = vision.masks
 
     def together() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from drawn import Drawn, write_drawn
 
+from saeflow.batch import Batch
 from saeflow.config import SAEConfig, TrainingConfig
 from saeflow.stores import open_store
 from saeflow.training.checkpoints import delete_checkpoints
@@ -66,16 +67,16 @@ def options_of(case: Case) -> dict[str, dict[str, Any]]:
 class InMemory:
     """Batches as a store gives them."""
 
-    scale, positions = 1.0, slice(0, None)
+    scale, positions, targets = 1.0, slice(0, None), None
 
     def __init__(self, case: Case, rows: Iterator[Tensor]) -> None:
         self.d_in, self.rows = case.d_in, rows
 
     def batches(
         self, batch_size: int, seed: int, start_batch: int = 0, *, pin: bool = False
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Batch]:
         while True:
-            yield next(self.rows)
+            yield Batch.of(next(self.rows))
 
     def last_rows(self) -> "InMemory":
         return self
@@ -131,7 +132,7 @@ def build(case: Case, batches: Iterator[Tensor]) -> Work:
 
     def step() -> None:
         run.silent[: case.n_dead] = 2 * FOREVER
-        run.take(next(batches), 0.0)
+        run.take(Batch.of(next(batches)), 0.0)
 
     return step
 

@@ -11,6 +11,7 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.model_selection import GroupKFold
 
+from saeflow.batch import Batch
 from saeflow.complexity.files import read_probe
 from saeflow.complexity.probe import agreement, fit_probe, scored_rows
 from saeflow.config import SAEConfig, TrainingConfig
@@ -200,7 +201,7 @@ def adaptive(stores: Any, scores: Path, tmp_path: Path, **changes: Any) -> Any:
     store = stores["train"]
     sae = build("adaptive_k", store.d_in, 40, {**ADAPTIVE, **changes})
     sae.take_probe(tmp_path, InputScale(store.scale))
-    sae.initialise(store.read(0, 256) / store.scale, torch.Generator().manual_seed(0))
+    sae.initialise(Batch.of(store.read(0, 256) / store.scale), torch.Generator().manual_seed(0))
     return sae.train(), store.read(0, 64) / store.scale
 
 
@@ -221,12 +222,12 @@ def test_the_probe_rests_then_learns(form: str, stores: Any, scores: Path, tmp_p
     alpha = 0.05 if form == "soft" else None
     sae, x = adaptive(stores, scores, tmp_path, form=form, alpha=alpha)
     sae.begin_step(4, 10)
-    losses = sae.losses(sae.run(x), torch.zeros(40, dtype=torch.bool))
+    losses = sae.losses(sae.run(Batch.of(x)), torch.zeros(40, dtype=torch.bool))
     assert "probe" not in losses
     sum(losses.values()).backward()
     assert sae.probe_w.grad is None
     sae.begin_step(5, 10)
-    losses = sae.losses(sae.run(x), torch.zeros(40, dtype=torch.bool))
+    losses = sae.losses(sae.run(Batch.of(x)), torch.zeros(40, dtype=torch.bool))
     losses.pop("probe")
     sum(losses.values()).backward()
     assert (sae.probe_w.grad is not None) == (form == "soft")
@@ -260,7 +261,7 @@ def test_the_joint_loss_is_the_papers(stores: Any, scores: Path, tmp_path: Path)
     distance = (0.01**2 * len(w)) ** 0.5 + 0.2
     expected = error + probe["ridge"] * w.square().sum() / len(probe["scores"]) + 0.2 * distance
     sae.begin_step(8, 10)
-    losses = sae.losses(sae.run(x), torch.zeros(40, dtype=torch.bool))
+    losses = sae.losses(sae.run(Batch.of(x)), torch.zeros(40, dtype=torch.bool))
     assert float(losses["probe"].detach()) == pytest.approx(0.05 * float(expected), rel=1e-4)
 
 
@@ -295,7 +296,7 @@ def test_the_released_joint_phase(stores: Any, scores: Path, tmp_path: Path) -> 
     c = 0.2
     for step in range(5, 10):
         sae.begin_step(step, 10)
-        losses = sae.losses(sae.run(x), torch.zeros(40, dtype=torch.bool))
+        losses = sae.losses(sae.run(Batch.of(x)), torch.zeros(40, dtype=torch.bool))
         expected = 0.05 * float(loss + c * 0.2)
         assert float(losses["probe"].detach()) == pytest.approx(expected, rel=1e-4)
         c = min(0.5, c * 1.2) if step > 6 else c  # the same loss twice before
@@ -324,7 +325,7 @@ def test_last_rows_are_each_contexts_last(stores: Any) -> None:
     expected = store.read(0, store.rows)[torch.from_numpy(last)]
     count = len(expected)
     batches = store.last_rows().batches(count, 0)
-    seen = [next(batches) for _ in range(2)]
+    seen = [next(batches).x for _ in range(2)]
     for batch in seen:  # an epoch each, in different orders
         assert {row.tobytes() for row in batch.numpy()} == {r.tobytes() for r in expected.numpy()}
     assert not torch.equal(*seen)
@@ -332,7 +333,7 @@ def test_last_rows_are_each_contexts_last(stores: Any) -> None:
     whole = store.last_rows().batches(7, 3)
     for _ in range(9):
         next(whole)
-    assert torch.equal(next(resumed), next(whole))
+    assert torch.equal(next(resumed).x, next(whole).x)
 
 
 RUNTIME = {"device": "cpu", "precision": "fp32", "checkpoint_every_s": 1e9}
@@ -384,5 +385,5 @@ def test_per_context_sees_last_rows_alone(stores: Any, scores: Path, tmp_path: P
     last = store.read(0, store.rows)[torch.from_numpy(store.column("position") == 31)]
     known = {row.tobytes() for row in (last / store.scale).numpy()}
     batches = run.batches()
-    assert all(row.tobytes() in known for _ in range(5) for row in next(batches).numpy())
+    assert all(row.tobytes() in known for _ in range(5) for row in next(batches).x.numpy())
     batches.close()

@@ -1,5 +1,6 @@
 """An option is stated once, in its variant's file; checks, defaults and documents follow."""
 
+import csv
 import os
 import shutil
 import subprocess
@@ -99,7 +100,7 @@ def test_the_bounds_of_reach_are_those_of_the_operator() -> None:
     assert (bounds["minimum"], bounds["maximum"]) == (FAR, FAR_SINGLE)
 
 
-TOY = '''"""Toy SAE: a latent is active above a floor."""
+TOY = '''"""Toy SAE: a latent is active above a floor, and costs its square."""
 
 from dataclasses import dataclass
 
@@ -107,6 +108,7 @@ from torch import Tensor
 
 from saeflow.config.options import VariantOptions, option
 from saeflow.saes.base import SAE
+from saeflow.saes.forward import Forward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,7 @@ class ToyOptions(VariantOptions):
 
 
 class Toy(SAE):
-    """z = a 1[a > floor]."""
+    """z = a 1[a > floor]; the loss adds sum_i z_i^2, the mean over the batch."""
 
     Options = ToyOptions
 
@@ -129,6 +131,10 @@ class Toy(SAE):
 
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         return pre_acts * (pre_acts > self.floor)
+
+    def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
+        penalty = self.sum_over_entries(fwd.values.square().sum()) / self.rows(fwd.x)
+        return super().losses(fwd, dead) | {"penalty": penalty}
 '''
 
 
@@ -198,6 +204,52 @@ def test_the_options_of_a_new_variant_are_described(with_toy: Path) -> None:
         "| `floor` | Pre-activation at which a latent becomes active. | number at least 0 |"
         in page.stdout
     )
+
+
+TRAIN_TOY = """
+import sys
+from pathlib import Path
+import torch
+from saeflow import load
+from saeflow.batch import Batch
+from saeflow.config import SAEConfig, TrainingConfig
+from saeflow.training import train
+
+
+class Store:
+    d_in, scale, mean, model, positions, targets = 8, 1.0, torch.zeros(8), None, slice(0, None), None
+
+    def batches(self, size, seed, start=0, *, pin=False):
+        while True:
+            yield Batch.of(torch.randn(size, 8, generator=torch.Generator().manual_seed(start)))
+            start += 1
+
+
+training = TrainingConfig(
+    tokens=640, batch_size=32, input_scale="raw", lr=1e-2, betas=(0.9, 0.999), lr_warmup_steps=0, lr_decay_fraction=0.0,
+    grad_clip=1.0, dead_after_tokens=1000, train_decoder=True, log_every_steps=10,
+)
+config = SAEConfig(
+    name="toy", entry="toy", variant="toy", source="drawn", hook_point="drawn", d_sae=16, seed=0, options={"floor": 0.1},
+    training=training,
+)
+folder = Path(sys.argv[1])
+train(Store(), config, {"device": "cpu", "precision": "fp32", "checkpoint_every_s": 1e9}, folder)
+print(load(folder).floor)
+"""
+
+
+def test_a_new_variant_trains_with_its_loss(with_toy: Path, tmp_path: Path) -> None:
+    done = run(with_toy, "-c", TRAIN_TOY, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "0.1\n"
+    with (tmp_path / "steps.csv").open() as file:
+        first, last = csv.DictReader(file)
+    for row in (first, last):
+        assert float(row["loss"]) == pytest.approx(
+            float(row["reconstruction"]) + float(row["penalty"])
+        )
+    assert float(last["loss"]) < float(first["loss"])
 
 
 def test_a_new_variant_encodes_with_its_default(with_toy: Path) -> None:

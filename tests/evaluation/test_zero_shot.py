@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel
 
+from saeflow.batch import Batch
 from saeflow.errors import UserError
 from saeflow.evaluation.in_model import InModelResult
 from saeflow.evaluation.in_model.vision import ZeroShot, write_clean
@@ -81,7 +82,7 @@ def test_a_set_whose_name_begins_with_anothers_is_its_own(folder: Path, tmp_path
 @pytest.fixture(scope="module")
 def sae() -> TopK:
     found = TopK(WIDTH, D_SAE, TopKOptions(k=5, auxk_weight=0))
-    found.initialise(torch.randn(200, WIDTH), torch.Generator().manual_seed(0))
+    found.initialise(Batch.of(torch.randn(200, WIDTH)), torch.Generator().manual_seed(0))
     with torch.no_grad():
         found.b_dec.copy_(torch.randn(WIDTH, generator=torch.Generator().manual_seed(3)) / 4)
     return found.eval()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from saeflow.batch import Batch
 from saeflow.config.variants import with_defaults
 from saeflow.errors import UserError
 from saeflow.exchange import FORMATS, export_sae, import_sae, plain_of, sae_of
@@ -267,7 +268,7 @@ def test_every_variant_is_written_or_refused_in_one_line(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         sae = build(variant, D_IN, D_SAE, options)
-        sae.initialise(torch.randn(ROWS, D_IN), torch.Generator().manual_seed(0))
+        sae.initialise(Batch.of(torch.randn(ROWS, D_IN)), torch.Generator().manual_seed(0))
     config = {"variant": variant, "options": options, "d_in": D_IN, "d_sae": D_SAE, **ABOUT}
     (tmp_path / "sae").mkdir()
     (tmp_path / "out").mkdir()

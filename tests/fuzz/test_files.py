@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from saeflow.batch import Batch
 from saeflow.errors import UserError
 from saeflow.provenance import RECORD, check, job, read_record
 from saeflow.saes import build, load, save
@@ -71,7 +72,7 @@ def sae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sae")
     options: dict[str, Any] = {"k": 3, "k_schedule": {"kind": "constant"}, "auxk_weight": 0.03}
     made = build("topk", 6, 12, options)
-    made.initialise(torch.randn(20, 6), torch.Generator().manual_seed(0))
+    made.initialise(Batch.of(torch.randn(20, 6)), torch.Generator().manual_seed(0))
     save(made.state_dict(), folder, {"variant": "topk", "options": options, "d_in": 6, "d_sae": 12})
     return folder
 
@@ -98,7 +99,7 @@ def read_all(path: Path) -> list[Any]:
     rows = [found.read(0, found.rows).float()]
     columns = [found.column(name) for name in sorted(found.columns)]
     batches = found.batches(4, 0)
-    return [*rows, *columns, next(batches).float(), found.scale, found.mean]
+    return [*rows, *columns, next(batches).x.float(), found.scale, found.mean]
 
 
 @given(how=DAMAGE, number=st.integers(0, 1000))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saeflow.batch import Batch
 from saeflow.operators import sparse
 from saeflow.saes import SAE, build
 
@@ -14,7 +15,7 @@ def made(case: str) -> SAE:
     variant, options = CASES[case]
     sae = build(variant, D_IN, D_SAE, options).train()
     generator = torch.Generator().manual_seed(1)
-    sae.initialise(torch.randn(64, D_IN, generator=generator), generator)
+    sae.initialise(Batch.of(torch.randn(64, D_IN, generator=generator)), generator)
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
@@ -28,7 +29,7 @@ def step_of(
     """Losses, gradients and L0 of a step on the sparse path."""
     sae.zero_grad()
     with torch.autocast("cpu", torch.bfloat16, is_bf16):
-        fwd = sae.run(x, is_sparse=True)
+        fwd = sae.run(Batch.of(x), is_sparse=True)
     losses = sae.losses(fwd, dead)
     torch.stack(list(losses.values())).sum().backward()
     sae.end_step(fwd)

@@ -10,6 +10,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from saeflow.batch import Batch
 from saeflow.config import ROOT
 from saeflow.config.variants import PRESETS as PRESETS_FILE
 from saeflow.config.variants import with_defaults, with_options
@@ -35,7 +36,7 @@ def x() -> Tensor:
 def make(preset: str, x: Tensor, d_sae: int = D_SAE, **changes: Any) -> SAE:
     options = {**PRESETS[preset]["options"], **changes}
     sae = build(PRESETS[preset]["variant"], x.shape[1], d_sae, options)
-    sae.initialise(x, torch.Generator().manual_seed(0))
+    sae.initialise(Batch.of(x), torch.Generator().manual_seed(0))
     return sae.train()
 
 
@@ -101,7 +102,7 @@ def test_k_hat_is_no_bfloat16_under_autocast(x: Tensor) -> None:
     sae = soft(x, k=30, k_max=60)
     expected = sae.allowed_k(x)
     with torch.autocast("cpu", torch.bfloat16):
-        fwd = sae.run(x)
+        fwd = sae.run(Batch.of(x))
     assert fwd.condition.dtype == torch.float32
     assert bool((fwd.condition != fwd.condition.bfloat16().float()).all())
     torch.testing.assert_close(fwd.condition, expected, rtol=0.02, atol=0)
@@ -118,7 +119,7 @@ def test_encode_changes_no_input_and_forward_returns_its_units(x: Tensor) -> Non
 
 def test_the_budget_is_one_sided_and_on_the_batch_mean(x: Tensor) -> None:
     sae = soft(x, k=4, k_max=8)
-    fwd, dead = sae.run(x), torch.zeros(D_SAE, dtype=torch.bool)
+    fwd, dead = sae.run(Batch.of(x)), torch.zeros(D_SAE, dtype=torch.bool)
     for k, expected in ((40.0, 0.0), (1.0, float(fwd.condition.detach().mean()) - 1.0)):
         sae.k = k
         assert float(sae.losses(fwd, dead)["budget"].detach()) == pytest.approx(expected, abs=1e-3)
@@ -127,7 +128,7 @@ def test_the_budget_is_one_sided_and_on_the_batch_mean(x: Tensor) -> None:
 def test_the_hard_phase_is_the_floor_of_k_hat_without_budget(x: Tensor) -> None:
     sae = soft(x)
     sae.begin_step(99, 100)
-    fwd = sae.run(x)
+    fwd = sae.run(Batch.of(x))
     assert bool((fwd.l0() <= fwd.condition.floor()).all())
     assert "budget" not in sae.losses(fwd, torch.zeros(D_SAE, dtype=torch.bool))
     latents = sae.eval().encode(x)
@@ -142,7 +143,7 @@ def test_who_learns_in_the_hard_phase(preset: str, learns: bool, x: Tensor) -> N
     sae.begin_step(99, 100)
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     dead[:20] = True
-    sum(sae.losses(sae.run(x), dead).values()).backward()
+    sum(sae.losses(sae.run(Batch.of(x)), dead).values()).backward()
     assert bool(sae.W_dec.grad.any())
     trained = sae.W_enc.grad.any(0)  # AuxK trains dead latents in both
     assert bool(trained[dead].any())
@@ -164,7 +165,7 @@ def test_no_gradient_reaches_k_hat_beyond_the_positive_latents(x: Tensor) -> Non
     """More k than positive pre-activations adds only zeros: the budget alone moves k_hat then."""
     sae = soft(x, k_max=64, k=60, alpha=1e-4)
     sae.k_max = 400
-    fwd = sae.run(x, is_sparse=False)
+    fwd = sae.run(Batch.of(x), is_sparse=False)
     fwd.condition.retain_grad()
     (fwd.x - fwd.x_hat).square().sum().backward()
     beyond = fwd.condition > (fwd.pre_acts > 0).sum(1) + 1
@@ -193,11 +194,11 @@ def test_every_positive_latent_counts_as_alive_while_alpha_is_large(x: Tensor) -
     released = {"alpha_schedule": {"kind": "linear", "from": 1.0, "until": 0.5}}
     sae = soft(x, "softsae-released", **released)
     sae.begin_step(0, 100)
-    fwd = sae.run(x)
+    fwd = sae.run(Batch.of(x))
     assert torch.equal(fwd.l0(), (fwd.pre_acts > 0).sum(1))
     sae.begin_step(60, 100)
-    fwd = sae.run(x)
-    near = float(soft(x, reach=30).run(x).l0().double().mean())
+    fwd = sae.run(Batch.of(x))
+    near = float(soft(x, reach=30).run(Batch.of(x)).l0().double().mean())
     assert float(fwd.l0().double().mean()) < 12
     assert near <= float(fwd.l0().double().mean())
 
@@ -240,7 +241,7 @@ def test_a_rounded_k_is_whole_and_a_soft_one_real(x: Tensor) -> None:
 
 def test_adaptivek_averages_the_error_over_dimensions(x: Tensor) -> None:
     sae = make("adaptivek-released", x, d_sae=400)
-    fwd = sae.run(x)
+    fwd = sae.run(Batch.of(x))
     losses = sae.losses(fwd, torch.zeros(400, dtype=torch.bool))
     error = float((x - fwd.x_hat).square().sum(1).mean().detach()) / D_IN
     assert float(losses["reconstruction"].detach()) == pytest.approx(error, rel=1e-5)
@@ -295,7 +296,7 @@ def test_negative_scores_in_the_support_count_as_active() -> None:
         )
     latents = sae.encode(x)
     torch.testing.assert_close(latents, torch.tensor([[0.2, 0.1, -0.05, 0.0]]))
-    assert sae.run(x).l0().tolist() == [3]
+    assert sae.run(Batch.of(x)).l0().tolist() == [3]
 
 
 def test_the_rate_mask_is_learned_in_training_saved_and_used_everywhere(
@@ -303,7 +304,7 @@ def test_the_rate_mask_is_learned_in_training_saved_and_used_everywhere(
 ) -> None:
     sae = make("sparsemax-released", x)
     for _ in range(300):
-        sae.end_step(sae.run(x))
+        sae.end_step(sae.run(Batch.of(x)))
     rate = sae.firing_rate.clone()
     masked = rate > 0.1
     assert bool(masked.any())
@@ -323,7 +324,7 @@ def test_the_rate_mask_is_learned_in_training_saved_and_used_everywhere(
 
 def test_the_released_loss_is_over_the_norm(x: Tensor) -> None:
     sae = make("sparsemax-released", x)
-    fwd = sae.run(x)
+    fwd = sae.run(Batch.of(x))
     losses = sae.losses(fwd, torch.zeros(D_SAE, dtype=torch.bool))
     expected = 10 * ((x - fwd.x_hat).square() / x.norm(dim=1, keepdim=True)).mean()
     assert float(losses["reconstruction"].detach()) == pytest.approx(
@@ -399,7 +400,7 @@ def test_the_first_batch_is_the_released_threshold() -> None:
         found = []
         for least in (1.0, 2.0, 3.0):
             latents = torch.tensor([[least, least + 1, 0, 0]])
-            sae.end_step(Forward(latents, None, latents, latents, latents, latents))
+            sae.end_step(Forward(Batch.of(latents), None, latents, latents, latents, latents))
             found.append(float(sae.threshold))
         assert found == pytest.approx(expected, rel=1e-3)
 
@@ -424,7 +425,7 @@ def test_when_p_jumps() -> None:
 def test_a_penalty_beside_a_mean_error_is_d_times_as_large_beside_a_sum(x: Tensor) -> None:
     """1e-3 beside an error that is a mean over d (bartbussmann/BatchTopK) is d 1e-3 here: the ratio counts."""
     sae = make("relu-released", x, l1=D_IN * 1e-3)
-    fwd = sae.run(x)
+    fwd = sae.run(Batch.of(x))
     losses = sae.losses(fwd, torch.zeros(D_SAE, dtype=torch.bool))
     theirs = (x - fwd.x_hat).square().mean() + 1e-3 * fwd.latents.sum(1).mean()
     assert float(sum(losses.values()).detach()) == pytest.approx(

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from saeflow.batch import Batch
 from saeflow.config import SAEConfig, TrainingConfig
 from saeflow.config.variants import with_defaults, with_preset
 from saeflow.saes import SAE
@@ -57,13 +58,13 @@ class Trace:
 class Store:
     """The trace's batches, as a store gives them."""
 
-    model, scale, d_in, positions = None, 1.0, D_IN, slice(0, None)
+    model, scale, d_in, positions, targets = None, 1.0, D_IN, slice(0, None), None
 
     def __init__(self, batches: list[Tensor]) -> None:
         self.all = batches
 
     def batches(self, batch_size: int, seed: int, start_batch: int = 0, **_: Any) -> Iterator[Any]:
-        yield from self.all[start_batch:]
+        yield from map(Batch.of, self.all[start_batch:])
 
     def last_rows(self) -> "Store":
         return self
@@ -82,7 +83,7 @@ class Traced(Run):
             group["lr"] = float(self.trace["step.probe_lr"][self.step])
         self.optimizer.tell_rates()
 
-    def one_step(self, x: Tensor) -> Stepped:
+    def one_step(self, batch: Batch) -> Stepped:
         begin = type(self.sae).begin_step
 
         def begin_step(step: int, total: int) -> None:
@@ -90,7 +91,7 @@ class Traced(Run):
             self.at_step(self.sae, step, self.trace)
 
         self.sae.begin_step = begin_step
-        return super().one_step(x)
+        return super().one_step(batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -410,8 +411,8 @@ def test_training_follows_the_released_code(case: Case, is_sparse: bool) -> None
     sae, t = run.sae, trace.arrays
     sae.run = functools.partial(type(sae).run, sae, is_sparse=is_sparse)  # type: ignore[method-assign]
     found: list[dict[str, float]] = []
-    for x in run.batches(case.start):
-        fwd, losses = run.one_step(x)
+    for batch in run.batches(case.start):
+        fwd, losses = run.one_step(batch)
         run.step += 1
         facts = {**{name: float(term) for name, term in losses.items()}, **sae.facts(fwd)}
         found.append({**facts, "l0": float(fwd.l0().double().mean())})
@@ -476,7 +477,7 @@ def test_masked_concepts_have_the_score_0_in_the_released_code() -> None:
     sae = run.sae.eval()
     put(sae, {"firing_rate": t["forward.second_pass.masked"].float()})
     with torch.no_grad():
-        for latents in (sae.encode(x), sae.run(x, is_sparse=True).latents.dense()):
+        for latents in (sae.encode(x), sae.run(Batch.of(x), is_sparse=True).latents.dense()):
             expected = t["forward.second_pass.latents"] * x.norm(dim=1, keepdim=True)
             torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-4)
         torch.testing.assert_close(sae(x), t["forward.second_pass.x_hat"], rtol=1e-5, atol=1e-4)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from saeflow.batch import Batch
 from saeflow.config.schema import params_schema
 from saeflow.config.variants import with_defaults
 from saeflow.errors import UserError
@@ -339,7 +340,7 @@ def make(case: str, x: Tensor) -> SAE:
     """An SAE early in training: parameters a little off their start, at step 7 of 10."""
     variant, options = CASES[case]
     sae = build(variant, D_IN, D_SAE, options)
-    sae.initialise(x, torch.Generator().manual_seed(0))
+    sae.initialise(Batch.of(x), torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
@@ -375,7 +376,7 @@ class TestEveryVariant:
     def test_initialisation(self, case: str, x: Tensor) -> None:
         variant, options = CASES[case]
         sae = build(variant, D_IN, D_SAE, options)
-        sae.initialise(x, torch.Generator().manual_seed(0))
+        sae.initialise(Batch.of(x), torch.Generator().manual_seed(0))
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
         if options.get("architecture") == "shared":
             assert torch.equal(sae.directions(), sae.W_dec)
@@ -393,7 +394,7 @@ class TestEveryVariant:
         found = []
         for is_sparse in (False, True):
             sae = make(case, x)
-            fwd = sae.run(x, is_sparse=is_sparse)
+            fwd = sae.run(Batch.of(x), is_sparse=is_sparse)
             assert fwd.is_sparse == is_sparse
             losses = sae.losses(fwd, dead)
             sum(losses.values()).backward()
@@ -413,7 +414,7 @@ class TestEveryVariant:
         dead = torch.zeros(D_SAE, dtype=torch.bool)
         dead[::3] = True
         sae = make(case, x)
-        losses = sae.losses(sae.run(x, is_sparse=is_sparse), dead)
+        losses = sae.losses(sae.run(Batch.of(x), is_sparse=is_sparse), dead)
         sum(losses.values()).backward()
         variant, options = CASES[case]
         plain = {n: p.detach().double().requires_grad_() for n, p in sae.named_parameters()}
@@ -436,7 +437,7 @@ class TestEveryVariant:
         errors = []
         for step in range(60):
             sae.begin_step(step, 60)
-            fwd = sae.run(x)
+            fwd = sae.run(Batch.of(x))
             losses = sae.losses(fwd, torch.zeros(D_SAE, dtype=torch.bool))
             optimizer.zero_grad()
             sum(losses.values()).backward()
@@ -458,13 +459,13 @@ class TestEveryVariant:
     def test_a_trained_sae_is_the_same_on_both_paths(self, case: str, x: Tensor) -> None:
         sae = make(case, x)
         sae.begin_step(0, 1)
-        sae.end_step(sae.run(x))
+        sae.end_step(sae.run(Batch.of(x)))
         sae.eval()
-        torch.testing.assert_close(sae.run(x, is_sparse=True).x_hat, sae(x))
+        torch.testing.assert_close(sae.run(Batch.of(x), is_sparse=True).x_hat, sae(x))
 
     def test_a_saved_sae_is_the_same_sae(self, case: str, x: Tensor, tmp_path: Path) -> None:
         sae = make(case, x)
-        sae.end_step(sae.run(x))
+        sae.end_step(sae.run(Batch.of(x)))
         variant, options = CASES[case]
         config = {"variant": variant, "options": options, "d_in": D_IN, "d_sae": D_SAE}
         save(sae.state_dict(), tmp_path, config)
@@ -486,7 +487,7 @@ class TestEveryVariant:
         if is_shifted and sae.b_dec is None:  # the trainer refuses it: test_trainer.py
             return
         x = x.double()
-        sae.end_step(sae.run(x))
+        sae.end_step(sae.run(Batch.of(x)))
         sae.eval()
         latents, x_hat, allowed = sae.encode(x), sae(x), sae.allowed_k(x)
         scale, shift = 37.0, torch.linspace(-20, 30, D_IN, dtype=torch.float64)
@@ -572,7 +573,7 @@ def test_batch_topk_keeps_the_largest_of_the_batch_in_training(x: Tensor) -> Non
     sae = make("batch_topk", x)
     positive = encode_by_hand(sae, x)
     smallest = np.sort(positive.ravel())[-BATCH * 5]
-    latents = sae.run(x, is_sparse=False).latents
+    latents = sae.run(Batch.of(x), is_sparse=False).latents
     assert isinstance(latents, Tensor)
     np.testing.assert_allclose(
         latents.detach().numpy(), np.where(positive >= smallest, positive, 0), rtol=1e-4, atol=1e-5
@@ -584,7 +585,7 @@ def test_batch_topk_threshold_is_the_running_mean_of_the_smallest_kept(x: Tensor
     smallest = []
     for scale in (1.0, 2.0, 0.5):
         sae.begin_step(1, 2)
-        fwd = sae.run(x * scale)
+        fwd = sae.run(Batch.of(x * scale))
         sae.end_step(fwd)
         positive = encode_by_hand(sae, x * scale)
         smallest.append(np.sort(positive.ravel())[-BATCH * 5])
@@ -600,10 +601,10 @@ def test_batch_topk_threshold_starts_afresh_when_k_changes(x: Tensor) -> None:
     """Also with a schedule that ends with the run, and so is never at its target."""
     schedule = {"kind": "linear", "from": 20, "until": 1.0}
     sae = build("batch_topk", D_IN, D_SAE, {**CASES["batch_topk"][1], "k_schedule": schedule})
-    sae.initialise(x, torch.Generator().manual_seed(0))
+    sae.initialise(Batch.of(x), torch.Generator().manual_seed(0))
     for step in range(3):
         sae.begin_step(step, 3)
-        sae.end_step(sae.run(x))
+        sae.end_step(sae.run(Batch.of(x)))
     positive = encode_by_hand(sae, x)
     assert float(sae.get_buffer("threshold")) == pytest.approx(
         np.sort(positive.ravel())[-BATCH * 10], rel=1e-4
@@ -612,7 +613,7 @@ def test_batch_topk_threshold_starts_afresh_when_k_changes(x: Tensor) -> None:
 
 def test_relu_loss_is_error_plus_l1(x: Tensor) -> None:
     sae = make("relu", x)
-    losses = sae.losses(sae.run(x), torch.zeros(D_SAE, dtype=torch.bool))
+    losses = sae.losses(sae.run(Batch.of(x)), torch.zeros(D_SAE, dtype=torch.bool))
     latents = encode_by_hand(sae, x)
     x_hat = latents @ sae.W_dec.detach().numpy() + sae.b_dec.detach().numpy()
     error = ((x.numpy() - x_hat) ** 2).sum(1).mean()
@@ -624,7 +625,7 @@ def test_auxk_rebuilds_the_residual_from_dead_latents(x: Tensor) -> None:
     sae = make("topk", x)
     dead = torch.zeros(D_SAE, dtype=torch.bool)
     dead[10:30] = True
-    fwd = sae.run(x)
+    fwd = sae.run(Batch.of(x))
     loss = sae.losses(fwd, dead)["auxk"]
     residual = (x - fwd.x_hat.detach()).numpy()
     candidates = np.where(dead.numpy(), encode_by_hand(sae, x), 0)
@@ -641,7 +642,7 @@ def test_weights_that_are_not_trained_stay_as_they_were(x: Tensor) -> None:
     sae = make("topk", x)
     sae.W_dec.requires_grad_(False)
     before = sae.W_dec.clone()
-    loss = F.mse_loss(sae.run(x).x_hat, x)
+    loss = F.mse_loss(sae.run(Batch.of(x)).x_hat, x)
     loss.backward()
     sae.project_grad()
     assert torch.equal(sae.W_dec, before)
@@ -729,11 +730,11 @@ def test_weights_that_are_not_finite_are_refused(saved: Path, x: Tensor) -> None
 @pytest.mark.parametrize("variant", ["relu", "gated", "p_anneal", "jumprelu"])
 def test_the_path_follows_the_density(variant: str, x: Tensor) -> None:
     sae = make(variant, x)
-    assert not sae.run(x).is_sparse
+    assert not sae.run(Batch.of(x)).is_sparse
     with torch.no_grad():
         sae.b_enc.sub_(100)
         sae.b_enc[3] = 50
-    sae.end_step(sae.run(x))
-    fwd = sae.run(x)
+    sae.end_step(sae.run(Batch.of(x)))
+    fwd = sae.run(Batch.of(x))
     assert fwd.is_sparse
     assert 0 < float(sae.get_buffer("density")) <= 1 / D_SAE + 1e-6

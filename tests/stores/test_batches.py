@@ -16,6 +16,7 @@ import pytest
 import torch
 from scipy import stats
 
+from saeflow.batch import Batch
 from saeflow.errors import UserError
 from saeflow.stores import Store, batches, open_store
 from saeflow.stores.batches import on_device, read_ahead
@@ -54,7 +55,7 @@ def group_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def take(store: Store, count: int, batch_size: int, **options: Any) -> list[torch.Tensor]:
-    return [x.clone() for x in islice(store.batches(batch_size, **options), count)]
+    return [batch.x.clone() for batch in islice(store.batches(batch_size, **options), count)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 10, 16, 77, 1001, 2500])
@@ -150,7 +151,7 @@ def test_a_chunk_order_without_the_shuffle_would_fail_these_tests() -> None:
 
 def test_memory_is_used_again_but_never_while_a_tensor_refers_to_it(store: Store) -> None:
     stream = store.batches(50, seed=0)
-    kept = [next(stream) for _ in range(60)]
+    kept = [next(stream).x for _ in range(60)]
     copies = take(store, 60, 50, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
     view = kept[17][3:5]
@@ -276,7 +277,7 @@ def test_pinned_batches_hold_the_same_rows(store: Store) -> None:
     plain = take(store, 150, 10, seed=0)
     pinned = store.batches(10, seed=0, pin=True)
     for expected in plain:
-        x = next(pinned)
+        x = next(pinned).x
         assert x.is_pinned()
         assert torch.equal(x.to("cuda", non_blocking=True).cpu(), expected)
     pinned.close()
@@ -294,7 +295,19 @@ def test_items_come_in_order_however_many_threads_read(readers: int) -> None:
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
 def test_batches_arrive_on_a_device_whole_and_in_order(device: str) -> None:
     expected = [torch.full((64, 32), float(i)) for i in range(20)]
-    given = (batch.pin_memory() if device == "cuda" else batch for batch in expected)
+    given = (Batch.of(x.pin_memory() if device == "cuda" else x) for x in expected)
     for batch, one in zip(on_device(given, torch.device(device)), expected, strict=True):
-        assert batch.device.type == device
-        assert torch.equal(batch.cpu(), one)
+        assert batch.x.device.type == device
+        assert torch.equal(batch.x.cpu(), one)
+        assert batch.target is batch.x
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_targets_arrive_with_their_inputs(device: str) -> None:
+    given = [
+        Batch(torch.full((64, 32), float(i)), torch.full((64, 5), -float(i))) for i in range(9)
+    ]
+    pinned = (batch.map(torch.Tensor.pin_memory) if device == "cuda" else batch for batch in given)
+    for batch, one in zip(on_device(pinned, torch.device(device)), given, strict=True):
+        assert torch.equal(batch.x.cpu(), one.x)
+        assert torch.equal(batch.target.cpu(), one.target)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saeflow.batch import Batch
 from saeflow.config import SAEConfig, TrainingConfig
 
 D_IN, FEATURES, ACTIVE = 16, 24, 3
@@ -58,7 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 class Samples:
     """Endless batches, each made from its number alone."""
 
-    d_in, positions = D_IN, slice(0, None)
+    d_in, positions, targets = D_IN, slice(0, None), None
 
     def __init__(self, scale: float = 3.0, on_batch: Callable[[int], None] | None = None) -> None:
         self.scale = scale
@@ -75,11 +76,11 @@ class Samples:
         x = (values[..., None] * self.features[chosen]).sum(1)
         return self.scale * x * (D_IN / ACTIVE / 2.3) ** 0.5
 
-    def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Tensor]:
+    def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Batch]:
         for number in itertools.count(start_batch):
             if self.on_batch:
                 self.on_batch(number)
-            yield self.batch(batch_size, number)
+            yield Batch.of(self.batch(batch_size, number))
 
 
 def config(variant: str, steps: int = 300, d_sae: int = 32, **changes: Any) -> SAEConfig:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from saeflow.batch import Batch
 from saeflow.errors import UserError
 from saeflow.operators import native
 from saeflow.training.finite import Watch
@@ -15,7 +16,9 @@ from .conftest import RUNTIME, Samples, config
 
 def look(watch: Watch, step: int, x: torch.Tensor, **terms: float) -> bool:
     watch.begin(step)
-    return bool(watch.look(x, {name: torch.tensor(value) for name, value in terms.items()}))
+    return bool(
+        watch.look(Batch.of(x), {name: torch.tensor(value) for name, value in terms.items()})
+    )
 
 
 def test_the_first_step_is_remembered_with_its_terms() -> None:
@@ -63,7 +66,8 @@ def test_a_run_that_looks_later_names_the_step_and_has_the_weights_before_it(
         for number in range(6):
             if number == 3:
                 before = run.sae.W_enc.detach().clone()
-            run.one_step(next(batches) * (torch.nan if number == 3 else 1))
+            factor = torch.nan if number == 3 else 1.0
+            run.one_step(next(batches).map(lambda x, factor=factor: x * factor))
             run.step += 1
     torch.testing.assert_close(run.sae.W_enc.detach(), before, rtol=0, atol=0)
     with pytest.raises(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from saeflow.batch import Batch
 from saeflow.config import SAEConfig
 from saeflow.operators import native, sparse
 from saeflow.saes import VARIANTS
@@ -101,10 +102,10 @@ def test_recorded_steps_are_the_steps(variant: str, first: int, tmp_path: Path) 
     recorded.replayed = Replayed(recorded.work, capture_on(recorded, taped))
     for run in (plain, recorded):
         run.step = first
-    batches = [x for x, _ in zip(plain.batches(first), range(STEPS), strict=False)]
-    for x in batches:
-        plain.take(x, 0.0)
-        recorded.take(x, 0.0)
+    batches = [batch for batch, _ in zip(plain.batches(first), range(STEPS), strict=False)]
+    for batch in batches:
+        plain.take(batch, 0.0)
+        recorded.take(batch, 0.0)
     assert taped
     if variant in MOVES and not first:
         assert len({row[MOVES[variant]] for row in recorded.rows}) > 1
@@ -176,9 +177,9 @@ def test_a_cuda_graph_gives_the_bits_of_its_kernels(variant: str, tmp_path: Path
     for run in (plain, recorded):
         run.step = 120
     for number in range(STEPS):
-        x = Samples().batch(128, number).cuda() / 3
-        plain.take(x, 0.0)
-        recorded.take(x, 0.0)
+        batch = Batch.of(Samples().batch(128, number).cuda() / 3)
+        plain.take(batch, 0.0)
+        recorded.take(batch, 0.0)
     assert recorded.replayed.is_possible
     for one, other in zip(state(recorded), state(plain), strict=True):
         assert torch.equal(one, other)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
+from saeflow.batch import Batch
 from saeflow.operators import SparseLatents, auxk_loss
 from saeflow.saes import VARIANTS, build
 from saeflow.training.run import Run
@@ -34,7 +34,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 class Planted:
     """Sums of a few of many directions, frequent ones and rare ones, around a mean."""
 
-    d_in, scale, model = D_IN, 1.0, None
+    d_in, scale, model, targets = D_IN, 1.0, None, None
 
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(5)
@@ -42,14 +42,14 @@ class Planted:
         self.features = features / features.norm(dim=1, keepdim=True)
         self.mean = 0.5 * torch.randn(D_IN, generator=generator)
 
-    def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Tensor]:
+    def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Batch]:
         frequency = 1 / torch.arange(1, len(self.features) + 1)
         for number in itertools.count(start_batch):
             generator = torch.Generator().manual_seed(1000 + number)
             chosen = torch.multinomial(frequency, batch_size * 8, True, generator=generator)
             values = 1 + torch.rand(batch_size, 8, 1, generator=generator)
             x = (values * self.features[chosen.view(batch_size, 8)]).sum(1) + self.mean
-            yield x * D_IN**0.5 / 4.5
+            yield Batch.of(x * D_IN**0.5 / 4.5)
 
 
 def last_steps(variant: str, precision: str, folder: Path) -> tuple[float, float, bool]:
@@ -67,8 +67,8 @@ def last_steps(variant: str, precision: str, folder: Path) -> tuple[float, float
         with torch.no_grad():
             run.sae.b_enc.sub_(1.5)
     losses, counts = [], []
-    for x in itertools.islice(run.batches(), STEPS):
-        fwd, terms = run.one_step(x)
+    for batch in itertools.islice(run.batches(), STEPS):
+        fwd, terms = run.one_step(batch)
         run.step += 1
         losses.append(float(terms["loss"]))
         counts.append(
@@ -91,10 +91,10 @@ def test_a_variant_trains_in_bf16_as_in_fp32(variant: str, tmp_path: Path) -> No
 def test_chosen_pre_activations_are_those_of_fp32_weights(variant: str) -> None:
     generator = torch.Generator().manual_seed(0)
     sae = build(variant, D_IN, D_SAE, {**OPTIONS[variant], **CHANGES.get(variant, {})}).train()
-    x = next(Planted().batches(128, 0))
-    sae.initialise(x, generator)
+    x = next(Planted().batches(128, 0)).x
+    sae.initialise(Batch.of(x), generator)
     with torch.autocast("cpu", torch.bfloat16):
-        fwd = sae.run(x, is_sparse=True)
+        fwd = sae.run(Batch.of(x), is_sparse=True)
     assert isinstance(fwd.selected, SparseLatents)
     assert fwd.selected.values.dtype == torch.float32
     if variant in ("sparsemax", "entmax"):  # mlp: scores of the unit vector
@@ -111,12 +111,13 @@ def test_auxk_of_a_step_in_bf16_is_that_of_fp32_weights(dead: int, tmp_path: Pat
     setting = config("topk", d_sae=D_SAE, batch_size=256, input_scale="raw")
     runtime = {"device": "cpu", "precision": "bf16", "threads": 1, "checkpoint_every_s": 1e9}
     run = Run(Planted(), setting, runtime, tmp_path)
-    x = next(run.batches())
+    batch = next(run.batches())
     with torch.no_grad():
         run.silent[:dead] = 10**6
         run.sae.W_enc[:, :dead] *= 0.01  # positive for some rows, among the largest of none
         weights = {name: parameter.clone() for name, parameter in run.sae.named_parameters()}
-    fwd, terms = run.one_step(x)
+    x = batch.x
+    fwd, terms = run.one_step(batch)
     exact = (x - weights["b_dec"]) @ weights["W_enc"] + weights["b_enc"]
     expected = auxk_loss((x - fwd.x_hat).detach(), exact, weights["W_dec"], run.dead)
     assert int(run.dead.sum()) == dead
@@ -130,10 +131,10 @@ def test_auxk_of_a_step_in_bf16_is_that_of_fp32_weights(dead: int, tmp_path: Pat
 )
 def test_rounded_scores_hide_no_latent_from_a_threshold(variant: str) -> None:
     sae = build(variant, D_IN, D_SAE, {**OPTIONS[variant], **CHANGES.get(variant, {})}).train()
-    x = next(Planted().batches(512, 0))
-    sae.initialise(x, torch.Generator().manual_seed(0))
+    x = next(Planted().batches(512, 0)).x
+    sae.initialise(Batch.of(x), torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        fwd = sae.run(x, is_sparse=True)
+        fwd = sae.run(Batch.of(x), is_sparse=True)
     assert isinstance(fwd.latents, SparseLatents)
     with torch.no_grad():
         expected = sae.activate(sae.pre_activations(x), fwd.condition)

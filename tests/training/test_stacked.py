@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from saeflow.batch import Batch
 from saeflow.config import SAEConfig
 from saeflow.operators import native, sparse
 from saeflow.saes import load
@@ -98,10 +99,10 @@ def test_one_step_has_the_values_and_gradients_of_each(variant: str, tmp_path: P
         run.silent[::3] = 600
         with torch.no_grad():
             run.sae.b_enc[::3] -= 1
-    x = Samples().batch(128, 0)
-    found, is_counted = Stack(grouped).work(x), False
+    batch = Batch.of(Samples().batch(128, 0))
+    found, is_counted = Stack(grouped).work(batch), False
     for run, own, stepped in zip(alone, grouped, found, strict=True):
-        expected = run.work(run.inputs(x))
+        expected = run.work(run.scaled(batch))
         active, expected_active = (one.fwd.latents.dense() != 0 for one in (stepped, expected))
         assert torch.equal(active, expected_active)
         torch.testing.assert_close(stepped.fwd.x_hat, expected.fwd.x_hat, rtol=1e-5, atol=1e-5)
@@ -141,9 +142,9 @@ def test_a_recorded_stack_does_what_it_does(tmp_path: Path) -> None:
 
     recorded.replayed = Replayed(recorded.work, capture)
     for number in range(10):
-        x = Samples().batch(128, number)
-        plain.take(x, 0.0)
-        recorded.take(x, 0.0)
+        batch = Batch.of(Samples().batch(128, number))
+        plain.take(batch, 0.0)
+        recorded.take(batch, 0.0)
     assert len(taped) == 1
     for one, other in zip(recorded.runs, plain.runs, strict=True):
         for ours, theirs in zip(one.sae.parameters(), other.sae.parameters(), strict=True):

@@ -18,6 +18,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from saeflow.batch import Batch
 from saeflow.errors import UserError
 from saeflow.files import file_digest
 from saeflow.operators import native, sparse
@@ -78,12 +79,12 @@ def test_a_step_is_adam_on_the_projected_clipped_gradient(variant: str, tmp_path
     moments = {name: (0.0, 0.0) for name, _ in plain.named_parameters()}
     for step in range(2):
         x = store.batch(128, step)
-        run.one_step(x)
+        run.one_step(Batch.of(x))
         run.step += 1
         plain.begin_step(step, 20)
         plain.zero_grad()
         losses = plain.losses(
-            plain.run(x.double(), is_sparse=False), torch.zeros(32, dtype=torch.bool)
+            plain.run(Batch.of(x.double()), is_sparse=False), torch.zeros(32, dtype=torch.bool)
         )
         sum(losses.values()).backward()
         gradients = {
@@ -109,7 +110,7 @@ def test_a_step_is_adam_on_the_projected_clipped_gradient(variant: str, tmp_path
                 p -= torch.as_tensor(lr * unbiased[0] / (np.sqrt(unbiased[1]) + 1e-8))
             if plain.has_unit_norm:
                 plain.W_dec /= plain.W_dec.norm(dim=1, keepdim=True)
-        plain.end_step(plain.run(x.double()))
+        plain.end_step(plain.run(Batch.of(x.double())))
     for name, p in plain.named_parameters():
         found = dict(run.sae.named_parameters())[name]
         np.testing.assert_allclose(found.detach().numpy(), p.detach().numpy(), rtol=1e-3, atol=2e-5)

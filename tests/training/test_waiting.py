@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from saeflow.batch import Batch
 from saeflow.operators import native, sparse
 from saeflow.saes import VARIANTS
 from saeflow.training.run import Run
@@ -73,8 +74,8 @@ def test_a_step_reads_nothing(case: str, tmp_path: Path, monkeypatch: pytest.Mon
     run.sae.settle()
     run.take(next(batches), 0.0)
     with NoReads():
-        for x in [next(batches) for _ in range(3)]:
-            run.take(x, 0.0)
+        for batch in [next(batches) for _ in range(3)]:
+            run.take(batch, 0.0)
     run.check()
 
 
@@ -85,13 +86,13 @@ def test_rows_that_lose_latents_are_counted_and_get_more_room(
     monkeypatch.setattr(type(run.sae), "most", 1)  # room for 16
     with torch.no_grad():
         run.sae.b_enc.zero_()
-    x = next(run.batches())
-    x[:2] *= 1000  # rows that take the whole batch's latents
+    batch = next(run.batches())
+    batch.x[:2] *= 1000  # rows that take the whole batch's latents
     for _ in range(4):
-        run.take(x, 0.0)
+        run.take(batch, 0.0)
     assert caplog.text.count("rows since the last line") == 2
     assert run.sae.widened == 4
-    run.take(x, 0.0)
+    run.take(batch, 0.0)
     run.checkpoint()
     again = start("batch_topk", tmp_path, monkeypatch, d_sae=256, log_every_steps=2)
     assert again.sae.widened == 4
@@ -113,15 +114,15 @@ def test_a_run_goes_on_from_its_checkpoint_with_the_same_bits(
 ) -> None:
     changes = {"dead_after_tokens": 300, "log_every_steps": 4}
     whole = start(variant, tmp_path, monkeypatch, **changes)
-    batches = [x for x, _ in zip(whole.batches(), range(10), strict=False)]
-    for x in batches[:6]:
-        whole.take(x, 0.0)
+    batches = [batch for batch, _ in zip(whole.batches(), range(10), strict=False)]
+    for batch in batches[:6]:
+        whole.take(batch, 0.0)
     whole.checkpoint()
     resumed = Run(Samples(), whole.config, RUNTIME, tmp_path)
     assert resumed.step == 6
-    for x in batches[6:]:
-        whole.take(x, 0.0)
-        resumed.take(x, 0.0)
+    for batch in batches[6:]:
+        whole.take(batch, 0.0)
+        resumed.take(batch, 0.0)
     for name, tensor in whole.weights().items():
         assert torch.equal(resumed.weights()[name], tensor), name
 
@@ -148,12 +149,12 @@ def test_what_a_gpu_does_trains_as_a_cpu_does(
             expected.sae.b_enc.sub_(1.0)
     x_of = Samples()
     for number in range(12):
-        x = x_of.batch(128, number) / x_of.scale
-        expected.take(x, 0.0)
+        batch = Batch.of(x_of.batch(128, number) / x_of.scale)
+        expected.take(batch, 0.0)
         with monkeypatch.context() as as_gpu:
             as_gpu.setattr(native, "is_on", False)
             as_gpu.setattr(sparse, "is_padded", True)
-            found.take(x, 0.0)
+            found.take(batch, 0.0)
     for name, tensor in expected.sae.state_dict().items():
         torch.testing.assert_close(
             found.sae.state_dict()[name],

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from saeflow.complexity.files import read_probe
 from saeflow.config.options import VariantOptions, option
 from saeflow.errors import UserError
-from saeflow.saes.base import Forward
+from saeflow.saes.forward import Forward
 from saeflow.saes.input_scale import InputScale
 from saeflow.saes.per_input_k import PerInputK
 
@@ -98,6 +98,8 @@ class AdaptiveK(PerInputK):
 
     Options = AdaptiveKOptions
 
+    takes_own_targets = False  # the probe reads inputs too
+
     deviation: Tensor
     probe_losses: Tensor
 
@@ -177,14 +179,16 @@ class AdaptiveK(PerInputK):
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         losses = {
-            "reconstruction": self.ranks.batch_mean(fwd.squared_errors / self.d_in),
+            "reconstruction": self.mean_over_rows(fwd.squared_errors / self.d_out),
             "l1": self.l1
-            * self.ranks.over_both(fwd.values.abs().sum())
-            / self.ranks.over_batch(torch.linalg.vector_norm(fwd.x, dim=1).sum()).clamp(min=1e-12),
+            * self.sum_over_entries(fwd.values.abs().sum())
+            / self.sum_over_rows(torch.linalg.vector_norm(fwd.target, dim=1).sum()).clamp(
+                min=1e-12
+            ),
             "auxk": self.auxk_weight * self.auxk(fwd, dead),
         }
         if self.is_joint and len(self.examples):
-            losses["probe"] = self.probe_weight * self.ranks.shared(self.probe_loss())
+            losses["probe"] = self.probe_weight * self.counted_once(self.probe_loss())
         return losses
 
     def probe_loss(self) -> Tensor:
@@ -221,7 +225,7 @@ class AdaptiveK(PerInputK):
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         assert fwd.condition is not None
-        k_hat = self.ranks.all_rows(fwd.condition.detach().float())
+        k_hat = self.of_all_rows(fwd.condition.detach().float())
         return {
             "k_hat": float(k_hat.mean()),
             "k_hat_std": float(k_hat.std()),

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from saeflow.config.options import option
 from saeflow.operators import SparseLatents, batch_topk, batch_topk_sparse
-from saeflow.saes.base import SAE, Forward
+from saeflow.saes.base import SAE
+from saeflow.saes.forward import Forward
 from saeflow.saes.schedules import Moving, make_schedule
 from saeflow.saes.topk import TopKOptions
 
@@ -80,9 +81,9 @@ class BatchTopK(SAE):
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
         if self.training:
-            k = self.moved("k", torch.float64) * self.ranks.of_batch
+            k = self.share_of_batch(self.moved("k", torch.float64))
             chosen = batch_topk_sparse(pre_acts, k, self.room)
-            return self.ranks.largest_of_batch(chosen, round(self.ranks.rows(pre_acts) * self.k))
+            return self.largest_of_batch(chosen, self.k)
         return SparseLatents.from_above(pre_acts, self.threshold, self.room)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
@@ -90,7 +91,7 @@ class BatchTopK(SAE):
 
     @torch.no_grad()
     def end_step(self, fwd: Forward) -> None:
-        least = self.ranks.smallest(torch.where(fwd.values > 0, fwd.values, torch.inf).amin())
+        least = self.least_of_batch(torch.where(fwd.values > 0, fwd.values, torch.inf).amin())
         is_some = least.isfinite()
         decay = self.threshold_decay
         if self.threshold_start == "unbiased":

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from saeflow.operators import acts_as_gpu
-from saeflow.saes.base import SAE, Forward
+from saeflow.saes.base import SAE
+from saeflow.saes.forward import Forward
 
 SPARSE_BELOW = 0.15
 """Share of active latents under which the sparse path is faster (benchmarks/steps.py)."""
@@ -58,26 +59,22 @@ class FollowsDensity(SAE):
         self.density.copy_(self.measured)
         self.known = None
 
-    def run(self, x: Tensor, *, is_sparse: bool | None = None) -> Forward:
-        if is_sparse is None and not self.is_sparse and self.known == -1:
-            self.measure_first(x[:_FIRST_ROWS])
-        return super().run(x, is_sparse=is_sparse)
-
     @torch.no_grad()
-    def measure_first(self, x: Tensor) -> None:
-        """Decide the first step's path from some of its rows (n, d_in)."""
+    def look_at_first(self, x: Tensor) -> None:
+        if self.is_sparse or self.known != -1:
+            return
+        x = x[:_FIRST_ROWS]
         latents = self.activate(self.pre_activations(x), self.condition(x))
-        self.measure((latents != 0).sum(), len(x) * self.ranks.of_batch)
+        self.measure((latents != 0).sum(), self.rows(x))
         self.settle()
 
     def measure(self, active: Tensor, rows: int) -> None:
         """Take the density of some rows, of which this rank counted its active latents ()."""
-        latents = self.d_sae * self.ranks.of_latents
-        self.measured.copy_(self.ranks.over_both(active).float() / rows / latents)
+        self.measured.copy_(self.sum_over_entries(active).float() / rows / self.whole_d_sae)
 
     @torch.no_grad()
     def end_step(self, fwd: Forward) -> None:
-        self.measure(fwd.l0().sum(), self.ranks.rows(fwd.x))
+        self.measure(fwd.l0().sum(), self.rows(fwd.x))
         if not acts_as_gpu(self.measured):  # else the trainer says when
             self.settle()
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from saeflow.config.options import option
 from saeflow.operators import SparseLatents, entmax, entmax_of, entmax_sparse
-from saeflow.saes.base import Forward
+from saeflow.saes.forward import Forward
 from saeflow.saes.sparsemax import Sparsemax, SparsemaxOptions
 
 _LEAST = 1e-3

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents, lowered
-from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
+from saeflow.saes.forward import Forward
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
 from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
 
@@ -37,6 +37,7 @@ class Gated(FollowsDensity):
     Options = GatedOptions
 
     betas = (0.0, 0.999)
+    takes_own_targets = False  # b_mag reads inputs without b_enc
     l1 = Moving[float]()
     of_latents = (*FollowsDensity.of_latents, "r_mag", "b_mag")
 
@@ -70,15 +71,15 @@ class Gated(FollowsDensity):
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         if isinstance(fwd.selected, SparseLatents):
             gate = fwd.selected.relu()
-            penalty, errors = gate.values.sum(), self.errors_of_constant(fwd.x, gate)
+            penalty, errors = gate.values.sum(), self.errors_of_constant(fwd.target, gate)
         else:
             positive = fwd.selected.relu()
-            part = self.ranks.over_latents(positive @ self.W_dec.detach())
+            part = self.sum_over_latents(positive @ self.W_dec.detach())
             penalty = positive.sum()
-            errors = (fwd.x - (part + self.b_dec.detach())).square().sum(1)
+            errors = (fwd.target - (part + self.b_dec.detach())).square().sum(1)
         return super().losses(fwd, dead) | {
-            "l1": self.moved("l1") * self.ranks.over_both(penalty) / self.ranks.rows(fwd.x),
-            "gate": self.ranks.batch_mean(errors),
+            "l1": self.moved("l1") * self.sum_over_entries(penalty) / self.rows(fwd.x),
+            "gate": self.mean_over_rows(errors),
         }
 
     @torch.no_grad()

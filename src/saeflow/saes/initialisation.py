@@ -4,10 +4,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from saeflow.batch import Batch
 from saeflow.operators import geometric_median
 
 if TYPE_CHECKING:
-    from saeflow.saes.base import SAE
+    from saeflow.saes.contract import Contract
 
 Initialisation = Literal["unit", "zero_bias", "short", "kaiming"]
 INITIALISATION = (
@@ -21,18 +22,20 @@ INITIALISATION = (
 SHORT = 0.1  # length of a row, dictionary_learning's AutoEncoder
 
 
-def initialise(sae: "SAE", how: str, x: torch.Tensor, generator: torch.Generator) -> None:
-    """Set W_enc, b_enc, W_dec and b_dec.
+def initialise(sae: "Contract", how: str, batch: Batch, generator: torch.Generator) -> None:
+    """Set W_enc, b_enc, W_dec and b_dec; where targets have another width than inputs, W_enc has directions of its own.
 
     Args:
         how: see `INITIALISATION`.
-        x: (B, d_in) training rows, as the SAE sees them.
+        batch: training rows, as the SAE sees them.
     """
     with torch.no_grad():
-        directions = torch.randn(sae.d_sae, sae.d_in, generator=generator)
-        directions /= directions.norm(dim=1, keepdim=True)
-        sae.W_dec.copy_(directions * SHORT if how == "short" else directions)
-        sae.W_enc.copy_(sae.W_dec.t())
+        scale = SHORT if how == "short" else 1.0
+        sae.W_dec.copy_(directions(sae.d_sae, sae.d_out, generator) * scale)
+        if sae.d_out == sae.d_in:
+            sae.W_enc.copy_(sae.W_dec.t())
+        else:
+            sae.W_enc.copy_((directions(sae.d_sae, sae.d_in, generator) * scale).t())
         sae.b_enc.zero_()
         if how == "short":
             uniform(sae.b_enc, sae.d_in**-0.5, generator)
@@ -41,7 +44,13 @@ def initialise(sae: "SAE", how: str, x: torch.Tensor, generator: torch.Generator
         if how in ("zero_bias", "short"):
             sae.b_dec.zero_()
         else:
-            sae.b_dec.copy_(geometric_median(x))
+            sae.b_dec.copy_(geometric_median(batch.target))
+
+
+def directions(count: int, width: int, generator: torch.Generator) -> torch.Tensor:
+    """Return random directions (count, width) of length 1."""
+    drawn = torch.randn(count, width, generator=generator)
+    return drawn / drawn.norm(dim=1, keepdim=True)
 
 
 def kaiming(fan_in: int) -> float:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents, jumprelu, lowered, step
-from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
+from saeflow.saes.forward import Forward
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
 from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
 
@@ -120,7 +120,7 @@ class JumpReLU(FollowsDensity):
 
     @property
     def centre(self) -> Tensor:
-        return super().centre if self.is_standard else torch.zeros_like(self.b_dec)
+        return super().centre if self.is_standard else self.b_dec.new_zeros(self.d_in)
 
     def readers(self) -> tuple[Tensor, Tensor]:
         if self.is_standard:
@@ -149,7 +149,7 @@ class JumpReLU(FollowsDensity):
                 count = count + self.unlisted(acts, len(fwd.x))
         else:
             count = step(acts, self.theta, self.bandwidth).sum()
-        l0 = self.ranks.over_both(count) / self.ranks.rows(fwd.x)
+        l0 = self.sum_over_entries(count) / self.rows(fwd.x)
         term = l0 if self.target is None else (l0 / self.moved("target") - 1).square()
         return super().losses(fwd, dead) | {"l0_penalty": self.moved("weight") * term}
 
@@ -174,5 +174,5 @@ class JumpReLU(FollowsDensity):
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         target = {} if self.target is None else {"k": self.target}
-        theta = self.ranks.over_latents(self.theta.detach().mean()) / self.ranks.of_latents
+        theta = self.mean_over_latents(self.theta.detach())
         return {**target, "l0_weight": self.weight, "theta": float(theta)}

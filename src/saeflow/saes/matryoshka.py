@@ -10,9 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from saeflow.config.options import Form, option
 from saeflow.operators import SparseLatents, decode_sparse
-from saeflow.saes.base import Forward
 from saeflow.saes.batch_topk import BatchTopK, BatchTopKOptions
-from saeflow.saes.ranks import Ranks
+from saeflow.saes.forward import Forward
 
 Groups = Annotated[
     Mapping[str, list[float]],
@@ -81,7 +80,7 @@ class Matryoshka(BatchTopK):
 
     def decode_groups(self, latents: SparseLatents) -> Tensor:
         pieces = decode_sparse(latents.split_columns(self.boundaries), self.W_dec)
-        return self.ranks.over_latents(pieces.view(len(latents), -1, self.d_in))
+        return self.sum_over_latents(pieces.view(len(latents), -1, self.d_out))
 
     @property
     def prefixes(self) -> Tensor:
@@ -94,17 +93,15 @@ class Matryoshka(BatchTopK):
         elif isinstance(fwd.latents, Tensor):
             ends = [*self.boundaries.tolist(), self.d_sae]
             x_hats = (fwd.latents[:, :end] @ self.W_dec[:end] + self.b_dec for end in ends)
-            total = torch.stack([(fwd.x - x_hat).square().sum() for x_hat in x_hats]).mean()
+            total = torch.stack([(fwd.target - x_hat).square().sum() for x_hat in x_hats]).mean()
         else:
-            x = fwd.x - self.ranks.of_rows(self.b_dec)
-            total = _NestedErrors.apply(fwd.parts, x).mean()
-        mean = self.ranks.over_batch(total) / self.ranks.rows(fwd.x)
+            centred = fwd.target - self.output_bias
+            total = _NestedErrors.apply(fwd.parts, centred).mean()
+        mean = self.sum_over_rows(total) / self.rows(fwd.x)
         return mean / prefixes if self.is_divided_twice else mean
 
-    def join(self, ranks: Ranks) -> None:
-        super().join(ranks)
-        if ranks.of_latents > 1:  # counted from this rank's first latent
-            self.boundaries = (self.boundaries - ranks.rank * self.d_sae).clamp(0, self.d_sae)
+    def divided(self, first: int) -> None:
+        self.boundaries = (self.boundaries - first).clamp(0, self.d_sae)
 
 
 class _NestedErrors(torch.autograd.Function):

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents, lowered
-from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
+from saeflow.saes.forward import Forward
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
 from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
 
@@ -101,8 +101,8 @@ class PAnneal(FollowsDensity):
         )
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
-        penalty = self.ranks.over_both(sum_of_powers(fwd.values, self.p_after(self.jumps)))
-        penalty = penalty / self.ranks.rows(fwd.x)
+        penalty = self.sum_over_entries(sum_of_powers(fwd.values, self.p_after(self.jumps)))
+        penalty = penalty / self.rows(fwd.x)
         return super().losses(fwd, dead) | {"penalty": self.weight.to(penalty.dtype) * penalty}
 
     @property
@@ -116,7 +116,7 @@ class PAnneal(FollowsDensity):
         if not self.is_before_jump:
             return
         for row, jumps in enumerate((self.jumps, self.jumps + 1)):
-            penalty = self.ranks.over_both(sum_of_powers(fwd.values.detach(), self.p_after(jumps)))
+            penalty = self.sum_over_entries(sum_of_powers(fwd.values.detach(), self.p_after(jumps)))
             self.recent[row].index_copy_(0, self.place, penalty.to(self.recent.dtype).view(1))
 
     def facts(self, fwd: Forward) -> dict[str, float]:

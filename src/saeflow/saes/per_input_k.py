@@ -88,7 +88,7 @@ class PerInputK(FollowsDensity):
             v, reach = pre_acts.relu(), self.reach
             return soft_topk_sparse(v, condition, self.heat, margin, self.room, reach=reach)
         k = condition.floor().long()
-        return self.ranks.largest_of_rows(topk_sparse(pre_acts, k, self.room), k)
+        return self.largest_of_rows(topk_sparse(pre_acts, k, self.room), k)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         values = selected.values.detach() if self.training and self.is_fixed else selected.values

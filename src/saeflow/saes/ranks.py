@@ -7,6 +7,7 @@ what all ranks hold are then summed over ranks; what all of them compute alike f
 """
 
 import os
+from collections.abc import Sized
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -72,7 +73,7 @@ class Ranks:
         """The sum over all latents of all rows, of sums over those of each rank."""
         return self._sum(part) if self.size > 1 else part
 
-    def rows(self, of_rank: Tensor) -> int:
+    def rows(self, of_rank: Sized) -> int:
         """Return the number of rows of the whole batch, given this rank's."""
         return len(of_rank) * self.of_batch
 

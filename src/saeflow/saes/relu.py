@@ -7,8 +7,8 @@ from torch import Tensor
 
 from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents, lowered
-from saeflow.saes.base import Forward
 from saeflow.saes.density import FollowsDensity
+from saeflow.saes.forward import Forward
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
 from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
 
@@ -58,7 +58,7 @@ class ReLU(FollowsDensity):
         )
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
-        penalty = self.ranks.over_both(fwd.values.sum()) / self.ranks.rows(fwd.x)
+        penalty = self.sum_over_entries(fwd.values.sum()) / self.rows(fwd.x)
         return super().losses(fwd, dead) | {"l1": self.moved("l1") * penalty}
 
     def reconstruction(self, fwd: Forward) -> Tensor:

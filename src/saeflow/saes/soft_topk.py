@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from saeflow.batch import Batch
 from saeflow.config.options import Form, VariantOptions, option
 from saeflow.operators import pre_acts
-from saeflow.saes.base import Forward
+from saeflow.saes.forward import Forward
+from saeflow.saes.initialisation import directions
 from saeflow.saes.per_input_k import PerInputK
 from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
 
@@ -120,6 +122,7 @@ class SoftTopK(PerInputK):
     Options = SoftTopKOptions
 
     divides_latents = False
+    takes_own_targets = False  # `hidden` reads inputs too
     k = Moving[float]()
 
     def __init__(self, d_in: int, d_sae: int, options: SoftTopKOptions) -> None:
@@ -143,12 +146,11 @@ class SoftTopK(PerInputK):
             for parameter in (*self.hidden.parameters(), *self.output.parameters()):
                 parameter.zero_()
 
-    def initialise(self, x: Tensor, generator: torch.Generator) -> None:
-        super().initialise(x, generator)
+    def initialise(self, batch: Batch, generator: torch.Generator) -> None:
+        super().initialise(batch, generator)
         width = len(self.hidden.weight)
         with torch.no_grad():
-            more = torch.randn(max(0, width - self.d_sae), self.d_in, generator=generator)
-            more = more / more.norm(dim=1, keepdim=True)
+            more = directions(max(0, width - self.d_sae), self.d_in, generator)
             self.hidden.weight.copy_(torch.cat((self.W_dec[:width], more)))
             bound = width**-0.5
             self.output.weight.uniform_(-bound, bound, generator=generator)
@@ -164,7 +166,7 @@ class SoftTopK(PerInputK):
         self.is_fixed = is_hard and self.hard_phase == "decoder"
 
     def k_hat(self, x: Tensor) -> Tensor:
-        hidden = pre_acts(x, self.hidden.weight.t(), self.hidden.bias, self.b_dec).relu()
+        hidden = pre_acts(x, self.hidden.weight.t(), self.hidden.bias, self.centre).relu()
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 is 2 apart near 256
             share = self.output(hidden.to(self.output.weight.dtype))[:, 0].sigmoid()
         k_hat = self.k_max * share
@@ -174,7 +176,7 @@ class SoftTopK(PerInputK):
         losses = super().losses(fwd, dead) | {"auxk": self.auxk_weight * self.auxk(fwd, dead)}
         if self.is_soft:
             assert fwd.condition is not None
-            over = self.ranks.batch_mean(fwd.condition) - self.moved("k")
+            over = self.mean_over_rows(fwd.condition) - self.moved("k")
             losses["budget"] = self.budget_weight * softplus(over, beta=BETA)
         return losses
 
@@ -185,7 +187,7 @@ class SoftTopK(PerInputK):
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         assert fwd.condition is not None
-        k_hat = self.ranks.all_rows(fwd.condition.detach())
+        k_hat = self.of_all_rows(fwd.condition.detach())
         return {
             "k": self.k,
             "k_hat": float(k_hat.mean()),

@@ -7,17 +7,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from saeflow.batch import Batch
 from saeflow.config.options import VariantOptions, option
 from saeflow.errors import UserError
 from saeflow.operators import (
     SparseLatents,
-    decode_sparse,
     sparsemax,
     sparsemax_of,
     sparsemax_sparse,
 )
-from saeflow.saes.base import SAE, Forward
-from saeflow.saes.initialisation import kaiming, uniform
+from saeflow.saes.base import SAE
+from saeflow.saes.forward import Forward
+from saeflow.saes.initialisation import directions, kaiming, uniform
 from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
 
 RATE_DECAY = 0.99
@@ -108,6 +109,7 @@ class Sparsemax(SAE):
     has_unit_norm = False
     l1 = Moving[float]()
     divides_latents = False
+    takes_own_targets = False  # scores are of unit vectors, and latents carry the norm of the input
     firing_rate: Tensor
     batches: Tensor
 
@@ -134,9 +136,9 @@ class Sparsemax(SAE):
         if self.is_zeroed:
             self.register_buffer("batches", torch.zeros(()))
 
-    def initialise(self, x: Tensor, generator: torch.Generator) -> None:
+    def initialise(self, batch: Batch, generator: torch.Generator) -> None:
         if not self.is_shared:
-            return super().initialise(x, generator)
+            return super().initialise(batch, generator)
         maps = [matrix for matrix in (self.W_K, self.W_V, self.W_Q) if matrix is not None]
         with torch.no_grad():
             if self.initialisation == "kaiming":
@@ -144,8 +146,7 @@ class Sparsemax(SAE):
                 for matrix in maps:
                     uniform(matrix, kaiming(self.d_in), generator)
                 return None
-            directions = torch.randn(self.d_sae, self.d_in, generator=generator)
-            self.W_dec.copy_(directions / directions.norm(dim=1, keepdim=True))
+            self.W_dec.copy_(directions(self.d_sae, self.d_in, generator))
             for matrix in maps:
                 matrix.copy_(torch.eye(self.d_in))
         return None
@@ -188,15 +189,8 @@ class Sparsemax(SAE):
     def adds_up(self) -> bool:
         return not self.is_shared
 
-    def decode(self, latents: Tensor) -> Tensor:
-        if self.is_shared:
-            return latents @ self.W_dec @ self.W_V
-        return super().decode(latents)
-
-    def decode_selected(self, latents: SparseLatents) -> Tensor:
-        if self.is_shared:
-            return decode_sparse(latents, self.W_dec) @ self.W_V
-        return super().decode_selected(latents)
+    def rebuild(self, part: Tensor) -> Tensor:
+        return part @ self.W_V if self.is_shared else super().rebuild(part)
 
     def directions(self) -> Tensor:
         return self.W_dec @ self.W_V if self.is_shared else self.W_dec
@@ -279,8 +273,8 @@ class Sparsemax(SAE):
             of_rows = (
                 norm[fwd.latents.rows] if isinstance(fwd.latents, SparseLatents) else norm[:, None]
             )
-            penalty = self.ranks.over_batch((fwd.values.abs() / of_rows).sum())
-            losses["l1"] = self.moved("l1") * penalty / self.ranks.rows(fwd.x)
+            penalty = self.sum_over_rows((fwd.values.abs() / of_rows).sum())
+            losses["l1"] = self.moved("l1") * penalty / self.rows(fwd.x)
         return losses
 
     def reconstruction(self, fwd: Forward) -> Tensor:
@@ -298,8 +292,8 @@ class Sparsemax(SAE):
             counts = firing.count()
         else:
             counts = self.is_firing(fwd.latents).sum(0)
-        counts = self.ranks.over_batch(counts)
-        rate = (counts / self.ranks.rows(fwd.x)).to(self.firing_rate.dtype)
+        counts = self.sum_over_rows(counts)
+        rate = (counts / self.rows(fwd.x)).to(self.firing_rate.dtype)
         if self.is_zeroed:
             total = (
                 self.firing_rate * self.batches + rate

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from saeflow.config.options import FoundK, VariantOptions, option
 from saeflow.operators import SparseLatents, keep_topk, topk_sparse
-from saeflow.saes.base import SAE, Forward
+from saeflow.saes.base import SAE
+from saeflow.saes.forward import Forward
 from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
 
 
@@ -63,7 +64,7 @@ class TopK(SAE):
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
         chosen = topk_sparse(pre_acts, self.moved("k", torch.int32), self.room)
-        return self.ranks.largest_of_rows(chosen, self.k)
+        return self.largest_of_rows(chosen, self.k)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         return super().losses(fwd, dead) | {"auxk": self.auxk_weight * self.auxk(fwd, dead)}

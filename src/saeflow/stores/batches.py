@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saeflow.batch import Batch
 from saeflow.stores.dtypes import Dtype
 from saeflow.stores.sharded import ShardedReader
 
@@ -40,7 +41,7 @@ T = TypeVar("T")
 
 def shuffled_batches(
     array: ShardedReader, dtype: Dtype, batch_size: int, seed: int, start_batch: int, pin: bool
-) -> Iterator[Tensor]:
+) -> Iterator[Batch]:
     """Endless shuffled batches; each epoch gives every row once, batches run across its end.
 
     Batch b depends on the store, batch_size, seed and b only: a stream that starts at b goes on as one that
@@ -55,7 +56,7 @@ def shuffled_batches(
         pin: give tensors in page-locked memory, for copies to a GPU that do not block.
 
     Yields:
-        (batch_size, d_in) in the store's dtype.
+        Rows (batch_size, d_in) in the store's dtype, which are their own targets.
 
     Raises:
         UserError: a chunk is damaged.
@@ -73,7 +74,7 @@ def shuffled_batches(
 
 def batches_in_memory(
     rows: Tensor, batch_size: int, seed: int, start_batch: int
-) -> Iterator[Tensor]:
+) -> Iterator[Batch]:
     """Endless shuffled batches of rows (n, d_in) in memory, with the guarantees of `shuffled_batches`."""
     epoch, skip = divmod(start_batch * batch_size, len(rows))
 
@@ -175,7 +176,7 @@ def _off_page(count: int, dtype: np.dtype) -> np.ndarray:
     return raw[start : start + count * dtype.itemsize].view(dtype)
 
 
-def _cut(groups: Iterator[Tensor], batch_size: int, pin: bool) -> Iterator[Tensor]:
+def _cut(groups: Iterator[Tensor], batch_size: int, pin: bool) -> Iterator[Batch]:
     """The rows of all groups in order, batch_size at a time; copies only where a batch spans groups."""
     parts: list[Tensor] = []
     missing = batch_size
@@ -187,7 +188,7 @@ def _cut(groups: Iterator[Tensor], batch_size: int, pin: bool) -> Iterator[Tenso
             start += len(part)
             missing -= len(part)
             if not missing:
-                yield _join(parts, pin)
+                yield Batch.of(_join(parts, pin))
                 parts, missing = [], batch_size
 
 
@@ -198,22 +199,22 @@ def _join(parts: list[Tensor], pin: bool) -> Tensor:
     return torch.cat(parts, out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=pin))
 
 
-def on_device(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tensor]:
+def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     """Give the batches on a device; a GPU copies each, on a stream of its own, while the one before is used.
 
     Args:
-        batches: (B, d_in) on the CPU, for a GPU in page-locked memory.
+        batches: on the CPU, for a GPU in page-locked memory.
         device: where they go.
     """
     if device.type != "cuda":
         for batch in batches:
-            yield batch.to(device)
+            yield batch.map(lambda rows: rows.to(device))
         return
     stream = torch.cuda.Stream(device)
-    coming: tuple[Tensor, torch.cuda.Event] | None = None
+    coming: tuple[Batch, torch.cuda.Event] | None = None
     for batch in batches:
         with torch.cuda.stream(stream):
-            moved = batch.to(device, non_blocking=True)
+            moved = batch.map(lambda rows: rows.to(device, non_blocking=True))
         ready, coming = coming, (moved, stream.record_event())
         del batch, moved
         if ready is not None:
@@ -223,11 +224,12 @@ def on_device(batches: Iterator[Tensor], device: torch.device) -> Iterator[Tenso
         yield _arrived(*coming)
 
 
-def _arrived(batch: Tensor, copied: torch.cuda.Event) -> Tensor:
+def _arrived(batch: Batch, copied: torch.cuda.Event) -> Batch:
     """Let the current stream use a batch of another stream, once it is copied."""
-    current = torch.cuda.current_stream(batch.device)
+    current = torch.cuda.current_stream(batch.x.device)
     current.wait_event(copied)
-    batch.record_stream(current)
+    for rows in batch.tensors():
+        rows.record_stream(current)
     return batch
 
 

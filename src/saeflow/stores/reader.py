@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saeflow.batch import Batch
 from saeflow.errors import UserError
 from saeflow.files import read_json
 from saeflow.progress import progress
@@ -38,7 +39,10 @@ class Store:
         scale: sqrt(mean ||x||^2 / d_in); rows divided by it have mean squared norm d_in.
         median_norm: of all rows that were extracted, those dropped for their norm included.
         model: digest of the model that made the rows, None where none did.
+        targets: None: rows are their own targets in training.
     """
+
+    targets = None
 
     def __init__(self, path: Path, attrs: dict[str, Any], arrays: dict[str, ShardedReader]) -> None:
         self.path = path
@@ -105,8 +109,8 @@ class Store:
 
     def batches(
         self, batch_size: int, seed: int, start_batch: int = 0, *, pin: bool = False
-    ) -> Iterator[Tensor]:
-        """Endless shuffled batches (batch_size, d_in) in the store's dtype, read ahead on threads.
+    ) -> Iterator[Batch]:
+        """Endless shuffled batches (batch_size, d_in) in the store's dtype, read ahead on threads; rows are their own targets.
 
         Every epoch gives each row once, in an order of its own; a batch may hold the end of one epoch and
         the start of the next. Batch b depends on the store, batch_size, seed and b only. Close the iterator
@@ -157,7 +161,7 @@ class Rows:
 
     def batches(
         self, batch_size: int, seed: int, start_batch: int = 0, *, pin: bool = False
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Batch]:
         """As `Store.batches`; memory is not page-locked."""
         return batches_in_memory(self.rows, batch_size, seed, start_batch)
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saeflow.batch import Batch
+
 
 class NotFinite(NamedTuple):
     """The first step that could not be taken."""
@@ -33,17 +35,18 @@ class Watch:
         self.now.fill_(step)
 
     @torch.no_grad()
-    def look(self, x: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
+    def look(self, batch: Batch, terms: Mapping[str, Tensor]) -> Tensor:
         """Return whether this step, or one before it, cannot be taken.
 
         Args:
-            x: its batch.
+            batch: of the step.
             terms: () each.
 
         Returns:
             () bool, on the device.
         """
-        values = torch.stack([x.sum(), *(term.detach().float() for term in terms.values())])
+        total = sum((rows.sum() for rows in batch.tensors()[1:]), batch.x.sum())
+        values = torch.stack([total, *(term.detach().float() for term in terms.values())])
         if self.names != list(terms):
             self.names, self.values = list(terms), torch.zeros_like(values)
         is_first = (self.step < 0) & ~values.isfinite().all()

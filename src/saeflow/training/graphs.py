@@ -5,7 +5,8 @@ from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
+
+from saeflow.batch import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class Replayed(Generic[Result]):
             which holds values from the first launch on.
     """
 
-    def __init__(self, function: Callable[[Tensor], Result], capture: Capture[Result]) -> None:
+    def __init__(self, function: Callable[[Batch], Result], capture: Capture[Result]) -> None:
         self.function, self.capture = function, capture
         self.is_possible = True
         self.forget(None)
@@ -34,29 +35,30 @@ class Replayed(Generic[Result]):
     def forget(self, key: Hashable) -> None:
         """Drop the recording, and with it its memory; calls of another key follow."""
         self.key, self.calls = key, 0
-        self.recorded: tuple[Tensor, Callable[[], object], Result] | None = None
+        self.recorded: tuple[Batch, Callable[[], object], Result] | None = None
 
-    def __call__(self, x: Tensor, key: Hashable) -> Result:
-        """The function of x.
+    def __call__(self, batch: Batch, key: Hashable) -> Result:
+        """The function of a batch.
 
         Args:
             key: all that decides which kernels run, and with which numbers of the host.
         """
-        key = (tuple(x.shape), x.dtype, key)
+        key = (*((tuple(rows.shape), rows.dtype) for rows in batch.tensors()), key)
         if key != self.key:
             self.forget(key)
         self.calls += 1
         if self.recorded is None and self.is_possible and self.calls > WARM:
-            self.record(x)
+            self.record(batch)
         if self.recorded is None:
-            return self.function(x)
+            return self.function(batch)
         held, replay, result = self.recorded
-        held.copy_(x)
+        for own, rows in zip(held.tensors(), batch.tensors(), strict=True):
+            own.copy_(rows)
         replay()
         return result
 
-    def record(self, x: Tensor) -> None:
-        held = x.clone()
+    def record(self, batch: Batch) -> None:
+        held = batch.map(torch.clone)
         try:
             replay, result = self.capture(lambda: self.function(held))
         except RuntimeError as error:  # of CUDA: the step is right without a recording, only slower

@@ -3,15 +3,16 @@
 import dataclasses
 import json
 import logging
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, Protocol
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from saeflow.batch import Batch
 from saeflow.complexity.files import PROBE
 from saeflow.config import SAEConfig
 from saeflow.errors import UserError
@@ -32,37 +33,10 @@ from saeflow.training.graphs import Replayed, capture_cuda
 from saeflow.training.live import Live
 from saeflow.training.optimizer import Optimizer
 from saeflow.training.rates import lr_factor, peak_lr, warm_up
+from saeflow.training.rows import Batches, Shuffled, check_targets
 from saeflow.training.steps import STEPS, steps_digest, write_steps
 
 logger = logging.getLogger(__name__)
-
-
-class Shuffled(Protocol):
-    """Rows in endless shuffled batches."""
-
-    def batches(
-        self, batch_size: int, seed: int, start_batch: int = 0, *, pin: bool = False
-    ) -> Iterator[Tensor]:
-        """Endless shuffled batches (B, d_in), from any number on; dropped when done with."""
-        ...
-
-
-class Batches(Shuffled, Protocol):
-    """The interface that the trainer needs of a store."""
-
-    d_in: int
-    scale: float
-    mean: Tensor
-    model: str | None
-
-    @property
-    def positions(self) -> slice:
-        """Positions of each context that give a row."""
-        ...
-
-    def last_rows(self) -> Shuffled:
-        """Each context's last row alone."""
-        ...
 
 
 class Stepped(NamedTuple):
@@ -92,7 +66,11 @@ class Run:
         self.is_bf16 = runtime["precision"] == "bf16"
         self.total = config.training.steps
         self.sae: SAE = build(config.variant, store.d_in, config.d_sae, config.options)
-        self.inputs = InputScale.of(config.training.input_scale, store)
+        kind = config.training.input_scale
+        self.inputs = self.targets = InputScale.of(kind, store)
+        if store.targets is not None:
+            check_targets(self.sae, config, store.targets)
+            self.targets = InputScale.of(kind, store.targets)
         if self.inputs.shift is not None and self.sae.b_dec is None:
             raise UserError(
                 f"saes.{config.entry}.input_scale: expected a scale without a shift, since the SAE has no b_dec to "
@@ -101,6 +79,7 @@ class Run:
         if probe is not None:
             self.sae.take_probe(probe, self.inputs)
         self.inputs = self.inputs.to(self.device)
+        self.targets = self.inputs if store.targets is None else self.targets.to(self.device)
         self.rows_of: Shuffled = store if self.sae.trains_on == "all" else store.last_rows()
         self.step = 0
         self.clock = Clock(self.device)
@@ -111,7 +90,7 @@ class Run:
         if not found:
             with closing(self.batches()) as batches:
                 generator = torch.Generator().manual_seed(config.seed)
-                self.sae.initialise(next(batches).cpu(), generator)
+                self.sae.initialise(next(batches).map(Tensor.cpu), generator)
         self.sae.join(self.ranks)
         self.sae.to(self.device).train()
         self.watch = Watch(self.device)
@@ -142,6 +121,9 @@ class Run:
             run["probe"] = file_digest(self.probe / PROBE)
         if self.inputs.shift is not None:
             run["shift"] = self.inputs.shift.tolist()
+        if self.targets is not self.inputs:
+            shift = None if self.targets.shift is None else self.targets.shift.tolist()
+            run["targets"] = {"scale": self.targets.scale, "shift": shift}
         return json_digest({**run, "d_in": self.store.d_in, "scale": self.store.scale})
 
     @property
@@ -149,14 +131,18 @@ class Run:
         """(d_sae,) bool: latents silent for the last `dead_after_tokens` tokens, the step's own batch counted."""
         return self.silent >= self.config.training.dead_after_tokens
 
-    def batches(self, start: int = 0) -> Generator[Tensor, None, None]:
-        """Batches (B, d_in) from a number on, in this run's input scale."""
+    def scaled(self, batch: Batch) -> Batch:
+        """Return raw inputs and targets in this run's input scale."""
+        return batch.map(self.inputs, self.targets)
+
+    def batches(self, start: int = 0) -> Generator[Batch, None, None]:
+        """Batches from a number on, in this run's input scale."""
         with closing(self.raw_batches(start)) as batches:
             for batch in batches:
-                yield self.inputs(batch)
+                yield self.scaled(batch)
 
-    def raw_batches(self, start: int = 0) -> Generator[Tensor, None, None]:
-        """Batches (B, d_in) from a number on, on the device, as runs of one stream share them."""
+    def raw_batches(self, start: int = 0) -> Generator[Batch, None, None]:
+        """Batches from a number on, on the device, as runs of one stream share them."""
         size, seed = self.config.training.batch_size, self.config.seed
         locked = {"pin": True} if self.device.type == "cuda" else {}
         yield from on_device(self.rows_of.batches(size, seed, start, **locked), self.device)
@@ -166,18 +152,18 @@ class Run:
         """Return what decides the batches, besides the store."""
         return self.sae.trains_on, self.config.training.batch_size, self.config.seed
 
-    def take(self, x: Tensor, waited: float) -> None:
+    def take(self, batch: Batch, waited: float) -> None:
         """The next step, of its raw batch, for which it waited some seconds; now and then a line of the log."""
         with running([self.clock]):
-            stepped = self.one_step(self.inputs(self.ranks.own_rows(x)))
+            stepped = self.one_step(self.scaled(batch.map(self.ranks.own_rows)))
         self.end(stepped, waited)
 
-    def one_step(self, x: Tensor) -> Stepped:
+    def one_step(self, batch: Batch) -> Stepped:
         """Forward, losses, gradients, update; on a GPU recorded and launched at once."""
         self.begin()
         if self.replayed is None:
-            return self.work(x)
-        return self.replayed(x, tuple(self.sae.dials().items()))
+            return self.work(batch)
+        return self.replayed(batch, tuple(self.sae.dials().items()))
 
     def begin(self) -> None:
         """Set all that schedules decide of the next step."""
@@ -218,23 +204,23 @@ class Run:
         """The precision of the products of a pass; losses, AuxK's columns and a probe's score are exact."""
         return torch.autocast(self.device.type, torch.bfloat16, self.is_bf16)
 
-    def work(self, x: Tensor) -> Stepped:
+    def work(self, batch: Batch) -> Stepped:
         """A step without what the host decides of it: on a GPU, work for the device alone."""
         sae = self.sae
         self.optimizer.zero_grad()  # scores then lie where the last step's gradients and scores lay
         try:
             with self.autocast():
-                fwd = sae.run(x)
+                fwd = sae.run(batch)
             losses = self.judge(fwd)
             fwd.forget_scores()
         except (
             ValueError
         ) as error:  # an operator met NaN, or weights so large that their products overflow
             with torch.no_grad():
-                seen = (x, *sae.parameters(), sae.pre_activations(x))
+                seen = (*batch.tensors(), *sae.parameters(), sae.pre_activations(batch.x))
             if all(bool(values.isfinite().all()) for values in seen):
                 raise
-            self.refuse(NotFinite(self.step, str(error), not bool(x.isfinite().all())))
+            self.refuse(NotFinite(self.step, str(error), not batch.is_finite()))
         losses["loss"].backward()
         return self.learn(fwd, losses)
 
@@ -250,7 +236,7 @@ class Run:
         self.optimizer.share()
         norm = self.optimizer.measure()
         terms = {**losses, "gradient norm": norm}
-        cannot_be_taken = self.watch.look(fwd.x, terms)
+        cannot_be_taken = self.watch.look(fwd.batch, terms)
         if not acts_as_gpu(fwd.x):  # where nothing is waited for
             self.check()
         self.optimizer.update(norm, cannot_be_taken)
@@ -351,10 +337,7 @@ class Run:
 
     def finish(self) -> dict[str, str]:
         """Write the SAE in raw units, and its steps; digests of both, of no file on ranks but the first."""
-        with torch.no_grad():
-            self.sae.fold_scale(self.inputs.scale)
-            if self.inputs.shift is not None:
-                self.sae.fold_shift(self.inputs.shift)
+        self.sae.fold(self.inputs, self.targets)
         weights, config = self.weights(), dataclasses.asdict(self.config)
         if self.ranks.rank:
             return {}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from saeflow.batch import Batch
 from saeflow.operators import SparseLatents, acts_as_gpu, decode_sparse, gather_pre_acts
 from saeflow.operators.gpu.lists import Lists
 from saeflow.saes import SAE, Forward
@@ -68,12 +69,12 @@ class Stack:
     def total(self) -> int:
         return self.runs[0].total
 
-    def take(self, x: Tensor, waited: float) -> None:
+    def take(self, batch: Batch, waited: float) -> None:
         """The next step of every run, of their raw batch; each counts an equal share of the time."""
         for run in self.runs:
             run.begin()
         with running([run.clock for run in self.runs]):
-            found = self.work(x) if self.replayed is None else self.replayed(x, self.key())
+            found = self.work(batch) if self.replayed is None else self.replayed(batch, self.key())
         for run, stepped in zip(self.runs, found, strict=True):
             run.end(stepped, waited)
 
@@ -81,16 +82,16 @@ class Stack:
         """All that the host decides of a step's kernels."""
         return tuple(tuple(run.sae.dials().items()) for run in self.runs)
 
-    def work(self, x: Tensor) -> list[Stepped]:
-        """A step of all without what the host decides of it, of their raw batch (B, d_in)."""
-        inputs = [run.inputs(x) for run in self.runs]
+    def work(self, batch: Batch) -> list[Stepped]:
+        """A step of all without what the host decides of it, of their raw batch."""
+        batches = [run.scaled(batch) for run in self.runs]
         if not all(run.sae.is_sparse for run in self.runs):  # dense steps have nothing to gather
-            return [run.work(own) for run, own in zip(self.runs, inputs, strict=True)]
+            return [run.work(own) for run, own in zip(self.runs, batches, strict=True)]
         for run in self.runs:
             run.optimizer.zero_grad()
         W_enc, b_enc, W_dec = (part.requires_grad_() for part in self.weights())
         with self.runs[0].autocast():
-            forwards = self.forward(inputs, W_enc, b_enc, W_dec)
+            forwards = self.forward(batches, W_enc, b_enc, W_dec)
         losses = [run.judge(fwd) for run, fwd in zip(self.runs, forwards, strict=True)]
         for fwd in forwards:
             fwd.forget_scores()
@@ -106,9 +107,10 @@ class Stack:
         return self.W_enc.detach(), self.b_enc.detach(), self.W_dec.detach()
 
     def forward(
-        self, inputs: Sequence[Tensor], W_enc: Tensor, b_enc: Tensor, W_dec: Tensor
+        self, batches: Sequence[Batch], W_enc: Tensor, b_enc: Tensor, W_dec: Tensor
     ) -> list[Forward]:
-        """A pass of each SAE over its inputs (B, d_in), with gradients at `weights`."""
+        """A pass of each SAE over its batch of B rows, with gradients at `weights`."""
+        inputs = [batch.x for batch in batches]
         saes, n_rows, d_in = [run.sae for run in self.runs], len(inputs[0]), W_enc.shape[2]
         pairs = list(zip(saes, inputs, strict=True))
         conditions = [sae.condition(x) for sae, x in pairs]
@@ -137,10 +139,10 @@ class Stack:
         decoded = decode_sparse(gathered.with_values(values.view(-1)), W_dec.view(-1, d_in))
         parts = decoded.view(len(saes), n_rows, d_in)
         x_hats = [sae.rebuild(part) for sae, part in zip(saes, parts, strict=True)]
-        found = zip(inputs, conditions, scores, selected, active, x_hats, strict=True)
+        found = zip(batches, conditions, scores, selected, active, x_hats, strict=True)
         return [
-            Forward(x, condition, own, of_selected, of_active, x_hat, None, is_rounded)
-            for x, condition, own, of_selected, of_active, x_hat in found
+            Forward(batch, condition, own, of_selected, of_active, x_hat, None, is_rounded)
+            for batch, condition, own, of_selected, of_active, x_hat in found
         ]
 
 
@@ -199,7 +201,8 @@ def units(runs: Sequence[Run]) -> list[Run | Stack]:
 def shape_of(run: Run) -> Hashable:
     """All in which runs of a stack agree; None: a run that steps by itself."""
     sae = run.sae
+    is_plain = sae.b_dec is not None and sae.d_out == sae.d_in
     is_shared = all(getattr(type(sae), name) is getattr(SAE, name) for name in SHARED)
-    if not (is_shared and acts_as_gpu(sae.W_dec) and run.ranks.size == 1 and sae.b_dec is not None):
+    if not (is_shared and acts_as_gpu(sae.W_dec) and run.ranks.size == 1 and is_plain):
         return None
     return type(sae), sae.d_in, sae.d_sae, run.step, run.total

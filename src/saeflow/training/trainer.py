@@ -13,7 +13,8 @@ from saeflow.progress import progress
 from saeflow.saes import Ranks
 from saeflow.training.clock import shares
 from saeflow.training.memory import keep_freed_memory
-from saeflow.training.run import Batches, Run
+from saeflow.training.rows import Batches
+from saeflow.training.run import Run
 from saeflow.training.stacked import units
 
 
@@ -105,12 +106,12 @@ def advance(runs: Sequence[Run], stopped: Sequence[int] = ()) -> None:
         with closing(sharing[0].raw_batches(numbers.start)) as batches:
             for number in progress(numbers, f"training {names}", "step"):
                 began = time.monotonic()
-                x = next(batches)
+                batch = next(batches)
                 taking = sum(run.step == number < run.total for run in sharing)
                 waited = (time.monotonic() - began) / max(1, taking)
                 for unit in together:
                     if unit.step == number < unit.total:
-                        unit.take(x, waited)
+                        unit.take(batch, waited)
                 if is_apart and (number + 1) % sharing[0].config.training.log_every_steps:
                     continue
                 is_due = time.monotonic() - saved > every_s

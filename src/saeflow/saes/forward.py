@@ -1,0 +1,109 @@
+"""One training pass of an SAE over a batch: the quantities that losses and statistics are computed from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from saeflow.batch import Batch
+from saeflow.operators import SparseLatents
+
+
+class Errors(NamedTuple):
+    """Errors of a reconstruction, where one pass over the latents found them with their gradients."""
+
+    squares: Tensor
+    """(B,) |target - x_hat|^2, with gradient; where a variant has groups, of all prefixes."""
+    residual: Tensor
+    """(B, d_out) target - x_hat, without gradient."""
+
+
+@dataclass
+class Forward:
+    """One training pass over a batch.
+
+    Attributes:
+        batch: inputs (B, d_in) and targets (B, d_out), scaled.
+        condition: (B,) what the variant decides from each input.
+        pre_acts: (B, d_sae); without gradient on the sparse path.
+        selected: (B, d_sae) pre-activations with gradient: the selected ones, on the dense path all.
+        latents: (B, d_sae).
+        rebuilt: x_hat (B, d_out), or a function that computes it if it is wanted.
+        parts: (B, G, d_out) what each group of latents adds, where there are some.
+        is_rounded: whether `pre_acts` are of a bfloat16 product.
+        errors: where one pass gave them; then losses need no x_hat.
+    """
+
+    batch: Batch
+    condition: Tensor | None
+    pre_acts: Tensor
+    selected: Tensor | SparseLatents
+    latents: Tensor | SparseLatents
+    rebuilt: Tensor | Callable[[], Tensor]
+    parts: Tensor | None = None
+    is_rounded: bool = False
+    errors: Errors | None = None
+
+    @property
+    def x(self) -> Tensor:
+        """Return the inputs (B, d_in)."""
+        return self.batch.x
+
+    @property
+    def target(self) -> Tensor:
+        """Return what x_hat is to be (B, d_out)."""
+        return self.batch.target
+
+    @cached_property
+    def x_hat(self) -> Tensor:
+        """Return the reconstruction (B, d_out), with gradient."""
+        return self.rebuilt if isinstance(self.rebuilt, Tensor) else self.rebuilt()
+
+    @property
+    def squared_errors(self) -> Tensor:
+        """Return |target - x_hat|^2 (B,), with gradient."""
+        if self.errors is not None:
+            return self.errors.squares
+        return (self.target - self.x_hat).square().sum(1)
+
+    @property
+    def residual(self) -> Tensor:
+        """Return target - x_hat (B, d_out), without gradient."""
+        if self.errors is not None:
+            return self.errors.residual
+        return (self.target - self.x_hat).detach()
+
+    @property
+    def is_sparse(self) -> bool:
+        return isinstance(self.latents, SparseLatents)
+
+    @property
+    def values(self) -> Tensor:
+        """Every latent that is stored: (count,) on the sparse path, (B, d_sae) on the dense one."""
+        return self.latents.values if isinstance(self.latents, SparseLatents) else self.latents
+
+    def forget_scores(self) -> None:
+        """Free the pre-activations of the sparse path, which nothing needs once the loss is known."""
+        if self.is_sparse:
+            self.pre_acts = self.pre_acts.new_empty(0)
+
+    def l0(self) -> Tensor:
+        """(B,) number of non-zero latents."""
+        if isinstance(self.latents, SparseLatents):
+            return self.latents.l0()
+        return (self.latents.detach() != 0).sum(1)
+
+    def cut_rows(self) -> Tensor:
+        """() number of rows that lost latents for want of room."""
+        if isinstance(self.latents, SparseLatents):
+            return self.latents.cut_rows()
+        return torch.zeros((), dtype=torch.int64, device=self.x.device)
+
+    def fired(self) -> Tensor:
+        """(d_sae,) bool: latents that are not zero somewhere in the batch."""
+        if isinstance(self.latents, SparseLatents):
+            return self.latents.fired()
+        return (self.latents.detach() != 0).any(0)
