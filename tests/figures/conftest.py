@@ -270,6 +270,7 @@ class Bench:
         if panel == SYNTHETIC:
             found = math.exp(-abs(math.log(l0 / 20)) / 3) / (0.6 + quality / 2.2)
             add("matched_feature_cosine", min(0.995, found))
+            add("matched_feature_cosine_chance", 0.31)
             add("support_f1", min(0.99, found**2))
             add("true_l0_mean", 20.0)
             self.see(ids, l0, quality)

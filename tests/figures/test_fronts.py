@@ -113,6 +113,14 @@ def test_captions_say_seeds_rows_and_policy(drawn: dict[str, Drawing]) -> None:
     assert "\n" not in caption
 
 
+def test_recovery_shows_what_random_directions_reach(drawn: dict[str, Drawing]) -> None:
+    drawing = drawn["recovery"]
+    lines = [line for line in drawing.figure.axes[0].lines if line.get_linestyle() == ":"]
+    assert [float(line.get_ydata()[0]) for line in lines] == [pytest.approx(0.31)]
+    assert not [line for line in drawing.figure.axes[1].lines if line.get_linestyle() == ":"]
+    assert "random directions, 0.31" in drawing.caption
+
+
 def test_a_figure_without_rows_says_what_to_change(make_tables: Maker, tmp_path: Path) -> None:
     loaded = load_tables(make_tables(tmp_path / "a", panels=[SYNTHETIC], seeds=1))
     with pytest.raises(

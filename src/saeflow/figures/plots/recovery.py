@@ -1,9 +1,12 @@
 """Recovery of the true dictionary and of its supports against mean L0, per synthetic source."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from saeflow.figures import captions
+import pandas as pd
+from matplotlib.axes import Axes
+
+from saeflow.figures import captions, style
 from saeflow.figures.figure import Drawing, Figure
 from saeflow.figures.fronts import compared, draw_fronts, saes_of
 from saeflow.figures.needs import Need
@@ -11,6 +14,7 @@ from saeflow.tables import compare
 from saeflow.tables.load import Tables
 
 _METRICS = ("matched_feature_cosine", "support_f1")
+_CHANCE = "matched_feature_cosine_chance"
 
 
 def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
@@ -24,16 +28,36 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         for panel in sources
         if "true_l0_mean" in (held := compare.one_panel(rows, panel))
     ]
+    chance = _draw_chance(figure.axes, panels, rows)
     caption = (
         "Recovery of the known dictionary of synthetic activations against the mean number of active "
         "latents per sample: cosine similarity of matched decoder directions and true features "
         "(Hungarian matching, averaged over the true features), and micro-averaged F1 of the recovered "
         "supports. "
         + (f"The dashed line marks the true mean L0: {captions.listed(true)}. " if true else "")
+        + (
+            f"Dotted: the matched cosine of random directions, {captions.listed(chance)}. "
+            if chance
+            else ""
+        )
         + f"{captions.seed_sentence(rows)} {captions.budget_sentence(rows)} "
         f"{captions.rows_sentence(rows)}"
     )
     return Drawing(figure, data, " ".join(caption.split()))
+
+
+def _draw_chance(
+    axes: Sequence[Axes], panels: Sequence[tuple[compare.Panel, str]], rows: pd.DataFrame
+) -> list[str]:
+    """Draw what random directions reach, where it was measured; returns it in words."""
+    said = []
+    for ax, (panel, metric) in zip(axes, panels, strict=False):
+        held = compare.one_panel(rows, panel)
+        if metric == _METRICS[0] and _CHANCE in held and held[_CHANCE].notna().any():
+            value = float(held[_CHANCE].mean())
+            ax.axhline(value, color=style.FAINT, lw=0.9, ls=":", zorder=1)
+            said.append(f"{value:.2f} ({compare.panel_title(panel)})")
+    return said
 
 
 FIGURE = Figure(
