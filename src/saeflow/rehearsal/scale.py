@@ -53,10 +53,17 @@ def rehearsal_of(params: Mapping[str, Any], *, every_run: bool = False) -> Rehea
     _scale_evaluation(small["evaluation"])
     small["runtime"] = _runtime(small["runtime"])
     small["figures"]["mark"] = MARK
-    runs = {
-        old.name: new.name for old, new in zip(expand_runs(full), expand_runs(small), strict=True)
-    }
-    return Rehearsal(_renamed(small, runs), list(stand_ins.values()), runs)
+    runs = _new_names(full, small)
+    renamed = _renamed(small, runs)
+    last = _new_names(small, renamed)  # a run that is named after its guide has another name again
+    runs = {old: last[new] for old, new in runs.items()}
+    return Rehearsal(_renamed(renamed, last), list(stand_ins.values()), runs)
+
+
+def _new_names(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """By name of a run of some parameters: its name in others that have the same runs in the same order."""
+    pairs = zip(expand_runs(old), expand_runs(new), strict=True)
+    return {before.name: after.name for before, after in pairs}
 
 
 # Sweeps.
