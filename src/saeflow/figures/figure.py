@@ -1,11 +1,12 @@
 """A figure or table of the report: one file declares its title, its needs and how it is made."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.figure import Figure as Canvas
 
 from saeflow.errors import UserError
 from saeflow.figures.needs import Need
@@ -13,6 +14,9 @@ from saeflow.tables.load import Tables
 from saeflow.tables.numbers import natural, significant
 from saeflow.tables.render import Printed
 from saeflow.tables.schema import Column, fact, heading
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
 
 
 @dataclass(frozen=True)

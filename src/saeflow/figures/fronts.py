@@ -1,13 +1,12 @@
 """Fronts: a measure of quality against how many latents fire, one line per series, seeds as error bars."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
@@ -16,6 +15,10 @@ from saeflow.tables import compare
 from saeflow.tables.load import Tables
 from saeflow.tables.runs import RANDOM_DECODER
 from saeflow.tables.schema import MEASURED_IDS, axis_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _LOG_FROM = 6.0  # a quality axis whose largest value is this many times its least is logarithmic
 _MARKER_SIZES = {"*": 6.5, "X": 4.8, "P": 4.8, "h": 4.8, ".": 6.0, "D": 3.4}
@@ -95,6 +98,8 @@ def draw_fronts(
     Returns:
         The figure and the plotted numbers.
     """
+    from matplotlib.lines import Line2D
+
     columns = 1 if len(panels) == 1 and not of_truth else 2
     lines = -(-len(panels) // columns)
     drawn = rows[rows["variant"] != "identity"]

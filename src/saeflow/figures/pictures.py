@@ -1,13 +1,13 @@
 """Pictures of concepts: what they look at, and which images need few or many of them."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from safetensors.numpy import load_file
 
 from saeflow.errors import UserError
@@ -16,6 +16,10 @@ from saeflow.figures.series import series_of
 from saeflow.files import read_json
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)

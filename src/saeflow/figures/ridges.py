@@ -1,13 +1,13 @@
 """Ridges: one histogram per setting, in rows: active latents per token, and how often latents fire."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
@@ -15,6 +15,10 @@ from saeflow.figures.series import each_setting, series_of, setting_label
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
 from saeflow.tables.schema import MEASURED_IDS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _RIDGE = 0.19  # inches per row
 _GAP = 0.45  # rows between series

@@ -5,24 +5,23 @@ under simulated protanopia, deuteranopia and tritanopia (Machado et al. 2009, se
 too, so that a print in grey can be read.
 """
 
+from __future__ import annotations
+
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.artist import Artist
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_pdf import FigureCanvasPdf
-from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from saeflow.tables.runs import RANDOM_DECODER, variant_label
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLUMN_WIDTH = 3.4  # inches, one column of a two-column paper
 TEXT_WIDTH = 7.0  # inches, the whole page
@@ -147,6 +146,8 @@ def rank_of(look: Look) -> int:
 
 def shades(color: str, count: int) -> list[tuple[float, float, float]]:
     """`count` tints of a colour, from light to the colour itself."""
+    from matplotlib.colors import to_rgb
+
     base = to_rgb(color)
     weights = [1.0] if count == 1 else [0.4 + 0.6 * i / (count - 1) for i in range(count)]
     return [(1 - w + w * base[0], 1 - w + w * base[1], 1 - w + w * base[2]) for w in weights]
@@ -155,6 +156,8 @@ def shades(color: str, count: int) -> list[tuple[float, float, float]]:
 @contextmanager
 def context() -> Iterator[None]:
     """matplotlib with saeflow's style and nothing of the user's own settings."""
+    import matplotlib as mpl
+
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(RC)
@@ -163,6 +166,8 @@ def context() -> Iterator[None]:
 
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure (inches) whose layout leaves no label outside."""
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -183,6 +188,8 @@ def log_axis(ax: Axes, axis: str, low: float, high: float) -> None:
         axis: "x" or "y".
         low, high: limits, positive.
     """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
     getattr(ax, f"set_{axis}scale")("log")
     getattr(ax, f"set_{axis}lim")(low, high)
     subs = [1.0, 2.0, 5.0] if high / low <= 30 else [1.0, 3.0] if high / low <= 300 else [1.0]
@@ -197,6 +204,8 @@ def log_axis(ax: Axes, axis: str, low: float, high: float) -> None:
 
 def l0_axis(ax: Axes, low: float, high: float) -> None:
     """A logarithmic x axis over [low, high] whose ticks are powers of two, as k usually is."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
     log_axis(ax, "x", low, high)
     powers = np.arange(np.ceil(np.log2(low)), np.floor(np.log2(high)) + 1)
     every = -(-len(powers) // 8) or 1
@@ -225,6 +234,10 @@ def marked(caption: str, mark: str) -> str:
 
 def save(figure: Figure, stem: Path, mark: str = "") -> None:
     """Write STEM.svg, .pdf and .png, with a mark across them: the same figure gives the same bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # placed once, so that all three formats are alike
     if mark:

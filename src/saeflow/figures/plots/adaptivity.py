@@ -1,11 +1,11 @@
 """Active latents against the objects of an image, and against local intrinsic dimension."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
@@ -14,6 +14,9 @@ from saeflow.figures.needs import Need
 from saeflow.figures.series import ESTIMATORS, each_setting, series_of, stroke
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _HEIGHT = 2.3  # inches
 
@@ -24,6 +27,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     Raises:
         UserError: neither was measured.
     """
+    from matplotlib.lines import Line2D
+
     images = tables.contexts[tables.contexts["objects"].notna() & (tables.contexts["objects"] >= 0)]
     dimension = tables.dimension[tables.dimension["spearman_l0"].notna()]
     if images.empty and dimension.empty:
@@ -62,6 +67,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
 def _objects(
     ax: Axes, held: pd.DataFrame, panel: compare.Panel, legend: dict[str, Any]
 ) -> pd.DataFrame:
+    from matplotlib.lines import Line2D
+
     found = []
     ax.set_title(compare.panel_title(panel))
     ax.set_xlabel("objects in the scene")
@@ -85,6 +92,8 @@ def _objects(
 
 
 def _correlations(ax: Axes, held: pd.DataFrame, title: str, legend: dict[str, Any]) -> None:
+    from matplotlib.lines import Line2D
+
     ax.set_title(title)
     ax.set_xlabel("neighbours")
     ax.set_ylabel("Spearman of L0, dimension")

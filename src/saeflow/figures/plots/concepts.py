@@ -1,18 +1,21 @@
 """Concept cards: the images that a concept fires on most, where it fires, and how strongly."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
 
 from saeflow.figures import style
 from saeflow.figures.figure import Drawing, Figure
 from saeflow.figures.needs import CARDS
 from saeflow.figures.pictures import Pictures, above, axes_at, new_page, pictured, show
 from saeflow.tables.load import Tables
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _CARDS = 4  # of each run
 _HISTOGRAM = 0.5  # inches
@@ -77,6 +80,8 @@ def faded(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 def _outline(ax: Axes, mask: np.ndarray, shape: tuple[int, ...]) -> None:
     """Lines around the patches where a mask (down, across) is above half."""
+    from matplotlib.collections import LineCollection
+
     on = np.pad(mask >= _OUTLINED, 1)
     step_y, step_x = shape[0] / mask.shape[0], shape[1] / mask.shape[1]
     lines = [

@@ -1,11 +1,11 @@
 """Controls for adaptivity: what reconstruction loses without the k that an SAE chose for each input."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
@@ -15,6 +15,9 @@ from saeflow.figures.series import entry_labels
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
 from saeflow.tables.numbers import natural
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _CONTROLS = {
     "shuffled_k": ("k of another input", "o"),
@@ -32,6 +35,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     Raises:
         UserError: no SAE that chooses its k was evaluated with evaluation.bootstrap.
     """
+    from matplotlib.lines import Line2D
+
     rows = _relative(tables.controls)
     if rows.empty:
         raise UserError(

@@ -1,11 +1,11 @@
 """Reconstruction, and the model's loss, against the size of the dictionary."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, NullLocator
 
 from saeflow.figures import captions, style
 from saeflow.figures.figure import Drawing, Figure
@@ -14,6 +14,9 @@ from saeflow.figures.sizes import METRICS, l0_sentence, sized
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
 from saeflow.tables.schema import MEASURED_IDS
+
+if TYPE_CHECKING:
+    from matplotlib.lines import Line2D
 
 _HEIGHT = 2.15  # inches
 
@@ -24,6 +27,9 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     Raises:
         UserError: no entry has SAEs of two sizes, or runs differ in budget.
     """
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FixedLocator, NullLocator
+
     rows = sized(tables, options, "dictionary_size")
     panels = [
         (panel, metric)

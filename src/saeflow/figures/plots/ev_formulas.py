@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.lines import Line2D
 
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
@@ -33,6 +32,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     Raises:
         UserError: no SAE was evaluated.
     """
+    from matplotlib.lines import Line2D
+
     wide = tables.wide[compare.is_sae(tables.wide)]
     if wide.empty or "fvu" not in wide:
         raise UserError(

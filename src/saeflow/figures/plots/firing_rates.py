@@ -1,17 +1,20 @@
 """Histogram of the latents' firing rates of each setting, with dead and dense shares."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, FuncFormatter
 
 from saeflow.figures import style
 from saeflow.figures.figure import Drawing, Figure
 from saeflow.figures.ridges import Ridge, bins_with, closing, draw_ridges, histograms_of
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _DENSE = -1.0  # log10 of the firing rate above which a latent is dense (10 %)
 
@@ -22,6 +25,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     Raises:
         UserError: no SAE has one, or runs differ in budget.
     """
+    from matplotlib.ticker import FixedLocator, FuncFormatter
+
     rows, bins = histograms_of(tables, options, "log10_firing_rate", "firing_rates")
 
     def finish(ax: Axes, panel: compare.Panel, ridges: list[Ridge]) -> None:

@@ -1,12 +1,12 @@
 """Errors of SAEs that find their own number of latents, against rivals at equal L0 and against their own controls."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
@@ -16,6 +16,9 @@ from saeflow.tables import compare, verdict
 from saeflow.tables.load import Tables
 from saeflow.tables.numbers import natural
 from saeflow.tables.runs import variant_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _AGAINST = {
     "topk": ("TopK at equal L0", "o"), "batch_topk": ("BatchTopK at equal L0", "s"),
@@ -35,6 +38,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     Raises:
         UserError: nothing was compared.
     """
+    from matplotlib.lines import Line2D
+
     rows = verdict.judged(tables, ["fvu"])
     rows = rows[rows["rival_variant"].isin(list(_AGAINST))]
     if rows.empty:

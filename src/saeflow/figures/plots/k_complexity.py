@@ -1,12 +1,12 @@
 """Active latents against complexity scores and against local dimension."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
 from saeflow.errors import UserError
 from saeflow.evaluation.correlation import correlation, partial_correlation
@@ -16,6 +16,10 @@ from saeflow.figures.needs import Need
 from saeflow.figures.series import Series, each_setting, series_of, stroke
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 _BINS = 8
 _HEIGHT = 2.3  # inches
@@ -86,6 +90,8 @@ def _binned(
     ax: Axes, one: Series, x: str, stroke_of: dict[str, Any], legend: dict[str, Line2D]
 ) -> pd.DataFrame:
     """Draw one series as means of bins of equally many contexts; returns them."""
+    from matplotlib.lines import Line2D
+
     found = []
     settings = sorted((s for _, s in each_setting(one.rows)), key=lambda s: s["l0"].mean())
     shades = style.shades(one.look.color, len(settings))

@@ -1,9 +1,9 @@
 """Mean L0 of rows against the local intrinsic dimension around them, by estimator."""
 
-from collections.abc import Mapping
-from typing import Any
+from __future__ import annotations
 
-from matplotlib.lines import Line2D
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
@@ -12,6 +12,9 @@ from saeflow.figures.needs import Asked, Need
 from saeflow.figures.series import ESTIMATORS, each_setting, series_of, stroke
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
+
+if TYPE_CHECKING:
+    from matplotlib.lines import Line2D
 
 _HEIGHT = 2.3  # inches
 
@@ -22,6 +25,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     Raises:
         UserError: no dimension was estimated.
     """
+    from matplotlib.lines import Line2D
+
     rows = tables.dimension_bins
     rows = rows[rows.groupby("run")["l0"].transform("std") > 1e-6]
     if rows.empty:

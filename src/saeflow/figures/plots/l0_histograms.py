@@ -1,17 +1,20 @@
 """Histogram of active latents per token of each setting, seeds pooled."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
 
 from saeflow.figures import style
 from saeflow.figures.figure import Drawing, Figure
 from saeflow.figures.ridges import Ridge, bins_with, closing, draw_ridges, histograms_of
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
@@ -20,6 +23,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     Raises:
         UserError: no SAE has one, or runs differ in budget.
     """
+    from matplotlib.ticker import MaxNLocator
+
     rows, bins = histograms_of(tables, options, "l0", "l0_histograms")
 
     def finish(ax: Axes, panel: compare.Panel, ridges: list[Ridge]) -> None:

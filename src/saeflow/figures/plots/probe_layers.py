@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from matplotlib.ticker import MaxNLocator
-
 from saeflow.errors import UserError
 from saeflow.figures import style
 from saeflow.figures.figure import Drawing, Figure
@@ -25,6 +23,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     Raises:
         UserError: no probe was fitted.
     """
+    from matplotlib.ticker import MaxNLocator
+
     rows = tables.probes[tables.probes["split"] == "evaluation"].copy()
     rows["block"] = rows["hook_point"].str.extract(_BLOCK, expand=False).astype(float)
     rows = rows[rows["block"].notna()]

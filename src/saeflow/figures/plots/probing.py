@@ -1,10 +1,11 @@
 """Sparse probes: what a few latents tell, beside a few neurons and the whole activation."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.lines import Line2D
 
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
@@ -13,6 +14,9 @@ from saeflow.figures.needs import Need
 from saeflow.figures.series import each_setting, series_of, stroke
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
+
+if TYPE_CHECKING:
+    from matplotlib.lines import Line2D
 
 _HEIGHT = 2.5  # inches
 _NEURONS = {"color": style.INK, "ls": ":", "marker": "."}
@@ -25,6 +29,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     Raises:
         UserError: no SAE was probed, or runs differ in budget.
     """
+    from matplotlib.lines import Line2D
+
     rows = tables.probing
     if rows.empty:
         raise UserError(

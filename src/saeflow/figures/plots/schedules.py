@@ -1,12 +1,11 @@
 """Schedules: what every scheduled or learned setting of training did, one panel per quantity."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
@@ -15,6 +14,10 @@ from saeflow.figures.series import Series, each_setting, series_of
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
 from saeflow.tables.schema import IDS, axis_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 QUANTITIES = (
     "k",
@@ -87,6 +90,9 @@ def _moves(steps: pd.DataFrame, quantity: str) -> bool:
 
 
 def _panel(ax: Axes, series: list[Series], quantity: str, drawn: dict[str, Line2D]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
     values = []
     for one in series:
         if not _moves(one.rows, quantity):

@@ -1,11 +1,11 @@
 """Stability over seeds: agreement of dictionaries, and of the number of latents of each input."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
 
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
@@ -16,6 +16,9 @@ from saeflow.tables import compare
 from saeflow.tables.load import Tables
 from saeflow.tables.metrics import BETWEEN_SEEDS
 from saeflow.tables.numbers import natural
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _MARKERS = {
     "matched_cosine": "o",
@@ -33,6 +36,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     Raises:
         UserError: no setting has two seeds, or runs differ in budget.
     """
+    from matplotlib.lines import Line2D
+
     rows = tables.stability[tables.stability["metric"].isin(_MARKERS)]
     if rows.empty:
         raise UserError(

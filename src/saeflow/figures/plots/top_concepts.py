@@ -1,13 +1,12 @@
 """Zero-shot classification through an SAE's few most frequent concepts, bars per number of concepts."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
@@ -16,6 +15,9 @@ from saeflow.figures.needs import LABELLED
 from saeflow.figures.series import each_setting, series_of, setting_label
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 COUNTS = ("1", "5", "10", "50", "all")
 PROTOCOLS = {
@@ -31,6 +33,9 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     Raises:
         UserError: no SAE was classified through.
     """
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
     rows = tables.classification[compare.is_sae(tables.classification)]
     rows = rows[(rows["concepts"] == "on")]
     if rows.empty:

@@ -1,16 +1,13 @@
 """Training curves: one row of panels per series, a shade per setting, seeds as thin lines."""
 
+from __future__ import annotations
+
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
-from matplotlib.figure import SubFigure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
@@ -19,6 +16,12 @@ from saeflow.figures.series import Series, each_setting, series_of, setting_labe
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
 from saeflow.tables.schema import IDS, axis_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+    from matplotlib.figure import SubFigure
+    from matplotlib.lines import Line2D
 
 _KNOWN = (
     *IDS, "k_target", "setting", "series", "step", "tokens_seen", "loss", "l0", "dead", "lr",
@@ -153,6 +156,8 @@ def _settings(series: Series) -> list[tuple[str, pd.DataFrame, Any]]:
 
 
 def _row(axes: dict[str, Axes], series: Series, terms: list[str]) -> None:
+    from matplotlib.lines import Line2D
+
     loss = _RECONSTRUCTION if _RECONSTRUCTION in series.rows else "loss"
     own = [term for term in terms if series.rows[term].fillna(0).ne(0).any()]
     for _, held, color in _settings(series):
@@ -180,6 +185,8 @@ def _row(axes: dict[str, Axes], series: Series, terms: list[str]) -> None:
 
 
 def _legend(series: Series) -> list[Line2D]:
+    from matplotlib.lines import Line2D
+
     handles = [
         Line2D([], [], color=color, lw=1.4, label=label)
         for label, _, color in _settings(series)
@@ -192,6 +199,8 @@ def _legend(series: Series) -> list[Line2D]:
 
 def _finish(axes: list[Axes], name: str) -> None:
     """Scales and ticks of one column, whose axes are shared."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+
     lines = [line for ax in axes for line in ax.lines]
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in lines])
     values = values[np.isfinite(values)]

@@ -11,7 +11,6 @@ from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
-from matplotlib.colors import to_hex
 
 from saeflow.errors import UserError
 from saeflow.figures import style
@@ -77,6 +76,8 @@ def href(path: Path, root: Path) -> str:
 
 def schedules(steps: pd.DataFrame) -> list[dict[str, Any]]:
     """Show every series' k (or penalty weight) over training in a small drawing."""
+    from matplotlib.colors import to_hex
+
     found = []
     for panel in compare.panels_of(steps):
         for series in series_of(compare.one_panel(steps, panel)):
