@@ -66,10 +66,11 @@ def load_function(name: str, where: str) -> Callable[..., Any]:
         raise UserError(
             f"{where}: {file}: another module has the name {module_name} ({module.__file__}). Rename yours."
         )
-    found = getattr(module, function, None)
+    found: Any = getattr(module, function, None)
     if not callable(found):
         what = "nothing" if found is None else f"a {type(found).__name__}"
         raise UserError(
             f"{where}: {file}: expected a function {function}, found {what} of that name. Fix the name."
         )
-    return found
+    result: Callable[..., Any] = found
+    return result

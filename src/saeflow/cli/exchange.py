@@ -9,6 +9,7 @@ from saeflow import provenance
 from saeflow.cli.arguments import Key, Out
 from saeflow.config import IMPORTED
 from saeflow.errors import UserError
+from saeflow.files import file_digest
 
 Library = Annotated[str, typer.Option(help="saelens or dictionary_learning.")]
 
@@ -67,11 +68,7 @@ def import_(
     about = {
         "name": run, "entry": run.split("/")[2], "source": source, "hook_point": hook_point, "seed": 0,
     }  # fmt: skip
-    external = {
-        str(path): provenance.file_digest(path)
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-    }
+    external = {str(path): file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
     params = {"library": library, "store": store}
     with provenance.job(out, name="import", params=params, external=external, key=key) as job:
         import_sae(folder, library, about, job.path)

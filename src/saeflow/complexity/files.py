@@ -22,7 +22,8 @@ def read_probe(folder: Path) -> "dict[str, Tensor]":
 
     path = folder / PROBE
     try:
-        return load_file(path)
+        result: dict[str, Tensor] = load_file(path)
+        return result
     except FileNotFoundError:
         raise UserError(f"{path}: no such file. Fit the probe (saeflow probe).") from None
     except SafetensorError as error:

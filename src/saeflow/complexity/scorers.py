@@ -119,7 +119,8 @@ def _read_at(source: Mapping[str, Any], contexts: np.ndarray) -> np.ndarray:
 
 def _inputs(folder: Path, split: str) -> np.ndarray:
     """(contexts, ...) token ids or pixels."""
-    return np.load(folder / "inputs" / f"{split}.npy", mmap_mode="r")
+    result: np.ndarray = np.load(folder / "inputs" / f"{split}.npy", mmap_mode="r")
+    return result
 
 
 def _of_text(measure: Callable[[str, Mapping[str, Any]], float]) -> Callable[..., Any]:

@@ -142,7 +142,7 @@ class Adapter(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Adapter":
         """Implement `to`, `cuda`, `half` and the like: the SAE follows to the device and keeps its dtype."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         (sae,) = self._sae
         sae.to(self.device)
         self._norms = self._norms.to(self.device)

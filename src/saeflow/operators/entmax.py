@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saeflow.operators import gpu, native
+from saeflow.operators.autograd import applied
 from saeflow.operators.gpu import on_lists, selection
 from saeflow.operators.pre_acts import ROUNDED, is_exact, lowered
 from saeflow.operators.rows import SomeEntries, as_rows, blocks, refuse_rows
@@ -47,7 +48,7 @@ def entmax(scores: Tensor, alpha: float | Tensor) -> Tensor:
     if isinstance(alpha, Tensor) and not alpha.is_floating_point():
         raise TypeError(f"alpha must be floating point, got {alpha.dtype}")
     alpha = torch.as_tensor(alpha, dtype=torch.float64, device=scores.device)
-    return _Entmax.apply(scores, alpha.expand(scores.shape[:-1]))
+    return applied(_Entmax, scores, alpha.expand(scores.shape[:-1]))
 
 
 def entmax_of(latents: SparseLatents, alpha: float | Tensor) -> SparseLatents:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saeflow.operators.autograd import applied
 from saeflow.operators.rows import blocks
 
 
@@ -31,7 +32,7 @@ def jumprelu(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     Source: Rajamanoharan et al. 2024 (arXiv:2407.14435), eq. 4 and 11.
     """
     _check(pre_acts, threshold, bandwidth)
-    return _JumpReLU.apply(pre_acts, threshold, bandwidth)
+    return applied(_JumpReLU, pre_acts, threshold, bandwidth)
 
 
 def step(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
@@ -46,7 +47,7 @@ def step(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> Tensor:
     Source: Rajamanoharan et al. 2024 (arXiv:2407.14435), eq. 12.
     """
     _check(pre_acts, threshold, bandwidth)
-    return _Step.apply(pre_acts, threshold, bandwidth)
+    return applied(_Step, pre_acts, threshold, bandwidth)
 
 
 def _check(pre_acts: Tensor, threshold: Tensor, bandwidth: float) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saeflow.operators.autograd import applied
 from saeflow.operators.gpu.shadows import shadow
 from saeflow.operators.sparse import acts_as_gpu
 
@@ -26,7 +27,7 @@ def pre_acts(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
         (B, d_sae), of lower precision under autocast. Differentiable; db_dec = -W_enc db_enc, where
         autograd alone would multiply (B, d_sae) by W_enc^T and sum the rows.
     """
-    return _PreActs.apply(x, W_enc, b_enc, b_dec, _lower(W_enc))
+    return applied(_PreActs, x, W_enc, b_enc, b_dec, _lower(W_enc))
 
 
 def _lower(weights: Tensor) -> Tensor | None:

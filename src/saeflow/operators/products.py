@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 from saeflow.operators import gpu, native
+from saeflow.operators.autograd import applied
 from saeflow.operators.gpu import weights as on_lists
 from saeflow.operators.sparse import SparseLatents
 
@@ -41,7 +42,7 @@ def decode_sparse(latents: SparseLatents, W_dec: Tensor, b_dec: Tensor | None = 
     if W_dec.dtype != latents.values.dtype:
         raise ValueError(f"latents are {latents.values.dtype} but W_dec is {W_dec.dtype}")
     if latents.lists is None:
-        x_hat = _Decode.apply(latents.values, W_dec, latents)
+        x_hat = applied(_Decode, latents.values, W_dec, latents)
     else:
         x_hat = on_lists.decode(latents.lists, W_dec, latents.walk)
     return x_hat if b_dec is None else x_hat + b_dec
@@ -117,7 +118,7 @@ def gather_pre_acts(
             f"selection is {shape}, but x is {tuple(x.shape)} and W_enc {tuple(W_enc.shape)}"
         )
     if (lists := selection.lists) is None:
-        values = _GatherPreActs.apply(x, W_enc, b_enc, b_dec, selection, is_rounded)
+        values = applied(_GatherPreActs, x, W_enc, b_enc, b_dec, selection, is_rounded)
         return selection.with_values(values)
     walk = None if beside is None else beside.walk
     if walk is None:
@@ -143,7 +144,7 @@ def gather_columns(
     Returns:
         (B, n), dtype of `W_enc`, differentiable in W_enc, b_enc and b_dec, not in x.
     """
-    return _GatherColumns.apply(x, W_enc, b_enc, b_dec, pre_acts, columns)
+    return applied(_GatherColumns, x, W_enc, b_enc, b_dec, pre_acts, columns)
 
 
 def _sum_rows(matrix: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def group_maxima(rows: Tensor, size: int) -> Tensor:
     """
     n = rows.shape[1]
     groups = n // size
-    maxima = rows[:, : groups * size].unflatten(1, (size, groups)).amax(1)
+    maxima: Tensor = rows[:, : groups * size].unflatten(1, (size, groups)).amax(1)
     rest = n - groups * size
     for left in range(0, rest, groups):
         tail = rows[:, groups * size + left :][:, :groups]

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saeflow.operators import gpu, native
+from saeflow.operators.autograd import applied
 from saeflow.operators.gpu import on_lists, selection
 from saeflow.operators.pre_acts import ROUNDED, is_exact, lowered
 from saeflow.operators.rows import (
@@ -75,7 +76,7 @@ def soft_topk(
         k = torch.tensor(k, dtype=torch.float64)
     k = k.to(values.device).expand(values.shape[:-1])
     far = FAR_DOUBLE if values.dtype == torch.float64 else FAR
-    return _SoftTopK.apply(values, k, temperature, max(far, reach or far))
+    return applied(_SoftTopK, values, k, temperature, max(far, reach or far))
 
 
 def soft_topk_sparse(

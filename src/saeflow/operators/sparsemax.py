@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saeflow.operators import gpu, native
+from saeflow.operators.autograd import applied
 from saeflow.operators.gpu import on_lists, selection
 from saeflow.operators.gpu.lists import Lists, capacity_for
 from saeflow.operators.pre_acts import ROUNDED, is_exact, lowered
@@ -50,7 +51,7 @@ def sparsemax(scores: Tensor) -> Tensor:
     Source: Martins & Astudillo 2016 (arXiv:1602.02068), eq. 2 and prop. 1; the iteration is
     Michelot 1986 (doi:10.1007/BF00938486).
     """
-    return _Sparsemax.apply(scores)
+    return applied(_Sparsemax, scores)
 
 
 Solve = Callable[[Tensor, Tensor, Tensor], Tensor]

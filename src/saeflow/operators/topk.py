@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saeflow.operators import gpu, native
+from saeflow.operators.autograd import applied
 from saeflow.operators.gpu import selection
 from saeflow.operators.gpu.lists import MOST_ON_A_LIST, NAN, capacity_for
 from saeflow.operators.rows import (
@@ -123,7 +124,7 @@ def _choose_on_gpu(values: Tensor, counts: Tensor) -> SparseLatents | None:
 
 def keep_positions(values: Tensor, flat: Tensor) -> Tensor:
     """Zero all entries but those at the flat positions, each given once."""
-    return _KeepPositions.apply(values, flat)
+    return applied(_KeepPositions, values, flat)
 
 
 def _counts(k: int | Tensor, values: Tensor) -> Tensor:

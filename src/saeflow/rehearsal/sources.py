@@ -200,7 +200,8 @@ def _contexts_needed(source: Mapping[str, Any], store: Mapping[str, Any]) -> int
     shares = {"train": 1 - source["evaluation_share"], "evaluation": source["evaluation_share"]}
     wanted = max(store[f"{split}_rows"] / share for split, share in shares.items() if share > 0)
     wanted /= _rows_per_context(source)
-    return math.ceil(wanted + 6 * math.sqrt(wanted)) + 8
+    result: int = math.ceil(wanted + 6 * math.sqrt(wanted)) + 8
+    return result
 
 
 def _name(model: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ class FollowsDensity(SAE):
         self.register_buffer("density", -torch.ones(()))
         self.register_buffer("measured", -torch.ones(()), persistent=False)
         self.known: float | None = None  # `density` on the host
-        self.register_load_state_dict_post_hook(_forget)
+        self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
     @property
     def is_sparse(self) -> bool:

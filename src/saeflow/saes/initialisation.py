@@ -50,7 +50,8 @@ def initialise(sae: "Contract", how: str, batch: Batch, generator: torch.Generat
 def directions(count: int, width: int, generator: torch.Generator) -> torch.Tensor:
     """Return random directions (count, width) of length 1."""
     drawn = torch.randn(count, width, generator=generator)
-    return drawn / drawn.norm(dim=1, keepdim=True)
+    result: torch.Tensor = drawn / drawn.norm(dim=1, keepdim=True)
+    return result
 
 
 def kaiming(fan_in: int) -> float:

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from saeflow.config.options import Form, option
 from saeflow.operators import SparseLatents, decode_sparse
+from saeflow.operators.autograd import applied
 from saeflow.saes.batch_topk import BatchTopK, BatchTopKOptions
 from saeflow.saes.forward import Forward
 
@@ -96,7 +97,7 @@ class Matryoshka(BatchTopK):
             total = torch.stack([(fwd.target - x_hat).square().sum() for x_hat in x_hats]).mean()
         else:
             centred = fwd.target - self.output_bias
-            total = _NestedErrors.apply(fwd.parts, centred).mean()
+            total = applied(_NestedErrors, fwd.parts, centred).mean()
         mean = self.sum_over_rows(total) / self.rows(fwd.x)
         return mean / prefixes if self.is_divided_twice else mean
 

@@ -108,7 +108,8 @@ class PAnneal(FollowsDensity):
     @property
     def weight(self) -> Tensor:
         """() the penalty's weight now, in float64."""
-        return self.moved("l1", torch.float64) * self.factor
+        result: Tensor = self.moved("l1", torch.float64) * self.factor
+        return result
 
     @torch.no_grad()
     def end_step(self, fwd: Forward) -> None:

@@ -45,7 +45,8 @@ class PerInputK(FollowsDensity):
     @property
     def heat(self) -> float | Tensor:
         """The temperature for kernels."""
-        return self.moved("temperature", torch.float64)
+        result: float | Tensor = self.moved("temperature", torch.float64)
+        return result
 
     def dials(self) -> dict[str, object]:
         return {**super().dials(), "is_soft": self.is_soft}

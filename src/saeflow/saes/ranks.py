@@ -17,6 +17,7 @@ from torch import Tensor
 
 from saeflow.errors import UserError
 from saeflow.operators import SparseLatents, topk_sparse
+from saeflow.operators.autograd import applied
 from saeflow.operators.gpu.lists import OVERFLOW, Lists
 from saeflow.operators.rows import pad
 
@@ -83,14 +84,14 @@ class Ranks:
 
     def shared(self, same: Tensor) -> Tensor:
         """Mark a value that every rank computes alike: its gradient, summed over ranks, counts once."""
-        return same if self.size == 1 else _Once.apply(same, self.size)
+        return same if self.size == 1 else applied(_Once, same, self.size)
 
     def of_rows(self, same: Tensor) -> Tensor:
         """Mark a value that every rank with the same rows computes alike from them, as `shared` does."""
-        return same if self.of_latents == 1 else _Once.apply(same, self.size)
+        return same if self.of_latents == 1 else applied(_Once, same, self.size)
 
     def _sum(self, part: Tensor) -> Tensor:
-        return _Sum.apply(part)
+        return applied(_Sum, part)
 
     # Without gradient.
 

@@ -74,7 +74,8 @@ class Schedule:
             case "step":
                 share = math.floor(share * self.steps) / self.steps
             case "exponential":
-                return self.start * (self.target / self.start) ** share
+                result: float = self.start * (self.target / self.start) ** share
+                return result
         return self.start + (self.target - self.start) * share
 
 

@@ -170,7 +170,8 @@ class SoftTopK(PerInputK):
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 is 2 apart near 256
             share = self.output(hidden.to(self.output.weight.dtype))[:, 0].sigmoid()
         k_hat = self.k_max * share
-        return k_hat.clamp(1, self.d_sae)
+        result: Tensor = k_hat.clamp(1, self.d_sae)
+        return result
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         losses = super().losses(fwd, dead) | {"auxk": self.auxk_weight * self.auxk(fwd, dead)}

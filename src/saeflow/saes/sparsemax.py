@@ -164,13 +164,14 @@ class Sparsemax(SAE):
         return x if self.is_shared else x - self.b_dec
 
     def condition(self, x: Tensor) -> Tensor | None:
-        return torch.linalg.vector_norm(self.centred(x), dim=1)
+        result: Tensor | None = torch.linalg.vector_norm(self.centred(x), dim=1)
+        return result
 
     def encoder_input(self, x: Tensor) -> Tensor:
         """(B, d_in) what the scores are linear in."""
         centred = self.centred(x)
         norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True).clamp(min=1e-12)
-        unit = centred / norm * self.score_scale
+        unit: Tensor = centred / norm * self.score_scale
         if not self.is_shared:
             return unit
         query = unit if self.W_Q is None else unit @ self.W_Q

@@ -47,7 +47,10 @@ def sample_l0(law: Mapping[str, Any], size: int, rng: np.random.Generator) -> np
         case "uniform":
             return rng.integers(law["smallest"], law["largest"], size, endpoint=True)
         case "two_point":
-            return np.where(rng.random(size) < law["high_share"], law["high"], law["low"])
+            result: np.ndarray = np.where(
+                rng.random(size) < law["high_share"], law["high"], law["low"]
+            )
+            return result
         case "poisson":
             counts = rng.poisson(law["mean"], size)
         case "lognormal":
@@ -76,7 +79,8 @@ def firing_rates(n_features: int, exponent: float, law: Mapping[str, Any]) -> np
         return float(np.clip(scale * zipf, low, high).sum() - law["mean"])
 
     scale = brentq(missing, 0, high / zipf[-1], xtol=1e-12)
-    return -np.log1p(-np.clip(scale * zipf, low, high))
+    result: np.ndarray = -np.log1p(-np.clip(scale * zipf, low, high))
+    return result
 
 
 class Hierarchy:
@@ -162,12 +166,15 @@ def arrival_times(
     Returns:
         (samples, n_features) float32.
     """
+    times: np.ndarray
     if shared is None:
-        return rng.standard_exponential((samples, len(rates)), dtype=np.float32) / rates
+        times = rng.standard_exponential((samples, len(rates)), dtype=np.float32) / rates
+        return times
     own = np.sqrt(1 - np.square(shared).sum(axis=1))
     gaussian = rng.standard_normal((samples, len(rates)), dtype=np.float32) * own
     gaussian += rng.standard_normal((samples, shared.shape[1]), dtype=np.float32) @ shared.T
-    return (-log_ndtr(gaussian) / rates).astype(np.float32)
+    times = (-log_ndtr(gaussian) / rates).astype(np.float32)
+    return times
 
 
 def first_arrivals(times: np.ndarray, counts: np.ndarray, most: int, until: float) -> np.ndarray:

@@ -331,7 +331,8 @@ def _fits(folder: Path, dtype: Any, device: str) -> bool:
         with safe_open(path, "pt") as file:
             count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     free, _ = torch.cuda.mem_get_info(device)
-    return count * dtype.itemsize <= 0.8 * free
+    result: bool = count * dtype.itemsize <= 0.8 * free
+    return result
 
 
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":

@@ -59,4 +59,5 @@ def _joined(first: np.ndarray, second: np.ndarray, length: int, more: int) -> np
     """Hashes of runs of length + more tokens, from those of their beginnings and of their ends."""
     count = max(0, second.shape[-1] - length)
     factor = np.uint64(pow(_BASE, more, 1 << 64))
-    return first[..., :count] * factor + second[..., length : length + count]
+    result: np.ndarray = first[..., :count] * factor + second[..., length : length + count]
+    return result

@@ -182,18 +182,21 @@ def _shade(thing: Thing, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 def _to_segment(x0: float, y0: float, x1: float, y1: float) -> np.ndarray:
     length = (x1 - x0) ** 2 + (y1 - y0) ** 2 + 1e-9
     t = np.clip(((_X - x0) * (x1 - x0) + (_Y - y0) * (y1 - y0)) / length, 0, 1)
-    return np.hypot(_X - x0 - t * (x1 - x0), _Y - y0 - t * (y1 - y0))
+    distance: np.ndarray = np.hypot(_X - x0 - t * (x1 - x0), _Y - y0 - t * (y1 - y0))
+    return distance
 
 
 # Distances to outlines of radius r around the origin, negative inside; y points down.
 
 
 def _circle(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
-    return np.hypot(u, v) - r
+    distance: np.ndarray = np.hypot(u, v) - r
+    return distance
 
 
 def _box(u: np.ndarray, v: np.ndarray, half_u: float, half_v: float) -> np.ndarray:
-    return np.maximum(np.abs(u) - half_u, np.abs(v) - half_v)
+    distance: np.ndarray = np.maximum(np.abs(u) - half_u, np.abs(v) - half_v)
+    return distance
 
 
 def _square(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
@@ -203,15 +206,18 @@ def _square(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
 def _triangle(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
     height = 0.5 * r
     sides = [v - height, *(s * np.sqrt(0.75) * u - 0.5 * v - height for s in (-1, 1))]
-    return np.maximum.reduce(sides)
+    distance: np.ndarray = np.maximum.reduce(sides)
+    return distance
 
 
 def _ring(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
-    return np.abs(np.hypot(u, v) - 0.76 * r) - 0.24 * r
+    distance: np.ndarray = np.abs(np.hypot(u, v) - 0.76 * r) - 0.24 * r
+    return distance
 
 
 def _cross(u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
-    return np.minimum(_box(u, v, 0.95 * r, 0.3 * r), _box(u, v, 0.3 * r, 0.95 * r))
+    distance: np.ndarray = np.minimum(_box(u, v, 0.95 * r, 0.3 * r), _box(u, v, 0.3 * r, 0.95 * r))
+    return distance
 
 
 _DISTANCES = {

@@ -153,7 +153,8 @@ def tower_of(model: nn.Module) -> nn.Module:
 
 
 def _path_of(model: nn.Module, module: nn.Module) -> str:
-    return next(path for path, one in model.named_modules() if one is module)
+    result: str = next(path for path, one in model.named_modules() if one is module)
+    return result
 
 
 def no_cache(body: nn.Module) -> dict[str, Any]:

@@ -165,12 +165,15 @@ def coefficients(
         shape: of the result.
         rng: source of randomness.
     """
+    drawn: np.ndarray
     normal = rng.standard_normal(shape, dtype=np.float32)
     if law["kind"] == "normal":
-        return np.abs(law["mean"] + law["std"] * normal).astype(np.float32)
+        drawn = np.abs(law["mean"] + law["std"] * normal).astype(np.float32)
+        return drawn
     variance = math.log1p((law["std"] / law["mean"]) ** 2)
     location = math.log(law["mean"]) - variance / 2
-    return np.exp(location + math.sqrt(variance) * normal).astype(np.float32)
+    drawn = np.exp(location + math.sqrt(variance) * normal).astype(np.float32)
+    return drawn
 
 
 def norm_factors(
@@ -186,14 +189,17 @@ def norm_factors(
         counts: (rows,) active features; a row without any is left as it is under `balanced`.
         rng: source of randomness.
     """
+    factors: np.ndarray
     if law["kind"] == "balanced":
-        return (1 / np.sqrt(np.maximum(counts, 1))).astype(np.float32)
+        factors = (1 / np.sqrt(np.maximum(counts, 1))).astype(np.float32)
+        return factors
     if law["kind"] == "equal":
         norms = np.linalg.norm(x.astype(np.float64), axis=1)
         return (1 / np.where(norms > 0, norms, 1)).astype(np.float32)
     sigma = law["sigma"]
     drawn = rng.standard_normal(len(x))
-    return np.exp(sigma * drawn - sigma**2 / 2).astype(np.float32)
+    factors = np.exp(sigma * drawn - sigma**2 / 2).astype(np.float32)
+    return factors
 
 
 class SyntheticSource:

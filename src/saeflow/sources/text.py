@@ -399,7 +399,8 @@ class TextInputs(Inputs):
 
     def tokens(self, split: str) -> np.ndarray:
         """(contexts, length) token ids, mapped from disk."""
-        return np.load(self.folder / f"{split}.npy", mmap_mode="r")
+        result: np.ndarray = np.load(self.folder / f"{split}.npy", mmap_mode="r")
+        return result
 
     def units(self, split: str) -> np.ndarray:
         """(contexts,) the document of each context."""

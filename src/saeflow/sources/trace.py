@@ -64,7 +64,7 @@ class Trace(TorchDispatchMode):
     """Operators and calls of modules while it is open."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.calls: list[Call] = []
         """In the order in which they ended."""
         self.nodes: list[Node] = []

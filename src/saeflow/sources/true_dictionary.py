@@ -54,7 +54,8 @@ def true_dictionary(
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    result: np.ndarray = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return result
 
 
 def _cosines(features: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:

@@ -54,14 +54,16 @@ class Permutation:
         for i, key in enumerate(self._keys):
             base = self._bases[i % 2]
             digits[i % 2] = (digits[i % 2] + _hash(digits[1 - i % 2], key) % base) % base
-        return digits[0] * self._bases[1] + digits[1]
+        result: np.ndarray = digits[0] * self._bases[1] + digits[1]
+        return result
 
     def _decrypt(self, values: np.ndarray) -> np.ndarray:
         digits = list(np.divmod(values, self._bases[1]))
         for i, key in reversed(list(enumerate(self._keys))):
             base = self._bases[i % 2]
             digits[i % 2] = (digits[i % 2] + base - _hash(digits[1 - i % 2], key) % base) % base
-        return digits[0] * self._bases[1] + digits[1]
+        result: np.ndarray = digits[0] * self._bases[1] + digits[1]
+        return result
 
 
 def _hash(values: np.ndarray, key: np.uint64) -> np.ndarray:

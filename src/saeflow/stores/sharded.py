@@ -42,7 +42,8 @@ def damaged(path: Path, found: str) -> UserError:
 
 
 def _encoder(codec: str) -> Callable[[bytes], bytes] | None:
-    return {"none": None, "zstd": Zstd(ZSTD_LEVEL).encode}[codec]
+    result: Callable[[bytes], bytes] | None = {"none": None, "zstd": Zstd(ZSTD_LEVEL).encode}[codec]
+    return result
 
 
 class ShardedWriter:

@@ -6,7 +6,8 @@ than the noise of seeds and what the remaining difference in L0 may explain.
 
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -67,7 +68,7 @@ def judged(tables: Tables, metrics: Iterable[str] = ERRORS) -> pd.DataFrame:
     return pd.concat([found, added], axis=1)
 
 
-def _verdict(row: dict, noise: float, effect: float) -> str:
+def _verdict(row: Mapping[Hashable, Any], noise: float, effect: float) -> str:
     if math.isnan(row["low"]):
         return ONE_UNIT
     if math.isnan(noise):
@@ -78,7 +79,7 @@ def _verdict(row: dict, noise: float, effect: float) -> str:
     return WORSE if row["difference"] > 0 else BETTER
 
 
-def _slope(wide: pd.DataFrame, row: dict) -> float:
+def _slope(wide: pd.DataFrame, row: Mapping[Hashable, Any]) -> float:
     """The steepest -d ln error / d ln L0 between neighbours among the rival's variant of that size and store."""
     if row["metric"] not in wide:
         return 1.0
@@ -95,7 +96,8 @@ def _slope(wide: pd.DataFrame, row: dict) -> float:
         for low, high in itertools.pairwise(points)
         if high[0] - low[0] > _APART
     ]
-    return max([1.0, *slopes])
+    result: float = max([1.0, *slopes])
+    return result
 
 
 def uninformed(tables: Tables) -> set[tuple[str, str, str]]:

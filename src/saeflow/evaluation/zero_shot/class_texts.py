@@ -13,7 +13,8 @@ _TEXTS_AT_ONCE = 256
 
 def unit(rows: Tensor) -> Tensor:
     """Rows (n, d) divided by their norms; a zero row stays zero."""
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-12)
+    result: Tensor = rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-12)
+    return result
 
 
 def text_features(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:

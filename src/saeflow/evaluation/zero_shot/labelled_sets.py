@@ -155,7 +155,8 @@ class LabelledSets:
 
     def class_texts(self, name: str) -> Tensor:
         """(classes, d_embedding) unit text embeddings of a set's classes."""
-        return load_file(self.folder / SETS_FOLDER / name / TEXT)["text"]
+        result: Tensor = load_file(self.folder / SETS_FOLDER / name / TEXT)["text"]
+        return result
 
     def prompts(self) -> tuple[list[str], Tensor]:
         """Texts that concepts are compared with, and their unit embeddings.

@@ -75,7 +75,8 @@ def faded(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
     rows = np.arange(image.shape[0]) * mask.shape[0] // image.shape[0]
     columns = np.arange(image.shape[1]) * mask.shape[1] // image.shape[1]
     keep = (1 - _FADE * (1 - mask.clip(0, 1)[rows][:, columns]))[..., None]
-    return (keep * image + (1 - keep) * 235).round().astype(np.uint8)
+    result: np.ndarray = (keep * image + (1 - keep) * 235).round().astype(np.uint8)
+    return result
 
 
 def _outline(ax: Axes, mask: np.ndarray, shape: tuple[int, ...]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saeflow.operators import gpu
+from saeflow.operators.autograd import applied
 
 FAR = 30.0
 """Temperatures from the threshold at which a soft mask counts as 0 or 1: it is 5e-14 there."""
@@ -30,7 +31,7 @@ def sparsemax(values: Tensor, counts: Tensor) -> Tensor:
 
     Source: Martins & Astudillo 2016 (arXiv:1602.02068), eq. 2.
     """
-    return _Simplex.apply(values, counts, torch.full((), 2.0, device=values.device), 1.0)
+    return applied(_Simplex, values, counts, torch.full((), 2.0, device=values.device), 1.0)
 
 
 def entmax(values: Tensor, counts: Tensor, alpha: Tensor | float) -> Tensor:
@@ -47,7 +48,7 @@ def entmax(values: Tensor, counts: Tensor, alpha: Tensor | float) -> Tensor:
     """
     power = None if isinstance(alpha, Tensor) else 1 / (alpha - 1)
     alpha = gpu.on_device(alpha, torch.float32, values)
-    return _Simplex.apply(values, counts, alpha, power)
+    return applied(_Simplex, values, counts, alpha, power)
 
 
 def soft_topk(
@@ -71,7 +72,7 @@ def soft_topk(
     Source: LapSum, Struski et al. 2025 (arXiv:2503.06242), section 3.
     """
     temperature = gpu.on_device(temperature, torch.float32, values)
-    return _SoftTopK.apply(values, counts, k, temperature, reach)
+    return applied(_SoftTopK, values, counts, k, temperature, reach)
 
 
 def _real(values: Tensor, counts: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saeflow.operators.autograd import applied
 from saeflow.operators.gpu import sparse
 from saeflow.operators.gpu.lists import Lists
 
@@ -104,18 +105,18 @@ class Walk(NamedTuple):
 def walk(W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, W_dec: Tensor) -> Walk:
     """Start a step with these weights: (d, M), (M,), (d,) and (M, d)."""
     left = Left(W_dec, W_enc.detach().t(), b_enc.detach(), b_dec.detach())
-    return Walk(_Token.apply(W_enc, b_enc, b_dec, W_dec, left), left)
+    return Walk(applied(_Token, W_enc, b_enc, b_dec, W_dec, left), left)
 
 
 def gather(x: Tensor, lists: Lists, of: Walk, *, is_rounded: bool) -> Tensor:
     """Return the pre-activations (B, C) of entries, with gradient; see `products.gather_pre_acts`."""
-    return _Gather.apply(x, of.token, of.left, lists, is_rounded)
+    return applied(_Gather, x, of.token, of.left, lists, is_rounded)
 
 
 def decode(lists: Lists, W_dec: Tensor, of: Walk | None) -> Tensor:
     """Return the sum of values times rows of W_dec (B, d), with gradient."""
     token, left, W_dec = _inputs(W_dec, of)
-    return _Decode.apply(lists.values, token, W_dec, lists, left)
+    return applied(_Decode, lists.values, token, W_dec, lists, left)
 
 
 def squared_errors(
@@ -140,7 +141,10 @@ def squared_errors(
         (B,), differentiable in values, weights and x, and (B, d) x_hat - x of all latents, which is not.
     """
     token, left, W_dec = _inputs(W_dec, of)
-    return _SquaredErrors.apply(lists.values, token, W_dec, b_dec, x, lists, left, boundaries)
+    result: tuple[Tensor, Tensor] = _SquaredErrors.apply(  # type: ignore[no-untyped-call]
+        lists.values, token, W_dec, b_dec, x, lists, left, boundaries
+    )
+    return result
 
 
 def _inputs(W_dec: Tensor, of: Walk | None) -> tuple[Tensor | None, Left | None, Tensor]:

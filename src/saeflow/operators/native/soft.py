@@ -149,7 +149,7 @@ def mask_rows(rows, ks, temperature, mask, guesses, offsets, start, stop):
     hits, columns = np.empty(n + 1, np.int32), np.empty(n + 1, np.int32)
     for r in range(start, stop):
         row, k, out = rows[r], ks[r], mask[r]
-        rank = max(np.int64(math.ceil(k)), 1)
+        rank = np.int64(max(math.ceil(k), 1))
         groups = group_count(n, 2 * rank)
         if fill_maxima(row, maxima, groups) or maxima[:groups].max() == np.inf:
             return r, NOT_FINITE
