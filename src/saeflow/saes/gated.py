@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from saeflow.config.options import VariantOptions, option
-from saeflow.operators import SparseLatents, lowered
+from saeflow.operators import SparseLatents
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.forward import Forward
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
@@ -59,9 +59,7 @@ class Gated(FollowsDensity):
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
-        return SparseLatents.from_above(
-            pre_acts, lowered(pre_acts.new_zeros(()), margin), self.room
-        )
+        return self.above_zero(pre_acts, margin)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         b_enc, r_mag, b_mag = (v[selected.columns] for v in (self.b_enc, self.r_mag, self.b_mag))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from saeflow.config.options import VariantOptions, option
-from saeflow.operators import SparseLatents, lowered
+from saeflow.operators import SparseLatents
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.forward import Forward
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
@@ -96,9 +96,7 @@ class PAnneal(FollowsDensity):
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
-        return SparseLatents.from_above(
-            pre_acts, lowered(pre_acts.new_zeros(()), margin), self.room
-        )
+        return self.above_zero(pre_acts, margin)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         penalty = self.sum_over_entries(sum_of_powers(fwd.values, self.p_after(self.jumps)))
