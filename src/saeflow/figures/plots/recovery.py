@@ -1,10 +1,11 @@
 """Recovery of the true dictionary and of its supports against mean L0, per synthetic source."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.axes import Axes
 
 from saeflow.figures import captions, style
 from saeflow.figures.figure import Drawing, Figure
@@ -12,6 +13,9 @@ from saeflow.figures.fronts import compared, draw_fronts, saes_of
 from saeflow.figures.needs import Need
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _METRICS = ("matched_feature_cosine", "support_f1")
 _CHANCE = "matched_feature_cosine_chance"
