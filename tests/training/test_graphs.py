@@ -140,18 +140,18 @@ def test_another_key_is_recorded_anew() -> None:
         return lambda: result.copy_(function()), result
 
     factor = 2.0
-    doubled = Replayed(lambda x: x * factor, capture)
+    doubled = Replayed(lambda batch: batch.x * factor, capture)
     for number in range(WARM + 4):
         x = torch.full((2,), float(number))
-        assert torch.equal(doubled(x, ("k", 3)), 2 * x)
+        assert torch.equal(doubled(Batch.of(x), ("k", 3)), 2 * x)
     assert len(recordings) == 1
     for number in range(2 * WARM):
         x = torch.full((3 if number >= WARM else 2,), float(number))
-        assert torch.equal(doubled(x, ("k", 4)), 2 * x)
+        assert torch.equal(doubled(Batch.of(x), ("k", 4)), 2 * x)
     assert len(recordings) == 1  # never the same for long enough
     for number in range(WARM + 1):
         x = torch.full((2,), float(number))
-        assert torch.equal(doubled(x, ("k", 3)), 2 * x)
+        assert torch.equal(doubled(Batch.of(x), ("k", 3)), 2 * x)
     assert len(recordings) == 2
 
 
@@ -159,11 +159,25 @@ def test_what_cannot_be_recorded_runs_as_it_is(caplog: pytest.LogCaptureFixture)
     def capture(function: Callable[[], Tensor]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    doubled = Replayed(lambda x: x * 2, capture)
+    doubled = Replayed(lambda batch: batch.x * 2, capture)
     for number in range(WARM + 3):
         x = torch.full((2,), float(number))
-        assert torch.equal(doubled(x, 0), 2 * x)
+        assert torch.equal(doubled(Batch.of(x), 0), 2 * x)
     assert caplog.text.count("cannot be recorded") == 1
+
+
+def test_a_recording_takes_inputs_and_targets() -> None:
+    def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        result = torch.zeros(2)
+        return lambda: result.copy_(function()), result
+
+    difference = Replayed(lambda batch: batch.x - batch.target, capture)
+    for number in range(WARM + 4):
+        x, target = torch.full((2,), float(number)), torch.full((2,), float(number**2))
+        assert torch.equal(difference(Batch(x, target), 0), x - target)
+    assert difference.recorded is not None
+    assert not difference(Batch.of(x), 0).any()  # of another kind: not the recording's
+    assert difference.recorded is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
