@@ -3,6 +3,8 @@
 A new metric is computed in its measuring file of `saeflow.evaluation` and gets one entry here; `summary="mean"` adds it
 to the summary, `printed=True` to the printed tables and the report. The order is that of the summary's columns.
 
+The file is one list of entries, which is why it is longer than others.
+
 Symbols in definitions: x (rows, d_in) are the evaluated activations, e = x - x_hat, m is the mean of the evaluated rows.
 """
 

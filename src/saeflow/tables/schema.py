@@ -1,4 +1,7 @@
-"""The schemas of all tables: their columns with units and definitions, in the order in which files hold them."""
+"""The schemas of all tables: their columns with units and definitions, in the order in which files hold them.
+
+The file is one list of entries, which is why it is longer than others.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
