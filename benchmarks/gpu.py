@@ -77,6 +77,7 @@ def main() -> None:
         from gpu_bench import Bench
 
         bench = Bench(asked.device, scratch, extra)
+        bench.runs_tests = not asked.only or "tests" in asked.only
         tables = {}
         for part, module in PARTS.items():
             if part != "limits" and asked.only and part not in asked.only:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class Bench:
         self.size = FULL if self.on_gpu else TOY
         self.began = time.monotonic()
         self.product_ms = 0.0
+        self.runs_tests = True
+        self.tests: list[Future[dict[str, Any]]] = []  # that run beside another part
 
     def sync(self) -> None:
         if self.on_gpu:

@@ -1,8 +1,10 @@
 """Parts of `benchmarks/gpu.py`: whether a small path and the tests give on the GPU what they give on a CPU."""
 
+import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from gpu_bench import Bench
 from gpu_needs import missing
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 def path(bench: Bench) -> list[dict[str, Any]]:
@@ -24,6 +26,8 @@ def path(bench: Bench) -> list[dict[str, Any]]:
     from saeflow.saes import load
     from saeflow.training.trainer import advance
 
+    if bench.runs_tests:
+        start_tests(bench)  # both are checks, not timings, and wait for compilers
     selection = RowSelection(positions="all", norm_limit=None)
     store, rows = small_store(bench), []
     for variant in options_of(Case(**{**asdict(bench.case("topk")), "k": 8, "d_sae": 512})):
@@ -117,26 +121,32 @@ def tests(bench: Bench) -> list[dict[str, Any]]:
     """Run the tests that need a GPU."""
     if missing({"pytest": "pytest", "hypothesis": "hypothesis"}):
         return [{"tests": "not run", "result": "pytest or hypothesis is not installed"}]
-    root = HERE.parent
-    files = [
-        path
-        for path in sorted((root / "tests").rglob("test_*.py"))
-        if "mark.gpu" in path.read_text()
-    ]
-    rows = []
-    for file in files:
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-x", "-m", "gpu", "-p", "no:cacheprovider", "--no-header", str(file)],
-            cwd=root, capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [""]
-        problems = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))]
-        rows.append(
-            {
-                "tests": str(file.relative_to(root)),
-                "result": lines[-1],
-                "problem": "; ".join(problems)[:500],
-            }
-        )
-        print(rows[-1], flush=True)
-    return rows
+    start_tests(bench)
+    return [test.result() for test in bench.tests]
+
+
+def start_tests(bench: Bench) -> None:
+    """Begin to run each file of tests in a process of its own, some at a time, unless that was done."""
+    if bench.tests or missing({"pytest": "pytest", "hypothesis": "hypothesis"}):
+        return
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    on_gpu = [f for f in files if "mark.gpu" in f.read_text() or f.parent.name == "gpu"]
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    bench.tests = [pool.submit(run_tests, file) for file in on_gpu]
+
+
+def run_tests(file: Path) -> dict[str, Any]:
+    """Run the tests of a file that need a GPU."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "--maxfail=5", "-m", "gpu", "-p", "no:cacheprovider", "--no-header", str(file)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [""]
+    problems = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))]
+    row = {
+        "tests": str(file.relative_to(ROOT)),
+        "result": lines[-1],
+        "problem": "; ".join(problems)[:500],
+    }
+    print(row, flush=True)
+    return row

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from saeflow.operators.gpu.kernels import lists, rows, selection, soft, sparse, update
+from saeflow.operators.gpu.kernels import dense, lists, rows, selection, soft, sparse, update
 
 F, H, D, S, L, U = "*fp32", "*bf16", "*fp64", "*i32", "*i64", "*u8"
 INT, FLOAT = "i32", "fp32"
@@ -24,8 +24,13 @@ Case = tuple[Any, list[str], dict[str, Any], int]
 
 def cases() -> Iterator[Case]:
     """Each kernel with types of its arguments, constants, and warps, as its caller launches it."""
-    yield soft.soft_rows, [F, D, F, FLOAT, F, F, F, S, INT], {"WIDE": 2048}, 8
-    yield soft.soft_gradient_rows, [F, F, F, F, F, FLOAT, F, F, INT], {"WIDE": 2048}, 8
+    for scores, of_relu in ((F, False), (F, True), (H, True)):
+        constants = {"OF_RELU": of_relu, "WIDE": 2048}
+        yield soft.soft_rows, [scores, D, F, FLOAT, scores, F, F, S, F, INT], constants, 8
+        types = [scores, scores, F, F, F, FLOAT, scores, F, F, INT]
+        yield soft.soft_gradient_rows, types, constants, 8
+    for scores in (F, H):
+        yield from dense_steps(scores)
     yield rows.sum_rows, [F, L, L, F, F, INT], {"BLOCK": 256}, 4
     yield rows.row_products, [F, F, L, L, L, F, INT], {"BLOCK": 1024}, 4
     for power in POWERS:
@@ -41,6 +46,22 @@ def cases() -> Iterator[Case]:
             types = [F, F, F, F, H if has_shadow else F, F, U, *[FLOAT] * 4, INT, INT]
             constants = {"HAS_SHADOW": has_shadow, "IS_UNIT": is_unit, "BLOCK": 1024}
             yield update.update_rows, types, constants, 4
+
+
+def dense_steps(A: str) -> Iterator[Case]:
+    """Kernels of dense steps, for scores of a type."""
+    wide = {"WIDE": 2048}
+    tiles = {"ROWS": 8, "TALL": 256, "WIDE": 256}
+    for is_one in FLAGS:
+        constants = wide | {"IS_ONE": is_one}
+        yield dense.relu_dense, [A, A, F, FLOAT, INT], constants, 8
+        yield dense.relu_gradient_dense, [A, A, F, A, FLOAT, INT], constants, 8
+        types = [A, F, A, A, F, F, FLOAT, INT, INT]
+        yield dense.jump_gradient_dense, types, tiles | {"OF_LATENTS": is_one}, 8
+    yield dense.jump_dense, [A, F, A, F, INT], wide, 8
+    yield dense.gated_dense, [A, F, F, F, A, A, F, INT], wide, 8
+    yield dense.gated_gradient_dense, [A, F, F, F, A, A, F, A, F, F, INT, INT], tiles, 8
+    yield dense.count_dense, [A, L, U, INT], wide, 8
 
 
 def selections() -> Iterator[Case]:
@@ -65,29 +86,33 @@ def selections() -> Iterator[Case]:
             {"KIND": ABOVE, "PLACES": 16} | sizes | plain | fast | {"PER_COLUMN": per_column}
         )
         yield selection.collect_rows, [H, F, *tensors], constants, 4
+        sizes_of = {"PER_COLUMN": per_column, **sizes}
+        yield selection.spill_rows, [H, F, S, S, S, S, F, INT], sizes_of, 8
     for places, room, warps in ((16, 128, 1), (32, 1024, 4)):
         constants = {"PLACES": places, "ROOM": room, "CAPACITY": 64}
         yield selection.choose_rows, [S, F, S, S, S, S, F, S, S], constants, warps
 
 
 def products() -> Iterator[Case]:
-    sizes = {"CAPACITY": 32, "BLOCK": 1024}
-    yield sparse.rescore_lists, [F, F, F, F, S, S, F, INT], sizes, 4
-    for W in (F, H):
-        yield sparse.products_of_lists, [F, W, S, S, F, INT], sizes, 4
-        yield sparse.decode_error_of_lists, [F, W, F, S, F, S, F, F, F, INT], sizes, 4
-        for has_bias in FLAGS:
-            constants = sizes | {"HAS_BIAS": has_bias}
-            yield sparse.decode_lists, [W, F, S, F, S, F, INT], constants, 4
-        for groups in (1, 5):
-            constants = sizes | {"GROUPS": groups}
-            yield sparse.sums_by_columns, [W, L, L, S, F, F, F, INT], constants, 4
-            for is_added in FLAGS:
-                types = [W, W, L, L, S, F, F, F, F, F, INT]
-                yield sparse.gradients_of_weights, types, constants | {"IS_ADDED": is_added}, 4
-        types = [F, W, F, L, S, F, S, F, F, F, INT]
-        constants = sizes | {"GROUPS": 5, "PADDED": 8}
-        yield sparse.nested_errors_of_lists, types, constants, 16
+    for has_spill in FLAGS:
+        sizes = {"CAPACITY": 32, "HAS_SPILL": has_spill, "BLOCK": 1024}
+        yield sparse.rescore_lists, [F, F, F, F, S, S, S, F, INT], sizes, 4
+        for W in (F, H):
+            yield sparse.products_of_lists, [F, W, S, S, S, F, INT], sizes, 4
+            types = [F, W, F, S, F, S, S, S, F, F, F, INT]
+            yield sparse.decode_error_of_lists, types, sizes, 4
+            for has_bias in FLAGS:
+                constants = sizes | {"HAS_BIAS": has_bias}
+                yield sparse.decode_lists, [W, F, S, F, S, S, S, F, INT], constants, 4
+            for groups in (1, 5):
+                constants = sizes | {"GROUPS": groups}
+                yield sparse.sums_by_columns, [W, L, S, L, S, F, F, F, INT], constants, 4
+                for is_added in FLAGS:
+                    types = [W, W, L, S, L, S, F, F, F, F, F, INT]
+                    yield sparse.gradients_of_weights, types, constants | {"IS_ADDED": is_added}, 4
+            types = [F, W, F, L, S, F, S, S, S, F, F, F, INT]
+            constants = sizes | {"GROUPS": 5, "PADDED": 8}
+            yield sparse.nested_errors_of_lists, types, constants, 16
 
 
 target = GPUTarget("cuda", int(sys.argv[1]), 32)
@@ -103,9 +128,9 @@ for kernel, types, constants, warps in cases():
     sys.stdout.write(f"{kernel.__name__} {types} {constants} {len(binary)} bytes\n")
 written = {
     name
-    for module in (lists, rows, selection, soft, sparse, update)
+    for module in (dense, lists, rows, selection, soft, sparse, update)
     for name, member in vars(module).items()
-    if name.endswith(("_rows", "_lists", "_weights", "_products", "_columns"))
+    if name.endswith(("_rows", "_lists", "_weights", "_products", "_columns", "_dense"))
     and isinstance(member, triton.JITFunction)
 }
 if written - compiled:

@@ -97,6 +97,7 @@ def test_one_step_has_the_values_and_gradients_of_each(variant: str, tmp_path: P
     alone, grouped = ([Run(Samples(), one, QUIET, tmp_path) for one in wanted] for _ in "ab")
     for run in (*alone, *grouped):  # some are dead, so that AuxK counts
         run.silent[::3] = 600
+        run.sae.settle_dead(11)
         with torch.no_grad():
             run.sae.b_enc[::3] -= 1
     batch = Batch.of(Samples().batch(128, 0))
@@ -129,7 +130,7 @@ def test_a_recorded_stack_does_what_it_does(tmp_path: Path) -> None:
         kept = [
             t for run in recorded.runs
             for t in (*run.sae.parameters(), *(m for of in run.optimizer.state.values() for m in of.values()),
-                      run.watch.step, run.watch.values, run.silent, run.cut)
+                      run.watch.step, run.watch.values, run.silent, run.room.step)
         ]  # fmt: skip
         before = [t.detach().clone() for t in kept]
         with Tape() as tape:

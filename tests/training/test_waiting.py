@@ -1,6 +1,7 @@
 """A step does not wait for its device: nothing of it is read by the host outside lines of the log."""
 
 import dataclasses
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saeflow.batch import Batch
-from saeflow.operators import native, sparse
+from saeflow.operators import SparseLatents, native, sparse
 from saeflow.saes import VARIANTS
 from saeflow.training.run import Run
 
@@ -47,7 +48,9 @@ class NoReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def start(case: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Run:
+def start(
+    case: str, folder: Path, monkeypatch: pytest.MonkeyPatch, device: str = "cpu", **changes: Any
+) -> Run:
     variant, options = CASES[case]
     monkeypatch.setattr(native, "is_on", False)
     monkeypatch.setattr(sparse, "is_padded", True)
@@ -58,7 +61,7 @@ def start(case: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: A
         cold = {"alpha": 1e-3, "alpha_schedule": CONSTANT}
         setting = dataclasses.replace(setting, options={**setting.options, **cold})
     setting = dataclasses.replace(setting, options={**setting.options, **options})
-    run = Run(Samples(), setting, RUNTIME, folder)
+    run = Run(Samples(), setting, {**RUNTIME, "device": device}, folder)
     if variant in FOLLOW_DENSITY:
         with torch.no_grad():
             run.sae.b_enc.sub_(1.0)
@@ -71,41 +74,133 @@ def test_a_step_reads_nothing(case: str, tmp_path: Path, monkeypatch: pytest.Mon
     batches = run.batches()
     for _ in range(4):  # the first decides the path; some latents are dead then
         run.take(next(batches), 0.0)
+    run.catch_up(is_all=True)
     run.sae.settle()
+    run.sae.settle_dead(run.sae.d_sae // 2)
     run.take(next(batches), 0.0)
     with NoReads():
         for batch in [next(batches) for _ in range(3)]:
             run.take(batch, 0.0)
+    assert int(run.room.step) == -1
     run.check()
 
 
-def test_rows_that_lose_latents_are_counted_and_get_more_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("case", ["batch_topk", "matryoshka", "jumprelu", "gated"])
+def test_rows_with_more_latents_than_a_list_holds_lose_none(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = start("batch_topk", tmp_path, monkeypatch, d_sae=256, log_every_steps=2)
+    run = start(case, tmp_path, monkeypatch, d_sae=256)
     monkeypatch.setattr(type(run.sae), "most", 1)  # room for 16
-    with torch.no_grad():
-        run.sae.b_enc.zero_()
     batch = next(run.batches())
-    batch.x[:2] *= 1000  # rows that take the whole batch's latents
-    for _ in range(4):
-        run.take(batch, 0.0)
-    assert caplog.text.count("rows since the last line") == 2
-    assert run.sae.widened == 4
-    run.take(batch, 0.0)
-    run.checkpoint()
-    again = start("batch_topk", tmp_path, monkeypatch, d_sae=256, log_every_steps=2)
-    assert again.sae.widened == 4
-    assert int(again.cut) == int(run.cut) > 0  # which the next line of the log will say
+    if case in FOLLOW_DENSITY:
+        with torch.no_grad():
+            run.sae.b_enc.sub_(4.0)  # few latents of the other rows are active
+    batch.x[:2] *= 1000
+    found = run.sae.run(batch, is_sparse=True)
+    assert found.lacking().tolist() == [0, 0]
+    assert int(found.l0().max()) > 100
+    monkeypatch.setattr(sparse, "is_padded", False)
+    expected = run.sae.run(batch, is_sparse=True)
+    assert isinstance(found.latents, SparseLatents)
+    assert isinstance(expected.latents, SparseLatents)
+    torch.testing.assert_close(found.latents.dense(), expected.latents.dense())
+    torch.testing.assert_close(found.l0(), expected.l0())
+    assert torch.equal(found.fired(), expected.fired())
 
 
-def test_a_row_cut_on_another_rank_gives_room_on_this_one(
+def crowded(
+    variant: str, folder: Path, monkeypatch: pytest.MonkeyPatch, device: str = "cpu"
+) -> tuple[Run, list[Batch]]:
+    """A run, and batches with rows that take the latents of their whole batch; hardly any spare lists."""
+    for module in ("batch_topk", "sparse"):
+        place = import_module(f"saeflow.operators.{module}")
+        monkeypatch.setattr(place, "spare_for", lambda _: 1)
+    changes = {"log_every_steps": 50, "dead_after_tokens": 600}
+    run = start(variant, folder, monkeypatch, device, d_sae=256, **changes)
+    batches = [
+        batch.map(lambda x: x.to(device))
+        for batch, _ in zip(Samples().batches(128, 0), range(20), strict=False)
+    ]
+    for number in (3, 4, 12):
+        batches[number].x[:2] *= 1000
+    return run, batches
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("variant", ["batch_topk", "jumprelu", "matryoshka"])
+def test_steps_that_lack_room_are_taken_again_before_any_later_one_counts(
+    variant: str,
+    device: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    run, batches = crowded(variant, tmp_path, monkeypatch, device)
+    whole = Run(Samples(), run.config, run.runtime, tmp_path)
+    whole.sae.load_state_dict(run.sae.state_dict())
+    whole.sae.dead_room = 256
+    with monkeypatch.context() as with_room:
+        with_room.setattr(type(run.sae), "most", 256)
+        for x in batches:
+            whole.take(x, 0.0)
+    assert "taken again" not in caplog.text
+    monkeypatch.setattr(type(run.sae), "most", 1)
+    for x in batches:
+        run.take(x, 0.0)
+    run.catch_up(is_all=True)
+    assert "taken again" in caplog.text
+    assert run.sae.widened > 1
+    assert run.step == whole.step == len(batches)
+    for name, tensor in whole.sae.state_dict().items():
+        if name != "density":  # of when the path was last decided
+            ours = run.sae.state_dict()[name]
+            torch.testing.assert_close(
+                ours, tensor, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            )
+    assert torch.equal(run.silent, whole.silent)
+
+
+def test_a_step_that_lacks_room_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = start("batch_topk", tmp_path, monkeypatch)
-    monkeypatch.setattr(run.ranks, "over_both", lambda own: own + 1)
-    run.make_room()
-    assert run.sae.widened == 2
+    run, batches = crowded("batch_topk", tmp_path, monkeypatch)
+    with monkeypatch.context() as with_room:
+        with_room.setattr(type(run.sae), "most", 256)
+        for x in batches[:3]:
+            run.take(x, 0.0)
+    before = {name: tensor.clone() for name, tensor in run.sae.named_parameters()}
+    monkeypatch.setattr(type(run.sae), "most", 1)
+    for x in batches[3:6]:
+        run.take(x, 0.0)
+    for name, parameter in run.sae.named_parameters():
+        assert torch.equal(parameter, before[name])
+    assert int(run.room.step) == 3
+    run.checkpoint()  # which waits for all
+    assert int(run.room.step) == -1
+    assert not torch.equal(run.sae.W_dec, before["W_dec"])
+    again = Run(Samples(), run.config, RUNTIME, tmp_path)
+    assert (again.step, again.sae.widened) == (6, run.sae.widened)
+    for name, parameter in again.sae.named_parameters():
+        assert torch.equal(parameter, run.sae.get_parameter(name))
+
+
+def test_dead_latents_beyond_their_room_are_taken_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    run, batches = crowded("topk", tmp_path, monkeypatch)
+    whole = Run(Samples(), run.config, RUNTIME, tmp_path)
+    whole.sae.load_state_dict(run.sae.state_dict())
+    whole.sae.dead_room = 256
+    for each in (whole, run):
+        for x in batches[5:12]:
+            each.take(x, 0.0)
+        each.catch_up(is_all=True)
+    assert "dead latents" in caplog.text
+    assert 0 < run.sae.dead_room < 256
+    for name, parameter in run.sae.named_parameters():
+        torch.testing.assert_close(parameter, whole.sae.get_parameter(name), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,12 +1,13 @@
 """Operators: pure, differentiable functions on the last dimension, and sparse latents."""
 
-from saeflow.operators.auxk import auxk_loss, residual_share, select_auxk
+from saeflow.operators.auxk import auxk_loss, first_of, keep_largest, residual_share, select_auxk
 from saeflow.operators.batch_topk import batch_topk, batch_topk_sparse
 from saeflow.operators.entmax import entmax, entmax_of, entmax_sparse
 from saeflow.operators.geometric_median import geometric_median
 from saeflow.operators.jumprelu import jumprelu, step
 from saeflow.operators.pre_acts import lowered, pre_acts, rounding
 from saeflow.operators.products import (
+    decode_columns,
     decode_sparse,
     gather_columns,
     gather_pre_acts,
@@ -23,14 +24,17 @@ __all__ = [
     "auxk_loss",
     "batch_topk",
     "batch_topk_sparse",
+    "decode_columns",
     "decode_sparse",
     "entmax",
     "entmax_of",
     "entmax_sparse",
+    "first_of",
     "gather_columns",
     "gather_pre_acts",
     "geometric_median",
     "jumprelu",
+    "keep_largest",
     "keep_topk",
     "lowered",
     "pre_acts",

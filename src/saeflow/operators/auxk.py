@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from saeflow.operators.gpu import selection
+from saeflow.operators.gpu.lists import capacity_for
 from saeflow.operators.sparse import SparseLatents, room
 from saeflow.operators.topk import keep_topk, topk_sparse
 
@@ -70,6 +71,34 @@ def select_auxk(
     active = top.values > 0
     flat = top.rows[active] * len(dead) + columns[top.columns[active]]
     return SparseLatents.from_positions(flat, top.values[active], *pre_acts.shape)
+
+
+def first_of(dead: Tensor, count: int) -> Tensor:
+    """Return the columns of the first `count` dead latents, ascending, then of live ones if there are fewer.
+
+    Args:
+        dead: (d_sae,) bool.
+        count: at most d_sae.
+
+    Returns:
+        (count,) int64, no column twice; the host waits for nothing.
+    """
+    return (~dead).to(torch.uint8).sort(stable=True).indices[:count]
+
+
+def keep_largest(active: Tensor, k: int) -> Tensor:
+    """Zero all but the k largest positive entries of each row, as `keep_topk` does, for which the host does not wait.
+
+    Args:
+        active: (B, n), none below 0.
+        k: one for all rows.
+
+    Returns:
+        (B, n), with the gradient of the entries that are kept.
+    """
+    kept = selection.topk(active, k, capacity_for(k), is_positive=True)
+    values = active.gather(1, kept.columns.long()).where(kept.real, 0)
+    return kept.with_values(values).dense()
 
 
 def residual_share(

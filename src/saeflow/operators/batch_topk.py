@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saeflow.operators import gpu, native
 from saeflow.operators.gpu import selection
-from saeflow.operators.gpu.lists import MOST_ON_A_LIST, NAN, capacity_for
+from saeflow.operators.gpu.lists import MOST_ON_A_LIST, NAN, capacity_for, spare_for
 from saeflow.operators.rows import (
     as_rows,
     blocks,
@@ -61,9 +61,9 @@ def batch_topk_sparse(values: Tensor, k: float | Tensor, most: int | None = None
     if values.ndim != 2:
         raise ValueError(f"values must be (B, n), got {tuple(values.shape)}")
     if (capacity := room(values, most)) is not None:
-        wanted = len(values) * k
+        wanted, spare = len(values) * k, spare_for(len(values))
         total = wanted.round().long() if isinstance(wanted, Tensor) else round(wanted)
-        return SparseLatents.of(selection.batch_topk(values, total, capacity))
+        return SparseLatents.of(selection.batch_topk(values, total, capacity, spare))
     return _choose(values, k).taken_from(values)
 
 
@@ -141,8 +141,8 @@ def _choose_natively(rows: Tensor, total: int) -> SparseLatents | None:
 def _choose_on_gpu(values: Tensor, total: int) -> SparseLatents | None:
     """The entries, by a list of each row; None where some row may have more than there is room for."""
     rows = values.reshape(-1, values.shape[-1])
-    room = min(rows.shape[1], 4 * math.ceil(total / len(rows)))
-    found = selection.batch_topk(rows, total, capacity_for(min(room, MOST_ON_A_LIST)))
+    room = min(rows.shape[1], 2 * math.ceil(total / len(rows)), MOST_ON_A_LIST)
+    found = selection.batch_topk(rows, total, capacity_for(room), spare_for(len(rows)))
     refuse_rows((found.status & NAN) > 0, 0, "values hold NaN")
     is_whole = not found.status.any() and int(found.counts.sum()) == total
     return SparseLatents.from_lists(found) if is_whole else None

@@ -238,7 +238,7 @@ class _SoftTopK(torch.autograd.Function):
                 guess,
                 offset,
             )
-            gpu.launch_rows("soft_rows", rows, *of_row, problems)
+            gpu.launch_rows("soft_rows", rows, *of_row, problems, guess, OF_RELU=False)
             for number, problem in enumerate(PROBLEMS[1:] if is_read else (), 1):
                 refuse_rows(problems == number, 0, problem)
             if not is_read:
@@ -280,7 +280,7 @@ class _SoftTopK(torch.autograd.Function):
                 gpu.on_device(ctx.temperature, torch.float32, rows),
             )
             out = (ctx.reach, grad_values, grad_k)
-            gpu.launch_rows("soft_gradient_rows", rows, *of_row, *out)
+            gpu.launch_rows("soft_gradient_rows", rows, *of_row, *out, grad_k, OF_RELU=False)
         for at, near in ctx.near:
             g = near.gather(grad_rows[at], 0)
             entries = near.gather(rows[at], -torch.inf)

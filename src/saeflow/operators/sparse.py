@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saeflow.operators import gpu, native
 from saeflow.operators.gpu import selection as select
-from saeflow.operators.gpu.lists import OVERFLOW, Lists, capacity_for
+from saeflow.operators.gpu.lists import OVERFLOW, Lists, capacity_for, spare_for
 from saeflow.operators.gpu.weights import Walk
 from saeflow.operators.rows import pad, positions
 
@@ -54,8 +54,8 @@ class SparseLatents:
     @staticmethod
     def of(lists: Lists) -> "SparseLatents":
         """Lists of a fixed size as sparse latents."""
-        n_rows, room = lists.columns.shape
-        offsets = torch.arange(n_rows + 1, device=lists.columns.device) * room
+        n_lists, room = lists.columns.shape
+        offsets = torch.arange(n_lists + 1, device=lists.columns.device) * room
         return SparseLatents(
             offsets, lists.columns.view(-1), lists.values.view(-1), lists.d_sae, lists
         )
@@ -94,8 +94,9 @@ class SparseLatents:
             most: see `room`.
         """
         if (capacity := room(values, most)) is not None:
-            limits = gpu.on_device(threshold, torch.float32, values)
-            return SparseLatents.of(select.above(values, limits.detach(), capacity))
+            limits = gpu.on_device(threshold, torch.float32, values).detach()
+            spare = spare_for(len(values))
+            return SparseLatents.of(select.above(values, limits, capacity, spare))
         limits = torch.as_tensor(threshold, dtype=values.dtype, device=values.device).detach()
         rows = values.detach()
         if not (native.serves(rows) and rows.is_contiguous()):
@@ -116,14 +117,16 @@ class SparseLatents:
     @staticmethod
     def from_lists(lists: Lists) -> "SparseLatents":
         """The real entries of lists, none of which overflows."""
-        counts = lists.counts.long()
-        offsets = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
-        return SparseLatents(
-            offsets, lists.columns[lists.real].long(), lists.values[lists.real], lists.d_sae
-        )
+        rows = torch.arange(len(lists.status), device=lists.columns.device)
+        flat = lists.of_lists(rows)[:, None] * lists.d_sae + lists.columns
+        flat, values = flat[lists.real], lists.values[lists.real]
+        if lists.spill is not None:
+            flat, order = flat.sort()
+            values = values[order]
+        return SparseLatents.from_positions(flat, values, len(rows), lists.d_sae)
 
     def __len__(self) -> int:
-        return len(self.offsets) - 1
+        return len(self.offsets) - 1 if self.lists is None else len(self.lists.status)
 
     @cached_property
     def is_real(self) -> Tensor:
@@ -134,7 +137,11 @@ class SparseLatents:
     @cached_property
     def rows(self) -> Tensor:
         """(count,) int64: the row of each entry."""
-        return torch.repeat_interleave(self.offsets.diff(), output_size=len(self.columns))
+        if self.lists is None:
+            return torch.repeat_interleave(self.offsets.diff(), output_size=len(self.columns))
+        rows = torch.arange(len(self), device=self.columns.device)
+        of_lists = self.lists.of_lists(rows)[:, None]
+        return of_lists.expand(self.lists.columns.shape).reshape(-1)
 
     @cached_property
     def flat(self) -> Tensor:
@@ -259,7 +266,7 @@ class SparseLatents:
     def l0(self) -> Tensor:
         """(B,) int64: number of non-zero values in each row."""
         if self.lists is not None:
-            return (self.lists.values.detach() != 0).sum(1)
+            return self.lists.of_rows((self.lists.values.detach() != 0).sum(1))
         return torch.bincount(self.rows[self.values.detach() != 0], minlength=len(self))
 
 

@@ -99,6 +99,7 @@ class AdaptiveK(PerInputK):
     Options = AdaptiveKOptions
 
     takes_own_targets = False  # the probe reads inputs too
+    constants = ("first_w", "first_b", "ridge", "examples", "scores")
 
     deviation: Tensor
     probe_losses: Tensor
@@ -178,10 +179,11 @@ class AdaptiveK(PerInputK):
         return k.detach().round()
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
+        (total,) = fwd.beside or (fwd.values.abs().sum(),)
         losses = {
             "reconstruction": self.mean_over_rows(fwd.squared_errors / self.d_out),
             "l1": self.l1
-            * self.sum_over_entries(fwd.values.abs().sum())
+            * self.sum_over_entries(total)
             / self.sum_over_rows(torch.linalg.vector_norm(fwd.target, dim=1).sum()).clamp(
                 min=1e-12
             ),

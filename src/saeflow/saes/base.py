@@ -18,9 +18,13 @@ from saeflow.batch import Batch
 from saeflow.errors import UserError
 from saeflow.operators import (
     SparseLatents,
+    acts_as_gpu,
+    decode_columns,
     decode_sparse,
+    first_of,
     gather_columns,
     gather_pre_acts,
+    keep_largest,
     keep_topk,
     residual_share,
     room,
@@ -55,9 +59,7 @@ class SAE(Usable):
             self.look_at_first(x)
         condition = self.condition(x)
         if not (self.is_sparse if is_sparse is None else is_sparse):
-            pre_acts = self.pre_activations(x)
-            latents = self.activate(pre_acts, condition)
-            return Forward(batch, condition, pre_acts, pre_acts, latents, self.decode(latents))
+            return self.run_dense(batch, condition)
         with torch.no_grad():
             has_room = room(x, self.room) is not None  # then selections read bfloat16 as it is
             pre_acts = self.latent_scores(x) if has_room else self.pre_activations(x)
@@ -76,6 +78,19 @@ class SAE(Usable):
         return Forward(
             batch, condition, pre_acts, selected, active, x_hat, parts, is_rounded, errors
         )
+
+    def run_dense(self, batch: Batch, condition: Tensor | None) -> Forward:
+        """Return the plain pass, in which every latent is stored."""
+        if not acts_as_gpu(self.W_dec):
+            pre_acts = self.pre_activations(batch.x)
+            latents = self.activate(pre_acts, condition)
+            return Forward(batch, condition, pre_acts, pre_acts, latents, self.decode(latents))
+        scores = self.latent_scores(batch.x)
+        latents, *beside = self.activate_at_once(scores, condition)
+        x_hat = self.decode(latents).to(self.W_dec.dtype)
+        fwd = Forward(batch, condition, scores, scores, latents, x_hat, beside=tuple(beside))
+        fwd.is_rounded = torch.is_autocast_enabled(batch.x.device.type)
+        return fwd
 
     def errors_of(self, target: Tensor, latents: SparseLatents) -> Errors | None:
         """Return the errors of the reconstruction of a target (B, d_out), where one pass finds them with their gradients."""
@@ -127,12 +142,7 @@ class SAE(Usable):
         """Return the loss of dead latents (d_sae,) that reconstruct the residual (Gao et al. 2024)."""
         residual, k_aux = fwd.residual, self.d_out // 2
         if self.has_all_latents and room(fwd.pre_acts, k_aux) is not None:
-            chosen = select_auxk(fwd.pre_acts.detach(), dead, k_aux, k_aux)
-            beside = fwd.selected if isinstance(fwd.selected, SparseLatents) else None
-            chosen = self.gather(fwd.x, chosen, fwd.is_rounded, beside)
-            e_hat = decode_sparse(chosen.relu(), self.W_dec)
-            share = residual_share(residual, e_hat, self.sum_over_rows)
-            return share.where(dead.any(), 0)
+            return self.auxk_at_once(fwd, dead, k_aux)
         columns = dead.nonzero()[:, 0]
         if int(self.sum_over_latents(residual.new_tensor(len(columns)))) == 0:
             return residual.new_zeros(())
@@ -155,6 +165,30 @@ class SAE(Usable):
             )
             e_hat = self.sum_over_latents(decode_sparse(chosen, self.W_dec))
         return residual_share(residual, e_hat, self.sum_over_rows)
+
+    def auxk_at_once(self, fwd: Forward, dead: Tensor, k_aux: int) -> Tensor:
+        """Return the same without a value read by the host, which knows how many are dead from lines of the log.
+
+        Products are with the rows of the dead alone, copied; where these are most of all, with the chosen entries.
+        """
+        count, number = self.dead_room, dead.sum()
+        fwd.dead = number.where(number > count, 0)
+        if 2 * count > self.d_sae:
+            fwd.dead = number.new_zeros(())  # lists have room for the chosen ones of any number
+            chosen = select_auxk(fwd.pre_acts.detach(), dead, k_aux, k_aux)
+            beside = fwd.selected if isinstance(fwd.selected, SparseLatents) else None
+            chosen = self.gather(fwd.x, chosen, fwd.is_rounded, beside)
+            e_hat = decode_sparse(chosen.relu(), self.W_dec)
+        else:
+            if count == 0:
+                return fwd.residual.new_zeros(())
+            columns = first_of(dead, count)
+            active = self.gather_columns(fwd, columns).where(dead[columns], 0).relu()
+            if count > k_aux:
+                active = keep_largest(active, k_aux)
+            e_hat = decode_columns(active, self.W_dec, columns, is_rounded=fwd.is_rounded)
+        share = residual_share(fwd.residual, e_hat, self.sum_over_rows)
+        return share.where(dead.any(), 0)
 
     @torch.no_grad()
     def project_grad(self) -> None:

@@ -1,5 +1,6 @@
 """BatchTopK SAE: keep the B k largest latents of the batch (Bussmann et al. 2024, arXiv:2412.06410)."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +14,7 @@ from saeflow.saes.forward import Forward
 from saeflow.saes.schedules import Moving, make_schedule
 from saeflow.saes.topk import TopKOptions
 
-MOST = 8  # times k, latents of one input: a GPU makes room for these
+MOST = 2  # times k, latents of one input: a GPU makes room for these, and for rows with more some spare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class BatchTopK(SAE):
 
     @property
     def most(self) -> int:
-        return MOST * round(self.k + 1)
+        return MOST * math.ceil(float(self.share_of_batch(self.k)))
 
     def begin_step(self, step: int, total: int) -> None:
         self.k = self.schedule(step, total)

@@ -66,7 +66,8 @@ class Contract(Totals):
     # What it does not.
 
     positions = slice(0, None)  # of each context, those that it was trained on
-    widened = 1  # times `most` that there is room for, once rows were cut
+    constants: tuple[str, ...] = ()  # buffers that no step changes
+    forgets_latents = False  # whether `end_step` reads no dense latents but their counts
 
     def __init__(self, d_in: int, d_sae: int, d_out: int | None = None) -> None:
         super().__init__()
@@ -74,6 +75,8 @@ class Contract(Totals):
         self.copies: dict[str, Tensor] = {}
         self.d_in, self.d_sae = d_in, d_sae
         self.d_out = d_in if d_out is None else d_out
+        self.widened = 1  # times `most` that there is room for, once rows had more latents
+        self.dead_room = 0  # dead latents that AuxK has room for on a GPU
         self.W_enc = nn.Parameter(torch.zeros(d_sae, d_in).t())
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, self.d_out))
@@ -102,6 +105,13 @@ class Contract(Totals):
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         """Pre-activations (B, d_sae) to latents (B, d_sae)."""
         raise NotImplementedError
+
+    def activate_at_once(self, scores: Tensor, condition: Tensor | None) -> tuple[Tensor, ...]:
+        """Return latents (B, d_sae) of scores of any precision, and what losses read of the same pass.
+
+        Of a dense step on a GPU; a variant with such steps takes one pass for it (`operators.gpu.dense`).
+        """
+        return (self.activate(scores.to(self.W_dec.dtype), condition),)
 
     @property
     def is_sparse(self) -> bool:
@@ -169,6 +179,17 @@ class Contract(Totals):
 
     def settle(self) -> None:
         """Decide the path of the steps to come from what the last ones measured: a wait for the device."""
+
+    def widen(self) -> None:
+        """Make room for rows with more latents than the last step had."""
+        self.widened *= 2
+
+    def settle_dead(self, count: int) -> None:
+        """Make room for so many dead latents and an eighth more, and not for many times as many."""
+        part = max(16, capacity_for(count) // 8)
+        needed = min(-(-9 * count // (8 * part)) * part, self.d_sae)
+        if count > self.dead_room or 2 * needed <= self.dead_room:
+            self.dead_room = needed
 
     def look_at_first(self, x: Tensor) -> None:
         """Decide the path of a step from its inputs (B, d_in), where no step before it has told."""

@@ -14,8 +14,10 @@ SPARSE_BELOW = 0.15
 SPARSE_BELOW_ON_GPU = 160
 """Active latents of an input under which the sparse path is taken on a GPU: a TopK step of 128 was measured at 7
 encoder products there, a dense step of ReLU is aimed at 10."""
-MOST = 8
-"""Times the mean, latents of one input: a GPU makes room for these."""
+MOST_WIDENED = 4
+"""Times the room at first, beyond which a step that lacks some, and those up to the next line of the log, are dense."""
+MOST, LEAST = 1.5, 8
+"""Times the mean, and so many more, latents of one input: a GPU makes room for these, and for rows with more some spare."""
 _FIRST_ROWS = 64  # that the first step's path is decided from
 
 
@@ -28,6 +30,7 @@ class FollowsDensity(SAE):
         measured: () share of the latents that were active in the last batch.
     """
 
+    forgets_latents = True
     density: Tensor
     measured: Tensor
 
@@ -53,7 +56,14 @@ class FollowsDensity(SAE):
     @property
     def most(self) -> int:
         known = 1.0 if self.known is None or self.known < 0 else self.known
-        return min(round(MOST * known * self.d_sae) + MOST, self.d_sae)
+        return min(round(MOST * known * self.d_sae) + LEAST, self.d_sae)
+
+    def widen(self) -> None:
+        if self.widened < MOST_WIDENED:
+            super().widen()
+        else:
+            self.density.fill_(1.0)
+            self.known = 1.0
 
     def settle(self) -> None:
         self.density.copy_(self.measured)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from saeflow.batch import Batch
 from saeflow.operators import SparseLatents
+from saeflow.operators.gpu import dense
 
 
 class Errors(NamedTuple):
@@ -35,6 +36,8 @@ class Forward:
         parts: (B, G, d_out) what each group of latents adds, where there are some.
         is_rounded: whether `pre_acts` are of a bfloat16 product.
         errors: where one pass gave them; then losses need no x_hat.
+        beside: what one pass found with dense latents, see `Contract.activate_at_once`.
+        dead: () number of dead latents where AuxK had no room for all, else 0; None without AuxK on a GPU.
     """
 
     batch: Batch
@@ -46,6 +49,8 @@ class Forward:
     parts: Tensor | None = None
     is_rounded: bool = False
     errors: Errors | None = None
+    beside: tuple[Tensor, ...] = ()
+    dead: Tensor | None = None
 
     @property
     def x(self) -> Tensor:
@@ -85,25 +90,38 @@ class Forward:
         """Every latent that is stored: (count,) on the sparse path, (B, d_sae) on the dense one."""
         return self.latents.values if isinstance(self.latents, SparseLatents) else self.latents
 
-    def forget_scores(self) -> None:
-        """Free the pre-activations of the sparse path, which nothing needs once the loss is known."""
-        if self.is_sparse:
-            self.pre_acts = self.pre_acts.new_empty(0)
+    def forget_scores(self, *, with_latents: bool = False) -> None:
+        """Free what is as large as the scores and is not needed once the loss is known, but for its gradient.
+
+        Args:
+            with_latents: dense latents too, once they are counted.
+        """
+        nothing = self.pre_acts.new_empty(0)
+        self.pre_acts, self.beside = nothing, ()
+        if isinstance(self.selected, Tensor):
+            self.selected = nothing
+        if with_latents and isinstance(self.latents, Tensor):
+            self.counts  # noqa: B018  # kept
+            self.latents = nothing
+
+    @cached_property
+    def counts(self) -> tuple[Tensor, Tensor]:
+        """Return (B,) number of non-zero latents of a dense pass, and (d_sae,) bool: those that are not zero somewhere."""
+        assert isinstance(self.latents, Tensor)
+        return dense.count(self.latents)
 
     def l0(self) -> Tensor:
         """(B,) number of non-zero latents."""
-        if isinstance(self.latents, SparseLatents):
-            return self.latents.l0()
-        return (self.latents.detach() != 0).sum(1)
+        return self.latents.l0() if isinstance(self.latents, SparseLatents) else self.counts[0]
 
-    def cut_rows(self) -> Tensor:
-        """() number of rows that lost latents for want of room."""
+    def lacking(self) -> Tensor:
+        """Return (2,) int64: rows that lost latents for want of room, and dead latents where there was none for all."""
+        nothing = torch.zeros((), dtype=torch.int64, device=self.x.device)
+        rows = nothing
         if isinstance(self.latents, SparseLatents):
-            return self.latents.cut_rows()
-        return torch.zeros((), dtype=torch.int64, device=self.x.device)
+            rows = self.latents.cut_rows()
+        return torch.stack((rows, nothing if self.dead is None else self.dead))
 
     def fired(self) -> Tensor:
         """(d_sae,) bool: latents that are not zero somewhere in the batch."""
-        if isinstance(self.latents, SparseLatents):
-            return self.latents.fired()
-        return (self.latents.detach() != 0).any(0)
+        return self.latents.fired() if isinstance(self.latents, SparseLatents) else self.counts[1]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents
+from saeflow.operators.gpu import dense
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.forward import Forward
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
@@ -56,6 +57,10 @@ class Gated(FollowsDensity):
         magnitude = ((pre_acts - self.b_enc) * self.r_mag.exp() + self.b_mag).relu()
         return magnitude * (pre_acts > 0)
 
+    def activate_at_once(self, scores: Tensor, condition: Tensor | None) -> tuple[Tensor, ...]:
+        """Return latents, the gate's positive part, and its sum."""
+        return dense.gated(scores, self.b_enc, self.r_mag, self.b_mag)
+
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
@@ -71,9 +76,13 @@ class Gated(FollowsDensity):
             gate = fwd.selected.relu()
             penalty, errors = gate.values.sum(), self.errors_of_constant(fwd.target, gate)
         else:
-            positive = fwd.selected.relu()
-            part = self.sum_over_latents(positive @ self.W_dec.detach())
-            penalty = positive.sum()
+            if fwd.beside:
+                positive, penalty = fwd.beside
+            else:
+                positive = fwd.selected.relu()
+                penalty = positive.sum()
+            part = positive @ self.W_dec.detach().to(positive.dtype)
+            part = self.sum_over_latents(part.to(self.W_dec.dtype))
             errors = (fwd.target - (part + self.b_dec.detach())).square().sum(1)
         return super().losses(fwd, dead) | {
             "l1": self.moved("l1") * self.sum_over_entries(penalty) / self.rows(fwd.x),

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents, jumprelu, lowered, step
+from saeflow.operators.gpu import dense
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.forward import Forward
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
@@ -130,6 +131,10 @@ class JumpReLU(FollowsDensity):
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         return jumprelu(pre_acts, self.theta, self.bandwidth)
 
+    def activate_at_once(self, scores: Tensor, condition: Tensor | None) -> tuple[Tensor, ...]:
+        """Return latents, and how many are active."""
+        return dense.jumprelu(scores, self.theta, self.bandwidth, of_latents=not self.is_standard)
+
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
@@ -143,7 +148,9 @@ class JumpReLU(FollowsDensity):
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         acts = fwd.selected if self.is_standard else fwd.latents
-        if isinstance(acts, SparseLatents):
+        if fwd.beside:
+            (count,) = fwd.beside
+        elif isinstance(acts, SparseLatents):
             count = acts.total(step(acts.values, self.theta[acts.columns], self.bandwidth))
             if not self.is_standard:
                 count = count + self.unlisted(acts, len(fwd.x))

@@ -1,13 +1,16 @@
 """P-annealed SAE: an L_p penalty whose p falls below 1 (Karvonen et al. 2024, arXiv:2408.00113)."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents
+from saeflow.operators.autograd import applied
+from saeflow.operators.gpu import dense
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.forward import Forward
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
@@ -93,14 +96,20 @@ class PAnneal(FollowsDensity):
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         return pre_acts.relu()
 
+    def activate_at_once(self, scores: Tensor, condition: Tensor | None) -> tuple[Tensor, ...]:
+        """Return latents, and the sum of their powers."""
+        return dense.relu(scores, self.p_after(self.jumps))
+
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
         return self.above_zero(pre_acts, margin)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
-        penalty = self.sum_over_entries(sum_of_powers(fwd.values, self.p_after(self.jumps)))
-        penalty = penalty / self.rows(fwd.x)
+        (total,) = fwd.beside or (sum_of_powers(fwd.values, self.p_after(self.jumps)),)
+        penalty = self.sum_over_entries(total) / self.rows(fwd.x)
+        if self.is_before_jump:
+            self.record(fwd)
         return super().losses(fwd, dead) | {"penalty": self.weight.to(penalty.dtype) * penalty}
 
     @property
@@ -110,12 +119,13 @@ class PAnneal(FollowsDensity):
         return result
 
     @torch.no_grad()
-    def end_step(self, fwd: Forward) -> None:
-        super().end_step(fwd)
-        if not self.is_before_jump:
-            return
+    def record(self, fwd: Forward) -> None:
+        """Note the penalty of a step at its p and at the next one."""
+        values = fwd.values.detach()
         for row, jumps in enumerate((self.jumps, self.jumps + 1)):
-            penalty = self.sum_over_entries(sum_of_powers(fwd.values.detach(), self.p_after(jumps)))
+            p = self.p_after(jumps)
+            total = dense.relu(values, p)[1] if fwd.beside else sum_of_powers(values, p)
+            penalty = self.sum_over_entries(total)
             self.recent[row].index_copy_(0, self.place, penalty.to(self.recent.dtype).view(1))
 
     def facts(self, fwd: Forward) -> dict[str, float]:
@@ -126,4 +136,25 @@ def sum_of_powers(values: Tensor, p: float) -> Tensor:
     """() sum of v^p over the positive values, with gradient 0 at the others."""
     if p == 1:
         return values.sum()
-    return torch.where(values > 0, values, 1).pow(p).mul(values > 0).sum()
+    return applied(_SumOfPowers, values, p)
+
+
+class _SumOfPowers(torch.autograd.Function):
+    """One tensor of the size of the values at a time, where autograd alone would keep four."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, p: float) -> Tensor:
+        ctx.save_for_backward(values)
+        ctx.p = p
+        return _powers(values, p).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (values,) = ctx.saved_tensors
+        return _powers(values, ctx.p - 1).mul_(ctx.p).mul_(grad), None
+
+
+def _powers(values: Tensor, p: float) -> Tensor:
+    """Return v^p of the positive values, 0 at the others."""
+    return values.clamp(min=0).pow_(p).masked_fill_(~(values > 0), 0)

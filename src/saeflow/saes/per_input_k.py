@@ -7,12 +7,16 @@ from torch import Tensor
 
 from saeflow.operators import (
     SparseLatents,
+    gpu,
     keep_topk,
     soft_topk,
     soft_topk_of,
     soft_topk_sparse,
     topk_sparse,
 )
+from saeflow.operators.gpu import dense
+from saeflow.operators.gpu.on_lists import FAR
+from saeflow.saes.base import SAE
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.schedules import Moving
 
@@ -68,6 +72,12 @@ class PerInputK(FollowsDensity):
     def is_sparse(self) -> bool:
         return not self.is_soft or super().is_sparse
 
+    def widen(self) -> None:
+        if self.is_soft:
+            super().widen()
+        else:  # which has no dense step
+            SAE.widen(self)
+
     def condition(self, x: Tensor) -> Tensor | None:
         return self.k_hat(x.to(self.W_dec.dtype))
 
@@ -80,6 +90,13 @@ class PerInputK(FollowsDensity):
         if self.is_soft:
             return v * soft_topk(v, condition, self.heat, reach=self.reach)
         return keep_topk(v, condition.detach().floor().long())
+
+    def activate_at_once(self, scores: Tensor, condition: Tensor | None) -> tuple[Tensor, ...]:
+        """Return latents, and their sum where one pass finds both."""
+        if not (self.is_soft and gpu.serves_scores(scores) and isinstance(self.heat, Tensor)):
+            return super().activate_at_once(scores, condition)
+        assert condition is not None
+        return dense.soft(scores, condition, self.heat, self.reach or FAR)
 
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float

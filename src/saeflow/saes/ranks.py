@@ -8,7 +8,6 @@ what all ranks hold are then summed over ranks; what all of them compute alike f
 
 import os
 from collections.abc import Sized
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from saeflow.errors import UserError
 from saeflow.operators import SparseLatents, topk_sparse
 from saeflow.operators.autograd import applied
-from saeflow.operators.gpu.lists import OVERFLOW, Lists
+from saeflow.operators.gpu.lists import Lists
 from saeflow.operators.rows import pad
 
 Split = Literal["batch", "latents"]
@@ -199,10 +198,7 @@ class Ranks:
         ties &= everyone > float("-inf")
         order = ties.view(-1).cumsum(0).view_as(ties)
         best = above | (ties & (order <= total - above.sum()))
-        kept = lists.keep(best[self.rank])
-        is_cut = (lists.status & OVERFLOW != 0) & (kept.counts == lists.capacity)
-        status = (kept.status & ~OVERFLOW) | (OVERFLOW * is_cut).int()
-        return replace(kept, status=status)
+        return lists.keep(best[self.rank])
 
 
 def check_divides(what: str, number: int, ranks: Ranks, split: Split) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents
+from saeflow.operators.gpu import dense
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.forward import Forward
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
@@ -50,13 +51,18 @@ class ReLU(FollowsDensity):
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         return pre_acts.relu()
 
+    def activate_at_once(self, scores: Tensor, condition: Tensor | None) -> tuple[Tensor, ...]:
+        """Return latents, and their sum."""
+        return dense.relu(scores, 1.0)
+
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
         return self.above_zero(pre_acts, margin)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
-        penalty = self.sum_over_entries(fwd.values.sum()) / self.rows(fwd.x)
+        (total,) = fwd.beside or (fwd.values.sum(),)
+        penalty = self.sum_over_entries(total) / self.rows(fwd.x)
         return super().losses(fwd, dead) | {"l1": self.moved("l1") * penalty}
 
     def reconstruction(self, fwd: Forward) -> Tensor:

@@ -35,12 +35,15 @@ class Watch:
         self.now.fill_(step)
 
     @torch.no_grad()
-    def look(self, batch: Batch, terms: Mapping[str, Tensor]) -> Tensor:
+    def look(
+        self, batch: Batch, terms: Mapping[str, Tensor], ignored: Tensor | None = None
+    ) -> Tensor:
         """Return whether this step, or one before it, cannot be taken.
 
         Args:
             batch: of the step.
             terms: () each.
+            ignored: () bool, true of a step that is taken again anyway; None: it is not.
 
         Returns:
             () bool, on the device.
@@ -50,6 +53,8 @@ class Watch:
         if self.names != list(terms):
             self.names, self.values = list(terms), torch.zeros_like(values)
         is_first = (self.step < 0) & ~values.isfinite().all()
+        if ignored is not None:
+            is_first = is_first & ~ignored
         self.values.copy_(torch.where(is_first, values, self.values))
         self.step.copy_(torch.where(is_first, self.now, self.step))
         return self.step >= 0

@@ -33,6 +33,7 @@ from saeflow.training.graphs import Replayed, capture_cuda
 from saeflow.training.live import Live
 from saeflow.training.optimizer import Optimizer
 from saeflow.training.rates import lr_factor, peak_lr, warm_up
+from saeflow.training.room import Lacking, Room
 from saeflow.training.rows import Batches, Shuffled, check_targets
 from saeflow.training.steps import STEPS, steps_digest, write_steps
 
@@ -83,6 +84,7 @@ class Run:
         self.rows_of: Shuffled = store if self.sae.trains_on == "all" else store.last_rows()
         self.step = 0
         self.clock = Clock(self.device)
+        self.clocks = [self.clock]  # of all runs that step with this one
         self.logged = 0, 0.0  # steps and seconds of this process up to the last line of the log
         self.taken = 0  # steps of this process
         self.rows: list[dict[str, float]] = []
@@ -94,13 +96,12 @@ class Run:
         self.sae.join(self.ranks)
         self.sae.to(self.device).train()
         self.watch = Watch(self.device)
-        self.cut = torch.zeros(
-            (), dtype=torch.int64, device=self.device
-        )  # rows, since the last log
         self.replayed: Replayed[Stepped] | None = None
         if self.device.type == "cuda" and self.ranks.size == 1:
             self.replayed = Replayed(self.work, capture_cuda)
         self.silent = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=self.device)
+        moving = (b for name, b in self.sae.named_buffers() if name not in self.sae.constants)
+        self.room = Room([self.silent, *moving])
         if not config.training.train_decoder:
             self.sae.freeze_decoder()
         self.optimizer = Optimizer(self.sae, config.training)
@@ -156,7 +157,7 @@ class Run:
         """The next step, of its raw batch, for which it waited some seconds; now and then a line of the log."""
         with running([self.clock]):
             stepped = self.one_step(self.scaled(batch.map(self.ranks.own_rows)))
-        self.end(stepped, waited)
+        self.end(stepped, waited, batch)
 
     def one_step(self, batch: Batch) -> Stepped:
         """Forward, losses, gradients, update; on a GPU recorded and launched at once."""
@@ -167,38 +168,63 @@ class Run:
 
     def begin(self) -> None:
         """Set all that schedules decide of the next step."""
+        if self.has_room:
+            self.room.begin(self.step)
         self.sae.begin_step(self.step, self.total)
         self.watch.begin(self.step)
         self.set_lr()
 
-    def end(self, stepped: Stepped, waited: float) -> None:
-        """Count a step that was taken, and log it if it is one of those that are."""
+    def end(self, stepped: Stepped, waited: float, batch: Batch) -> None:
+        """Count a step that was taken of a raw batch, and log it if it is one of those that are."""
         config = self.config.training
         self.clock.add(waited)
+        is_line = (self.step + 1) % config.log_every_steps == 0 or self.step + 1 == self.total
+        if self.has_room:
+            self.room.send(self.step, batch)
+            stepped = self.catch_up(is_all=is_line) or stepped
         self.step += 1
         self.taken += 1
-        if self.step % config.log_every_steps and self.step < self.total:
+        if not is_line:
             return
         self.check()
         if acts_as_gpu(self.sae.W_dec):
             self.sae.settle()
-            self.make_room()
+            if stepped.fwd.dead is not None:
+                self.sae.settle_dead(int(self.dead.sum()))
         steps_before, seconds_before = self.logged
         seconds = self.clock.read()
         rows = (self.taken - steps_before) * config.batch_size
         self.log(stepped, rows / (seconds - seconds_before))
         self.logged = self.taken, seconds
 
-    def make_room(self) -> None:
-        """Say how many rows of all ranks were cut, if any were, and double the room of a row on each."""
-        if cut := int(self.ranks.over_both(self.cut)):
-            logger.warning(
-                "%s: step %d: %d rows since the last line of the log had more active latents than there was room "
-                "for, and lost some; there is twice the room from here on",
-                self.config.name, self.step, cut,
-            )  # fmt: skip
-            self.cut.zero_()
-            self.sae.widened *= 2
+    @property
+    def has_room(self) -> bool:
+        """Return whether rows have the same room, so that a step may lack some."""
+        return acts_as_gpu(self.sae.W_dec) and self.sae.room is not None
+
+    def catch_up(self, *, is_all: bool) -> Stepped | None:
+        """Take steps again that lacked room, of all that were taken or of those that are read by now; the last one."""
+        step = self.step
+        taken = self.room.catch_up(self.take_again, self.make_room, is_all=is_all)
+        self.step = step
+        return taken
+
+    def take_again(self, number: int, batch: Batch) -> Stepped:
+        """Take a step of a number, of its raw batch."""
+        self.step = number
+        with running(self.clocks):
+            return self.one_step(self.scaled(batch.map(self.ranks.own_rows)))
+
+    def make_room(self, step: int, lacking: Lacking) -> None:
+        """Say what a step lacked room for, and make some."""
+        logger.info(
+            "%s: step %d is taken again, since there was no room for all latents of %d rows, or for %d dead latents",
+            self.config.name, step, *lacking,
+        )  # fmt: skip
+        if lacking.rows:
+            self.sae.widen()
+        if lacking.dead:
+            self.sae.settle_dead(lacking.dead)
 
     def autocast(self) -> torch.autocast:
         """The precision of the products of a pass; losses, AuxK's columns and a probe's score are exact."""
@@ -212,7 +238,7 @@ class Run:
             with self.autocast():
                 fwd = sae.run(batch)
             losses = self.judge(fwd)
-            fwd.forget_scores()
+            fwd.forget_scores(with_latents=sae.forgets_latents)
         except (
             ValueError
         ) as error:  # an operator met NaN, or weights so large that their products overflow
@@ -236,12 +262,16 @@ class Run:
         self.optimizer.share()
         norm = self.optimizer.measure()
         terms = {**losses, "gradient norm": norm}
-        cannot_be_taken = self.watch.look(fwd.batch, terms)
+        again = None
+        if self.has_room:
+            again = self.room.look(self.watch.now, self.ranks.largest(fwd.lacking()))
+        cannot_be_taken = self.watch.look(fwd.batch, terms, again)
+        if again is not None:
+            cannot_be_taken = cannot_be_taken | again
         if not acts_as_gpu(fwd.x):  # where nothing is waited for
             self.check()
         self.optimizer.update(norm, cannot_be_taken)
         self.sae.end_step(fwd)
-        self.cut.add_(fwd.cut_rows())
         return Stepped(fwd, {name: term.detach() for name, term in losses.items()})
 
     def set_lr(self) -> None:
@@ -288,20 +318,21 @@ class Run:
 
     def checkpoint(self) -> None:
         """Write all state, and the steps so far for whoever watches."""
+        if self.has_room:
+            self.catch_up(is_all=True)
         self.check()
         tensors = self.weights("sae.")
         for name, parameter in self.sae.named_parameters():
             for key, part in self.optimizer.state.get(parameter, {}).items():
                 whole = self.sae.whole_of(name, part) if part.ndim else part.clone()
                 tensors[f"adam.{name}.{key}"] = whole
-        silent, cut = self.sae.whole_of("W_dec", self.silent), self.ranks.over_both(self.cut)
+        silent = self.sae.whole_of("W_dec", self.silent)
         if self.ranks.rank:
             return
         rows = np.frombuffer(json.dumps(self.rows).encode(), np.uint8)
         tensors |= {
             "silent": silent,
-            "cut": cut,
-            "widened": torch.tensor(self.sae.widened),
+            "room": torch.tensor([self.sae.widened, self.sae.dead_room]),
             "rows": torch.from_numpy(rows.copy()),
         }
         write_checkpoint(self.folder, self.step, tensors, {"run": self.identity})
@@ -330,9 +361,7 @@ class Run:
                 if (saved := tensors.get(f"adam.{name}.{key}")) is not None:
                     held.copy_(part_of(name, saved) if saved.ndim else saved)
         self.silent.copy_(part_of("W_dec", tensors["silent"]))
-        if self.ranks.rank == 0:  # which counts for all
-            self.cut.copy_(tensors["cut"])
-        self.sae.widened = int(tensors["widened"])
+        self.sae.widened, self.sae.dead_room = tensors["room"].tolist()
         logger.info("going on from %s", path)
 
     def finish(self) -> dict[str, str]:

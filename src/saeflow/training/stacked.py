@@ -14,7 +14,7 @@ from torch.nn.functional import pad
 
 from saeflow.batch import Batch
 from saeflow.operators import SparseLatents, acts_as_gpu, decode_sparse, gather_pre_acts
-from saeflow.operators.gpu.lists import Lists
+from saeflow.operators.gpu.lists import Lists, Spill
 from saeflow.saes import SAE, Forward
 from saeflow.training.clock import running
 from saeflow.training.graphs import Replayed, capture_cuda
@@ -45,6 +45,8 @@ class Stack:
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = list(runs)
         saes = [run.sae for run in runs]
+        for run in runs:
+            run.clocks = [each.clock for each in runs]
         shape = (len(saes), saes[0].d_sae, saes[0].d_in)
         self.W_enc, self.W_dec = (saes[0].W_dec.new_empty(shape) for _ in range(2))
         self.b_enc = saes[0].b_enc.new_empty(shape[:2])
@@ -73,10 +75,10 @@ class Stack:
         """The next step of every run, of their raw batch; each counts an equal share of the time."""
         for run in self.runs:
             run.begin()
-        with running([run.clock for run in self.runs]):
+        with running(self.runs[0].clocks):
             found = self.work(batch) if self.replayed is None else self.replayed(batch, self.key())
         for run, stepped in zip(self.runs, found, strict=True):
-            run.end(stepped, waited)
+            run.end(stepped, waited, batch)
 
     def key(self) -> Hashable:
         """All that the host decides of a step's kernels."""
@@ -116,27 +118,27 @@ class Stack:
         conditions = [sae.condition(x) for sae, x in pairs]
         with torch.no_grad():
             centred = torch.stack([x - sae.centre for sae, x in pairs])
-            scores = torch.baddbmm(b_enc[:, None], centred, W_enc.transpose(1, 2)).to(W_enc.dtype)
+            scores = torch.baddbmm(b_enc[:, None], centred, W_enc.transpose(1, 2))
             is_rounded = torch.is_autocast_enabled(centred.device.type)
             margins = [sae.margin(x) if is_rounded else 0.0 for sae, x in pairs]
             to_choose = zip(saes, scores, conditions, margins, strict=True)
             chosen = [
                 sae.select(own, condition, margin) for sae, own, condition, margin in to_choose
             ]
-        room = max(own.capacity for own in map(lists_of, chosen))
+        room, decoder = max(own.capacity for own in map(lists_of, chosen)), W_dec.view(-1, d_in)
         gathered = gather_pre_acts(
             centred.view(-1, d_in), W_enc.view(-1, d_in).t(), b_enc.view(-1), W_enc.new_zeros(d_in),
-            joined([lists_of(own) for own in chosen], room), is_rounded=is_rounded,
+            joined([lists_of(own) for own in chosen], room), is_rounded=is_rounded, W_dec=decoder,
         )  # fmt: skip
-        of_each = gathered.values.view(len(saes), n_rows, room)
+        of_each = apart(gathered.values.view(-1, room), len(saes), n_rows)
         selected = [
             own.with_values(values[:, : lists_of(own).capacity].reshape(-1))
             for own, values in zip(chosen, of_each, strict=True)
         ]
         to_activate = zip(saes, selected, conditions, strict=True)
         active = [sae.activate_selected(own, condition) for sae, own, condition in to_activate]
-        values = torch.cat([widened(lists_of(own).values, room) for own in active])
-        decoded = decode_sparse(gathered.with_values(values.view(-1)), W_dec.view(-1, d_in))
+        values = together([widened(lists_of(own).values, room) for own in active], n_rows)
+        decoded = decode_sparse(gathered.with_values(values.view(-1)), decoder)
         parts = decoded.view(len(saes), n_rows, d_in)
         x_hats = [sae.rebuild(part) for sae, part in zip(saes, parts, strict=True)]
         found = zip(batches, conditions, scores, selected, active, x_hats, strict=True)
@@ -170,18 +172,41 @@ def widened(entries: Tensor, room: int) -> Tensor:
     return pad(entries, (0, room - entries.shape[1]))
 
 
+def together(of_lists: Sequence[Tensor], n_rows: int) -> Tensor:
+    """Join entries of the lists of each, (B, ...) and those of spare lists, to those of all: spare lists come last."""
+    own, spare = ([of[at] for of in of_lists] for at in (slice(n_rows), slice(n_rows, None)))
+    return torch.cat([*own, *spare])
+
+
+def apart(of_all: Tensor, count: int, n_rows: int) -> list[Tensor]:
+    """The reverse of `together`."""
+    own, spare = of_all[: count * n_rows], of_all[count * n_rows :]
+    parts = zip(own.chunk(count), spare.view(count, -1, *spare.shape[1:]), strict=True)
+    return [torch.cat(pair) for pair in parts]
+
+
 def joined(lists: Sequence[Lists], room: int) -> SparseLatents:
     """Lists of (B, d_sae) each as those of (n B, n d_sae): the columns of one after those of the one before."""
+    n_rows, number = len(lists[0].status), range(len(lists))
     columns = [
-        widened((own.columns + number * own.d_sae).where(own.real, 0), room)
-        for number, own in enumerate(lists)
+        widened((own.columns + n * own.d_sae).where(own.real, 0), room)
+        for n, own in zip(number, lists, strict=True)
     ]
-    values = [widened(own.values, room) for own in lists]
-    counts, status = (
-        torch.cat([getattr(own, name) for own in lists]) for name in ("counts", "status")
-    )
-    d_sae = sum(own.d_sae for own in lists)
-    return SparseLatents.of(Lists(torch.cat(columns), torch.cat(values), counts, status, d_sae))
+    values, counts = [widened(own.values, room) for own in lists], [own.counts for own in lists]
+    spills = [own.spill for own in lists if own.spill is not None]
+    spill = None
+    if spills:
+        spare = len(counts[0]) - n_rows
+        begin = n_rows * len(lists)  # of the spare lists of all
+        owners = [of.owners + n * n_rows for n, of in zip(number, spills, strict=True)]
+        first = [
+            of.first - n_rows + begin + n * spare for n, of in zip(number, spills, strict=True)
+        ]
+        parts = torch.cat([of.parts for of in spills])
+        spill = Spill(together(owners, n_rows), torch.cat(first), parts)
+    status, d_sae = torch.cat([own.status for own in lists]), sum(own.d_sae for own in lists)
+    entries = together(columns, n_rows), together(values, n_rows)
+    return SparseLatents.of(Lists(*entries, together(counts, n_rows), status, d_sae, spill))
 
 
 def units(runs: Sequence[Run]) -> list[Run | Stack]:

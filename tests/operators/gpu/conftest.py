@@ -3,7 +3,8 @@ import torch
 
 from saeflow.operators import native
 
-PATHS = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu", "triton"]
+ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
+PATHS = ["cpu", ON_GPU if torch.cuda.is_available() else "triton"]
 
 
 @pytest.fixture(autouse=True, params=PATHS)

@@ -86,24 +86,80 @@ def test_entries_above_a_threshold_and_the_first_of_those_that_do_not_fit(path: 
         assert found.status[5] & NAN
 
 
-@pytest.mark.parametrize("total", [0, 1, 60, 100000])
+def rows_of(lists: Lists) -> list[list[int]]:
+    """Return the columns of each row, over all of its lists."""
+    rows = torch.arange(len(lists.status), device=lists.columns.device)
+    owners = lists.of_lists(rows).tolist()
+    found: list[list[int]] = [[] for _ in lists.status]
+    for owner, columns in zip(owners, entries(lists), strict=True):
+        found[owner] += columns
+    return found
+
+
+def test_rows_with_more_entries_go_on_in_spare_lists(path: str) -> None:
+    scores = scores_of_every_kind(torch.bfloat16, path)
+    for threshold in (torch.tensor(0.5), torch.linspace(0, 2, ODD)):
+        hits = (scores.float() > threshold.to(path)).cpu()
+        expected = [row.nonzero()[:, 0].tolist() for row in hits]
+        needed = sum((len(row) - 1) // 256 for row in expected if row)
+        found = selection.above(scores, threshold.to(path), 256, needed + 2)
+        assert rows_of(found) == expected
+        assert found.status.tolist() == [0, 0, 0, 0, 0, NAN]
+        assert not found.counts[-2:].any()
+        taken = found.of_lists(scores.float()).gather(1, found.columns.long())
+        assert torch.equal(found.values, taken.where(found.real, 0))
+        short = selection.above(scores, threshold.to(path), 256, needed - 2)
+        last = max(i for i, row in enumerate(expected) if len(row) > 256)
+        assert rows_of(short)[:last] == expected[:last]
+        assert ((short.status & OVERFLOW) > 0).tolist() == [i == last for i in range(6)]
+
+
+@pytest.mark.parametrize("total", [0, 1, 60, 700, 100000])
 def test_batch_topk_takes_the_largest_of_all_rows(total: int, path: str) -> None:
-    scores = torch.randn(4, 300, generator=torch.Generator().manual_seed(2))
+    """Rows are ordinary ones, one of many ties, one of -inf, one with most of the answer, one with NaN."""
+    scores = torch.randn(6, 300, generator=torch.Generator().manual_seed(2))
     scores[2] = scores[2].round()
     scores[3] = -torch.inf
-    flat = np.argsort(-scores.numpy().reshape(-1), kind="stable")[:total]
-    expected = [sorted(int(i) % 300 for i in flat if i // 300 == row) for row in range(3)] + [[]]
-    found = selection.batch_topk(scores.to(path), torch.tensor(total, device=path), 512)
-    assert entries(found) == expected
-    assert not found.status.any()
+    scores[4] += 3
+    scores[5, 7] = torch.nan
+    exact = scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf).reshape(-1).numpy()
+    flat = [i for i in np.argsort(-exact, kind="stable")[:total] if exact[i] > -np.inf]
+    expected = [sorted(int(i) % 300 for i in flat if i // 300 == row) for row in range(6)]
+    number = torch.tensor(total, device=path)
+    for capacity in (16, 512):
+        found = selection.batch_topk(scores.to(path), number, capacity, 100)
+        assert rows_of(found) == expected
+        assert (found.status & OVERFLOW).tolist() == [0] * 6
 
 
-def test_batch_topk_says_which_row_may_have_more(path: str) -> None:
+def test_batch_topk_of_ties_keeps_those_with_the_lower_flat_index(path: str) -> None:
+    scores = torch.zeros(3, 40, device=path)
+    scores[0, ::2] = -1
+    found = selection.batch_topk(scores, 50, 16, 8)
+    assert rows_of(found) == [list(range(1, 40, 2)), list(range(30)), []]
+
+
+def test_batch_topk_says_which_row_has_more_than_there_is_room_for(path: str) -> None:
     scores = torch.randn(3, 200, generator=torch.Generator().manual_seed(3))
     scores[1] += 10
-    found = selection.batch_topk(scores.to(path), 40, 32)
-    assert found.counts[1] == 32
+    found = selection.batch_topk(scores.to(path), 40, 16, 1)
     assert found.status.tolist() == [0, OVERFLOW, 0]
+    assert len(rows_of(found)[1]) == 32
+
+
+def test_equal_scores_overflow_every_list_and_say_so(path: str) -> None:
+    scores = torch.full((3, 300), -0.0, device=path)
+    whole = {
+        "above": selection.above(scores, torch.tensor(-1.0, device=path), 64, 2),
+        "batch": selection.batch_topk(scores, 100, 64, 2),
+        "soft": selection.near_rank(scores, 2.0, 64, 0.1),
+        "simplex": selection.near_simplex(scores, 1.0, 64, 0.0),
+    }
+    for name, found in whole.items():
+        assert (found.status & OVERFLOW).bool().all(), name
+    exact = selection.topk(scores, 20, 32)  # of which the answer is as long as it may be
+    assert entries(exact) == [list(range(20))] * 3
+    assert not exact.status.any()
 
 
 @pytest.mark.parametrize("slack", [0.0, 0.3])

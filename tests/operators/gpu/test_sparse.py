@@ -16,13 +16,21 @@ def normal(*shape: int, seed: int, path: str) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(path)
 
 
-@pytest.fixture
-def lists(path: str) -> Lists:
+@pytest.fixture(params=[(C, 0), (4, 14)], ids=["of one length", "with spare ones"])
+def lists(path: str, request: pytest.FixtureRequest) -> Lists:
     """Rows of 0 to C entries, columns of 0 to B."""
+    capacity, spare = request.param
     mask = torch.rand(B, M, generator=torch.Generator().manual_seed(0)) < 0.3
     mask[1], mask[2, :C], mask[:, 5] = False, True, False
     mask[2, C:] = False
-    return Lists.from_mask(normal(B, M, seed=1, path=path), mask.to(path), C)
+    lists = Lists.from_mask(normal(B, M, seed=1, path=path), mask.to(path), capacity, spare)
+    assert not lists.status.any()
+    return lists
+
+
+def at(dense: Tensor, lists: Lists) -> Tensor:
+    """Take each entry of a matrix (B, M), 0 where there is none."""
+    return lists.of_lists(dense).gather(1, lists.columns.long()).where(lists.real, 0)
 
 
 def close(got: Tensor, expected: Tensor) -> None:
@@ -44,9 +52,9 @@ def test_chosen_scores_are_those_of_the_dense_product(lists: Lists, path: str) -
     b_enc, b_dec = normal(M, seed=6, path=path), normal(D, seed=7, path=path)
     scores = sparse.rescore(x, W_enc, b_enc, b_dec, lists)
     dense = (x - b_dec) @ W_enc.t() + b_enc
-    close(scores, dense.gather(1, lists.columns.long()).where(lists.real, 0))
+    close(scores, at(dense, lists))
     products = sparse.row_products(x, W_enc, lists)
-    close(products, (x @ W_enc.t()).gather(1, lists.columns.long()).where(lists.real, 0))
+    close(products, at(x @ W_enc.t(), lists))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -61,7 +69,7 @@ def test_the_error_and_all_its_gradients(lists: Lists, dtype: torch.dtype, path:
     got = sparse.decode_error(lists, W_dec, b_dec, x)
     close(got.squares, squares.detach())
     close(2 * got.error, x_hat.grad)
-    expected = dense.grad.gather(1, lists.columns.long()).where(lists.real, 0)
+    expected = at(dense.grad, lists)
     close(2 * got.products, expected)
 
 
@@ -79,7 +87,7 @@ def test_the_errors_of_prefixes_of_groups(lists: Lists, path: str) -> None:
     close(got.squares, squares.detach())
     for place in range(5):
         close(got.error[:, place], torch.stack(errors[place:]).sum(0).detach())
-    expected = of_latents.gather(1, lists.columns.long()).where(lists.real, 0)
+    expected = at(of_latents, lists)
     close(2 * got.products, expected)
     close(2 * got.error[:, 0].sum(0), of_b)
     found, _ = sparse.column_sums(2 * got.error, lists, lists.values, boundaries)
@@ -104,7 +112,7 @@ def test_weight_gradients_are_autograds(lists: Lists, path: str) -> None:
     """The gradients of a loss whose gradients at the latents and at x_hat are given."""
     start = normal(M, D, seed=11, path=path)
     centred, grad = normal(B, D, seed=12, path=path), normal(B, D, seed=13, path=path)
-    value_grads = normal(B, C, seed=14, path=path).where(lists.real, 0)
+    value_grads = normal(*lists.values.shape, seed=14, path=path).where(lists.real, 0)
     W_enc, b_enc, W_dec = (
         t.clone().requires_grad_() for t in (start, torch.zeros(M, device=path), start)
     )
@@ -121,14 +129,17 @@ def test_weight_gradients_are_autograds(lists: Lists, path: str) -> None:
     twice = sparse.weight_gradients(centred, grad, lists, value_grads, into=got)
     for ours, reference in zip(twice, expected, strict=True):
         close(ours, 2 * reference)
-    nothing = Lists.from_mask(lists.dense(), torch.zeros(B, M, dtype=torch.bool, device=path), C)
+    nobody = torch.zeros(B, M, dtype=torch.bool, device=path)
+    spare = len(lists.columns) - B
+    nothing = Lists.from_mask(lists.dense(), nobody, lists.capacity, spare)
     same = sparse.weight_gradients(centred, grad, nothing, torch.zeros_like(value_grads), into=got)
     for ours, reference in zip(same, expected, strict=True):
         close(ours, 2 * reference)
 
 
 def test_sums_by_column_are_a_product_with_the_transpose(lists: Lists, path: str) -> None:
-    matrix, weights = normal(B, D, seed=15, path=path), normal(B, C, seed=16, path=path)
+    matrix = normal(B, D, seed=15, path=path)
+    weights = normal(*lists.values.shape, seed=16, path=path)
     weights = weights.where(lists.real, 0)
     sums, totals = sparse.column_sums(matrix, lists, weights)
     dense = lists.with_values(weights).dense()

@@ -11,6 +11,7 @@ from saeflow.operators.gpu.lists import Lists
 
 B, M, D, C = 7, 24, 20, 16  # D is no power of two
 ENDS = torch.tensor([5, 6, 17])
+ROOM = [(C, 0), (4, 20)]  # and spare lists
 Inputs = dict[str, Tensor]
 
 
@@ -29,11 +30,14 @@ def inputs(path: str) -> tuple[Inputs, Inputs]:
 
 
 def chosen(seed: int, path: str) -> tuple[Tensor, Lists]:
-    """A mask of 0 to C entries a row, and the entries; a column of no row."""
+    """A mask of 0 to C entries a row, and the entries; a column of no row. With an odd seed, rows are spread over lists."""
     mask = torch.rand(B, M, generator=torch.Generator().manual_seed(seed)) < 0.4
     mask[1], mask[2, :C], mask[2, C:], mask[:, 9] = False, True, False, False
     mask[:, 9] = False
-    return mask, Lists.from_mask(torch.zeros(B, M, device=path), mask.to(path), C)
+    capacity, spare = ROOM[seed % 2]
+    lists = Lists.from_mask(torch.zeros(B, M, device=path), mask.to(path), capacity, spare)
+    assert not lists.status.any()
+    return mask, lists
 
 
 def start(t: Inputs) -> weights.Walk:
@@ -76,10 +80,11 @@ def lists_of(
     return lists.with_values(activation(values).where(lists.real, 0))
 
 
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("is_nested", [False, True])
-def test_squared_errors_and_all_their_gradients(is_nested: bool, path: str) -> None:
+def test_squared_errors_and_all_their_gradients(is_nested: bool, seed: int, path: str) -> None:
     single, exact = inputs(path)
-    mask, lists = chosen(1, path)
+    mask, lists = chosen(seed, path)
     of_rows = torch.arange(1.0, B + 1, dtype=torch.float64)
     boundaries = ENDS.to(path) if is_nested else None
     walk = start(single)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MODULES = ("rows", "selection", "soft", "lists", "sparse", "update")
+MODULES = ("rows", "selection", "soft", "lists", "sparse", "dense", "update")
 _SUM_BLOCK = 256
 _WIDE = 2048  # entries of a row that are looked at together
 is_on = True
@@ -60,11 +60,12 @@ def load(name: str) -> Any:
     return importlib.import_module(f"saeflow.operators.gpu.kernels.{name}")
 
 
-def launch_rows(kernel: str, rows: Tensor, *arguments: Any) -> None:
+def launch_rows(kernel: str, rows: Tensor, *arguments: Any, **constants: Any) -> None:
     """Run a kernel that reads each of rows (B, n) in chunks."""
     wide = min(_WIDE, 1 << max(4, (rows.shape[1] - 1).bit_length()))
     function = getattr(load("soft"), kernel)
-    function[(len(rows),)](rows.detach(), *arguments, rows.shape[1], WIDE=wide, num_warps=8)
+    tensors = (rows.detach(), *arguments)
+    function[(len(rows),)](*tensors, rows.shape[1], WIDE=wide, num_warps=8, **constants)
 
 
 def sum_rows(matrix: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

@@ -27,17 +27,27 @@ class Transposed(NamedTuple):
     offsets: Tensor  # (d_sae + 1,) int32: where the entries of each column begin
 
 
+class Spill(NamedTuple):
+    """Spare rows of lists, in which a row with more entries than one list holds goes on."""
+
+    owners: Tensor  # (R,) int32, the row of the matrix that each list belongs to; of the first B its own
+    first: Tensor  # (B,) int32, the list in which each row goes on
+    parts: Tensor  # (B,) int32, lists of each row, at least 1
+
+
 @dataclass(frozen=True, eq=False)
 class Lists:
-    """The active entries of a (B, d_sae) matrix, up to C of each row.
+    """The active entries of a (B, d_sae) matrix, C of each row, or more where there are spare lists.
 
     Attributes:
-        columns: (B, C) int32 in 0..d_sae-1, ascending within a row; 0 from counts[b] on.
-        values: (B, C) float32; 0 from counts[b] on.
-        counts: (B,) int32 in 0..C: entries of each row that are real.
-        status: (B,) int32, bits of OVERFLOW and NAN. A row that overflows keeps the first C entries
+        columns: (R, C) int32 in 0..d_sae-1, ascending within a row; 0 from counts[r] on. R is B, or more with
+            spare lists, which follow.
+        values: (R, C) float32; 0 from counts[r] on.
+        counts: (R,) int32 in 0..C: entries of each list that are real.
+        status: (B,) int32, bits of OVERFLOW and NAN. A row that overflows keeps the first entries
             of its answer, by column; NaN counts as -inf, which is never an entry.
         d_sae: number of columns.
+        spill: which lists belong to which rows, where there are spare ones.
     """
 
     columns: Tensor
@@ -45,17 +55,42 @@ class Lists:
     counts: Tensor
     status: Tensor
     d_sae: int
+    spill: Spill | None = None
 
     @staticmethod
-    def from_mask(scores: Tensor, mask: Tensor, capacity: int) -> "Lists":
-        """Entries of scores (B, d_sae) where a mask is true, the first `capacity` of each row."""
+    def from_mask(scores: Tensor, mask: Tensor, capacity: int, spare: int = 0) -> "Lists":
+        """Take the entries of scores (B, d_sae) where a mask is true, as many as there is room for."""
         scores, d_sae = scores.detach(), scores.shape[1]
         columns = torch.arange(d_sae, dtype=torch.int32, device=scores.device).expand_as(mask)
-        columns, values = pack(columns, scores.float(), mask, capacity)
-        found = mask.sum(1, dtype=torch.int32)
-        status = OVERFLOW * (found > capacity) + NAN * scores.isnan().any(1)
-        counts = found.clamp(max=capacity)
-        return Lists(columns, values, counts, status.int(), d_sae)
+        found, is_nan = mask.sum(1, dtype=torch.int32), NAN * scores.isnan().any(1).int()
+        if not spare:
+            columns, values = pack(columns, scores.float(), mask, capacity)
+            status = OVERFLOW * (found > capacity) + is_nan
+            return Lists(columns, values, found.clamp(max=capacity), status.int(), d_sae)
+        counts, cut, spill = spread(found, capacity, spare)
+        places = mask.cumsum(1) - 1
+        part = places.div(capacity, rounding_mode="floor")
+        row = torch.arange(len(mask), device=mask.device)[:, None]
+        lists = torch.where(part > 0, spill.first[:, None] + part - 1, row)
+        flat = lists * capacity + places - part * capacity
+        nowhere = len(counts) * capacity  # thrown away
+        flat = torch.where(mask & (part < spill.parts[:, None]), flat, nowhere).view(-1)
+        made = []
+        for entries in (columns, scores.float()):
+            out = entries.new_zeros(nowhere + 1).scatter(0, flat, entries.reshape(-1))
+            made.append(out[:nowhere].view(-1, capacity))
+        return Lists(made[0], made[1], counts, OVERFLOW * cut.int() + is_nan, d_sae, spill)
+
+    def of_lists(self, of_rows: Tensor) -> Tensor:
+        """Give each list what its row has: (B, ...) to (R, ...)."""
+        return of_rows if self.spill is None else of_rows[self.spill.owners]
+
+    def of_rows(self, of_lists: Tensor) -> Tensor:
+        """Add up what the lists of each row have: (R, ...) to (B, ...)."""
+        if self.spill is None:
+            return of_lists
+        n_rows = len(self.status)
+        return of_lists[:n_rows].index_add(0, self.spill.owners[n_rows:], of_lists[n_rows:])
 
     @property
     def capacity(self) -> int:
@@ -86,8 +121,10 @@ class Lists:
         mask = mask & self.real
         columns, values = pack(self.columns, self.values.detach(), mask, capacity)
         found = mask.sum(1, dtype=torch.int32)
-        status = self.status | (OVERFLOW * (found > capacity)).int()
-        return Lists(columns, values, found.clamp(max=capacity), status, self.d_sae)
+        is_cut = self.of_rows((found > capacity).int()) > 0
+        status = self.status | (OVERFLOW * is_cut).int()
+        counts = found.clamp(max=capacity)
+        return Lists(columns, values, counts, status, self.d_sae, self.spill)
 
     @cached_property
     def transposed(self) -> Transposed:
@@ -100,12 +137,41 @@ class Lists:
     def dense(self) -> Tensor:
         """(B, d_sae) with zeros elsewhere, differentiable in the values."""
         out = self.values.new_zeros(len(self.columns), self.d_sae)
-        return out.scatter_add(1, self.columns.long(), self.values)
+        return self.of_rows(out.scatter_add(1, self.columns.long(), self.values))
 
 
 def capacity_for(count: int) -> int:
     """The capacity of lists with room for `count` entries a row: a power of two."""
     return 1 << max(4, (count - 1).bit_length())
+
+
+def spare_for(n_rows: int) -> int:
+    """Return how many spare lists selections have where single rows may have many entries."""
+    return n_rows // 2 + 8
+
+
+def spread(found: Tensor, capacity: int, spare: int) -> tuple[Tensor, Tensor, Spill]:
+    """Divide spare lists among rows of found (B,) entries, in the order of rows.
+
+    Returns:
+        counts (B + spare,) int32 of all lists, which rows have more entries than room (B,) bool, and the lists of
+        each row.
+    """
+    n_rows, device = len(found), found.device
+    more = (found - 1).clamp(min=0).div(capacity, rounding_mode="floor")  # lists beyond the first
+    ends = more.cumsum(0)
+    begins = ends - more
+    place = torch.arange(spare, device=device)
+    owner = torch.searchsorted(ends, place, right=True)
+    is_used = owner < n_rows
+    owner = owner.clamp(max=n_rows - 1)
+    left = found[owner] - capacity * (place - begins[owner] + 1)
+    counts = torch.where(is_used, left.clamp(0, capacity), 0)
+    had = (spare - begins).clamp(min=0).minimum(more)
+    rows = torch.arange(n_rows, device=device)
+    owners = torch.cat((rows, torch.where(is_used, owner, 0))).int()
+    spill = Spill(owners, (n_rows + begins).int(), (1 + had).int())
+    return torch.cat((found.clamp(max=capacity), counts)).int(), had < more, spill
 
 
 def pack(columns: Tensor, values: Tensor, mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from saeflow.operators import gpu
-from saeflow.operators.gpu.lists import OVERFLOW, Lists
+from saeflow.operators.gpu.lists import NAN, OVERFLOW, Lists, spread
+from saeflow.operators.rows import group_maxima, next_below
 
+GROUPS_PER_ENTRY = 2  # of a batch-wide choice, for each place in a list
 MOST_GROUPS = 4096  # maxima that a program keeps in registers
 WIDE = 4096  # entries of a row that are looked at together
 RANK, SIMPLEX, ABOVE = 0, 1, 2  # kinds of a floor
@@ -54,45 +56,65 @@ def topk(
     return _choose(found, ks, capacity, _places(scores))
 
 
-def batch_topk(scores: Tensor, total: Tensor | int, capacity: int) -> Lists:
-    """The `total` largest entries of the whole batch, of equal ones those with the lower flat index.
+def batch_topk(scores: Tensor, total: Tensor | int, capacity: int, spare: int) -> Lists:
+    """Take the `total` largest entries of the whole batch, of equal ones those with the lower flat index.
+
+    The total-th largest of the maxima of groups of columns, of all rows together, is a floor of the answer. The
+    entries that reach it, a few more than wanted, are collected in lists, and the exact choice is made among them.
 
     Args:
         scores: as for `topk`.
         total: () integer, on the device.
-        capacity: C, a power of two, for as many entries as any row may keep.
+        capacity: C, a power of two; about twice the mean number of entries of a row.
+        spare: lists for rows with more than C.
 
     Returns:
-        Lists of `total` entries together. OVERFLOW where a row's answer may have more than C.
+        Lists of `total` entries together. OVERFLOW where there may be more entries than lists.
     """
-    rows = topk(scores, capacity, capacity)
     total = gpu.on_device(total, torch.int64, scores)
+    groups = min(scores.shape[1], GROUPS_PER_ENTRY * capacity)
+    maxima = group_maxima(scores.detach(), scores.shape[1] // groups).float()
+    maxima = maxima.where(maxima == maxima, -torch.inf).view(-1)
+    floor = _ranked(maxima, total)
+    floor = torch.where(total > len(maxima), -torch.inf, floor)
+    rows = above(scores, next_below(floor), capacity, spare)
     values = rows.values.masked_fill(~rows.real, -torch.inf)
-    ordered = values.view(-1).sort(descending=True).values
-    at = (total - 1).clamp(0, ordered.numel() - 1)
-    threshold = ordered.index_select(0, at.view(1))[0]
-    threshold = torch.where(total > 0, threshold, torch.inf)
-    above = values > threshold
+    threshold = torch.where(total > 0, _ranked(values.view(-1), total), torch.inf)
+    is_above = values > threshold
     ties = (values == threshold) & rows.real
-    rank = ties.view(-1).cumsum(0).view_as(ties)
-    chosen = rows.keep(above | (ties & (rank <= total - above.sum())))
-    is_full = (rows.counts == capacity) & (chosen.counts == capacity) & (capacity < rows.d_sae)
-    status = chosen.status | (OVERFLOW * is_full).int()
-    return Lists(chosen.columns, chosen.values, chosen.counts, status, rows.d_sae)
+    rank = ties.cumsum(1) + _before(ties.sum(1), rows)[:, None]
+    return rows.keep(is_above | (ties & (rank <= total - is_above.sum())))
 
 
-def above(scores: Tensor, threshold: Tensor, capacity: int) -> Lists:
-    """The entries above a threshold.
+def _ranked(entries: Tensor, rank: Tensor) -> Tensor:
+    """Return the rank-th largest () of entries (n,); the last where there are fewer."""
+    at = (rank - 1).clamp(0, len(entries) - 1)
+    return entries.sort(descending=True).values.index_select(0, at.view(1))[0]
+
+
+def _before(counts: Tensor, lists: Lists) -> Tensor:
+    """Return the sums of counts (R,) over the lists before each, in the order of rows and columns."""
+    if lists.spill is None:
+        return counts.cumsum(0) - counts
+    order = lists.spill.owners.sort(stable=True).indices
+    in_order = counts[order]
+    return torch.zeros_like(counts).scatter(0, order, in_order.cumsum(0) - in_order)
+
+
+def above(scores: Tensor, threshold: Tensor, capacity: int, spare: int = 0) -> Lists:
+    """Take the entries above a threshold.
 
     Args:
         scores: as for `topk`.
         threshold: () or (M,) float32.
         capacity: C, a power of two.
+        spare: lists for rows with more than C.
     """
     if not gpu.serves_scores(scores):
         mask = (_excluded(scores) > threshold) & (scores > -torch.inf)
-        return Lists.from_mask(scores, mask, capacity)
-    return _collect(scores, threshold.float().contiguous(), capacity, kind=ABOVE)
+        return Lists.from_mask(scores, mask, capacity, spare)
+    threshold = threshold.float().contiguous()
+    return _collect(scores, threshold, capacity, kind=ABOVE, spare=spare)
 
 
 def near_rank(scores: Tensor, k: Tensor | float, capacity: int, slack: Tensor | float) -> Lists:
@@ -171,11 +193,12 @@ def _collect(
     is_positive: bool = False,
     is_exact: bool = False,
     power: float | None = None,
+    spare: int = 0,
 ) -> Lists:
     """The entries of each row that reach its floor, see the kernel; where too many, its exact floor."""
     rows, (n_rows, n) = scores.detach().contiguous(), scores.shape
-    out = _room(scores, room)
-    found = torch.empty_like(out.counts)
+    out = _room(scores, room, spare=spare)
+    found = torch.empty_like(out.status)
     slack = torch.zeros((), device=scores.device) if slack is None else slack
     allowed_or_any = rows if allowed is None else allowed.view(torch.uint8)  # read only if given
     widest = 1 << max(4, (n - 1).bit_length())
@@ -201,7 +224,15 @@ def _collect(
         kernels.collect_long_rows[(n_rows,)](
             *arguments, **constants, IS_EXACT=is_exact, num_warps=8
         )
-    return out
+    if not spare:
+        return out
+    counts, is_cut, spill = spread(found, room, spare)
+    kernels.spill_rows[(n_rows,)](
+        rows, floors, found, spill.first, spill.parts, out.columns, out.values, n,
+        PER_COLUMN=floors.ndim == 1, WIDE=wide, ROOM=room, num_warps=8,
+    )  # fmt: skip
+    status = (out.status & NAN) | OVERFLOW * is_cut.int()
+    return Lists(out.columns, out.values, counts, status, n, spill)
 
 
 def _choose(found: Lists, ranks: Tensor, capacity: int, places: int) -> Lists:
@@ -216,11 +247,13 @@ def _choose(found: Lists, ranks: Tensor, capacity: int, places: int) -> Lists:
     return out
 
 
-def _room(rows: Tensor, capacity: int, d_sae: int | None = None) -> Lists:
-    """Lists whose entries are not yet written."""
+def _room(rows: Tensor, capacity: int, d_sae: int | None = None, spare: int = 0) -> Lists:
+    """Make lists whose entries are not yet written, and spare ones without any."""
     n_rows = len(rows)
-    columns = torch.empty(n_rows, capacity, dtype=torch.int32, device=rows.device)
-    values = torch.empty(n_rows, capacity, device=rows.device)
+    columns = torch.empty(n_rows + spare, capacity, dtype=torch.int32, device=rows.device)
+    values = torch.empty(n_rows + spare, capacity, device=rows.device)
+    for entries in (columns, values):
+        entries[n_rows:].zero_()
     counts, status = torch.empty(2, n_rows, dtype=torch.int32, device=rows.device)
     return Lists(columns, values, counts, status, d_sae or rows.shape[1])
 

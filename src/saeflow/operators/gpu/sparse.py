@@ -39,38 +39,38 @@ def rescore(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, lists: Lists
         products = row_products(x - b_dec, W_enc, lists)
         return torch.where(lists.real, products + b_enc[lists.columns.long()], 0)
     out = torch.empty_like(lists.values)
-    tensors = (_whole(x), _whole(W_enc), b_enc, b_dec, lists.columns, lists.counts, out)
-    _launch("rescore_lists", len(x), x.shape[1], *tensors, CAPACITY=lists.capacity)
+    tensors = (_whole(x), _whole(W_enc), b_enc, b_dec, lists.columns, lists.counts)
+    _launch("rescore_lists", len(out), x.shape[1], lists, *tensors, _owners(lists), out)
     return out
 
 
 def decode(lists: Lists, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """(B, d) float32, the sum of values times rows of W_dec (M, d) float32 or bfloat16, plus b_dec (d,)."""
     if not _runs_triton(W_dec, lists):
-        out = torch.zeros(len(lists.columns), W_dec.shape[1], device=W_dec.device)
-        out = out if b_dec is None else out + b_dec
+        total = torch.zeros(len(lists.columns), W_dec.shape[1], device=W_dec.device)
         for columns, values in _by_slot(lists.columns, lists.values.detach()):
-            out = out + values[:, None] * W_dec[columns].float()
-        return out
-    out = lists.values.new_empty(len(lists.columns), W_dec.shape[1])
+            total = total + values[:, None] * W_dec[columns].float()
+        total = lists.of_rows(total)
+        return total if b_dec is None else total + b_dec
+    out = lists.values.new_empty(len(lists.status), W_dec.shape[1])
     b = out if b_dec is None else b_dec
-    tensors = (_whole(W_dec), b, lists.columns, lists.values.detach(), lists.counts, out)
-    constants = {"CAPACITY": lists.capacity, "HAS_BIAS": b_dec is not None}
-    _launch("decode_lists", len(out), W_dec.shape[1], *tensors, **constants)
+    tensors = (_whole(W_dec), b, *_entries(lists), out)
+    _launch("decode_lists", len(out), W_dec.shape[1], lists, *tensors, HAS_BIAS=b_dec is not None)
     return out
 
 
 def row_products(left: Tensor, right: Tensor, lists: Lists) -> Tensor:
     """(B, C) float32, left[b] (B, d) . right[column] (M, d) of each entry, 0 where not real."""
     if not _runs_triton(left, lists):
+        rows = lists.of_lists(left).float()
         found = [
-            (left.float() * right[columns].float()).sum(1)
+            (rows * right[columns].float()).sum(1)
             for columns, _ in _by_slot(lists.columns, lists.values)
         ]
         return torch.where(lists.real, torch.stack(found, 1), 0)
     out = torch.empty_like(lists.values)
-    tensors = (_whole(left), _whole(right), lists.columns, lists.counts, out)
-    _launch("products_of_lists", len(left), left.shape[1], *tensors, CAPACITY=lists.capacity)
+    tensors = (_whole(left), _whole(right), lists.columns, lists.counts, _owners(lists), out)
+    _launch("products_of_lists", len(out), left.shape[1], lists, *tensors)
     return out
 
 
@@ -90,10 +90,9 @@ def decode_error(lists: Lists, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Decod
         error = decode(lists, W_dec, b_dec) - x
         return Decoded(error, error.square().sum(1), row_products(error, W_dec, lists))
     error = torch.empty(x.shape, device=x.device)
-    squares, products = error.new_empty(len(x)), torch.empty_like(lists.values)
-    tensors = (_whole(x), _whole(W_dec), b_dec, lists.columns, lists.values.detach(), lists.counts)
-    out = (error, squares, products)
-    _launch("decode_error_of_lists", len(x), x.shape[1], *tensors, *out, CAPACITY=lists.capacity)
+    out = (error, error.new_empty(len(x)), _products(lists))
+    tensors = (_whole(x), _whole(W_dec), b_dec, *_entries(lists))
+    _launch("decode_error_of_lists", len(x), x.shape[1], lists, *tensors, *out)
     return Decoded(*out)
 
 
@@ -113,30 +112,27 @@ def nested_errors(
     """
     (n_rows, width), groups = x.shape, len(boundaries) + 1
     if not _runs_triton(x, lists):
-        row, parts = torch.arange(n_rows, device=x.device), x.new_zeros(n_rows, groups, width)
+        row = torch.arange(len(lists.columns), device=x.device)
+        parts = x.new_zeros(len(row), groups, width)
         of = torch.bucketize(lists.columns, boundaries.to(torch.int32), right=True)
         slots = list(_by_slot(lists.columns, lists.values.detach()))
         for group, (columns, values) in zip(of.T, slots, strict=True):
             parts[row, group] = parts[row, group] + values[:, None] * W_dec[columns].float()
-        errors = parts.cumsum(1) + (b_dec - x)[:, None]
+        errors = lists.of_rows(parts).cumsum(1) + (b_dec - x)[:, None]
         sums = errors.flip(1).cumsum(1).flip(1)
+        of_lists = lists.of_lists(sums)
         found = [
-            (sums[row, group] * W_dec[columns].float()).sum(1)
+            (of_lists[row, group] * W_dec[columns].float()).sum(1)
             for group, (columns, _) in zip(of.T, slots, strict=True)
         ]
         products = torch.where(lists.real, torch.stack(found, 1), 0)
         return Decoded(sums, errors.square().sum((1, 2)), products)
     sums = x.new_empty(n_rows, groups, width, dtype=torch.float32)
-    squares, products = sums.new_empty(n_rows), torch.empty_like(lists.values)
-    tensors = (_whole(x), _whole(W_dec), b_dec, boundaries, lists.columns, lists.values.detach())
-    constants = {
-        "CAPACITY": lists.capacity,
-        "GROUPS": groups,
-        "PADDED": 1 << (groups - 1).bit_length(),
-    }
-    arguments = (*tensors, lists.counts, sums, squares, products)
-    _launch("nested_errors_of_lists", n_rows, width, *arguments, **constants)
-    return Decoded(sums, squares, products)
+    out = (sums, sums.new_empty(n_rows), _products(lists))
+    tensors = (_whole(x), _whole(W_dec), b_dec, boundaries, *_entries(lists))
+    constants = {"GROUPS": groups, "PADDED": 1 << (groups - 1).bit_length()}
+    _launch("nested_errors_of_lists", n_rows, width, lists, *tensors, *out, **constants)
+    return Decoded(*out)
 
 
 def weight_gradients(
@@ -175,10 +171,10 @@ def weight_gradients(
     if into is None:
         W_enc, W_dec = torch.empty(2, M, d, device=centred.device).unbind()
         into = Gradients(W_enc, torch.empty(M, device=centred.device), W_dec)
-    tensors = (_whole(centred), _whole(grad), _ends(boundaries, lists), *lists.transposed)
-    values = (_whole(lists.values), value_grads.contiguous())
-    constants = {"CAPACITY": lists.capacity, "IS_ADDED": is_added, "GROUPS": groups}
-    _launch("gradients_of_weights", M, d, *tensors, *values, *into, **constants)
+    matrices = (_whole(centred), _whole(grad), _ends(boundaries, lists), _owners(lists))
+    entries = (*lists.transposed, _whole(lists.values), value_grads.contiguous())
+    constants = {"IS_ADDED": is_added, "GROUPS": groups}
+    _launch("gradients_of_weights", M, d, lists, *matrices, *entries, *into, **constants)
     return into
 
 
@@ -200,25 +196,43 @@ def column_sums(
     if not _runs_triton(matrix, lists):
         sums = matrix.new_zeros(M, d, dtype=torch.float32)
         totals = sums.new_zeros(M)
-        row = torch.arange(len(matrix), device=matrix.device)
+        of_lists = lists.of_lists(matrix)
+        row = torch.arange(len(of_lists), device=matrix.device)
         for columns, of_slot in _by_slot(lists.columns, weights):
-            rows = matrix
+            rows = of_lists
             if boundaries is not None:
-                rows = matrix[row, torch.bucketize(columns.contiguous(), boundaries, right=True)]
+                rows = of_lists[row, torch.bucketize(columns.contiguous(), boundaries, right=True)]
             sums.index_add_(0, columns, of_slot[:, None] * rows.float())
             totals.index_add_(0, columns, of_slot)
         return sums, totals
     sums, totals = torch.empty(M, d, device=matrix.device), torch.empty(M, device=matrix.device)
     groups = 1 if boundaries is None else len(boundaries) + 1
-    tensors = (_whole(matrix), _ends(boundaries, lists), *lists.transposed, _whole(weights))
-    constants = {"CAPACITY": lists.capacity, "GROUPS": groups}
-    _launch("sums_by_columns", M, d, *tensors, sums, totals, **constants)
+    tensors = (_whole(matrix), _ends(boundaries, lists), _owners(lists), *lists.transposed)
+    out = (_whole(weights), sums, totals)
+    _launch("sums_by_columns", M, d, lists, *tensors, *out, GROUPS=groups)
     return sums, totals
 
 
 def _ends(boundaries: Tensor | None, lists: Lists) -> Tensor:
     """Return what a kernel is given for boundaries: where there are none, something that it does not read."""
     return lists.columns if boundaries is None else boundaries
+
+
+def _owners(lists: Lists) -> Tensor:
+    """Return the owners of lists for a kernel, or something that it does not read."""
+    return lists.columns if lists.spill is None else lists.spill.owners
+
+
+def _entries(lists: Lists) -> tuple[Tensor, ...]:
+    """Return what a kernel needs to go through the entries of rows."""
+    spill = (lists.columns,) * 2 if lists.spill is None else lists.spill[1:]
+    return (lists.columns, _whole(lists.values), lists.counts, *spill)
+
+
+def _products(lists: Lists) -> Tensor:
+    """Make room for a number for each entry; 0 in spare lists that no row has."""
+    values = lists.values.detach()
+    return torch.empty_like(values) if lists.spill is None else torch.zeros_like(values)
 
 
 def _by_slot(columns: Tensor, values: Tensor) -> Any:
@@ -234,9 +248,12 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous()
 
 
-def _launch(kernel: str, programs: int, width: int, *arguments: Any, **constants: Any) -> None:
+def _launch(
+    kernel: str, programs: int, width: int, lists: Lists, *arguments: Any, **constants: Any
+) -> None:
     """Run a kernel that holds a row of `width` numbers in registers."""
     block = 1 << max(4, (width - 1).bit_length())
     function = getattr(gpu.load("sparse"), kernel)
     warps = max(1, min(16, block * constants.get("PADDED", 1) // 256))
+    constants |= {"CAPACITY": lists.capacity, "HAS_SPILL": lists.spill is not None}
     function[(programs,)](*arguments, width, BLOCK=block, num_warps=warps, **constants)

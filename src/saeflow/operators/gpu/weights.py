@@ -268,7 +268,9 @@ class _SquaredErrors(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         error, products = ctx.saved_tensors
         twice = 2 * grad
-        of_values = twice[:, None] * products if ctx.needs_input_grad[0] else None
+        of_values = None
+        if ctx.needs_input_grad[0]:
+            of_values = ctx.lists.of_lists(twice)[:, None] * products
         of_error = twice.view(-1, *[1] * (error.ndim - 1)) * error
         of_x_hat = of_error if ctx.boundaries is None else of_error[:, 0]  # of all prefixes
         of_b_dec = of_x_hat.sum(0) if ctx.needs_input_grad[3] else None

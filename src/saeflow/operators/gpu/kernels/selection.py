@@ -159,6 +159,38 @@ def collect_rows(
 
 
 @triton.jit
+def spill_rows(
+    scores, floors, found, first, parts, columns, values, n,
+    PER_COLUMN: tl.constexpr, WIDE: tl.constexpr, ROOM: tl.constexpr,
+):  # fmt: skip
+    """Collect the entries above a threshold that did not fit in their row's own list, in its spare ones."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(found + row) > ROOM:
+        base = scores + row * n
+        begin, lists = tl.load(first + row).to(tl.int64) - 1, tl.load(parts + row)
+        floor = 0.0
+        if not PER_COLUMN:
+            floor = tl.load(floors)
+        wide = tl.arange(0, WIDE)
+        count = 0
+        for start in range(0, n, WIDE):
+            at = start + wide
+            entries, _ = read(base, base, at, n, False, False)
+            if PER_COLUMN:
+                hit = entries > tl.load(floors + at, mask=at < n, other=float("inf"))
+            else:
+                hit = entries > floor
+            hit = hit & (entries > NEVER)
+            place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
+            part = place // ROOM
+            fits = hit & (part > 0) & (part < lists)
+            where = (begin + part) * ROOM + place % ROOM
+            tl.store(columns + where, at, mask=fits)
+            tl.store(values + where, entries, mask=fits)
+            count += tl.sum(hit.to(tl.int32), 0)
+
+
+@triton.jit
 def finish(columns, values, counts, status, row, count, has_nan, ROOM: tl.constexpr):
     """Zero what a list of `count` entries leaves free, and note how many there are."""
     slot = tl.arange(0, ROOM)

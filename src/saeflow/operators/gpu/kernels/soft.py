@@ -9,6 +9,16 @@ NEVER = tl.constexpr(float("-inf"))
 
 
 @triton.jit
+def read(base, at, n, OF_RELU: tl.constexpr):
+    """Entries of a row as float32, or relu of them; -inf outside it."""
+    inside = at < n
+    entries = tl.load(base + at, mask=inside, other=NEVER).to(tl.float32)
+    if OF_RELU:
+        entries = tl.where(inside & (entries <= 0), 0.0, entries)
+    return entries
+
+
+@triton.jit
 def distance_of(values, guess, shift, temperature):
     """(values - b) / temperature; near b the first difference is exact, whatever b's size."""
     return ((values - guess) - shift) / temperature
@@ -22,21 +32,21 @@ def tail_of(distance, far):
 
 
 @triton.jit
-def middle_of_gap(base, origin, b, temperature, n, WIDE: tl.constexpr):
+def middle_of_gap(base, origin, b, temperature, n, OF_RELU: tl.constexpr, WIDE: tl.constexpr):
     """() what is missing from b, in temperatures, to (log D - log A) / 2, in sums relative to their largest."""
     wide = tl.arange(0, WIDE)
     guess, shift = origin.to(tl.float32), b.to(tl.float32)
     over = tl.full((WIDE,), float("inf"), tl.float32)
     under = tl.full((WIDE,), NEVER, tl.float32)
     for start in range(0, n, WIDE):
-        entries = tl.load(base + start + wide, mask=start + wide < n, other=NEVER).to(tl.float32)
+        entries = read(base, start + wide, n, OF_RELU)
         u = distance_of(entries, guess, shift, temperature)
         over = tl.minimum(over, tl.where(u > 0, u, float("inf")))
         under = tl.maximum(under, tl.where(u > 0, NEVER, u))
     nearest, closest = tl.min(over, 0), tl.max(under, 0)
     highs, rests = tl.zeros((WIDE,), tl.float64), tl.zeros((WIDE,), tl.float64)
     for start in range(0, n, WIDE):
-        entries = tl.load(base + start + wide, mask=start + wide < n, other=NEVER).to(tl.float32)
+        entries = read(base, start + wide, n, OF_RELU)
         u = distance_of(entries, guess, shift, temperature)
         highs += tl.exp(tl.where(u > 0, nearest - u, NEVER)).to(tl.float64)
         rests += tl.exp(tl.where(u > 0, NEVER, u - closest)).to(tl.float64)
@@ -47,9 +57,13 @@ def middle_of_gap(base, origin, b, temperature, n, WIDE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n"])
 def soft_rows(
-    scores, ks, temperatures, far, mask, guesses, shifts, problems, n, WIDE: tl.constexpr
-):
+    scores, ks, temperatures, far, mask, guesses, shifts, problems, sums, n,
+    OF_RELU: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """The soft top-k mask of each row; b is a float (guess) plus a shift.
+
+    OF_RELU: of relu of the scores, times that, and its sum (sums[b]); NaN where the row has a problem, or k is not in
+    0..n.
 
     At any b between the same two entries the sum of the mask is a quadratic in exp(b), whose root is
     taken within a bracket. problems[b]: 1 a NaN or inf, 2 fewer finite entries than k.
@@ -64,7 +78,7 @@ def soft_rows(
     finite = tl.zeros((WIDE,), tl.int32)
     bad = tl.zeros((WIDE,), tl.int32)
     for start in range(0, n, WIDE):
-        entries = tl.load(base + start + wide, mask=start + wide < n, other=NEVER).to(tl.float32)
+        entries = read(base, start + wide, n, OF_RELU)
         is_finite = (entries == entries) & (tl.abs(entries) < float("inf"))
         largest = tl.maximum(largest, tl.where(is_finite, entries, NEVER))
         least = tl.minimum(least, tl.where(is_finite, entries, float("inf")))
@@ -93,8 +107,8 @@ def soft_rows(
         highs = tl.zeros((WIDE,), tl.float64)
         rests = tl.zeros((WIDE,), tl.float64)
         for start in range(0, n, WIDE):
-            entries = tl.load(base + start + wide, mask=start + wide < n, other=NEVER)
-            u = distance_of(entries.to(tl.float32), guess, shift, temperature)
+            entries = read(base, start + wide, n, OF_RELU)
+            u = distance_of(entries, guess, shift, temperature)
             part = tl.exp(-tl.abs(u)).to(tl.float64)
             over += (u > 0).to(tl.int32)
             highs += tl.where(u > 0, part, 0.0)
@@ -120,32 +134,43 @@ def soft_rows(
         b = tl.where(done, b, new)
         step += 1
     if is_gap:  # b lies so far from every entry that their shares are below float range
-        b += t * middle_of_gap(base, origin, b, temperature, n, WIDE)
+        b += t * middle_of_gap(base, origin, b, temperature, n, OF_RELU, WIDE)
     guess = (origin + b).to(tl.float32)
     shift = (b + (origin - guess.to(tl.float64))).to(tl.float32)
     tl.store(guesses + row, guess)
     tl.store(shifts + row, shift)
+    added = tl.zeros((WIDE,), tl.float32)
     for start in range(0, n, WIDE):
         inside = start + wide < n
-        entries = tl.load(base + start + wide, mask=inside, other=NEVER).to(tl.float32)
+        entries = read(base, start + wide, n, OF_RELU)
         u = distance_of(entries, guess, shift, temperature)
         tail = tail_of(u, far)
-        tl.store(mask + row * n + start + wide, tl.where(u > 0, 1 - tail, tail), mask=inside)
+        share = tl.where(u > 0, 1 - tail, tail)
+        if OF_RELU:
+            share = tl.where((problem > 0) | (k < 0) | (k > n), float("nan"), share * entries)
+            added += tl.where(inside, share, 0.0)
+        tl.store(mask + row * n + start + wide, share, mask=inside)
+    if OF_RELU:
+        tl.store(sums + row, tl.sum(added, 0))
 
 
 @triton.jit(do_not_specialize=["n"])
 def soft_gradient_rows(
-    scores, grad, guesses, shifts, temperatures, far, grad_scores, grad_k, n, WIDE: tl.constexpr
-):
-    """The gradients of `soft_rows` in scores and k: f (g - mean) and mean = sum f g / sum f."""
+    scores, grad, guesses, shifts, temperatures, far, grad_scores, grad_k, of_sum, n,
+    OF_RELU: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of `soft_rows` in scores and k: f (g - mean) and mean = sum f g / sum f; of_sum: at all sums."""
     row = tl.program_id(0).to(tl.int64)
     base = scores + row * n
     wide = tl.arange(0, WIDE)
     temperature = tl.load(temperatures)
     guess, shift = tl.load(guesses + row), tl.load(shifts + row)
+    weight = 0.0
+    if OF_RELU:
+        weight = tl.load(of_sum)
     near = tl.full((WIDE,), float("inf"), tl.float32)
     for start in range(0, n, WIDE):
-        entries = tl.load(base + start + wide, mask=start + wide < n, other=NEVER).to(tl.float32)
+        entries = read(base, start + wide, n, OF_RELU)
         near = tl.minimum(near, tl.abs(distance_of(entries, guess, shift, temperature)))
     nearest = tl.min(near, 0)  # f / sum f, also where every f is below float range
     nearest = tl.where(nearest < float("inf"), nearest, 0.0)
@@ -153,8 +178,10 @@ def soft_gradient_rows(
     weighted = tl.zeros((WIDE,), tl.float64)
     for start in range(0, n, WIDE):
         inside = start + wide < n
-        entries = tl.load(base + start + wide, mask=inside, other=NEVER).to(tl.float32)
+        entries = read(base, start + wide, n, OF_RELU)
         g = tl.load(grad + row * n + start + wide, mask=inside, other=0.0).to(tl.float32)
+        if OF_RELU:
+            g = tl.where(inside, (g + weight) * entries, 0.0)
         u = tl.abs(distance_of(entries, guess, shift, temperature))
         f = tl.exp(nearest - u)
         totals += f.to(tl.float64)
@@ -164,8 +191,14 @@ def soft_gradient_rows(
     tl.store(grad_k + row, mean)
     for start in range(0, n, WIDE):
         inside = start + wide < n
-        entries = tl.load(base + start + wide, mask=inside, other=NEVER).to(tl.float32)
+        entries = read(base, start + wide, n, OF_RELU)
         g = tl.load(grad + row * n + start + wide, mask=inside, other=0.0).to(tl.float32)
-        tail = tail_of(distance_of(entries, guess, shift, temperature), far)
-        out = tail * (g - mean) / temperature
+        u = distance_of(entries, guess, shift, temperature)
+        tail = tail_of(u, far)
+        if OF_RELU:
+            g += weight
+            out = tail * (g * entries - mean) / temperature
+            out = tl.where(entries > 0, out + g * tl.where(u > 0, 1 - tail, tail), 0.0)
+        else:
+            out = tail * (g - mean) / temperature
         tl.store(grad_scores + row * n + start + wide, out, mask=inside)

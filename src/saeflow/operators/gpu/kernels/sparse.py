@@ -5,14 +5,24 @@ import triton.language as tl
 
 
 @triton.jit
+def row_of(own, owners, HAS_SPILL: tl.constexpr):
+    """Return the row of the matrix that a list belongs to."""
+    if HAS_SPILL:
+        return tl.load(owners + own).to(tl.int64)
+    return own
+
+
+@triton.jit
 def rescore_lists(
-    x, W_enc, b_enc, b_dec, columns, counts, out, width, CAPACITY: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, W_enc, b_enc, b_dec, columns, counts, owners, out, width,
+    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """out[b, e] = (x[b] - b_dec) . W_enc[column] + b_enc[column]."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
-    centred = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    of = row_of(row, owners, HAS_SPILL)
+    centred = tl.load(x + of * width + at, mask=inside, other=0.0).to(tl.float32)
     centred -= tl.load(b_dec + at, mask=inside, other=0.0)
     count = tl.load(counts + row)
     slot = tl.arange(0, CAPACITY)
@@ -26,13 +36,15 @@ def rescore_lists(
 
 @triton.jit
 def products_of_lists(
-    left, right, columns, counts, out, width, CAPACITY: tl.constexpr, BLOCK: tl.constexpr
-):
+    left, right, columns, counts, owners, out, width,
+    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """out[b, e] = left[b] . right[column]."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
-    mine = tl.load(left + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    of = row_of(row, owners, HAS_SPILL)
+    mine = tl.load(left + of * width + at, mask=inside, other=0.0).to(tl.float32)
     count = tl.load(counts + row)
     slot = tl.arange(0, CAPACITY)
     tl.store(out + row * CAPACITY + slot, tl.zeros((CAPACITY,), tl.float32), mask=slot >= count)
@@ -43,21 +55,49 @@ def products_of_lists(
 
 
 @triton.jit
-def sum_of_list(
-    W_dec, columns, values, row, count, start, at, inside, width, CAPACITY: tl.constexpr
-):
+def list_of(row, part, first, HAS_SPILL: tl.constexpr):
+    """Return the number of a row's list."""
+    own = row
+    if HAS_SPILL:
+        own = tl.where(part > 0, tl.load(first + row).to(tl.int64) + part - 1, row)
+    return own
+
+
+@triton.jit
+def lists_of(row, parts, HAS_SPILL: tl.constexpr):
+    """Return how many lists a row has."""
+    if HAS_SPILL:
+        return tl.load(parts + row)
+    return 1
+
+
+@triton.jit
+def sum_of_row(
+    W_dec, columns, values, counts, first, parts, row, start, at, inside, width,
+    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr,
+):  # fmt: skip
     """start plus the sum of values times rows of W_dec, in the order of entries."""
-    for e in range(count):
-        column = tl.load(columns + row * CAPACITY + e).to(tl.int64)
-        direction = tl.load(W_dec + column * width + at, mask=inside, other=0.0).to(tl.float32)
-        start += tl.load(values + row * CAPACITY + e) * direction
+    for part in range(lists_of(row, parts, HAS_SPILL)):
+        own = list_of(row, part, first, HAS_SPILL)
+        for e in range(tl.load(counts + own)):
+            column = tl.load(columns + own * CAPACITY + e).to(tl.int64)
+            direction = tl.load(W_dec + column * width + at, mask=inside, other=0.0)
+            start += tl.load(values + own * CAPACITY + e) * direction.to(tl.float32)
     return start
 
 
 @triton.jit
+def zero_rest(products, own, count, CAPACITY: tl.constexpr):
+    """Write 0 where a list's products have no entry."""
+    slot = tl.arange(0, CAPACITY)
+    nothing = tl.zeros((CAPACITY,), tl.float32)
+    tl.store(products + own * CAPACITY + slot, nothing, mask=slot >= count)
+
+
+@triton.jit
 def decode_lists(
-    W_dec, b_dec, columns, values, counts, out, width,
-    CAPACITY: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    W_dec, b_dec, columns, values, counts, first, parts, out, width,
+    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out[b] = b_dec + sum of values times rows of W_dec."""
     row = tl.program_id(0).to(tl.int64)
@@ -66,34 +106,36 @@ def decode_lists(
     start = tl.zeros((BLOCK,), tl.float32)
     if HAS_BIAS:
         start += tl.load(b_dec + at, mask=inside, other=0.0)
-    count = tl.load(counts + row)
-    total = sum_of_list(W_dec, columns, values, row, count, start, at, inside, width, CAPACITY)
+    total = sum_of_row(
+        W_dec, columns, values, counts, first, parts, row, start, at, inside, width, CAPACITY, HAS_SPILL
+    )  # fmt: skip
     tl.store(out + row * width + at, total, mask=inside)
 
 
 @triton.jit
 def decode_error_of_lists(
-    x, W_dec, b_dec, columns, values, counts, error, squares, products, width,
-    CAPACITY: tl.constexpr, BLOCK: tl.constexpr,
+    x, W_dec, b_dec, columns, values, counts, first, parts, error, squares, products, width,
+    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The error of a reconstruction, the sum of its squares, and its product with each entry's row."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     start = tl.load(b_dec + at, mask=inside, other=0.0).to(tl.float32)
-    count = tl.load(counts + row)
-    total = sum_of_list(W_dec, columns, values, row, count, start, at, inside, width, CAPACITY)
+    total = sum_of_row(
+        W_dec, columns, values, counts, first, parts, row, start, at, inside, width, CAPACITY, HAS_SPILL
+    )  # fmt: skip
     total -= tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(error + row * width + at, total, mask=inside)
     tl.store(squares + row, tl.sum(total * total, 0))
-    slot = tl.arange(0, CAPACITY)
-    tl.store(
-        products + row * CAPACITY + slot, tl.zeros((CAPACITY,), tl.float32), mask=slot >= count
-    )
-    for e in range(count):
-        column = tl.load(columns + row * CAPACITY + e).to(tl.int64)
-        direction = tl.load(W_dec + column * width + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(products + row * CAPACITY + e, tl.sum(total * direction, 0))
+    for part in range(lists_of(row, parts, HAS_SPILL)):
+        own = list_of(row, part, first, HAS_SPILL)
+        count = tl.load(counts + own)
+        zero_rest(products, own, count, CAPACITY)
+        for e in range(count):
+            column = tl.load(columns + own * CAPACITY + e).to(tl.int64)
+            direction = tl.load(W_dec + column * width + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(products + own * CAPACITY + e, tl.sum(total * direction, 0))
 
 
 @triton.jit
@@ -107,8 +149,9 @@ def group_of(column, boundaries, GROUPS: tl.constexpr):
 
 @triton.jit
 def nested_errors_of_lists(
-    x, W_dec, b_dec, boundaries, columns, values, counts, sums, squares, products, width,
-    CAPACITY: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    x, W_dec, b_dec, boundaries, columns, values, counts, first, parts, sums, squares, products, width,
+    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Do `decode_error_of_lists` for each prefix of groups; sums[b, g] adds up the errors of those that have group g."""
     row = tl.program_id(0).to(tl.int64)
@@ -118,33 +161,36 @@ def nested_errors_of_lists(
     start = tl.load(b_dec + at, mask=inside, other=0.0).to(tl.float32)
     start -= tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
     errors = tl.zeros((PADDED, BLOCK), tl.float32) + start[None, :]
-    count = tl.load(counts + row)
-    for e in range(count):
-        column = tl.load(columns + row * CAPACITY + e).to(tl.int64)
-        of = group_of(column, boundaries, GROUPS)
-        direction = tl.load(W_dec + column * width + at, mask=inside, other=0.0).to(tl.float32)
-        value = tl.load(values + row * CAPACITY + e)
-        errors += tl.where(group >= of, value, 0.0)[:, None] * direction[None, :]
+    for part in range(lists_of(row, parts, HAS_SPILL)):
+        own = list_of(row, part, first, HAS_SPILL)
+        for e in range(tl.load(counts + own)):
+            column = tl.load(columns + own * CAPACITY + e).to(tl.int64)
+            of = group_of(column, boundaries, GROUPS)
+            direction = tl.load(W_dec + column * width + at, mask=inside, other=0.0).to(tl.float32)
+            value = tl.load(values + own * CAPACITY + e)
+            errors += tl.where(group >= of, value, 0.0)[:, None] * direction[None, :]
     errors = tl.where((group < GROUPS)[:, None], errors, 0.0)
     tl.store(squares + row, tl.sum(tl.sum(errors * errors, 1), 0))
     for place in tl.static_range(GROUPS):
         suffix = tl.sum(tl.where((group >= place)[:, None], errors, 0.0), 0)
         tl.store(sums + (row * GROUPS + place) * width + at, suffix, mask=inside)
-    slot = tl.arange(0, CAPACITY)
-    nothing = tl.zeros((CAPACITY,), tl.float32)
-    tl.store(products + row * CAPACITY + slot, nothing, mask=slot >= count)
-    for e in range(count):
-        column = tl.load(columns + row * CAPACITY + e).to(tl.int64)
-        of = group_of(column, boundaries, GROUPS)
-        total = tl.sum(tl.where((group >= of)[:, None], errors, 0.0), 0)
-        direction = tl.load(W_dec + column * width + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(products + row * CAPACITY + e, tl.sum(total * direction, 0))
+    for part in range(lists_of(row, parts, HAS_SPILL)):
+        own = list_of(row, part, first, HAS_SPILL)
+        count = tl.load(counts + own)
+        zero_rest(products, own, count, CAPACITY)
+        for e in range(count):
+            column = tl.load(columns + own * CAPACITY + e).to(tl.int64)
+            of = group_of(column, boundaries, GROUPS)
+            total = tl.sum(tl.where((group >= of)[:, None], errors, 0.0), 0)
+            direction = tl.load(W_dec + column * width + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(products + own * CAPACITY + e, tl.sum(total * direction, 0))
 
 
 @triton.jit
 def gradients_of_weights(
-    centred, grad, boundaries, order, offsets, values, value_grads, of_enc, of_b_enc, of_dec, width,
-    CAPACITY: tl.constexpr, GROUPS: tl.constexpr, IS_ADDED: tl.constexpr, BLOCK: tl.constexpr,
+    centred, grad, boundaries, owners, order, offsets, values, value_grads, of_enc, of_b_enc, of_dec, width,
+    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, GROUPS: tl.constexpr, IS_ADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Both gradients of a latent's weights in one walk over its entries, in the order of rows."""
     latent = tl.program_id(0).to(tl.int64)
@@ -158,7 +204,7 @@ def gradients_of_weights(
         bias = tl.zeros((), tl.float32)
         for place in range(begin, end):
             entry = tl.load(order + place).to(tl.int64)
-            row = entry // CAPACITY
+            row = row_of(entry // CAPACITY, owners, HAS_SPILL)
             value, value_grad = tl.load(values + entry), tl.load(value_grads + entry)
             of_row = grad + (row * GROUPS + group) * width + at
             dec += value * tl.load(of_row, mask=inside, other=0.0).to(tl.float32)
@@ -176,8 +222,8 @@ def gradients_of_weights(
 
 @triton.jit
 def sums_by_columns(
-    matrix, boundaries, order, offsets, weights, sums, totals, width,
-    CAPACITY: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    matrix, boundaries, owners, order, offsets, weights, sums, totals, width,
+    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Sum weight * matrix[row], and the weights, over each column's entries in the order of rows."""
     column = tl.program_id(0).to(tl.int64)
@@ -189,7 +235,7 @@ def sums_by_columns(
     begin, end = tl.load(offsets + column), tl.load(offsets + column + 1)
     for place in range(begin, end):
         entry = tl.load(order + place).to(tl.int64)
-        row = entry // CAPACITY
+        row = row_of(entry // CAPACITY, owners, HAS_SPILL)
         weight = tl.load(weights + entry)
         of_row = matrix + (row * GROUPS + group) * width + at
         total += weight * tl.load(of_row, mask=inside, other=0.0).to(tl.float32)

@@ -1,0 +1,162 @@
+"""Kernels of dense steps: each reads and writes the scores' matrix once. NaN stays NaN, so that the loss shows it."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def power_of(values, p, IS_ONE: tl.constexpr):
+    """values^p of positive values, else 0."""
+    if IS_ONE:
+        return tl.where(values > 0, values, 0.0)
+    positive = tl.where(values > 0, values, 1.0)
+    return tl.where(values > 0, tl.exp(p * tl.log(positive)), 0.0)
+
+
+@triton.jit(do_not_specialize=["n"])
+def relu_dense(scores, latents, sums, p, n, IS_ONE: tl.constexpr, WIDE: tl.constexpr):
+    """latents = relu(scores); sums[b]: of latents^p."""
+    row = tl.program_id(0).to(tl.int64)
+    wide = tl.arange(0, WIDE)
+    total = tl.zeros((WIDE,), tl.float32)
+    for start in range(0, n, WIDE):
+        at = row * n + start + wide
+        inside = start + wide < n
+        a = tl.load(scores + at, mask=inside, other=0.0).to(tl.float32)
+        z = tl.where(a <= 0, 0.0, a)
+        tl.store(latents + at, z, mask=inside)
+        total += power_of(z, p, IS_ONE)
+    tl.store(sums + row, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["n"])
+def relu_gradient_dense(latents, grad, of_sum, out, p, n, IS_ONE: tl.constexpr, WIDE: tl.constexpr):
+    """out = (grad + of_sum p latents^(p - 1)) [latents > 0]."""
+    row = tl.program_id(0).to(tl.int64)
+    wide = tl.arange(0, WIDE)
+    weight = tl.load(of_sum)
+    for start in range(0, n, WIDE):
+        at = row * n + start + wide
+        inside = start + wide < n
+        z = tl.load(latents + at, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
+        if IS_ONE:
+            g += weight
+        else:
+            g += weight * p * power_of(z, p - 1, False)
+        tl.store(out + at, tl.where(z > 0, g, 0.0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n"])
+def jump_dense(scores, thresholds, latents, sums, n, WIDE: tl.constexpr):
+    """latents = scores [scores > threshold]; sums[b]: how many."""
+    row = tl.program_id(0).to(tl.int64)
+    wide = tl.arange(0, WIDE)
+    total = tl.zeros((WIDE,), tl.float32)
+    for start in range(0, n, WIDE):
+        at = row * n + start + wide
+        inside = start + wide < n
+        a = tl.load(scores + at, mask=inside, other=0.0).to(tl.float32)
+        theta = tl.load(thresholds + start + wide, mask=inside, other=float("inf"))
+        is_over = a > theta
+        tl.store(latents + at, tl.where(a <= theta, 0.0, a), mask=inside)
+        total += is_over.to(tl.float32)
+    tl.store(sums + row, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["n", "n_rows"])
+def jump_gradient_dense(
+    scores, thresholds, grad, out, of_jump, of_step, half, n, n_rows,
+    OF_LATENTS: tl.constexpr, ROWS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """out = grad [scores > threshold]; for each block of rows and column, the sum of grad, and the number, near it.
+
+    OF_LATENTS: the number is of latents that are near it, not of scores.
+    """
+    column = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    block = tl.program_id(1).to(tl.int64)
+    inside = column < n
+    theta = tl.load(thresholds + column, mask=inside, other=float("inf"))[None, :]
+    jumps = tl.zeros((ROWS, WIDE), tl.float32)
+    steps = tl.zeros((ROWS, WIDE), tl.float32)
+    for start in range(0, TALL, ROWS):
+        row = block * TALL + start + tl.arange(0, ROWS)
+        at = row[:, None] * n + column[None, :]
+        mask = (row < n_rows)[:, None] & inside[None, :]
+        a = tl.load(scores + at, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + at, tl.where(a > theta, g, 0.0), mask=mask)
+        jumps += tl.where((tl.abs(a - theta) < half) & mask, g, 0.0)
+        u = a
+        if OF_LATENTS:
+            u = tl.where(a > theta, a, 0.0)
+        steps += ((tl.abs(u - theta) < half) & mask).to(tl.float32)
+    tl.store(of_jump + block * n + column, tl.sum(jumps, 0), mask=inside)
+    tl.store(of_step + block * n + column, tl.sum(steps, 0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n"])
+def gated_dense(scores, biases, rates, shifts, latents, gates, sums, n, WIDE: tl.constexpr):
+    """gates = relu(scores); latents = relu((scores - bias) rate + shift) [scores > 0]; sums[b]: of gates."""
+    row = tl.program_id(0).to(tl.int64)
+    wide = tl.arange(0, WIDE)
+    total = tl.zeros((WIDE,), tl.float32)
+    for start in range(0, n, WIDE):
+        at = row * n + start + wide
+        inside = start + wide < n
+        a = tl.load(scores + at, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(biases + start + wide, mask=inside, other=0.0)
+        rate = tl.load(rates + start + wide, mask=inside, other=0.0)
+        shift = tl.load(shifts + start + wide, mask=inside, other=0.0)
+        magnitude = (a - bias) * rate + shift
+        gate = tl.where(a <= 0, 0.0, a)
+        tl.store(gates + at, gate, mask=inside)
+        tl.store(latents + at, tl.where((a <= 0) | (magnitude <= 0), 0.0, magnitude), mask=inside)
+        total += gate
+    tl.store(sums + row, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["n", "n_rows"])
+def gated_gradient_dense(
+    scores, biases, rates, shifts, grad, of_gates, of_sum, out, of_magnitude, of_product, n, n_rows,
+    ROWS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """out, and for each block of rows and column the sums of grad, and of grad (score - bias), of active latents."""
+    column = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    block = tl.program_id(1).to(tl.int64)
+    inside = column < n
+    bias = tl.load(biases + column, mask=inside, other=0.0)[None, :]
+    rate = tl.load(rates + column, mask=inside, other=0.0)[None, :]
+    shift = tl.load(shifts + column, mask=inside, other=0.0)[None, :]
+    weight = tl.load(of_sum)
+    magnitudes = tl.zeros((ROWS, WIDE), tl.float32)
+    products = tl.zeros((ROWS, WIDE), tl.float32)
+    for start in range(0, TALL, ROWS):
+        row = block * TALL + start + tl.arange(0, ROWS)
+        at = row[:, None] * n + column[None, :]
+        mask = (row < n_rows)[:, None] & inside[None, :]
+        a = tl.load(scores + at, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
+        gate = tl.load(of_gates + at, mask=mask, other=0.0).to(tl.float32)
+        u = a - bias
+        g = tl.where((a > 0) & (u * rate + shift > 0), g, 0.0)
+        tl.store(out + at, g * rate + tl.where(a > 0, gate + weight, 0.0), mask=mask)
+        magnitudes += g
+        products += g * u
+    tl.store(of_magnitude + block * n + column, tl.sum(magnitudes, 0), mask=inside)
+    tl.store(of_product + block * n + column, tl.sum(products, 0), mask=inside)
+
+
+@triton.jit(do_not_specialize=["n"])
+def count_dense(latents, counts, fired, n, WIDE: tl.constexpr):
+    """counts[b]: latents that are not 0; fired[m] is set to 1 where one is."""
+    row = tl.program_id(0).to(tl.int64)
+    wide = tl.arange(0, WIDE)
+    total = tl.zeros((WIDE,), tl.int32)
+    for start in range(0, n, WIDE):
+        inside = start + wide < n
+        z = tl.load(latents + row * n + start + wide, mask=inside, other=0.0).to(tl.float32)
+        is_active = (z != 0) & inside
+        total += is_active.to(tl.int32)
+        tl.store(fired + start + wide, is_active.to(tl.uint8), mask=is_active)
+    tl.store(counts + row, tl.sum(total, 0).to(tl.int64))
