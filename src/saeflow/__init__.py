@@ -8,9 +8,17 @@ _PUBLIC = {
     "load": "saeflow.saes",
     "open_store": "saeflow.stores",
     "hook": "saeflow.sources.hook_points",
+    **dict.fromkeys(("load_model", "load_tokenizer"), "saeflow.sources.models"),
     **dict.fromkeys(("ablate", "add", "clamp", "scale"), "saeflow.saes.edits"),
 }
-__all__ = ["__version__", "ablate", "add", "clamp", "hook", "load", "open_store", "scale"]
+__all__ = [
+    "__version__", "ablate", "add", "clamp", "hook", "load", "load_model", "load_tokenizer", "open_store", "scale",
+]  # fmt: skip
+
+
+def __dir__() -> list[str]:
+    """The public names, before they were asked for too."""
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

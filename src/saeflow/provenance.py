@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from saeflow.config import CARRIED, ROOT
 from saeflow.device import label
 from saeflow.errors import UserError
 from saeflow.files import (
@@ -290,6 +291,8 @@ def code_digest() -> str:
     """SHA-256 of the package's source files as they are, comments included."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*")):
+        if path.is_relative_to(PACKAGE / CARRIED):
+            continue
         if path.suffix in (".py", ".j2", ".yaml"):
             digest.update(path.relative_to(PACKAGE).as_posix().encode())
             digest.update(path.read_bytes())
@@ -339,7 +342,7 @@ def _warn_once(text: str) -> None:
 
 
 def _lock_digest() -> str | None:
-    lock = PACKAGE.parents[1] / "requirements.lock"
+    lock = ROOT / "requirements.lock"
     return file_digest(lock) if lock.exists() else None
 
 

@@ -12,7 +12,10 @@ import snakemake.persistence.file
 from snakemake.settings.types import DeploymentMethod
 from snakemake.utils import listfiles
 
-sys.path.insert(0, str(Path(workflow.basedir) / "src"))
+# A checkout holds the package beside the Snakefile; an installed package holds the Snakefile, and Python finds it.
+package = Path(workflow.basedir) / "src"
+if package.is_dir():
+    sys.path.insert(0, str(package))
 
 from saeflow.config import check_params
 from saeflow.device import has_gpu
@@ -47,11 +50,14 @@ except UserError as error:
     sys.exit(2)
 
 # A rule runs this project's package with the environment's own interpreter.
-package = Path(workflow.basedir) / "src"
-prefix = f"export PYTHONPATH={shlex.quote(str(package))}; "
+prefix = f"export PYTHONPATH={shlex.quote(str(package))}; " if package.is_dir() else ""
 # What a job needs to know of the machine is no parameter of the job: it changes no result.
 prefix = f"{prefix}export SAEFLOW_RUNTIME={shlex.quote(json.dumps(config['runtime']))}; "
 has_conda = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
+if has_conda and not package.is_dir():
+    print("error: --use-conda: expected a checkout of saeflow, whose package other environments can read, found an "
+        "installed package. Clone saeflow, or leave the option out.", file=sys.stderr)
+    sys.exit(2)
 if not has_conda:
     programs = os.environ.get(
         "SAEFLOW_PROGRAMS", str(Path(sys.executable).parent)

@@ -19,6 +19,7 @@ from saeflow.cli import (
     parameters,
     results,
     sources,
+    starting,
     stores,
     training,
 )
@@ -27,6 +28,8 @@ from saeflow.errors import UserError
 Command = Callable[..., None]
 
 COMMANDS: dict[str, Command] = {
+    "init": starting.init,
+    "run": starting.run,
     "validate": parameters.validate,
     "parameters": parameters.parameters,
     "plan": parameters.plan,

@@ -13,10 +13,11 @@ from saeflow.config.runs import (
     expand_runs,
     imports,
 )
-from saeflow.config.schema import ROOT
+from saeflow.config.schema import CARRIED, ROOT
 from saeflow.config.yaml_file import read_yaml
 
 __all__ = [
+    "CARRIED",
     "IMPORTED",
     "ROOT",
     "SCORER",

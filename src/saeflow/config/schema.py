@@ -15,7 +15,11 @@ from saeflow.config.explain import explained, validator
 from saeflow.config.options import options_schema
 from saeflow.config.variants import variants
 
-ROOT = Path(__file__).parents[3]
+CARRIED = "_project"
+"""Folder of an installed package that holds the workflow, which is no code of a job (setup.py)."""
+_HERE = Path(__file__).parents[1]
+ROOT = _HERE / CARRIED if (_HERE / CARRIED).is_dir() else Path(__file__).parents[3]
+"""Folder of the Snakefile, rules, profiles, lock and presets: the checkout, or CARRIED."""
 SCHEMA = Path(__file__).with_name("params.schema.yaml")
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _WORDS = {"true": True, "false": False, "null": None}

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from saeflow.config import CARRIED
 from saeflow.files import file_digest, json_digest, write_json
 from saeflow.jobs.syntax import Import, Module, Statement, read_module
 
@@ -72,6 +73,8 @@ class Code:
         """The file of each module."""
         self._data: dict[str, Path] = {}
         for path in sorted(folder.rglob("*")):
+            if path.is_relative_to(folder / CARRIED):
+                continue
             if path.suffix == ".py":
                 parts = path.relative_to(folder).with_suffix("").parts
                 name = ".".join([NAME, *(parts[:-1] if parts[-1] == "__init__" else parts)])

@@ -13,15 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from saeflow.config import ROOT
 from saeflow.files import json_digest
-from saeflow.jobs.code import FOLDER, Kept, Reached
+from saeflow.jobs.code import Kept, Reached
 from saeflow.local_files import content_digests
 from saeflow.provenance import FORMAT, RECORD
 
 RESULTS = "results"
 LONGEST = 100_000
 """Bytes of one argument of a command."""
-LOCK = FOLDER.parents[1] / "requirements.lock"
+LOCK = ROOT / "requirements.lock"
 DISTRIBUTIONS = {
     "PIL": "pillow", "sklearn": "scikit-learn", "skdim": "scikit-dimension", "yaml": "pyyaml",
     "huggingface_hub": "huggingface-hub", "sae_lens": "sae-lens",

@@ -68,6 +68,7 @@ class Contract(Totals):
     positions = slice(0, None)  # of each context, those that it was trained on
     constants: tuple[str, ...] = ()  # buffers that no step changes
     forgets_latents = False  # whether `end_step` reads no dense latents but their counts
+    origin = ""  # where it was trained, in words; of one that was loaded
 
     def __init__(self, d_in: int, d_sae: int, d_out: int | None = None) -> None:
         super().__init__()

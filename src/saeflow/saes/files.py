@@ -1,6 +1,7 @@
 """A trained SAE on disk: weights.safetensors and config.json, in raw-activation units."""
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,20 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path | str) -> SAE:
-    """Load a trained SAE; it takes and returns raw activations.
+    """Load a trained SAE, without gradients for its weights; it takes and returns raw activations.
 
     Raises:
         UserError: a file is missing or damaged, or weights do not fit the config.
     """
     folder = Path(folder)
+    if not (folder / CONFIG).is_file():
+        below = [path.parent for path in islice(folder.rglob(CONFIG), 3)] if folder.is_dir() else []
+        found = "no such folder" if not folder.is_dir() else f"no {CONFIG} in it"
+        near = f" Below it: {', '.join(map(str, below))}." if below else ""
+        raise UserError(
+            f"{folder}: expected the folder of an SAE, as results/saes/SOURCE/HOOK_POINT/ENTRY/LABEL, found {found}. "
+            f"Fix the path.{near}"
+        )
     config = read_config(folder)
     path = folder / WEIGHTS
     described = (config["variant"], config["d_in"], config["d_sae"], config["options"])
@@ -94,7 +103,21 @@ def load(folder: Path | str) -> SAE:
     sae = build(*described)
     sae.load_state_dict(tensors)
     sae.positions = _positions(folder / CONFIG, config)
-    return sae.eval()
+    sae.origin = _origin(config)
+    return sae.eval().requires_grad_(False)
+
+
+def _origin(config: Mapping[str, Any]) -> str:
+    """Say where an SAE was trained, as far as its config does."""
+    facts = []
+    if {"hook_point", "source"} <= config.keys():
+        facts.append(f"at {config['hook_point']} of {config['source']}")
+    training = config.get("training")
+    if isinstance(training, dict) and isinstance(training.get("tokens"), int):
+        facts.append(f"trained on {training['tokens']:,} activations")
+    if "seed" in config:
+        facts.append(f"seed {config['seed']}")
+    return ", ".join(facts)
 
 
 def _positions(path: Path, config: Mapping[str, Any]) -> slice:

@@ -4,7 +4,7 @@ Only the blocks that are needed run: `capture` stops after the last hook point, 
 hook point's block. Both leave a language model's lm head out; `logits` applies it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, cast
 
@@ -199,7 +199,7 @@ def hook(
     hook_point: str,
     sae: nn.Module,
     *,
-    edit: Callable[[Tensor], Tensor] | None = None,
+    edit: Callable[[Tensor], Tensor] | Sequence[Callable[[Tensor], Tensor]] | None = None,
     keep_error: bool = False,
     positions: slice | None = None,
 ) -> Iterator[None]:
@@ -212,12 +212,14 @@ def hook(
         hook_point: a name such as `blocks.8.resid_post`.
         sae: takes and returns raw activations (n, d_in), in its own dtype and on its own device.
         edit: what is done to the latents (n, d_sae) before they are decoded, such as `saeflow.ablate(7)`,
-            `clamp`, `scale`, `add`, or any function of them; it may also only look at them.
+            `clamp`, `scale`, `add`, or any function of them; it may also only look at them. Of several, each takes
+            what the one before it gives.
         keep_error: add what the SAE does not reconstruct, x - x_hat, so that the model is changed by the
             edit alone; without an edit nothing is changed then.
         positions: those that the SAE sees, counted from the start of each sequence (so no left padding); None:
             those that it was trained on (`sae.positions`), all of them where that is not known.
     """
+    edits = [edit] if callable(edit) else list(edit or ())
     seen = positions if positions is not None else getattr(sae, "positions", slice(None))
     done = 0
 
@@ -227,13 +229,16 @@ def hook(
         done = 0 if cache is None else int(cache.get_seq_length())
 
     def rebuild(rows: Tensor) -> Tensor:
-        if edit is None and not keep_error:
+        if not edits and not keep_error:
             found: Tensor = sae(rows)
             return found
         coder: Any = sae
         latents = coder.encode(rows)
         # A copy: with the error kept, its gradient is that of the decoded latents alone.
-        decoded: Tensor = coder.decode(latents if edit is None else edit(latents.clone()))
+        edited = latents.clone() if edits else latents
+        for one in edits:
+            edited = one(edited)
+        decoded: Tensor = coder.decode(edited)
         return decoded + (rows - coder.decode(latents)) if keep_error else decoded
 
     def replace(x: Tensor) -> Tensor:

@@ -117,6 +117,23 @@ def _give_up_early() -> None:
     )
 
 
+def newest_commit(name: str, kind: str) -> str:
+    """The newest commit of a repository of the hub.
+
+    Args:
+        name: OWNER/NAME.
+        kind: model or dataset.
+
+    Raises:
+        UserError: the hub does not tell.
+    """
+    from huggingface_hub import HfApi
+
+    advice = f"Fix the name, or give {name}@COMMIT, where the hub's cache holds it."
+    with hub_errors(f"{name}: the hub does not tell its newest commit", advice):
+        return str(HfApi().repo_info(name, repo_type=kind).sha)
+
+
 def config_file(name: str, revision: Any) -> Path:
     """A hub model's config.json, fetched where it is not in the hub's cache.
 

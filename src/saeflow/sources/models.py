@@ -284,11 +284,11 @@ def pinned_files(folder: Path, *, weights: bool) -> Iterator[tuple[Path, Path]]:
         yield local, Path(alone)
 
 
-def load_model(folder: Path, device: str) -> "nn.Module":
+def load_model(folder: Path | str, device: str = "cpu") -> "nn.Module":
     """Load a fetched model in its source's dtype: evaluation mode, no gradients.
 
     Args:
-        folder: what `fetch_model` wrote.
+        folder: what `fetch_model` wrote, such as results/sources/NAME/model, or a folder that save_pretrained wrote.
         device: where the model goes. One that is larger than the free memory of that GPU is spread by
             accelerate over all GPUs, then the host's memory.
 
@@ -298,6 +298,7 @@ def load_model(folder: Path, device: str) -> "nn.Module":
     import torch
     from transformers import AutoModelForCausalLM, CLIPModel
 
+    folder = _model_place(folder)
     dtype = read_json(folder / LOADING)["dtype"] if (folder / LOADING).exists() else "float32"
     with pinned_files(folder, weights=True) as (local, files):
         advice = "Run the step that fetches it again, or give another model."
@@ -335,7 +336,19 @@ def _fits(folder: Path, dtype: Any, device: str) -> bool:
     return result
 
 
-def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+def _model_place(folder: Path | str) -> Path:
+    path = Path(folder)
+    if not any((path / name).is_file() for name in (LINK, "config.json")):
+        found = (
+            "no such folder" if not path.is_dir() else "neither model.json nor config.json in it"
+        )
+        raise UserError(
+            f"{path}: expected the folder of a model, as results/sources/NAME/model, found {found}. Fix the path."
+        )
+    return path
+
+
+def load_tokenizer(folder: Path | str) -> "PreTrainedTokenizerBase":
     """Load a fetched model's tokenizer.
 
     Raises:
@@ -343,6 +356,7 @@ def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
+    folder = _model_place(folder)
     with (
         pinned_files(folder, weights=False) as (local, files),
         one_line(
