@@ -53,8 +53,8 @@ def test_a_logged_number_that_is_no_loss_term_is_not_drawn_as_one() -> None:
 def test_the_schedule_lies_under_the_active_latents(folder: Path) -> None:
     loaded = load_tables(folder)
     with style.context():
-        figure = FIGURES["training"].draw(loaded, STRICT).figure
-    axes = [ax for part in figure.subfigs for ax in part.axes]
+        (page,) = FIGURES["training"].draw(loaded, STRICT).details
+    axes = page.axes
     panel = next(ax for ax in axes if ax.get_title(loc="left") == "active latents (L0)")
     row = axes[axes.index(panel) + 5]  # the second series: TopK, below ReLU
     schedules = [line for line in row.lines if line.get_linewidth() == 3.0]

@@ -1,5 +1,6 @@
 """A hub on the loopback that serves one repository, as the real one does or with a fault."""
 
+import base64
 import hashlib
 import itertools
 import json
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 NAME, SHA = "someone/tiny", "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_for_the_loopback"
+"""Allows to write."""
 HANGS_S = 3
 """Seconds of an answer that hangs: past the limits that the tests give the client."""
 LARGE = 4096
@@ -46,6 +49,36 @@ def serving(folder: Path, fault: str, file: str, times: int | None = None) -> It
 
         def do_GET(self) -> None:
             self.answer(with_body=True)
+
+        def do_POST(self) -> None:
+            """Take a commit as the hub does: whole files, in lines of JSON."""
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                self.send_error(401)
+                return
+            answer: dict[str, Any] = {}
+            if self.path == "/api/repos/create":
+                asked = json.loads(body)
+                (folder / "created.json").write_text(json.dumps(asked))
+                answer = {"url": f"http://{self.headers['Host']}/{NAME}"}
+            elif "/preupload/" in self.path:
+                files = json.loads(body)["files"]
+                modes = {"uploadMode": "regular", "shouldIgnore": False}
+                answer = {"files": [{"path": one["path"], **modes} for one in files]}
+            elif "/commit/" in self.path:
+                for line in map(json.loads, body.splitlines()):
+                    if line["key"] == "file":
+                        content = base64.b64decode(line["value"]["content"])
+                        (folder / line["value"]["path"]).write_bytes(content)
+                answer = {
+                    "commitUrl": f"http://{self.headers['Host']}/{NAME}/commit/{SHA}", "commitOid": SHA
+                }  # fmt: skip
+            sent = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(sent)))
+            self.end_headers()
+            self.wfile.write(sent)
 
         def answer(self, *, with_body: bool) -> None:
             path = self.path.split("?")[0]

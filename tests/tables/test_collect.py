@@ -142,7 +142,7 @@ def test_printed_tables_state_the_row_policy(runs: list[tuple[Path, Path]], tmp_
         assert "(12.5" in text
         assert "keeping the activation of each first position" in text
     assert (
-        "| topk | d64-k8 | constant | 3 | 8.00 ± 0.00 | 0.233 ± 0.153 |"
+        "| topk | k = 8 | constant | 3 | 8.00 ± 0.00 | 0.233 ± 0.153 |"
         in (folder / "summary.md").read_text()
     )
 

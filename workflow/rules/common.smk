@@ -55,8 +55,11 @@ prefix = f"export PYTHONPATH={shlex.quote(str(package))}; " if package.is_dir() 
 prefix = f"{prefix}export SAEFLOW_RUNTIME={shlex.quote(json.dumps(config['runtime']))}; "
 has_conda = DeploymentMethod.CONDA in workflow.deployment_settings.deployment_method
 if has_conda and not package.is_dir():
-    print("error: --use-conda: expected a checkout of saeflow, whose package other environments can read, found an "
-        "installed package. Clone saeflow, or leave the option out.", file=sys.stderr)
+    print(
+        "error: --use-conda: expected a checkout of saeflow, whose package other environments can read, found an "
+        "installed package. Clone saeflow, or leave the option out.",
+        file=sys.stderr,
+    )
     sys.exit(2)
 if not has_conda:
     programs = os.environ.get(

@@ -12,6 +12,8 @@ rule score_contexts:
         record="results/complexity/{source}/{complexity}/scores/provenance.json",
     log:
         "logs/score_contexts/{source}_{complexity}.log",
+    benchmark:
+        "logs/benchmarks/score_contexts/{source}_{complexity}.tsv"
     conda:
         environment("model")
     threads: threads("evaluate")
@@ -30,6 +32,8 @@ rule fit_probe:
         record="results/complexity/{source}/{complexity}/probes/{hook_point}/provenance.json",
     log:
         "logs/fit_probe/{source}_{complexity}_{hook_point}.log",
+    benchmark:
+        "logs/benchmarks/fit_probe/{source}_{complexity}_{hook_point}.tsv"
     conda:
         environment("model")
     params:

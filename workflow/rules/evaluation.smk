@@ -12,6 +12,8 @@ rule prepare_labelled:
         record="results/evaluations/{source}/labelled/{labelled}/provenance.json",
     log:
         "logs/prepare_labelled/{source}_{labelled}.log",
+    benchmark:
+        "logs/benchmarks/prepare_labelled/{source}_{labelled}.tsv"
     conda:
         environment("model")
     threads: threads("extract")
@@ -28,6 +30,8 @@ rule evaluate_clean:
         record="results/evaluations/{source}/{hook_point}/clean/provenance.json",
     log:
         "logs/evaluate_clean/{source}_{hook_point}.log",
+    benchmark:
+        "logs/benchmarks/evaluate_clean/{source}_{hook_point}.tsv"
     conda:
         environment("model")
     threads: threads("evaluate")
@@ -46,6 +50,8 @@ rule evaluate_clean_on:
         record="results/evaluations/{source}/{hook_point}/on/{other}/provenance.json",
     log:
         "logs/evaluate_clean_on/{source}_{hook_point}_{other}.log",
+    benchmark:
+        "logs/benchmarks/evaluate_clean_on/{source}_{hook_point}_{other}.tsv"
     conda:
         environment("model")
     threads: threads("evaluate")
@@ -64,6 +70,8 @@ rule estimate_dimension:
         record="results/evaluations/{source}/{hook_point}/dimension/provenance.json",
     log:
         "logs/estimate_dimension/{source}_{hook_point}.log",
+    benchmark:
+        "logs/benchmarks/estimate_dimension/{source}_{hook_point}.tsv"
     conda:
         environment("model")
     params:
@@ -79,6 +87,8 @@ rule evaluate_group:
         temp(touch("results/evaluations.groups/{group}.done")),
     log:
         "logs/evaluate_group/{group}.log",
+    benchmark:
+        "logs/benchmarks/evaluate_group/{group}.tsv"
     conda:
         environment("model")
     threads: threads("evaluate")
@@ -100,6 +110,8 @@ rule evaluate_sae:
         record="results/evaluations/{run}/provenance.json",
     log:
         "logs/evaluate_sae/{run}.log",
+    benchmark:
+        "logs/benchmarks/evaluate_sae/{run}.tsv"
     conda:
         environment("model")
     threads: threads("evaluate")
@@ -119,6 +131,8 @@ rule show_latents:
         record="results/evaluations/latents/{run}/provenance.json",
     log:
         "logs/show_latents/{run}.log",
+    benchmark:
+        "logs/benchmarks/show_latents/{run}.tsv"
     conda:
         environment("model")
     threads: threads("evaluate")
@@ -140,6 +154,8 @@ rule interpret_sae:
         record="results/evaluations/interpretability/{run}/provenance.json",
     log:
         "logs/interpret_sae/{run}.log",
+    benchmark:
+        "logs/benchmarks/interpret_sae/{run}.tsv"
     conda:
         environment("model")
     threads: threads("evaluate")
@@ -160,6 +176,8 @@ rule evaluate_baselines:
         record="results/evaluations/{source}/{hook_point}/baselines/provenance.json",
     log:
         "logs/evaluate_baselines/{source}_{hook_point}.log",
+    benchmark:
+        "logs/benchmarks/evaluate_baselines/{source}_{hook_point}.tsv"
     conda:
         environment("model")
     threads: threads("evaluate")
@@ -179,6 +197,8 @@ rule compare_seeds:
         record="results/evaluations/stability/{setting}/provenance.json",
     log:
         "logs/compare_seeds/{setting}.log",
+    benchmark:
+        "logs/benchmarks/compare_seeds/{setting}.tsv"
     conda:
         environment("model")
     threads: threads("evaluate")
@@ -215,6 +235,8 @@ rule collect_tables:
         record="results/tables/provenance.json",
     log:
         "logs/collect_tables.log",
+    benchmark:
+        "logs/benchmarks/collect_tables.tsv"
     conda:
         environment("model")
     params:

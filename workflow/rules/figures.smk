@@ -9,14 +9,24 @@ rule draw_figure:
     input:
         lambda w: jobs.figure(w.figure).inputs,
     output:
-        svg="results/figures/{figure}/{figure}.svg",
+        svg=report(
+            "results/figures/{figure}/{figure}.svg",
+            category="Figures",
+            labels={"figure": "{figure}", "what": "picture"},
+        ),
         pdf="results/figures/{figure}/{figure}.pdf",
         png="results/figures/{figure}/{figure}.png",
         csv="results/figures/{figure}/{figure}.csv",
-        caption="results/figures/{figure}/caption.md",
+        caption=report(
+            "results/figures/{figure}/caption.md",
+            category="Figures",
+            labels={"figure": "{figure}", "what": "caption"},
+        ),
         record="results/figures/{figure}/provenance.json",
     log:
         "logs/draw_figure/{figure}.log",
+    benchmark:
+        "logs/benchmarks/draw_figure/{figure}.tsv"
     conda:
         environment("figures")
     params:
@@ -29,13 +39,23 @@ rule write_table:
     input:
         lambda w: jobs.figure(w.table).inputs,
     output:
-        md="results/figures/{table}/{table}.md",
+        md=report(
+            "results/figures/{table}/{table}.md",
+            category="Tables",
+            labels={"table": "{table}", "what": "table"},
+        ),
         tex="results/figures/{table}/{table}.tex",
         csv="results/figures/{table}/{table}.csv",
-        caption="results/figures/{table}/caption.md",
+        caption=report(
+            "results/figures/{table}/caption.md",
+            category="Tables",
+            labels={"table": "{table}", "what": "caption"},
+        ),
         record="results/figures/{table}/provenance.json",
     log:
         "logs/write_table/{table}.log",
+    benchmark:
+        "logs/benchmarks/write_table/{table}.tsv"
     conda:
         environment("figures")
     params:
@@ -48,10 +68,12 @@ rule write_report:
     input:
         jobs.report().inputs,
     output:
-        html="results/report.html",
+        html=report("results/report.html", category="Report"),
         record="results/report.html.provenance.json",
     log:
         "logs/write_report.log",
+    benchmark:
+        "logs/benchmarks/write_report.tsv"
     conda:
         environment("figures")
     params:

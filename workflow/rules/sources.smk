@@ -12,6 +12,8 @@ rule fetch_model:
         record="results/sources/{source}/model/provenance.json",
     log:
         "logs/fetch_model/{source}.log",
+    benchmark:
+        "logs/benchmarks/fetch_model/{source}.tsv"
     conda:
         environment("model")
     threads: lambda w: threads("train") if "trained" in plan.source(w.source)["model"] else 1
@@ -28,6 +30,8 @@ rule prepare_inputs:
         record="results/sources/{source}/inputs/provenance.json",
     log:
         "logs/prepare_inputs/{source}.log",
+    benchmark:
+        "logs/benchmarks/prepare_inputs/{source}.tsv"
     conda:
         environment("model")
     threads: lambda w: threads("extract") if plan.kind(w.source).prepares_in_parallel else 1

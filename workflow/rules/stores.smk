@@ -14,6 +14,8 @@ rule extract_part:
         part=temp(directory("results/stores/{source}/{split}.parts/{part}-of-{parts}")),
     log:
         "logs/extract_part/{source}_{split}_{part}-of-{parts}.log",
+    benchmark:
+        "logs/benchmarks/extract_part/{source}_{split}_{part}-of-{parts}.tsv"
     conda:
         environment("model")
     threads: threads("extract")
@@ -34,6 +36,8 @@ rule merge_parts:
         record="results/stores/{source}/{split}/provenance.json",
     log:
         "logs/merge_parts/{source}_{split}.log",
+    benchmark:
+        "logs/benchmarks/merge_parts/{source}_{split}.tsv"
     conda:
         environment("model")
     params:

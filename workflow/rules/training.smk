@@ -13,6 +13,8 @@ rule train_group:
         temp(touch("results/saes.groups/{group}.done")),
     log:
         "logs/train_group/{group}.log",
+    benchmark:
+        "logs/benchmarks/train_group/{group}.tsv"
     conda:
         environment("train")
     threads: threads("train")
@@ -35,6 +37,8 @@ rule train_sae:
         record="results/saes/{run}/provenance.json",
     log:
         "logs/train_sae/{run}.log",
+    benchmark:
+        "logs/benchmarks/train_sae/{run}.tsv"
     wildcard_constraints:
         run="[^/]+/[^/]+/[^/]+/(?!imported-)[^/]+",
     conda:
@@ -57,6 +61,8 @@ rule import_sae:
         record="results/saes/{run}/provenance.json",
     log:
         "logs/import_sae/{run}.log",
+    benchmark:
+        "logs/benchmarks/import_sae/{run}.tsv"
     wildcard_constraints:
         run="[^/]+/[^/]+/[^/]+/imported-[^/]+",
     conda:

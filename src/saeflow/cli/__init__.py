@@ -37,6 +37,7 @@ COMMANDS: dict[str, Command] = {
     "trace": results.trace,
     "verify": results.verify,
     "export": exchange.export,
+    "push": exchange.push,
     "import": exchange.import_,
 }
 """Commands that a user types."""

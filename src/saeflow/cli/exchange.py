@@ -45,6 +45,19 @@ def export(
         )
 
 
+def push(
+    folder: Annotated[Path, typer.Argument(help="What `saeflow export --library hub` wrote.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
+    private: Annotated[
+        bool, typer.Option(help="Whether a repository that is made can be seen by its owner alone.")
+    ] = True,
+) -> None:
+    """Upload an exported SAE to the Hugging Face hub; the token is the hub client's (HF_TOKEN)."""
+    from saeflow.exchange.hub import push as push_folder
+
+    typer.echo(push_folder(folder, repository, is_private=private))
+
+
 def import_(
     folder: Annotated[Path, typer.Argument(help="What the other library saved.")],
     library: Library,

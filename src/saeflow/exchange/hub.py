@@ -9,8 +9,9 @@ import yaml
 
 from saeflow.errors import UserError
 from saeflow.files import atomic_file
-from saeflow.provenance import read_record
+from saeflow.provenance import check, read_record
 from saeflow.saes.files import CONFIG, WEIGHTS, read_config
+from saeflow.sources.hub import hub_errors
 from saeflow.tables.files import read_csv
 from saeflow.tables.metrics import METRICS
 from saeflow.tables.render import Printed
@@ -36,6 +37,42 @@ def write(sae: Path, evaluation: Path | None, folder: Path) -> None:
         shutil.copyfile(sae / name, folder / name)
     with atomic_file(folder / CARD) as staged:
         staged.write_text(_card(config, record, _source(record), metrics), encoding="utf-8")
+
+
+def push(folder: Path, repository: str, *, is_private: bool) -> str:
+    """Upload a folder that `write` made, as one commit; the token is the hub client's own (HF_TOKEN or `hf auth login`).
+
+    Args:
+        folder: with weights, config and card.
+        repository: OWNER/NAME, which is made where it is not there.
+        is_private: of one that is made.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        UserError: the folder is another, its files are not as they were made, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    if missing := [name for name in (WEIGHTS, CONFIG, CARD) if not (folder / name).is_file()]:
+        raise UserError(
+            f"{folder}: expected the folder that `saeflow export SAE --library hub` writes, found no {', '.join(missing)}. "
+            "Export the SAE first."
+        )
+    check(folder)
+    config = read_config(folder)
+    advice = "Set HF_TOKEN to a token that may write (or `hf auth login`), or fix the name."
+    with hub_errors(f"{repository}: cannot be written on the hub", advice):
+        api = HfApi()
+        api.create_repo(repository, private=is_private, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=[WEIGHTS, CONFIG, CARD],
+            commit_message=f"{config.get('name', folder.name)}, by saeflow",
+        )
+    return str(done.commit_url)
 
 
 def _metrics(evaluation: Path, run: str) -> list[tuple[str, str]]:

@@ -47,8 +47,8 @@ def draw(name: str, tables: Path, options: Mapping[str, Any], folder: Path) -> N
         tables: folder with the tables that `collect` wrote.
         options: `figures` of the parameters without the names; `mark`, where it is there, is printed across a
             figure and at the head of its caption.
-        folder: written: NAME.csv (the numbers), caption.md, and of a figure .svg, .pdf, .png (300 dpi), of
-            a table .md and .tex.
+        folder: written: NAME.csv (the numbers), caption.md, and of a figure .svg, .pdf, .png (300 dpi), the
+            same of its pages of details as NAME-details-N, of a table .md and .tex.
 
     Raises:
         UserError: an unknown figure, a table that is missing or damaged, a figure that no run of the
@@ -70,6 +70,8 @@ def draw(name: str, tables: Path, options: Mapping[str, Any], folder: Path) -> N
             drawing = figure.draw(known, options)
             folder.mkdir(parents=True, exist_ok=True)
             style.save(drawing.figure, folder / name, mark)
+            for number, page in enumerate(drawing.details, start=1):
+                style.save(page, folder / f"{name}-details-{number}", mark)
         data, texts["caption.md"] = drawing.data, style.marked(drawing.caption, mark) + "\n"
     with atomic_file(folder / f"{name}.csv") as staged:
         data.to_csv(staged, index=False, lineterminator="\n", float_format="%.12g")

@@ -27,11 +27,13 @@ class Drawing:
         figure: drawn, not yet written.
         data: the plotted numbers.
         caption: one paragraph of plain text.
+        details: pages of an appendix, each drawn like the figure and no taller than a page.
     """
 
     figure: Canvas
     data: pd.DataFrame
     caption: str
+    details: tuple[Canvas, ...] = ()
 
 
 @dataclass(frozen=True)

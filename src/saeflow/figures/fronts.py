@@ -10,7 +10,7 @@ import pandas as pd
 
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
-from saeflow.figures.series import Series, series_of
+from saeflow.figures.series import Places, Series, marker_of, places_of, series_of, stroke
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
 from saeflow.tables.runs import RANDOM_DECODER
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 _LOG_FROM = 6.0  # a quality axis whose largest value is this many times its least is logarithmic
 _MARKER_SIZES = {"*": 6.5, "X": 4.8, "P": 4.8, "h": 4.8, ".": 6.0, "D": 3.4}
-_TWINS = ("s", "^", "D", "v", "p")
-"""Open markers of a variant's third, fourth ... label in a figure."""
+_HIDES = 2.0
+"""Points of distance below which a mark hides another."""
 _PANEL_HEIGHT = 2.15  # inches
 
 
@@ -76,7 +76,7 @@ def baseline_sentence(rows: pd.DataFrame, metric: str) -> str:
     text = f"In grey: {captions.listed(found)}." if found else ""
     if (rows["variant"] == "identity").any():
         text += f" The identity (not drawn) has {_name(metric)} 0."
-    return text
+    return f"{text} A mark that lies under another is drawn once more, large and open around it."
 
 
 def _name(metric: str) -> str:
@@ -85,13 +85,18 @@ def _name(metric: str) -> str:
 
 
 def draw_fronts(
-    rows: pd.DataFrame, panels: Sequence[tuple[compare.Panel, str]], *, of_truth: bool = False
+    tables: Tables,
+    rows: pd.DataFrame,
+    panels: Sequence[tuple[compare.Panel, str]],
+    *,
+    of_truth: bool = False,
 ) -> tuple[Figure, pd.DataFrame]:
     """Draw panels of (source and hook point, metric).
 
     Args:
+        tables: decide how a series looks in every figure.
         rows: what `compared` returns.
-        panels: in order.
+        panels: in order; those of one metric have one kind of scale.
         of_truth: the metrics compare SAEs with a true dictionary: they are between 0 and 1, and a dashed line marks
             the true mean L0.
 
@@ -104,22 +109,35 @@ def draw_fronts(
     lines = -(-len(panels) // columns)
     drawn = rows[rows["variant"] != "identity"]
     series = {panel: series_of(compare.one_panel(drawn, panel)) for panel, _ in panels}
-    strokes = _strokes([one for held in series.values() for one in held])
+    strokes = _strokes([one for held in series.values() for one in held], places_of(tables))
+    logarithmic = {metric: _is_logarithmic(drawn, metric) for _, metric in panels}
     legend = [Line2D([], [], label=label, **stroke) for label, stroke in strokes.items()]
     width = style.COLUMN_WIDTH if columns == 1 else style.TEXT_WIDTH
     per_line = style.legend_columns(list(strokes), width)
-    height = lines * _PANEL_HEIGHT + 0.16 * -(-len(legend) // per_line) + 0.1
+    free = lines * columns - len(panels)  # cells of the last row: the legend goes into one
+    height = lines * _PANEL_HEIGHT + (0.1 if free else 0.16 * -(-len(legend) // per_line) + 0.1)
     figure = style.new_figure(width, height)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     for ax, (panel, metric) in zip(axes, panels, strict=False):
-        _panel(ax, series[panel], metric, strokes, of_truth, captions.is_seeded(rows))
+        _panel(
+            ax,
+            series[panel],
+            metric,
+            strokes,
+            of_truth,
+            logarithmic[metric],
+            captions.is_seeded(rows),
+        )
         ax.set_title(compare.panel_title(panel))
         ax.set_xlabel(compare.panel_axis("l0_mean", panel))
         label = compare.panel_axis(metric, panel)
         ax.set_ylabel(label.replace(" (", "\n(") if len(label) > 30 else label)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
-    figure.legend(handles=legend, loc="outside lower center", ncols=per_line)
+    if free:
+        axes[len(panels)].legend(handles=legend, loc="center", ncols=2, fontsize=6.5)
+    else:
+        figure.legend(handles=legend, loc="outside lower center", ncols=per_line)
     return figure, _data(rows, list(dict.fromkeys(metric for _, metric in panels)), of_truth)
 
 
@@ -133,30 +151,26 @@ def _data(rows: pd.DataFrame, metrics: list[str], of_truth: bool) -> pd.DataFram
     return own.merge(compare.over_seeds(rows, columns), on=keys, how="left", validate="m:1")
 
 
-def _strokes(series: Sequence[Series]) -> dict[str, dict[str, Any]]:
-    """Line and marker of each label, the same in every panel of a figure.
+def _strokes(series: Sequence[Series], places: Places) -> dict[str, dict[str, Any]]:
+    """Line and marker of each label, in the legend's order.
 
-    A variant keeps its colour; its second label in a figure has broken lines and its marker open, further ones
-    open markers of other shapes.
+    A variant keeps its colour; its second label has broken lines and its marker open, further ones open markers of
+    other shapes.
     """
     strokes: dict[str, dict[str, Any]] = {}
-    for one in sorted(series, key=lambda one: style.rank_of(one.look)):
-        look = one.look
-        if one.label in strokes:
-            continue
+    by_label = {one.label: one for one in series}
+    for label in sorted(by_label, key=list(places).index):
+        one, place = by_label[label], places[label]
+        color = one.look.color
         if one.rows["variant"].iloc[0] == "mean":
-            strokes[one.label] = {"color": look.color, "linewidth": 1.2}
+            strokes[label] = {"color": color, "linewidth": 1.2}
             continue
-        index = sum(stroke["color"] == look.color for stroke in strokes.values())
-        marker = look.marker if index < 2 else _TWINS[(index - 2) % len(_TWINS)]
-        strokes[one.label] = {
-            "color": look.color, "marker": marker,
+        marker = marker_of(one, places)
+        strokes[label] = stroke(one, places) | {
             "markersize": _MARKER_SIZES.get(marker, 4.0),
-            "linestyle": style.LINE_STYLES[index % len(style.LINE_STYLES)],
-            "markerfacecolor": look.color if index == 0 else "white",
-            "markeredgecolor": look.color if index else "white",
-            "markeredgewidth": 0.8 if index else 0.4,
-        }  # fmt: skip
+            "markeredgecolor": color if place else "white",
+            "markeredgewidth": 0.8 if place else 0.4,
+        }
     return strokes
 
 
@@ -166,18 +180,39 @@ def _panel(
     metric: str,
     strokes: Mapping[str, Mapping[str, Any]],
     of_truth: bool,
+    is_logarithmic: bool,
     is_seeded: bool,
 ) -> None:
     ax.grid(True)
     rows = pd.concat([one.rows for one in series])
-    for one in series:
-        if one.rows["variant"].iloc[0] == "mean":
+    for one in sorted(series, key=lambda one: -strokes[one.label].get("markersize", 0)):
+        if one.rows["variant"].iloc[0] == "mean":  # small marks lie on large ones
             ax.axhline(float(one.rows[metric].mean()), zorder=1.5, **strokes[one.label])
         else:
             _line(ax, one.rows, metric, one.look, strokes[one.label], is_seeded)
-    _scale(ax, rows, metric, of_truth)
+    _scale(ax, rows, metric, of_truth, is_logarithmic)
+    _show_hidden(ax)
     if of_truth and "true_l0_mean" in rows:
         ax.axvline(float(rows["true_l0_mean"].mean()), color=style.INK, lw=0.8, ls=(0, (4, 2)))
+
+
+def _show_hidden(ax: Axes) -> None:
+    """Draw a mark that lies under another once more, large and open around it."""
+    from matplotlib.container import ErrorbarContainer
+
+    lines = [held.lines[0] for held in ax.containers if isinstance(held, ErrorbarContainer)]
+    points = [np.asarray(line.get_xydata(), dtype=float).reshape(-1, 2) for line in lines]
+    places = [ax.transData.transform(own) for own in points]
+    for number, (line, own) in enumerate(zip(lines, places, strict=True)):
+        above = [place for place in places[number + 1 :] if len(place)]
+        if not above or not len(own):
+            continue
+        distance = np.linalg.norm(own[:, None] - np.concatenate(above)[None], axis=2).min(1)
+        hidden = distance * 72 / ax.figure.dpi < _HIDES
+        ax.plot(
+            *points[number][hidden].T, ls="none", marker=line.get_marker(), color=line.get_color(),
+            ms=2 * _MARKER_SIZES.get(str(line.get_marker()), 4.0), mfc="none", mew=0.7, zorder=4,
+        )  # fmt: skip
 
 
 def _line(
@@ -215,18 +250,36 @@ def _spread(rows: pd.DataFrame, points: pd.DataFrame, metric: str, is_seeded: bo
     return means.fillna(0).to_numpy().T.clip(min=0)
 
 
-def _scale(ax: Axes, rows: pd.DataFrame, metric: str, of_truth: bool) -> None:
-    """Axes that hold every SAE, and of the baselines what lies at the SAEs' L0."""
+def _visible(rows: pd.DataFrame) -> tuple[float, float, pd.DataFrame]:
+    """The span of L0 that holds every SAE of a panel, and its rows that lie in it or have no L0 of their own."""
     own = rows.loc[compare.is_sae(rows) & (rows["l0_mean"] > 0), "l0_mean"]
     low, high = (own.min() / 1.35, own.max() * 1.35) if len(own) else (0.7, 10.0)
+    return low, high, rows[(rows["variant"] == "mean") | rows["l0_mean"].between(low, high)]
+
+
+def _is_logarithmic(rows: pd.DataFrame, metric: str) -> bool:
+    """Tell whether a metric's axes are logarithmic: where some panel spans much, and none goes down to 0."""
+    spans = [
+        _visible(compare.one_panel(rows, panel))[2][metric] for panel in compare.panels_of(rows)
+    ]
+    spans = [span.dropna() for span in spans if span.notna().any()]
+    return all(span.min() > 0 for span in spans) and any(
+        span.max() / span.min() > _LOG_FROM for span in spans
+    )
+
+
+def _scale(ax: Axes, rows: pd.DataFrame, metric: str, of_truth: bool, is_logarithmic: bool) -> None:
+    """Axes that hold every SAE, and of the baselines what lies at the SAEs' L0."""
+    low, high, visible = _visible(rows)
     style.l0_axis(ax, float(low), float(high))
     if of_truth:
         ax.set_ylim(0, 1.03)
         return
-    visible = rows[(rows["variant"] == "mean") | rows["l0_mean"].between(low, high)]
     bottom, top = float(visible[metric].min()), float(visible[metric].max())
-    if bottom > 0 and top / bottom > _LOG_FROM:
+    if is_logarithmic:
         style.log_axis(ax, "y", bottom / 1.25, top * 1.25)
     else:
         span = top - min(bottom, 0) or 1.0
         ax.set_ylim(0 if bottom >= 0 else bottom - 0.06 * span, top + 0.06 * span)
+        if bottom < 0:
+            ax.axhline(0, color=style.FAINT, lw=0.8, zorder=1)

@@ -2,16 +2,14 @@
 
 import base64
 import gzip
-import hashlib
 import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from saeflow.figures.report import template
+from saeflow.figures.report import template, with_script
 from saeflow.files import atomic_file
 
 _KINDS = {"uint8": "u1", "uint32": "u4", "float32": "f4"}
@@ -40,10 +38,8 @@ def write_page(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], out: 
     }
     data = base64.b64encode(gzip.compress(_joined(packed, header), mtime=0)).decode()
     page = render(facts=shown, data=data, script_hash="SCRIPT")
-    script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)[-1]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     with atomic_file(out) as staged:
-        staged.write_text(page.replace("'SCRIPT'", f"'sha256-{digest}'", 1), encoding="utf-8")
+        staged.write_text(with_script(page), encoding="utf-8")
 
 
 def _packed(

@@ -1,14 +1,21 @@
 """Series of runs as figures show them: what one line goes through, in the legend's order, with labels."""
 
-import re
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from saeflow.figures import style
+from saeflow.tables import compare
+from saeflow.tables.load import Tables
 from saeflow.tables.numbers import natural
+from saeflow.tables.runs import setting_words
+
+if TYPE_CHECKING:
+    from matplotlib.artist import Artist
 
 ESTIMATORS = {"mle": "maximum likelihood", "twonn": "TwoNN"}
 """Estimators of local intrinsic dimension, as panels name them."""
@@ -71,7 +78,8 @@ def _label(row: pd.Series, twins: list[pd.Series], chosen: style.Look) -> str:
     if len({twin["schedule"] for twin in same}) > 1:
         parts.append(str(row["schedule"]))
     if len([twin for twin in same if twin["schedule"] == row["schedule"]]) > 1:
-        parts.append(re.sub(r"(^|-)(d|k)\d+(?=-|$)", "", str(row["setting"])).strip("-"))
+        words = setting_words(str(row["setting"])).split(", ")
+        parts += [word for word in words if not word.startswith("k = ")]
     return ", ".join(parts)
 
 
@@ -105,12 +113,51 @@ def setting_label(row: Mapping[Any, Any] | pd.Series, k: str = "k") -> str:
     """Return the label that distinguishes a setting within its series: its k, or its penalty."""
     if not pd.isna(row[k]):
         return f"k = {row[k]:g}"
-    rest = re.sub(r"^d\d+-?", "", str(row["setting"]))
-    return re.sub(r"^(l1|target_l0|k_max|score_scale|alpha)(?=[\d.])", r"\1 = ", rest)
+    return setting_words(str(row["setting"]))
 
 
-def stroke(one: Series, series: list[Series]) -> dict[str, Any]:
-    """Return how a series is drawn: twins, of one variant, differ in their dashes."""
-    twins = [other.label for other in series if other.look == one.look]
-    dash = style.LINE_STYLES[twins.index(one.label) % len(style.LINE_STYLES)]
-    return {"color": one.look.color, "marker": one.look.marker, "ls": dash}
+Places = Mapping[str, int]
+"""By label of a series: its place among those of the same colour."""
+
+_TWINS = ("s", "^", "D", "v", "p")
+"""Open markers of a variant's third, fourth ... label."""
+
+
+def places_of(tables: Tables) -> dict[str, int]:
+    """Return each series' place among those of its colour, over all that the tables hold.
+
+    A figure asks with all tables, whatever it shows of them, so that a series looks the same in every figure.
+    """
+    rows = compare.of_one_size(tables.wide)
+    found = [
+        one
+        for panel in compare.panels_of(rows)
+        for one in series_of(compare.one_panel(rows, panel))
+    ]
+    colors: dict[str, str] = {}
+    places: dict[str, int] = {}
+    for one in sorted(found, key=lambda one: (style.rank_of(one.look), natural(one.label))):
+        if one.label not in colors:
+            places[one.label] = sum(color == one.look.color for color in colors.values())
+            colors[one.label] = one.look.color
+    return places
+
+
+def in_order(legend: Mapping[str, Artist], places: Places) -> dict[str, Artist]:
+    """Return a legend in the order of `places_of`, what is no series after it."""
+    known = [label for label in places if label in legend]
+    return {label: legend[label] for label in [*known, *(x for x in legend if x not in known)]}
+
+
+def marker_of(one: Series, places: Places) -> str:
+    """Return the marker of a series: its variant's, also of a second one, which is open; then others."""
+    place = places.get(one.label, 0)
+    return one.look.marker if place < 2 else _TWINS[(place - 2) % len(_TWINS)]
+
+
+def stroke(one: Series, places: Places) -> dict[str, Any]:
+    """Return how a series is drawn: those of one variant differ in dashes and markers."""
+    place = places.get(one.label, 0)
+    dash = style.LINE_STYLES[place % len(style.LINE_STYLES)]
+    drawn = {"color": one.look.color, "marker": marker_of(one, places), "ls": dash}
+    return drawn | ({"markerfacecolor": "white"} if place else {})

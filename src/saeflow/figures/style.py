@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 COLUMN_WIDTH = 3.4  # inches, one column of a two-column paper
 TEXT_WIDTH = 7.0  # inches, the whole page
+PAGE_HEIGHT = 9.0  # inches, of which no figure takes more
 PNG_DPI = 300
 INK = "#222222"
 FAINT = "#BBBBBB"
@@ -113,7 +114,9 @@ BASELINES = {
     )
 }
 _SPARE = (("#7A7A00", "p"), ("#006D6D", "H"), ("#B00060", "8"))  # for a variant added later
-LINE_STYLES = ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)))
+LINE_STYLES = (
+    "-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (5, 1.2, 1, 1.2)), (0, (8, 2)), (0, (4, 1.2, 1, 1.2, 1, 1.2)),
+)  # fmt: skip
 
 
 def look(variant: str, entry: str = "") -> Look:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from saeflow.config import SAEConfig
 from saeflow.needs.passes import FLOAT, Pass
@@ -11,6 +12,12 @@ from saeflow.plan import Plan
 
 _WORDS_TRAINED = 4
 """Weights, their gradients and Adam's two moments."""
+_FORWARD_AND_BACKWARD = 3
+_BASELINES = 2
+"""Identity and mean, beside a PCA of each rank."""
+_CONTROLS = 3
+"""Further passes over rows and contexts for an SAE that chooses its k (`saeflow.evaluation.controls`)."""
+_CHOOSES_K = ("soft_topk", "adaptive_k")
 _PROCESS = 0.6e9
 """Bytes of a Python process that has imported torch and transformers."""
 
@@ -65,11 +72,11 @@ class Needs:
         n_labelled = len(self.plan.labelled(source))
         contexts = sum(math.ceil(rows / one.rows) for rows in splits.values())
         weights = one.weights if self.plan.has_model(source) else 0
-        seconds, kind = 0.0, self.plan.kind(source)
+        seconds, kind = self._fetching(params.get("model", {}), one), self.plan.kind(source)
         if kind.has_images:
-            seconds = contexts / self.rates.images_s
+            seconds += contexts / self.rates.images_s
         elif kind.has_tokens:
-            seconds = contexts * params["context_length"] / self.rates.tokens_s
+            seconds += contexts * params["context_length"] / self.rates.tokens_s
         yield Need(
             "prepare", f"{source}: {contexts:,} contexts", 1 + n_labelled + (weights > 0),
             weights + contexts * one.input_bytes, _PROCESS + 2 * weights,
@@ -87,6 +94,18 @@ class Needs:
             _PROCESS + weights + 2 * block + batch,
             (seconds + jobs * self.rates.job_s) / 3600,
         )  # fmt: skip
+
+    def _fetching(self, model: Mapping[str, Any], one: Pass) -> float:
+        """Seconds of making a model: a GGUF file is written again, a CLIP of scenes is rendered for and trained."""
+        if "trained" in model:
+            chosen = model["trained"]
+            passes = _FORWARD_AND_BACKWARD * chosen["pairs"] * one.flops_whole
+            return float(
+                chosen["examples"] / self.rates.images_s + passes / self.rates.forward_gflops / 1e9
+            )
+        if {"gguf", "wheel"} & model.keys():
+            return 2 * one.weights / self.rates.store_write_gb_s / 1e9
+        return 0.0
 
     def _scores(self, source: str, complexity: str) -> Need:
         """Scoring contexts and fitting probes to the scores."""
@@ -137,19 +156,30 @@ class Needs:
         width = one.widths[hook_point]
         asked = plan.evaluation(source)["ce_contexts"]
         rows, contexts, seconds = 0, 0, 0.0
+        has_controls = plan.evaluation(source)["bootstrap"] is not None
+        measured = [
+            run
+            for run in runs
+            for _ in range(1 + _CONTROLS * (has_controls and run.variant in _CHOOSES_K))
+        ]
+        place = f"{source}/{hook_point}/"
+        read_again = [*plan.pages, *plan.interpreted]
+        measured += [
+            plan.runs[name] for name in read_again if name.startswith(place) and name in plan.runs
+        ]
+        baselines = _BASELINES + len(plan.params["evaluation"]["pca_ranks"])
         for name in (source, *others):
             whole, to_hook = self.passes[name].flops_whole, self.passes[name].flops
             each = plan.kind(name).rows_per_context(plan.params["sources"][name]) or 1
             chosen = (asked or -(-plan.rows(name)["evaluation"] // each)) if in_model else 0
             contexts += chosen
             rows += plan.rows(name)["evaluation"]
-            through_model = chosen * (whole + len(runs) * (whole - to_hook))
+            through_model = chosen * (whole + (len(measured) + baselines) * (whole - to_hook))
             seconds += through_model / self.rates.forward_gflops / 1e9
-        for run in runs:
+        for run in measured:
             seconds += 3 * rows * 2 * width * run.d_sae / self.rates.product_gflops / 1e9
         dimensions = [name for name in (source, *others) if plan.has_dimension(name)]
         clean_sides = [side for side in plan.clean_sides() if side[:2] == (source, hook_point)]
-        place = f"{source}/{hook_point}/"
         apart = [*plan.seeds, *plan.pages, *plan.interpreted]
         jobs = self._groups_of(place, plan.evaluation_groups) + 1 + has_model + len(clean_sides)
         jobs += len(dimensions) + sum(name.startswith(place) for name in apart)

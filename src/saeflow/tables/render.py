@@ -1,12 +1,12 @@
 """Printed tables: Markdown and LaTeX from the same headings, numbers and notes that the report's HTML shows."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from saeflow.tables.files import Row
 from saeflow.tables.metrics import METRICS, printed
 from saeflow.tables.numbers import decimals, fixed
-from saeflow.tables.runs import is_baseline
+from saeflow.tables.runs import RANDOM_DECODER, is_baseline, setting_words
 from saeflow.tables.schema import heading
 from saeflow.tables.summary import PANEL, accuracies, policy_note
 
@@ -23,6 +23,7 @@ class Printed:
         body: cells of each row.
         caption: one paragraph of plain text.
         rule_before: number of the row that a rule is drawn above; None for none.
+        best: (row, column) of the cells that are printed bold.
     """
 
     head: list[str]
@@ -30,19 +31,28 @@ class Printed:
     body: list[list[str]]
     caption: str
     rule_before: int | None = None
+    best: frozenset[tuple[int, int]] = frozenset()
 
     def markdown(self) -> str:
         """Return the table without its caption."""
         rule = ["---"] * self.words + ["---:"] * (len(self.head) - self.words)
-        rows = (
-            " | ".join(cell.replace("|", "\\|") for cell in row)
-            for row in (self.head, rule, *self.body)
-        )
+        body = self._body(lambda cell: f"**{cell}**", lambda cell: cell.replace("|", "\\|"))
+        rows = (" | ".join(row) for row in (self.head, rule, *body))
         return "\n".join(f"| {row} |" for row in rows)
+
+    def _body(self, bold: Callable[[str], str], escape: Callable[[str], str]) -> list[list[str]]:
+        return [
+            [
+                bold(escape(cell)) if (line, column) in self.best else escape(cell)
+                for column, cell in enumerate(row)
+            ]
+            for line, row in enumerate(self.body)
+        ]
 
     def latex(self) -> str:
         """Return the table with its caption; needs \\usepackage{booktabs}."""
-        body = [" & ".join(map(escape_latex, row)) + r" \\" for row in self.body]
+        cells = self._body(lambda cell: rf"\textbf{{{cell}}}", escape_latex)
+        body = [" & ".join(row) + r" \\" for row in cells]
         if self.rule_before:
             body.insert(self.rule_before, r"\midrule")
         return "\n".join(
@@ -107,12 +117,33 @@ def shown(lines: Iterable[Mapping[str, str]]) -> list[str]:
     return [name for name in printed() if any(line.get(f"{name}_mean") for line in lines)]
 
 
+def best(lines: Sequence[Mapping[str, str]], name: str) -> set[int]:
+    """Return the numbers of the SAEs' lines whose mean of a metric, as it is printed, is the best of its panel.
+
+    There is none where the metric has no direction, or where only one SAE has it.
+    """
+    metric = METRICS[name]
+    means = {
+        number: float(line[f"{name}_mean"])
+        for number, line in enumerate(lines)
+        if not is_baseline(line)
+        and RANDOM_DECODER not in line["entry"]
+        and line.get(f"{name}_mean")
+    }
+    if not metric.better or len(means) < 2:
+        return set()
+    wanted = (min if metric.better == "lower" else max)(means.values())
+    return {number for number, mean in means.items() if metric.text(mean) == metric.text(wanted)}
+
+
 def note(lines: Sequence[Mapping[str, str]]) -> str:
     """Say which rows a panel's numbers are of, and what ± means."""
     policies = dict.fromkeys(policy_note(line) for line in lines if line["rows"])
     parts = [*policies]
     if any(line.get(f"{name}_sd") for line in lines for name in printed()):
         parts.append("Means over seeds, ± one sample standard deviation.")
+    if any(best(lines, name) for name in shown(lines)):
+        parts.append("Bold: the best of the SAEs, at whatever L0.")
     return " ".join(parts)
 
 
@@ -124,13 +155,27 @@ def _summaries(lines: Iterable[Row]) -> list[tuple[str, Printed]]:
         names = shown(held)
         head = [*_WORDS, *map(heading, names)]
         body = []
+        several = len({line["d_sae"] for line in held if not is_baseline(line)}) > 1
         for line in held:
             cells = (" ± ".join(filter(None, mean_and_deviation(line, name))) for name in names)
-            body.append([*(line[column] for column in _WORDS), *cells])
+            body.append([*_words(line, several), *cells])
         saes = sum(not is_baseline(line) for line in held)
         rule = saes if 0 < saes < len(held) else None
-        found.append((title, Printed(head, len(_WORDS), body, f"{title}. {note(held)}", rule)))
+        strong = frozenset(
+            (number, len(_WORDS) + column)
+            for column, name in enumerate(names)
+            for number in best(held, name)
+        )
+        caption = f"{title}. {note(held)}"
+        found.append((title, Printed(head, len(_WORDS), body, caption, rule, strong)))
     return found
+
+
+def _words(line: Row, several: bool) -> list[str]:
+    """Return the first cells of a line; the setting as people write it, with the latents where they differ."""
+    size = f"{int(line['d_sae']):,} latents" if several and not is_baseline(line) else ""
+    setting = ", ".join(filter(None, (size, setting_words(line["setting"]))))
+    return [setting if column == "setting" else line[column] for column in _WORDS]
 
 
 def summary_markdown(lines: Iterable[Row]) -> str:

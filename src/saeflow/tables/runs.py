@@ -1,8 +1,12 @@
 """The identity of runs in tables: their id columns, settings and schedules."""
 
+import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
+
+from saeflow.config.variants import variants
 
 BASELINES = ("identity", "mean", "pca")
 RANDOM_DECODER = "random-decoder"
@@ -58,6 +62,25 @@ def _describe(schedule: Mapping[str, Any]) -> str:
 def setting_of(run: str) -> str:
     """Return a run's name without its place and its seed: runs of one setting differ in the seed only."""
     return re.sub(r"-?seed\d+$", "", run.rsplit("/", 1)[-1])
+
+
+@functools.cache
+def _swept() -> re.Pattern[str]:
+    """An option of any variant as settings name it, with the start of its value."""
+    names = {field.name for options in variants().values() for field in dataclasses.fields(options)}
+    longest_first = sorted(names, key=lambda name: (-len(name), name))
+    return re.compile(rf"(?:^|-)({'|'.join(map(re.escape, longest_first))})(?=[\d.])")
+
+
+_WRITTEN = {"target_l0": "target L0"}
+"""Options that people write otherwise."""
+
+
+def setting_words(setting: str) -> str:
+    """Return a setting as people write it, without its number of latents: d1536-target_l016 is target L0 = 16."""
+    rest = re.sub(r"^d\d+-?", "", setting)
+    words = _swept().sub(lambda found: f", {_WRITTEN.get(found[1], found[1])} = ", rest)
+    return words.removeprefix(", ")
 
 
 def measurement(row: Mapping[Any, Any]) -> str:

@@ -11,7 +11,15 @@ from saeflow.errors import UserError
 from saeflow.figures import captions, style
 from saeflow.figures.figure import Drawing, Figure
 from saeflow.figures.needs import Need
-from saeflow.figures.series import ESTIMATORS, each_setting, series_of, stroke
+from saeflow.figures.series import (
+    ESTIMATORS,
+    Places,
+    each_setting,
+    in_order,
+    places_of,
+    series_of,
+    stroke,
+)
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
 
@@ -42,17 +50,17 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     figure = style.new_figure(style.TEXT_WIDTH, _HEIGHT * len(panels) + 0.45)
     axes = figure.subplots(len(panels), 3, squeeze=False)
     legend: dict[str, Any] = {}
-    parts = []
+    parts, places = [], places_of(tables)
     for line, panel in zip(axes, panels, strict=True):
         seen = compare.one_panel(images, panel)
-        parts.append(_objects(line[0], seen, panel, legend))
+        parts.append(_objects(line[0], seen, panel, places, legend))
         for ax, (estimator, title) in zip(line[1:], ESTIMATORS.items(), strict=True):
             held = compare.one_panel(dimension, panel)
             held = held[held["estimator"] == estimator]
             parts.append(held)
-            _correlations(ax, held, title, legend)
+            _correlations(ax, held, title, places, legend)
     legend["norm partialled out"] = Line2D([], [], color=style.INK, alpha=0.4)
-    figure.legend(legend.values(), legend, loc="outside lower center", ncols=4)
+    style.legend_below(figure, in_order(legend, places))
     caption = (
         "Left: mean number of active latents per token of an image, over its mean across images, against the "
         "number of objects of the scene. Middle and right: Spearman correlation of a token's L0 with the "
@@ -65,7 +73,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
 
 
 def _objects(
-    ax: Axes, held: pd.DataFrame, panel: compare.Panel, legend: dict[str, Any]
+    ax: Axes, held: pd.DataFrame, panel: compare.Panel, places: Places, legend: dict[str, Any]
 ) -> pd.DataFrame:
     from matplotlib.lines import Line2D
 
@@ -74,13 +82,12 @@ def _objects(
     ax.set_xlabel("objects in the scene")
     ax.set_ylabel("L0 over its mean")
     ax.grid(True)
-    series = series_of(held) if len(held) else []
-    for one in series:
+    for one in series_of(held) if len(held) else []:
         for _, rows in each_setting(one.rows):
             if rows["l0"].std() < 1e-6:
                 continue
             means = (rows["l0"] / rows["l0"].mean()).groupby(rows["objects"]).mean()
-            style_of = stroke(one, series)
+            style_of = stroke(one, places)
             ax.plot(means.index, means, **style_of)
             legend.setdefault(one.label, Line2D([], [], **style_of))
             first = rows.iloc[0]
@@ -91,7 +98,9 @@ def _objects(
     return pd.DataFrame(found)
 
 
-def _correlations(ax: Axes, held: pd.DataFrame, title: str, legend: dict[str, Any]) -> None:
+def _correlations(
+    ax: Axes, held: pd.DataFrame, title: str, places: Places, legend: dict[str, Any]
+) -> None:
     from matplotlib.lines import Line2D
 
     ax.set_title(title)
@@ -99,10 +108,9 @@ def _correlations(ax: Axes, held: pd.DataFrame, title: str, legend: dict[str, An
     ax.set_ylabel("Spearman of L0, dimension")
     ax.axhline(0, color=style.FAINT, lw=0.8)
     ax.grid(True)
-    series = series_of(held) if len(held) else []
-    for one in series:
+    for one in series_of(held) if len(held) else []:
         means = one.rows.groupby("neighbours")[["spearman_l0", "partial_l0"]].mean()
-        style_of = stroke(one, series)
+        style_of = stroke(one, places)
         ax.plot(means.index, means["spearman_l0"], **style_of)
         ax.plot(means.index, means["partial_l0"], **style_of | {"marker": "", "alpha": 0.4})
         legend.setdefault(one.label, Line2D([], [], **style_of))

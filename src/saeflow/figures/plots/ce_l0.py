@@ -21,7 +21,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     """Draw a front per panel."""
     rows = compared(tables, options, "ce_degradation", "ce_l0")
     panels = compare.panels_of(rows)
-    figure, data = draw_fronts(rows, [(panel, "ce_degradation") for panel in panels])
+    figure, data = draw_fronts(tables, rows, [(panel, "ce_degradation") for panel in panels])
     clean = [
         f"{held['ce_clean'].iloc[0]:.3f} nats/token ({compare.panel_title(panel)})"
         for panel in panels

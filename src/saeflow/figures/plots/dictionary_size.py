@@ -58,7 +58,10 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         style.log_axis(ax, "x", sizes[0] / 1.2, sizes[-1] * 1.2)
         ax.xaxis.set_major_locator(FixedLocator(sizes))
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_ylim(0, 1.08 * ax.get_ylim()[1])
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(0.0, low), high + 0.08 * (high - min(0.0, low)))
+        if low < 0:  # reconstructions that the model does better with
+            ax.axhline(0, color=style.FAINT, lw=0.8)
         ax.set_title(compare.panel_title(panel))
         ax.set_xlabel("latents")
         ax.set_ylabel(compare.panel_axis(metric, panel).replace(" (", "\n("))

@@ -53,7 +53,9 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         for name in shown:
             marker, color = FORMULAS[name]
             difference = held[name] - held["explained_variance"]
-            ax.plot(held["explained_variance"], difference, marker, color=color, ms=3.2, alpha=0.75)
+            ax.plot(
+                held["explained_variance"], difference, marker, color=color, ms=3.6, mfc="none", mew=0.8
+            )  # fmt: skip
         ax.axhline(0, color=style.INK, lw=0.8)
         ax.grid(True)
         ax.set_title(compare.panel_title(panel))
@@ -62,7 +64,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     handles = [
-        Line2D([], [], ls="none", marker=FORMULAS[name][0], color=FORMULAS[name][1], label=_label(name))
+        Line2D([], [], ls="none", marker=FORMULAS[name][0], mfc="none", color=FORMULAS[name][1], label=_label(name))
         for name in shown
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncols=2)

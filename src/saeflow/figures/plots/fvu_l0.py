@@ -19,7 +19,7 @@ from saeflow.tables.load import Tables
 def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     """Draw a front per panel."""
     rows = compared(tables, options, "fvu", "fvu_l0")
-    figure, data = draw_fronts(rows, [(panel, "fvu") for panel in compare.panels_of(rows)])
+    figure, data = draw_fronts(tables, rows, [(panel, "fvu") for panel in compare.panels_of(rows)])
     caption = (
         f"Fraction of variance unexplained (FVU) against the mean number of active latents per token, "
         f"{panels_sentence(rows)}. {captions.seed_sentence(saes_of(rows))} {baseline_sentence(rows, 'fvu')} "

@@ -13,7 +13,7 @@ from saeflow.evaluation.correlation import correlation, partial_correlation
 from saeflow.figures import captions, style
 from saeflow.figures.figure import Drawing, Figure
 from saeflow.figures.needs import Need
-from saeflow.figures.series import Series, each_setting, series_of, stroke
+from saeflow.figures.series import Series, each_setting, in_order, places_of, series_of, stroke
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
 
@@ -52,13 +52,13 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     figure = style.new_figure(style.TEXT_WIDTH, _HEIGHT * lines + 0.5)
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     legend: dict[str, Line2D] = {}
+    places = places_of(tables)
     parts = []
     for ax, (source, hook_point, name) in zip(axes, panels, strict=False):
         held = compare.one_panel(rows, compare.Panel(source, hook_point, source))
         held = held[held["complexity"] == name]
-        series = series_of(held)
-        for one in series:
-            parts.append(_binned(ax, one, "score", stroke(one, series), legend))
+        for one in series_of(held):
+            parts.append(_binned(ax, one, "score", stroke(one, places), legend))
         ax.set_title(f"{source}: {name}")
         ax.set_xlabel("complexity score")
     for ax in axes[: len(panels)]:
@@ -66,7 +66,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         ax.grid(True)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
-    style.legend_below(figure, legend)
+    style.legend_below(figure, in_order(legend, places))
     data = pd.concat(parts, ignore_index=True)
     found = data.drop_duplicates(["run", "complexity"])
     caption = (

@@ -9,7 +9,7 @@ from saeflow.errors import UserError
 from saeflow.figures import captions, style
 from saeflow.figures.figure import Drawing, Figure
 from saeflow.figures.needs import Asked, Need
-from saeflow.figures.series import ESTIMATORS, each_setting, series_of, stroke
+from saeflow.figures.series import ESTIMATORS, each_setting, in_order, places_of, series_of, stroke
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
 
@@ -43,12 +43,12 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     figure = style.new_figure(style.TEXT_WIDTH, _HEIGHT * lines + 0.5)
     axes = figure.subplots(lines, 2, squeeze=False).ravel()
     legend: dict[str, Line2D] = {}
+    places = places_of(tables)
     for ax, (panel, estimator) in zip(axes, panels, strict=True):
         held = compare.one_panel(rows, panel)
         held = held[held["estimator"] == estimator]
-        series = series_of(held)
-        for one in series:
-            stroke_of = stroke(one, series)
+        for one in series_of(held):
+            stroke_of = stroke(one, places)
             for _, setting in each_setting(one.rows):
                 means = setting.groupby("bin")[["dimension", "l0"]].mean()
                 ax.plot(means["dimension"], means["l0"] / means["l0"].mean(), **stroke_of)
@@ -57,7 +57,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         ax.set_title(f"{compare.panel_title(panel)}: {ESTIMATORS[estimator]}")
         ax.set_xlabel("local intrinsic dimension")
         ax.set_ylabel("L0 over its mean")
-    style.legend_below(figure, legend)
+    style.legend_below(figure, in_order(legend, places))
     caption = (
         "Mean L0 of held-out rows, over its mean, against the local intrinsic dimension around them, in ten bins of "
         f"equally many rows; the dimension is estimated from {neighbours:g} neighbours. Variants with a fixed k are left "

@@ -11,7 +11,7 @@ from saeflow.errors import UserError
 from saeflow.figures import captions, style
 from saeflow.figures.figure import Drawing, Figure
 from saeflow.figures.needs import Need
-from saeflow.figures.series import each_setting, series_of, stroke
+from saeflow.figures.series import each_setting, in_order, places_of, series_of, stroke
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
 
@@ -46,13 +46,13 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     figure = style.new_figure(width, _HEIGHT * lines + 0.4)
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
     legend: dict[str, Line2D] = {}
+    places = places_of(tables)
     questions = []
     for ax, panel in zip(axes, panels, strict=False):
         held = compare.one_panel(rows, panel)
         latents = held[held["method"] == "latents"]
-        series = series_of(latents)
-        for one in series:
-            stroke_of = stroke(one, series)
+        for one in series_of(latents):
+            stroke_of = stroke(one, places)
             for _, setting in each_setting(one.rows):
                 means = setting.groupby("k")["accuracy"].mean()
                 ax.plot(means.index, means, **stroke_of)
@@ -76,7 +76,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         ax.set_axis_off()
     legend["neurons"] = Line2D([], [], **_NEURONS)  # type: ignore[arg-type]
     legend["whole activation"] = Line2D([], [], **_CEILING)  # type: ignore[arg-type]
-    style.legend_below(figure, legend)
+    style.legend_below(figure, in_order(legend, places))
     caption = (
         "Accuracy on held-out rows of logistic regressions on the k latents whose mean activation differs most between yes "
         "and no, mean over questions; dotted, on k of the activation's own dimensions; dashed, on all of them. Yes and no are "

@@ -26,7 +26,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     rows = saes_of(compared(tables, options, _METRICS[0], "recovery"))
     sources = compare.panels_of(rows)
     panels = [(panel, metric) for panel in sources for metric in _METRICS]
-    figure, data = draw_fronts(rows, panels, of_truth=True)
+    figure, data = draw_fronts(tables, rows, panels, of_truth=True)
     true = [
         f"{held['true_l0_mean'].iloc[0]:.3g} ({compare.panel_title(panel)})"
         for panel in sources

@@ -27,7 +27,9 @@ _MARKERS = {
     "spearman_l0": "^",
     "spearman_k_hat": "v",
 }
-_ROW = 0.2  # inches
+_ROW = 0.26  # inches
+_BESIDE = 0.13
+"""Rows between marks of one setting, so that none hides another."""
 
 
 def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
@@ -94,7 +96,8 @@ def _panel(ax: Axes, rows: pd.DataFrame) -> None:
         look = style.look(held["variant"].iloc[0], str(entry))
         for name, marker in _MARKERS.items():
             values = held.loc[held["metric"] == name, "value"]
-            ax.plot(values, [place] * len(values), ls="none", marker=marker, color=look.color)
+            beside = place + _BESIDE * (list(_MARKERS).index(name) - len(_MARKERS) // 2)
+            ax.plot(values, [beside] * len(values), ls="none", marker=marker, color=look.color)
     labels = entry_labels(pd.DataFrame([held.iloc[0] for _, held in settings]))
     ax.set_yticks(range(len(labels)), labels)
     ax.set_ylim(len(labels) - 0.4, -0.6)

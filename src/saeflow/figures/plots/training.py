@@ -1,9 +1,9 @@
-"""Training curves: one row of panels per series, a shade per setting, seeds as thin lines."""
+"""Training curves: one page for all sources, and pages with one row of panels per series."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,15 +12,24 @@ import pandas as pd
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
 from saeflow.figures.figure import Drawing, Figure
-from saeflow.figures.series import Series, each_setting, series_of, setting_label
+from saeflow.figures.series import (
+    Places,
+    Series,
+    each_setting,
+    in_order,
+    places_of,
+    series_of,
+    setting_label,
+    stroke,
+)
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
 from saeflow.tables.schema import IDS, axis_label
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
-    from matplotlib.figure import SubFigure
     from matplotlib.lines import Line2D
 
 _KNOWN = (
@@ -48,11 +57,15 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     compare.check_budgets(tables, wide[wide["run"].isin(steps["run"])], options)
     steps = compare.of_one_size(steps)
     terms = loss_terms(steps)
-    figure = _draw(steps, terms)
     ids = ["k_target" if column == "k" else column for column in IDS]
     shown = [c for c in ("loss", _RECONSTRUCTION, *terms, "l0", "k", "dead") if c in steps]
     data = steps[[*ids, "setting", "step", "tokens_seen", *shown]]
-    return Drawing(figure, data, _caption(steps, terms, tables.options))
+    return Drawing(
+        _draw(steps, places_of(tables)),
+        data,
+        _caption(steps, terms, tables.options),
+        tuple(_details(steps, terms)),
+    )
 
 
 def loss_terms(steps: pd.DataFrame) -> list[str]:
@@ -90,39 +103,80 @@ def _summands(run: pd.DataFrame) -> set[str]:
 
 
 def _caption(steps: pd.DataFrame, terms: list[str], options: pd.DataFrame) -> str:
-    count = captions.seeds(steps)
-    lines = "one line each" if count == "1" else f"one line for each of {count} seeds"
     other = " and other loss terms" if terms else ""
     return (
-        f"Training over tokens, one row of panels per kind of SAE, darker shades for more active "
-        f"latents, {lines}: reconstruction loss (per row, summed over its dimensions){other}, active latents "
-        f"per token with the k that the schedule allows (wide grey line), and share of latents that count as "
-        f"dead. Logged during training, on training batches. {captions.scale_sentence(steps, options)} "
+        "Training over tokens, one line for each setting (its first seed): reconstruction loss over that of the first "
+        "logged step, active latents per token, and share of latents that count as dead. The appendix has the losses "
+        f"themselves (per row, summed over its dimensions){other} by kind of SAE, on axes of their own, every seed, and the k that "
+        f"the schedule allows. Logged during training, on training batches. {captions.scale_sentence(steps, options)} "
         f"{captions.size_sentence(steps)} {captions.budget_sentence(steps)}"
     )
 
 
-def _draw(steps: pd.DataFrame, terms: list[str]) -> Canvas:
-    """One block per source and hook point, in it one row of panels per series."""
+_SUMMARY = ("reconstruction", "l0", "dead")
+_MOST_ROW, _ROW, _TITLES = 1.7, 0.9, 0.75
+"""Inches: of a row of the figure at most, of a row of details, and around the rows of a page."""
+
+
+def _draw(steps: pd.DataFrame, places: Places) -> Canvas:
+    """One row of panels per source and hook point, on one page."""
+    from matplotlib.lines import Line2D
+
     panels = compare.panels_of(steps)
-    blocks = [series_of(compare.one_panel(steps, panel)) for panel in panels]
-    row = 1.0 if max(map(len, blocks)) <= 5 else 0.8
-    heights = [row * len(block) + 0.62 for block in blocks]
-    figure = style.new_figure(style.TEXT_WIDTH, sum(heights))
-    parts = figure.subfigures(len(blocks), 1, squeeze=False, height_ratios=heights).ravel()
-    for part, panel, block in zip(parts, panels, blocks, strict=True):
-        part.suptitle(compare.panel_title(panel), x=0.01, ha="left", fontsize=8, fontweight="bold")
-        _block(part, panel, block, terms)
+    legend: dict[str, Artist] = {}
+    series = {panel: series_of(compare.one_panel(steps, panel)) for panel in panels}
+    labels = {one.label for held in series.values() for one in held}
+    below = 0.16 * -(-len(labels) // style.legend_columns(sorted(labels), style.TEXT_WIDTH)) + 0.2
+    row = min(_MOST_ROW, (style.PAGE_HEIGHT - below) / len(panels))
+    figure = style.new_figure(style.TEXT_WIDTH, row * len(panels) + below)
+    grid = figure.subplots(len(panels), len(_SUMMARY), squeeze=False)
+    titles = ("reconstruction loss over its first", "active latents (L0)", axis_label("dead"))
+    for line, panel in zip(grid, panels, strict=True):
+        axes = dict(zip(_SUMMARY, line, strict=True))
+        for one in series[panel]:
+            drawn = stroke(one, places) | {"marker": ""}
+            legend.setdefault(one.label, Line2D([], [], **drawn))
+            for _, held, color in _settings(one):
+                run = held[held["run"] == held["run"].iloc[0]]
+                lost = run[_RECONSTRUCTION if _RECONSTRUCTION in run else "loss"]
+                values = (lost / lost.iloc[0], run["l0"], run["dead"])
+                for ax, value in zip(line, values, strict=True):
+                    ax.plot(run["tokens_seen"], value, **drawn | {"color": color, "lw": 0.8})
+        for name, ax in axes.items():
+            _finish([ax], name)
+            ax.set_xlabel(compare.panel_axis("tokens_seen", panel))
+        for ax, title in zip(line, titles, strict=True):
+            ax.set_ylabel(title.replace(" over", "\nover"))
+        line[0].set_title(compare.panel_title(panel))
+    style.legend_below(figure, in_order(legend, places))
     return figure
 
 
-def _block(part: SubFigure, panel: compare.Panel, block: list[Series], terms: list[str]) -> None:
+def _details(steps: pd.DataFrame, terms: list[str]) -> Iterator[Canvas]:
+    """Yield pages of each source and hook point: one row of panels per series."""
+    most = int((style.PAGE_HEIGHT - _TITLES) / _ROW)
+    for panel in compare.panels_of(steps):
+        block = series_of(compare.one_panel(steps, panel))
+        pages = -(-len(block) // most)
+        each = -(-len(block) // pages)
+        for page in range(pages):
+            rows = block[page * each : (page + 1) * each]
+            figure = style.new_figure(style.TEXT_WIDTH, _ROW * len(rows) + _TITLES)
+            part = f", {page + 1} of {pages}" if pages > 1 else ""
+            figure.suptitle(
+                compare.panel_title(panel) + part, x=0.01, ha="left", fontsize=8, fontweight="bold"
+            )
+            _block(figure, panel, rows, terms)
+            yield figure
+
+
+def _block(part: Canvas, panel: compare.Panel, block: list[Series], terms: list[str]) -> None:
     terms = [
         term for term in terms if any(series.rows[term].fillna(0).ne(0).any() for series in block)
     ]
     columns = ["reconstruction", *(["terms"] if terms else []), "l0", "dead"]
     grid = part.subplots(
-        len(block), len(columns) + 1, squeeze=False, sharex="col", sharey="col",
+        len(block), len(columns) + 1, squeeze=False, sharex="col",
         width_ratios=[*[1.0] * len(columns), 1.15],
     )  # fmt: skip
     for line, series in zip(grid, block, strict=True):
@@ -143,7 +197,14 @@ def _block(part: SubFigure, panel: compare.Panel, block: list[Series], terms: li
     for column, name in enumerate(columns):
         grid[0, column].set_title(titles[name])
         grid[-1, column].set_xlabel(compare.panel_axis("tokens_seen", panel))
-        _finish([line[column] for line in grid], name)
+        own = [line[column] for line in grid]
+        if name in ("reconstruction", "terms"):  # whose sizes differ from SAE to SAE
+            for ax in own:
+                _finish([ax], name)
+            continue
+        for ax in own[1:]:
+            ax.sharey(own[0])
+        _finish(own, name)
 
 
 def _settings(series: Series) -> list[tuple[str, pd.DataFrame, Any]]:
@@ -202,6 +263,8 @@ def _finish(axes: list[Axes], name: str) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
     lines = [line for ax in axes for line in ax.lines]
+    if not lines:
+        return
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in lines])
     values = values[np.isfinite(values)]
     positive = values[values > 0]

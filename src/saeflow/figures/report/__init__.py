@@ -1,9 +1,12 @@
 """The report: one HTML page with tables, figures, schedules and where everything came from.
 
-The page holds everything it shows (figures as data URIs, styles inline), needs no script, and forbids
-itself to load anything; only its links to the data beside it point outside.
+The page holds everything it shows (figures as data URIs, styles inline) and forbids itself to load anything; only its
+links to the data beside it point outside. Its one script sorts tables; without it nothing is missing.
 """
 
+import base64
+import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from saeflow.figures.report.records import (
     versions,
 )
 from saeflow.figures.report.results import sections
-from saeflow.figures.report.shown import href, schedules, shown_figure
+from saeflow.figures.report.shown import href, numbered, schedules, shown_figure
 from saeflow.tables.files import read_csv, write_text
 from saeflow.tables.load import load_tables
 from saeflow.tables.verdict import sentences
@@ -55,7 +58,8 @@ def write_report(
         sources=sources(found),
         saes=saes(found),
         sections=sections(summary),
-        figures=[shown_figure(folder, out.parent) for folder in figures],
+        figures=numbered([shown_figure(folder, out.parent) for folder in figures]),
+        script_hash="SCRIPT",
         pages=[
             {"run": run, "href": href(folder / "latents.html", out.parent)}
             for run, folder in (pages or {}).items()
@@ -68,7 +72,14 @@ def write_report(
         commits=sorted({record["commit"] for record in found}),
         latest=max((record["started"] for record in found), default=""),
     )
-    write_text(out, page)
+    write_text(out, with_script(page))
+
+
+def with_script(page: str) -> str:
+    """Return a page whose policy allows its last script and no other, by its digest in the place of SCRIPT."""
+    script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)[-1]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return page.replace("'SCRIPT'", f"'sha256-{digest}'", 1)
 
 
 def template(name: str) -> Any:

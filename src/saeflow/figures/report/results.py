@@ -1,6 +1,5 @@
 """The report's tables of results: one per panel, SAEs first, then baselines."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,8 +8,8 @@ from saeflow.tables.compare import Panel, panel_title
 from saeflow.tables.files import Row
 from saeflow.tables.metrics import METRICS
 from saeflow.tables.numbers import natural
-from saeflow.tables.render import mean_and_deviation, note, panels, shown
-from saeflow.tables.runs import is_baseline
+from saeflow.tables.render import best, mean_and_deviation, note, panels, shown
+from saeflow.tables.runs import is_baseline, setting_words
 from saeflow.tables.schema import label
 
 
@@ -20,21 +19,26 @@ def sections(summary: Sequence[Row]) -> list[dict[str, Any]]:
     Args:
         summary: lines of the table `summary`.
     """
-    found = []
+    sections = []
     for panel, lines in panels(summary).items():
         names = shown(lines)
         saes = [line for line in lines if not is_baseline(line)]
-        found.append(
+        ordered = sorted(lines, key=_order)
+        strong = [best(ordered, name) for name in names]
+        sections.append(
             {
                 "title": panel_title(Panel(*panel)),
                 "has_sizes": len({line["d_sae"] for line in saes}) > 1,
                 "has_schedules": any(line["schedule"] != "constant" for line in saes),
                 "columns": [{"name": label(name), "unit": METRICS[name].unit} for name in names],
-                "lines": [_line(line, names) for line in sorted(lines, key=_order)],
+                "lines": [
+                    _line(line, names, [number in found for found in strong])
+                    for number, line in enumerate(ordered)
+                ],
                 "note": note(lines),
             }
         )
-    return found
+    return sections
 
 
 def _order(line: Row) -> tuple[Any, ...]:
@@ -46,23 +50,22 @@ def _order(line: Row) -> tuple[Any, ...]:
     )
 
 
-def _line(line: Row, metrics: Sequence[str]) -> dict[str, Any]:
+def _line(line: Row, metrics: Sequence[str], strong: Sequence[bool]) -> dict[str, Any]:
     look = style.look(line["variant"], line["entry"])
     baseline = is_baseline(line)
     cells = [mean_and_deviation(line, metric) for metric in metrics]
     return {
         "color": look.color,
         "entry": look.label if baseline else line["entry"],
-        "setting": "" if line["variant"] in ("identity", "mean") else _setting(line["setting"]),
+        "setting": ""
+        if line["variant"] in ("identity", "mean")
+        else setting_words(line["setting"]),
         "d_sae": "" if baseline else f"{int(line['d_sae']):,}",
         "schedule": "" if baseline else line["schedule"],
         "seeds": "" if baseline else line["seeds"],
         "is_baseline": baseline,
-        "cells": [{"mean": mean, "sd": spread} for mean, spread in cells],
+        "cells": [
+            {"mean": mean, "sd": spread, "best": is_best}
+            for (mean, spread), is_best in zip(cells, strong, strict=True)
+        ],
     }
-
-
-def _setting(setting: str) -> str:
-    """A setting without its number of latents: k = 8; l1 = 0.5."""
-    rest = re.sub(r"^d\d+-?", "", setting)
-    return re.sub(r"(^|-)(k|l1)(?=[\d.])", r"\1\2 = ", rest)

@@ -19,6 +19,7 @@ from saeflow.figures.registry import find
 from saeflow.figures.report.records import values_of
 from saeflow.figures.series import each_setting, series_of
 from saeflow.tables import compare
+from saeflow.tables.numbers import natural
 
 _SPARK = (150.0, 34.0)  # pixels
 
@@ -52,13 +53,15 @@ def shown_figure(folder: Path, root: Path) -> dict[str, Any]:
     shown: dict[str, Any]
     if isinstance(figure, TableFigure):
         table = figure.printed(PaperTable(pd.read_csv(files["csv"]), caption))
-        shown = {"head": table.head, "words": table.words, "body": table.body}
+        shown = {"head": table.head, "words": table.words, "body": table.body, "details": []}
     else:
-        svg = files["svg"].read_bytes()
-        width = re.search(rb'<svg[^>]* width="([\d.]+)pt"', svg)
-        shown = {
-            "data": base64.b64encode(svg).decode(),
-            "width": round(float(width.group(1)) * 1.75) if width else 600,
+        details = sorted(folder.glob(f"{name}-details-*.svg"), key=lambda path: natural(path.name))
+        shown = _picture(files["svg"]) | {
+            "details": [
+                _picture(path)
+                | {"links": [{"kind": "PDF", "href": href(path.with_suffix(".pdf"), root)}]}
+                for path in details
+            ]
         }
     return {
         "name": name,
@@ -67,6 +70,27 @@ def shown_figure(folder: Path, root: Path) -> dict[str, Any]:
         "caption": caption,
         "alt": caption.partition(". ")[0],
         "links": [{"kind": kind.upper(), "href": href(path, root)} for kind, path in files.items()],
+    }
+
+
+def numbered(figures: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return figures and tables with their names in the report, counted apart: Figure 1, Table 1."""
+    counts = {"Figure": 0, "Table": 0}
+    named = []
+    for figure in figures:
+        kind = "Figure" if "data" in figure else "Table"
+        counts[kind] += 1
+        named.append(figure | {"number": f"{kind} {counts[kind]}"})
+    return named
+
+
+def _picture(svg: Path) -> dict[str, Any]:
+    """Return a picture as the page holds it."""
+    content = svg.read_bytes()
+    width = re.search(rb'<svg[^>]* width="([\d.]+)pt"', content)
+    return {
+        "data": base64.b64encode(content).decode(),
+        "width": round(float(width.group(1)) * 1.75) if width else 600,
     }
 
 
