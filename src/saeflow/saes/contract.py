@@ -188,7 +188,7 @@ class Contract(Totals):
     def settle_dead(self, count: int) -> None:
         """Make room for so many dead latents and an eighth more, and not for many times as many."""
         part = max(16, capacity_for(count) // 8)
-        needed = min(-(-9 * count // (8 * part)) * part, self.d_sae)
+        needed = min(max(1, -(-9 * count // (8 * part))) * part, self.d_sae)
         if count > self.dead_room or 2 * needed <= self.dead_room:
             self.dead_room = needed
 
