@@ -57,7 +57,7 @@ def test_the_hub_gets_what_was_exported(exported: Path, tmp_path: Path) -> None:
     assert {path.name for path in there.iterdir()} == {
         "README.md", "config.json", "weights.safetensors", "created.json"
     }  # fmt: skip
-    assert '"private": true' in (there / "created.json").read_text()
+    assert '"visibility": "private"' in (there / "created.json").read_text()
     assert TOKEN not in done.stdout + done.stderr
     x = torch.randn(5, 12)
     assert torch.equal(saeflow.load(there)(x), saeflow.load(exported)(x))
