@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t
 
 from saeflow.tables.load import Tables
 from saeflow.tables.runs import variant_label
@@ -41,6 +40,8 @@ def judged(tables: Tables, metrics: Iterable[str] = ERRORS) -> pd.DataFrame:
             ln error by ln L0, the steepest among the rival's variant in the tables, at least 1.
         verdict: BETTER if the error is smaller than the rival's, WORSE, EQUAL, or why there is none.
     """
+    from scipy.stats import t  # a second, which a plan of jobs need not wait for
+
     rows = tables.rivals
     keys = [
         "source",
