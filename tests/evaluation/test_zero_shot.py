@@ -12,7 +12,6 @@ from transformers import CLIPModel
 
 from saeflow.batch import Batch
 from saeflow.errors import UserError
-from saeflow.evaluation.in_model import InModelResult
 from saeflow.evaluation.in_model.vision import ZeroShot, write_clean
 from saeflow.evaluation.zero_shot.accuracy import Accuracy
 from saeflow.evaluation.zero_shot.class_texts import class_features, text_features
@@ -263,8 +262,10 @@ def test_concepts_are_named_by_what_their_direction_does(folder: Path) -> None:
 
 def test_without_labelled_sets_there_is_nothing_to_classify(folder: Path, sae: TopK) -> None:
     sets = loop(folder, "vision.blocks.1.resid_post", sets=False)
-    nothing = InModelResult({}, tables={"classification": []})
-    assert sets.measure(sae, is_trained=True) == nothing
+    found = sets.measure(sae, is_trained=True)
+    assert (found.metrics, found.tables) == ({}, {"classification": []})
+    assert not found.sums
+    assert not len(found.units)
     assert sets.name_latents(sae, np.array([0])) == []
 
 
