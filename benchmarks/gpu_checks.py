@@ -76,6 +76,7 @@ def in_the_loop(bench: Bench) -> dict[str, Any]:
     (folder / "inputs").mkdir()
     ids = np.random.default_rng(0).integers(0, 500, (32, 64)).astype(np.int32)
     np.save(folder / "inputs" / "evaluation.npy", ids)
+    np.save(folder / "inputs" / "evaluation_documents.npy", np.arange(len(ids), dtype=np.int32))
     params = {
         "kind": "text", "hook_points": [hook_point], "context_length": 64, "skip_first": True,
         "forward_batch": 8, "model": {"folder": str(folder / "model")},

@@ -121,8 +121,9 @@ def build(case: Case, batches: Iterator[Tensor]) -> Work:
 
         return loop
     run = make_run(case, InMemory(case, batches), Path("/nonexistent"))
-    with torch.no_grad():  # latents that count as dead never fire, and AuxK can choose them
-        run.sae.W_enc[:, : case.n_dead] *= 0.1
+    if case.n_dead:
+        with torch.no_grad():  # latents that count as dead never fire, and AuxK can choose them
+            run.sae.W_enc[:, : case.n_dead] *= 0.1
     run.sae.settle_dead(case.n_dead)  # which a run knows from the last line of its log
     if case.density:
         settle(case, run, next(batches))
