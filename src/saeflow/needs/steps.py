@@ -56,9 +56,9 @@ class Needs:
             yield self._training(source, hook_point)
             yield self._evaluation(source, hook_point)
         figures = self.plan.params["figures"]["names"]
-        seconds = self.rates.job_s * (2 + len(figures))
+        jobs = bool(self.plan.rivals) + 1 + len(figures) + 1
         what = f"tables, {_count(len(figures), 'figure')}, the report"
-        yield Need("draw", what, 2 + len(figures), 0, _PROCESS, seconds / 3600)
+        yield Need("draw", what, jobs, 0, _PROCESS, jobs * self.rates.job_s / 3600)
 
     @property
     def merging_disk(self) -> float:
