@@ -25,7 +25,7 @@ from saeflow.evaluation.latents import BINS, LOWEST, logit_lens, write_latents
 from saeflow.evaluation.rows import EvaluatedRows, RowSelection
 from saeflow.figures.latents import write_page
 from saeflow.saes import build
-from saeflow.sources.hook_points import final_norm
+from saeflow.sources.heads import final_norm
 from saeflow.stores import open_store
 
 sys.path.insert(0, str(ROOT / "tests"))

@@ -1,35 +1,59 @@
 """Write docs/models.md: families of causal language models of transformers with the proof of their hook points.
 
-python -m docs.models           # all families, about a quarter of an hour on one core
-python -m docs.models gpt2 phi  # writes the page with these families alone
+python -m docs.models           # all families, each in a process of its own
+python -m docs.models gpt2 phi  # these families; the page keeps its lines of the others
 """
 
 import logging
+import multiprocessing
+import re
+import resource
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import torch
+import transformers
 from docs.families import FAMILIES, tiny_family
 
 from saeflow.errors import UserError
 from saeflow.sources.hub import last_line
+from saeflow.sources.proof import prove
 
 PAGE = Path(__file__).with_name("models.md")
+LIMIT_S, LIMIT_BYTES = 240, 8 << 30
+"""Time and memory of one family."""
 _HEAD = """# Models
 
 saeflow finds the hook points of a causal language model in the model itself: it follows each block's output back through
 sums to the block's input. No family has a line of code. This page is written by `python -m docs.models [FAMILY ...]`: it
-builds {shown} of the {all} families that transformers {version} has for causal language models, at tiny size with random weights, and
-proves their hook points. Before a model's first activation is stored, the same proof runs on that model.
+builds every family that transformers {version} has for causal language models, at tiny size with random weights, and proves
+its hook points. Before a model's first activation is stored, the same proof runs on that model. Of {all} families, {works}
+work.
 
+- **blocks**: what a block adds to the residual stream. Sequential: attention, then MLP; parallel: both at once; sandwich:
+  sequential, with norms before and after each part; mixer: a state space, recurrence or convolution; other: an output that
+  is no sum, so that it has `resid_pre` and `resid_post` alone.
 - **places**: what `blocks.N.PLACE` can name. All families that work have `resid_pre` and `resid_post`.
 - **next**: block outputs that are the next block's input, bit for bit.
 - **sum**: blocks whose output is the sum of their input and of what their parts add.
 - **library**: blocks whose input (Mamba: output) is one of transformers' own `hidden_states`, bit for bit.
-- **identity**: hook points at which the clean activation spliced in gives the model's own logits, and zeros others.
+- **identity**: hook points at which the clean activation spliced in gives the model's own logits (so the cross-entropy is
+  unchanged), and zeros others.
 
 A place that a family lacks, and any other module, can be named by its path: `module.model.layers.7.mlp.output`.
+
+Three kinds of models beside these are found and proved in the same way, each by tests at tiny size:
+
+- **image towers** (`vision.blocks.N.PLACE`): CLIP, SigLIP, ViT, DINOv2 with and without registers (`tests/sources/test_towers.py`);
+- **models of images and text**: the language part of Gemma 3, LLaVA, Qwen2-VL and Qwen2.5-VL as a causal language model, and the
+  towers of Gemma 3 and LLaVA. The towers of Qwen-VL take patches of images of any size and are refused, and so is Llama 4's, whose
+  CLS token stands last (`tests/sources/test_wrappers.py`);
+- **encoders**: BERT, DistilBERT, ModernBERT, T5's encoder. They predict no next tokens: cross-entropy is not measured, and the report
+  says why (`tests/evaluation/test_without_predictions.py`). Of encoder-decoders with a causal language model in the list below
+  (BART's family), the decoder alone is run, without an encoder's output.
 
 | family | blocks | places besides resid_pre, resid_post | next | sum | library | identity |
 |---|---|---|---|---|---|---|
@@ -40,49 +64,82 @@ _FAILED = """
 | family | reason |
 |---|---|
 """
+_LINE = re.compile(r"^\| ([\w.-]+) \|.*\|$", re.MULTILINE)
 
 
-def line(name: str) -> tuple[bool, str]:
-    """Tell whether a family works, and return its line of the table."""
-    from saeflow.sources.proof import prove
-
+def line(name: str) -> str:
+    """A family's line of the table: its proof, or the reason why there is none."""
     try:
         model = tiny_family(name)
     except Exception as error:
-        return (
-            False,
-            f"| {name} | transformers does not build it from its configuration: {_cell(error)} |",
-        )
+        return f"| {name} | transformers does not build it from a configuration alone: {_cell(error)} |"
     try:
         proof = prove(model)
     except UserError as error:
-        return False, f"| {name} | {_cell(error)} |"
+        return f"| {name} | {_cell(error)} |"
     except Exception as error:
-        return False, f"| {name} | it does not run on token ids alone: {_cell(error)} |"
+        return f"| {name} | it does not run on token ids alone: {_cell(error)} |"
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(proof.kinds.items()))
     places = ", ".join(proof.places[1:-1]) or "none"
-    return True, (
-        f"| {name} | {kinds} | {places} | {proof.linked} | {proof.sums} | {proof.hidden_states} | {proof.identities} |"
-    )
+    return f"| {name} | {kinds} | {places} | {proof.linked} | {proof.sums} | {proof.hidden_states} | {proof.identities} |"
 
 
 def _cell(error: Exception) -> str:
-    return last_line(str(error)).replace("|", "\\|") or type(error).__name__
+    found = re.sub(r"\s+", " ", last_line(str(error))).replace("|", "\\|")
+    return f"{found[:300]} ..." if len(found) > 300 else found or type(error).__name__
 
 
-def page(names: Sequence[str]) -> str:
-    """The page of some families."""
-    import transformers
+def _in_a_process(name: str, out: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
+    out.send(line(name))
 
-    found = [line(name) for name in names]
-    works = "\n".join(text for does, text in found if does)
-    fails = "\n".join(text for does, text in found if not does)
+
+def bounded_line(name: str) -> str:
+    """`line` in a process of its own, with bounded time and memory."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_in_a_process, args=(name, there))
+    process.start()
+    there.close()
+    try:
+        return str(here.recv()) if here.poll(LIMIT_S) else f"| {name} | not done in {LIMIT_S} s |"
+    except EOFError:
+        return (
+            f"| {name} | its process ended without an answer ({LIMIT_BYTES >> 30} GiB of memory) |"
+        )
+    finally:
+        process.kill()
+        process.join()
+
+
+def lines_of(page: str) -> dict[str, str]:
+    """The lines of a page by family."""
+    return {found[1]: found[0] for found in _LINE.finditer(page) if found[1] in FAMILIES}
+
+
+def page(lines: Sequence[str]) -> str:
+    """The page of some lines."""
+    works = [text for text in lines if text.count(" | ") == 6]
+    fails = [text for text in lines if text not in works]
     version = ".".join(transformers.__version__.split(".")[:2])
-    head = _HEAD.format(version=version, shown=len(names), all=len(FAMILIES))
-    return head + works + "\n" + (_FAILED + fails + "\n" if fails else "")
+    head = _HEAD.format(version=version, works=len(works), all=len(FAMILIES))
+    return (
+        head
+        + "".join(f"{text}\n" for text in works)
+        + (_FAILED + "".join(f"{text}\n" for text in fails) if fails else "")
+    )
+
+
+def main(names: Sequence[str]) -> None:
+    """Prove some families and write their lines into the page."""
+    for name in names:
+        known = lines_of(PAGE.read_text(encoding="utf-8"))
+        known[name] = bounded_line(name)
+        PAGE.write_text(page([known[one] for one in FAMILIES if one in known]), encoding="utf-8")
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    PAGE.write_text(page(sys.argv[1:] or FAMILIES), encoding="utf-8")
+    torch.set_num_threads(1)
+    main(sys.argv[1:] or FAMILIES)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from saeflow.evaluation.latents import BINS, LATENTS, LOWEST, logit_lens, neighbours, write_latents
 from saeflow.evaluation.rows import EvaluatedRows, RowSelection
-from saeflow.sources.hook_points import final_norm, logits
+from saeflow.sources.heads import final_norm, logits
 
 from ..sources.conftest import CONFIGS, tiny_model
 

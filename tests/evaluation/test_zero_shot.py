@@ -244,7 +244,7 @@ def test_an_accuracy_is_the_mean_over_classes() -> None:
 
 def test_a_model_without_a_text_tower_is_refused(folder: Path) -> None:
     model: Any = CLIPModel.from_pretrained(folder / "model")
-    with pytest.raises(UserError, match="expected a CLIP model with a text tower"):
+    with pytest.raises(UserError, match="expected a model with a text tower"):
         text_features(model.vision_model, load_tokenizer(folder / "model"), ["a cat"])
 
 

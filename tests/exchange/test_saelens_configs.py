@@ -197,6 +197,17 @@ def test_names_of_hook_points_are_translated_both_ways(name: str, hook_name: str
     assert ours({"hook_name": hook_name}) == name
 
 
+def test_a_module_is_named_by_its_path_both_ways() -> None:
+    """As SAELens does of models that transformers runs: hook_name is a module, read at the first value that it gives."""
+    names = theirs("module.model.layers.7.mlp.output")
+    assert names == {"hook_name": "model.layers.7.mlp", "model_class_name": "AutoModelForCausalLM"}
+    assert ours(names) == "module.model.layers.7.mlp.output"
+    assert (
+        ours({"hook_name": "model.layers.7.mlp"}) is None
+    )  # TransformerLens's names have no such one
+    assert theirs("module.model.layers.7.mlp.input") == theirs("module.model.norm.output.1") == {}
+
+
 def test_a_place_of_another_library_is_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -10,11 +10,11 @@ import torch
 from saeflow.complexity.scorers import read_table
 from saeflow.rehearsal.sources import WIDTH, StandIn, default_classes
 from saeflow.rehearsal.stand_ins import TOKENIZERS, write_stand_ins
+from saeflow.shapes import config_shape
 from saeflow.sources.decoding import as_rgb
 from saeflow.sources.documents import read_documents
 from saeflow.sources.hook_points import capture
 from saeflow.sources.images import read_images
-from saeflow.sources.layouts import config_shape
 from saeflow.sources.models import load_model, load_tokenizer
 from saeflow.sources.preprocessing import load_preprocessing
 

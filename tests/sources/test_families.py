@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from docs.families import BLOCKS, tiny_family
+from docs.families import BLOCKS, FAMILIES, tiny_family
+from docs.models import PAGE, lines_of
 from torch import Tensor, nn
 
 from saeflow.errors import UserError
 from saeflow.evaluation.in_model.text import linear_head
-from saeflow.sources.hook_points import capture, logits, run_from, splice
+from saeflow.sources.heads import logits, no_predictions
+from saeflow.sources.hook_points import capture, hook, run_from, splice
 from saeflow.sources.layouts import PLACES
+from saeflow.sources.models import fetch_model, load_model
 from saeflow.sources.proof import prove
 
 from .toy import toy
@@ -20,9 +23,13 @@ IDS = torch.randint(320, (2, 9), generator=torch.Generator().manual_seed(1))
 EVERY = list(PLACES)
 NO_MIDDLE = [place for place in PLACES if place != "resid_mid"]
 SOME = {
+    "bert": ("sequential", EVERY),
     "bloom": ("sequential", EVERY),
     "cohere": ("parallel", NO_MIDDLE),
+    "deepseek_v3": ("sequential", EVERY),
     "falcon": ("parallel", NO_MIDDLE),
+    "falcon_h1": ("attn + mlp + mixer", NO_MIDDLE),
+    "gemma2": ("sandwich", EVERY),
     "gptj": ("parallel", NO_MIDDLE),
     "granite": ("sequential", EVERY),
     "mamba": ("mixer", ["resid_pre", "resid_post"]),
@@ -32,7 +39,8 @@ SOME = {
     "phi": ("parallel", NO_MIDDLE),
     "phi3": ("sequential", EVERY),
 }
-"""By the models' papers: one after the other, side by side, or neither attention nor MLP."""
+"""By the models' papers: one after the other (BERT with norms of the sums, Gemma 2 with norms before and after, DeepSeek with
+groups of experts), side by side, Falcon-H1 with a state space beside attention, or neither attention nor MLP."""
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -131,7 +139,7 @@ def test_modules_are_named_by_their_path() -> None:
     [
         ("module.trunk.stage.1.output", r"trunk has words, stages, last, found 'stage'"),
         ("module.trunk.stages.1.look.output.2", r"gives 2 values \(0\.\.1\), found output\.2"),
-        ("module.trunk.stages.1.output", r"expected a tensor, found str"),
+        ("module.trunk.stages.1.output", r"expected a tensor, found str\. Name output\.1\."),
         ("blocks.3.mlp_out", r"has 3 blocks \(0\.\.2\)"),
     ],
 )
@@ -152,8 +160,62 @@ def test_a_block_that_does_not_add_up_is_refused(monkeypatch: pytest.MonkeyPatch
         prove(model, [])
 
 
-def test_a_model_without_a_list_of_blocks_lists_what_it_has(tmp_path: Path) -> None:
+class Nothing(nn.Module):
+    """An SAE that reconstructs zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+class Stages(nn.Module):
+    """Blocks under names of their own."""
+
+    def __init__(self, stages: Any) -> None:
+        super().__init__()
+        for number, stage in enumerate(stages):
+            self.add_module(f"stage{number}", stage)
+
+    def __iter__(self) -> Any:
+        return iter(self.children())
+
+
+def without_list() -> Any:
     model = toy()
-    model.trunk.stages = nn.Sequential(*model.trunk.stages)
+    model.trunk.stages = Stages(model.trunk.stages)
+    return model
+
+
+def test_a_model_without_a_list_of_blocks_lists_what_it_has(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"expected a list of blocks .* Its lists of modules: none"):
-        capture(model, ["blocks.0.resid_post"], IDS)
+        capture(without_list(), ["blocks.0.resid_post"], IDS)
+
+
+def test_modules_of_a_model_without_a_list_of_blocks(tmp_path: Path) -> None:
+    model, point = without_list(), "module.trunk.stages.stage1.down.output"
+    expected = by_hand(toy())["blocks.1.mlp_out"]
+    assert torch.equal(capture(model, [point], IDS)[point], expected)
+    assert prove(model, [point]).identities == 1
+    assert no_predictions(model) is None
+    with hook(model, point, Nothing()):
+        found = model(IDS).logits
+    without = toy()
+    for parameter in without.trunk.stages[1].down.parameters():
+        parameter.zero_()
+    torch.testing.assert_close(found, without(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_registered_family_is_fetched_loaded_and_proved(tmp_path: Path) -> None:
+    local, out = tmp_path / "local", tmp_path / "out"
+    model = toy()
+    model.save_pretrained(local)
+    out.mkdir()
+    fetch_model({"folder": str(local)}, ["blocks.2.mlp_out"], out)
+    loaded: Any = load_model(out, "cpu")
+    assert prove(loaded).identities == 3 * len(PLACES)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    with pytest.raises(UserError, match=r"has 3 blocks \(0\.\.2\), found hook point blocks\.3"):
+        fetch_model({"folder": str(local)}, ["blocks.3.mlp_out"], out)
+
+
+def test_the_page_has_a_line_for_every_family_of_transformers() -> None:
+    assert set(lines_of(PAGE.read_text())) == set(FAMILIES)

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from saeflow.errors import UserError
 from saeflow.saes.edits import ablate, add, clamp, scale
+from saeflow.sources.heads import logits
 from saeflow.sources.hook_points import (
     HookPoint,
     capture,
     check_model,
     decoder_of,
     hook,
-    logits,
     run_from,
     splice,
 )

@@ -13,16 +13,17 @@ import transformers
 import yaml
 
 from saeflow.errors import UserError
-from saeflow.sources import check_source
-from saeflow.sources.layouts import (
-    HookPoint,
+from saeflow.shapes import (
+    SHAPES,
     Shape,
-    check_hook_points,
+    check_config,
     config_shape,
     gguf_shape,
     known_shape,
+    pinned_config,
 )
-from saeflow.sources.shapes import SHAPES, check_config, pinned_config
+from saeflow.sources import check_source
+from saeflow.sources.layouts import HookPoint, check_hook_points
 
 from .conftest import CONFIGS, config_of
 
@@ -89,9 +90,13 @@ def test_a_config_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     with pytest.raises(UserError, match="no such file"):
         config_shape(path)
-    path.write_text('{"model_type": "vit_mae_of_mine"}')
-    with pytest.raises(UserError, match="num_hidden_layers"):
+    path.write_text('{"num_hidden_layers": 2}')
+    with pytest.raises(UserError, match="with model_type, found none"):
         config_shape(path)
+    path.write_text(
+        '{"model_type": "of_mine", "depth_of_mine": 2}'
+    )  # its structure tells when it is fetched
+    assert config_shape(path) == Shape("of_mine", None)
     path.write_text('{"model_type": "bloom", "n_layer": 2}')
     check_hook_points("s", source({"folder": str(tmp_path)}, "blocks.1.mlp_out"), tmp_path)
     with pytest.raises(UserError, match=r"sources\.s: the model has 2 blocks"):

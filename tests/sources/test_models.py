@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest, read_json
@@ -83,6 +83,26 @@ def test_a_source_that_takes_anothers_model_runs_it_in_the_same_dtype(
     for folder in (out, taken):
         loaded: Any = load_model(folder, "cpu")
         assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_a_source_that_takes_anothers_model_takes_what_is_to_be_known_of_it(
+    local: Path, out: Path, tmp_path: Path
+) -> None:
+    fetch_model({"folder": str(local)}, HOOKS, out)
+    note = {"tokenizer": "text is split as by GPT-2: the file does not say how"}
+    (out / "provenance.json").write_text(json.dumps({"job": "fetch", "notes": note}))
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    assert take_model(out, HOOKS, taken) == note
+    assert not (taken / "provenance.json").exists()
+
+
+def test_a_decoder_without_its_encoder_is_to_be_known(tmp_path: Path, out: Path) -> None:
+    sizes = {"vocab_size": 61, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+             "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}  # fmt: skip
+    BartForConditionalGeneration(BartConfig(**sizes)).save_pretrained(tmp_path / "bart")
+    notes = fetch_model({"folder": str(tmp_path / "bart")}, ["blocks.0.mlp_out"], out)
+    assert notes == {"model": "its decoder alone is run, without an encoder's output"}
 
 
 def test_the_files_of_a_folder_are_its_provenance(local: Path) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from saeflow.sources import open_source, prepare_inputs
-from saeflow.sources.hook_points import capture, logits, run_from
+from saeflow.sources.heads import logits
+from saeflow.sources.hook_points import capture, run_from
 from saeflow.sources.models import fetch_model
 
 PARAMS: dict[str, Any] = {

@@ -297,6 +297,22 @@ def test_rows_are_the_models_hidden_states_in_order(
         assert block.columns[name].shape == (len(rows), *shape)
 
 
+def test_every_block_is_extracted_in_one_pass(params: dict[str, Any], folder: Path) -> None:
+    """Each batch of contexts runs once, whatever the number of hook points, with the rows of one alone."""
+    points = [f"blocks.{n}.resid_post" for n in range(4)]
+    prepare(params, folder, train=300, evaluation=100)
+    source: Any = open_source(params | {"hook_points": points}, folder, "cpu")
+    seen: list[int] = []
+    first = source.model.model.layers[0]  # loaded and proved before it is counted
+    first.register_forward_hook(lambda *_: seen.append(1))
+    block = source.block("train", 0, 8)
+    assert len(seen) == 8 / params["forward_batch"]
+    assert set(block.activations) == set(points)
+    for point in points:
+        alone = open_source(params | {"hook_points": [point]}, folder, "cpu").block("train", 0, 8)
+        assert torch.equal(block.activations[point], alone.activations[point])
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_model_runs_in_the_dtype_of_its_source(
     dtype: str, params: dict[str, Any], model_folder: Path, tmp_path: Path

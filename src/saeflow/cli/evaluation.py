@@ -40,7 +40,7 @@ def clean(task: Task, runtime: RuntimeJson, threads: Threads) -> None:
     }
     with job_of(asked, "clean", device=machine["device"]) as job:
         mean = open_store(asked.one("train") / f"{hook_point}.zarr").mean
-        clean_writer(source)(
+        job.details["notes"] = clean_writer(source)(
             source, source_folder(asked), hook_point, mean, asked.params, labelled, machine["device"], job.path
         )  # fmt: skip
 

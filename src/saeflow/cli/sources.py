@@ -40,10 +40,11 @@ def fetch(
         set_threads(threads)
     with job_of(asked, "fetch", external=pinned(chosen)) as job:
         like = asked.optional("like")
-        if like is None:
-            job.details["notes"] = fetch_model(chosen, hook_points, job.path, threads)
-        else:
-            take_model(like, hook_points, job.path)
+        job.details["notes"] = (
+            fetch_model(chosen, hook_points, job.path, threads)
+            if like is None
+            else take_model(like, hook_points, job.path)
+        )
 
 
 def prepare(

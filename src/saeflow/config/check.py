@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from saeflow.config.blocks import written_out
 from saeflow.config.explain import listed
 from saeflow.config.runs import ImportConfig, SAEConfig, expand_runs, imports
 from saeflow.config.schema import conform
@@ -58,7 +59,7 @@ def validate(params: Any) -> dict[str, Any]:
     Raises:
         UserError: all that is wrong, a line each. What a mistake makes pointless to check is left out.
     """
-    params, found = conform(with_options(params))
+    params, found = conform(with_options(written_out(params)))
     for check in (_check_names, _check_sources, _check_runs, _check_measured, _check_shown):
         if found:
             raise UserError(*dict.fromkeys(found))

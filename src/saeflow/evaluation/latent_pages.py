@@ -58,8 +58,10 @@ def collect_latents(
 
 def _of_words(sae: Any, setup: Setup) -> tuple[dict[str, np.ndarray] | None, dict[str, Any]]:
     """The logit lens where decoder rows reach the lm head, and how tokens read."""
-    from saeflow.sources.hook_points import HookPoint, final_norm
+    from saeflow.sources.heads import final_norm, has_head
+    from saeflow.sources.hook_points import HookPoint
     from saeflow.sources.models import load_tokenizer, token_texts
+    from saeflow.sources.structure import structure_of
 
     if setup.in_model is None or not setup.kind.has_tokens:
         raise UserError(
@@ -68,8 +70,9 @@ def _of_words(sae: Any, setup: Setup) -> tuple[dict[str, np.ndarray] | None, dic
         )
     assert setup.folders.model is not None
     model, tokenizer = setup.in_model.model, load_tokenizer(setup.folders.model)
-    lens = None  # for rows that are no part of the residual stream
-    if HookPoint.parse(setup.hook_point).is_in_stream:
+    lens = None  # for rows that are no part of the residual stream, or have no way to logits
+    is_in_stream = HookPoint.parse(setup.hook_point).is_in_stream
+    if is_in_stream and has_head(model) and structure_of(model).final_norm is not None:
         lens = logit_lens(model, final_norm(model), sae.directions(), _LENS)
     inside = token_texts(tokenizer)  # which has none for special ones
     return lens, {"unit": "tokens", "strings": lambda t: inside(t) or tokenizer.decode([t])}

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from saeflow.errors import UserError
+from saeflow.sources.heads import no_predictions
 from saeflow.sources.hook_points import capture
 from saeflow.sources.models import token_texts
 
@@ -105,6 +106,11 @@ def activations(
         raise UserError(
             f"{_WHERE}: expected a fast tokenizer (tokenizer.json), which says where a "
             f"token stands in a text, found {type(tokenizer).__name__}. Set it to null for this source."
+        )
+    if (why_not := no_predictions(model)) is not None:
+        raise UserError(
+            f"{_WHERE}: expected a model that sees each token's past alone, found that {why_not}. Set it to null for this "
+            "source."
         )
     bos = [tokenizer.bos_token_id] if policy["prepend_bos"] else []
     found = []

@@ -86,7 +86,7 @@ class Adapter(nn.Module):
     ) -> None:
         super().__init__()
         names = theirs(hook_point)
-        if not names:
+        if "layer" not in names:
             raise UserError(
                 f"hook_point: expected a place of a language model, such as blocks.8.resid_post, found {hook_point!r}. "
                 "SAEBench and sae-probes read no others."

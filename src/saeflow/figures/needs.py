@@ -82,6 +82,14 @@ class Asked:
         own = [run.hook_point for run in self.runs if run.options.get("complexity")]
         return own + [store.partition("/")[2] for store in self.probed_at]
 
+    def deep(self) -> bool:
+        """Tell whether SAEs are trained at two blocks or more of a source's model."""
+        blocks: dict[str, set[str]] = {}
+        for run in self.runs:
+            if found := re.search(r"blocks\.(\d+)\.", run.hook_point):
+                blocks.setdefault(run.source, set()).add(found[1])
+        return any(len(found) > 1 for found in blocks.values())
+
     def interprets(self, part: str) -> bool:
         """Tell whether `evaluation.interpretability` names runs and this part."""
         return bool(self.interpreted.get("runs")) and self.interpreted.get(part) is not None
@@ -101,6 +109,7 @@ class Need:
 
 
 SIZES = Need("an entry of saes with several d_sae", Asked.sized)
+DEPTH = Need("SAEs at two or more blocks of a model (hook_points: [blocks.*.PLACE])", Asked.deep)
 LABELLED = Need("a vision source with SAEs and evaluation.labelled_sets", Asked.labelled)
 CARDS = Need("a vision source with SAEs and evaluation.concept_cards", Asked.cards)
 PROBES = Need(

@@ -60,33 +60,34 @@ def one_pass(source: Mapping[str, Any], name: str, results: Path) -> Pass:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
-    from transformers import AutoModelForCausalLM, CLIPModel
 
+    from saeflow.sources.architectures import architecture
     from saeflow.sources.hook_points import capture
+    from saeflow.sources.layouts import VISION
+    from saeflow.sources.structure import image_output, structure_of
 
     config = _config(source["model"], name, results)
-    is_clip = config.model_type == "clip"
+    image = None
     with FakeTensorMode():  # shapes only, no memory
-        architecture: Any = CLIPModel._from_config if is_clip else AutoModelForCausalLM.from_config
-        model = architecture(
-            config, attn_implementation="eager"
-        ).eval()  # whose products are counted
-        if is_clip:
-            side = config.vision_config.image_size
-            inputs = torch.zeros(1, 3, side, side)
+        # Eager: its products are counted.
+        model = architecture(config).from_config(config, attn_implementation="eager").eval()
+        if "images" in source:
+            image = structure_of(model, VISION).image
+            assert image is not None
+            inputs = torch.zeros(1, 3, *image.size)
         else:
             inputs = torch.zeros(1, source["context_length"], dtype=torch.long)
         with FlopCounterMode(display=False) as counter:
             found = capture(model, source["hook_points"], inputs)
         with torch.no_grad(), FlopCounterMode(display=False) as whole:
-            model.get_image_features(inputs) if is_clip else model(inputs, use_cache=False)
+            model(inputs, use_cache=False) if image is None else image_output(model, inputs)
     widths = {point: x.shape[-1] for point, x in found.items()}
     positions = next(iter(found.values())).shape[1] if next(iter(found.values())).ndim > 2 else 1
     rows = positions - bool(source.get("skip_first"))
-    if is_clip:
-        rows = {"all": positions, "cls": 1, "patches": positions - 1}[source["tokens"]]
+    if image is not None:
+        rows = {"all": positions, "cls": 1, "patches": positions - image.prefix}[source["tokens"]]
     weights = sum(p.numel() for p in model.parameters()) * FLOAT
-    input_bytes = inputs.numel() * (1 if is_clip else np.dtype(np.int32).itemsize)
+    input_bytes = inputs.numel() * (1 if image is not None else np.dtype(np.int32).itemsize)
     flops, flops_whole = (float(c.get_total_flops()) for c in (counter, whole))
     return Pass(flops, flops_whole, weights, widths, rows, input_bytes)
 
@@ -99,7 +100,7 @@ def _config(model: Mapping[str, Any], name: str, results: Path) -> Any:
         from saeflow.sources.clip_training import clip_config
 
         return clip_config(model["trained"])
-    from saeflow.sources.shapes import pinned_config
+    from saeflow.shapes import pinned_config
 
     pinned = pinned_config(model)
     if pinned is not None:

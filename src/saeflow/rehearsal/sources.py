@@ -9,8 +9,9 @@ from typing import Any
 from saeflow.config import expand_runs
 from saeflow.errors import UserError
 from saeflow.files import json_digest
+from saeflow.shapes import known_shape
 from saeflow.sources import kind_of, scenes
-from saeflow.sources.layouts import HookPoint, known_shape
+from saeflow.sources.layouts import HookPoint
 
 WIDTH = 32
 """d_in of every stand-in for a model."""
@@ -129,14 +130,17 @@ class _Sources:
         if shape is None:
             raise UserError(
                 f"sources.{name}.model: the family of {_name(model)} is not known before it is fetched. Add its sizes to "
-                "saeflow/sources/shapes.yaml, or fetch its config.json once."
+                "saeflow/shapes.yaml, or fetch its config.json once."
             )
         # One block more than the hook points need, so that a hook point before the last block stays one.
-        parsed = [point for point in map(HookPoint.parse, points) if not point.is_embedding]
-        blocks = min(shape.n_blocks, 2 + max((point.block for point in parsed), default=0))
+        parsed = list(map(HookPoint.parse, points))
+        needed = 2 + max((point.block for point in parsed if point.is_in_block), default=0)
+        has_modules = any(point.module for point in parsed)  # which may be in any block
+        blocks = shape.n_blocks or needed
+        blocks = blocks if has_modules else min(blocks, needed)
         recipe: dict[str, Any] = {"model_type": shape.model_type, "blocks": blocks}
-        if shape.model_type == "clip":
-            recipe["texts"] = texts
+        if shape.is_of_images:  # a CLIP has every hook point of an image tower
+            recipe |= {"model_type": "clip", "texts": texts}
         return {"folder": self._order("models", recipe, _name(model))}
 
     def _text(self, name: str, text: dict[str, Any]) -> dict[str, Any]:

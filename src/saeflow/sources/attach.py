@@ -1,6 +1,6 @@
 """Functions put at a place of a model, to read or replace what is there."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -22,11 +22,12 @@ def attach(model: nn.Module, place: Place, visit: Visit, point: str) -> ExitStac
     handles = ExitStack()
     before: dict[str, Tensor] = {}
 
-    def see(found: Any) -> Tensor | None:
+    def see(found: Any, others: Sequence[Any] = ()) -> Tensor | None:
         if not isinstance(found, Tensor):
+            tensors = [f"output.{i}" for i, one in enumerate(others) if isinstance(one, Tensor)]
             raise UserError(
-                f"{type(model).__name__}: {point}: expected a tensor, found {type(found).__name__}. Name another "
-                "module, or its place in the tuple (output.1)."
+                f"{type(model).__name__}: {point}: expected a tensor, found {type(found).__name__}. "
+                + (f"Name {' or '.join(tensors)}." if tensors else "Name another module.")
             )
         x = found.reshape((*before["stream"].shape[:-1], -1)) if place.flat else found
         x = x if place.scale == 1 else x * place.scale
@@ -60,11 +61,17 @@ def attach(model: nn.Module, place: Place, visit: Visit, point: str) -> ExitStac
                     f"{type(model).__name__}: {point}: the module gives {len(output)} values (0..{len(output) - 1}), "
                     f"found output.{key}. Choose one below {len(output)}."
                 )
-            new = see(output[key])
+            new = see(output[key], output)
             return None if new is None else type(output)((*output[:key], new, *output[key + 1 :]))
         if isinstance(output, dict):  # an output of transformers
-            name = list(output)[place.key if isinstance(place.key, int) else 0]
-            new = see(output[name])
+            names, key = list(output), place.key if isinstance(place.key, int) else 0
+            if key >= len(names):
+                raise UserError(
+                    f"{type(model).__name__}: {point}: the module gives {len(names)} values ({', '.join(names)}), found "
+                    f"output.{key}. Choose one below {len(names)}."
+                )
+            name = names[key]
+            new = see(output[name], list(output.values()))
             if new is not None:
                 output[name] = new
             return None

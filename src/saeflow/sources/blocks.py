@@ -42,7 +42,7 @@ class Block:
     places: dict[str, Place] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     kind: str = ""
-    """sequential, parallel, or what adds instead of attention and MLP."""
+    """sequential, sandwich (sequential, with norms before and after each part), parallel, or what adds instead."""
     sum_of: "Expression | None" = None
     """The output as a sum; None where it is none."""
     length: int = 0
@@ -172,14 +172,18 @@ class _Terms:
             if one not in reached:
                 reached.add(one)
                 waiting += [] if one in stream else one.inputs
-        depth = self.run.path.count(".") + 1
-        found = [
+        inside = [
             call
             for call in self.calls
-            if call.path.count(".") == depth
-            and has_matrix(call.module)
+            if has_matrix(call.module)
             and any(_is_inside(one, call.path) for one in reached - stream)
         ]
+        depth = self.run.path.count(".") + 1
+        found = [call for call in inside if call.path.count(".") == depth]
+        if not found:  # parts in lists of their own (T5), which may hold the sum too
+            alone = [c for c in inside if not any(_is_inside(one, c.path) for one in stream)]
+            least = min((call.path.count(".") for call in alone), default=0)
+            found = [call for call in alone if call.path.count(".") == least]
         return Branch(sorted(found, key=lambda call: call.started), reached & stream)
 
 
@@ -259,12 +263,23 @@ def block_of(trace: Trace, run: Call) -> Block:
             block.missing[f"{role}_in"] = block.missing[f"{role}_out"] = why
     _middle(terms, block, found)
     names = [role for role in found for _ in found[role]]
-    block.kind = (
-        ("sequential" if "resid_mid" in block.places else "parallel")
-        if sorted(names) == ["attn", "mlp"]
-        else " + ".join(names) or "nothing"
-    )
+    block.kind = " + ".join(names) or "nothing"
+    if sorted(names) == ["attn", "mlp"]:
+        is_one_by_one = "resid_mid" in block.places
+        block.kind = "sequential" if is_one_by_one else "parallel"
+        if is_one_by_one and _is_sandwiched(terms, found):
+            block.kind = "sandwich"
     return block
+
+
+def _is_sandwiched(terms: _Terms, found: Mapping[str, list[tuple[Expression, Branch]]]) -> bool:
+    """Tell whether a norm stands before and after both parts."""
+    for term, branch in (*found["attn"], *found["mlp"]):
+        taken = branch.calls[0].first_input if branch.calls else None
+        after = terms.leaves[term.place] if term.place else None
+        if taken is None or taken[1].origin not in terms.normed or after not in terms.normed:
+            return False
+    return True
 
 
 def _middle(
@@ -331,4 +346,10 @@ def _role(trace: Trace, branch: list[Call], block: str) -> str:
     names = [call.path.removeprefix(block) + " " + type(call.module).__name__ for call in branch]
     if any(_ATTENTION.search(name) for name in names):
         return "attn"
-    return "mixer" if any(node.operator in _MIXES for node in own) else "mlp"
+    return "mixer" if any(_mixes(node) for node in own) else "mlp"
+
+
+def _mixes(node: Node) -> bool:
+    """Tell whether an operator mixes positions; a mask does if it is square, those of routers are positions x experts."""
+    is_square = len(node.shape) > 1 and node.shape[-1] == node.shape[-2]
+    return node.operator in _MIXES and (node.operator != "masked_fill" or is_square)

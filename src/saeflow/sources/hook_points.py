@@ -1,26 +1,38 @@
 """Read and replace activations at hook points of models of transformers.
 
 Only the blocks that are needed run: `capture` stops after the last hook point, `run_from` starts at the
-hook point's block. Both leave a language model's lm head out; `logits` applies it.
+hook point's block. Both leave a language model's lm head out; `saeflow.sources.heads.logits` applies it.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from math import isqrt
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from saeflow.errors import UserError
+from saeflow.shapes import Shape
 from saeflow.sources.attach import Visit, attach, forward_of
 from saeflow.sources.blocks import Place
-from saeflow.sources.layouts import PLACES, HookPoint, Shape, check_hook_points, check_shape
-from saeflow.sources.structure import module_place, no_cache, structure_of, tower_of
+from saeflow.sources.layouts import (
+    PLACES,
+    VISION,
+    HookPoint,
+    check_hook_points,
+    check_shape,
+)
+from saeflow.sources.structure import (
+    body_of,
+    image_output,
+    module_place,
+    no_cache,
+    structure_of,
+)
 
 __all__ = [
-    "HookPoint", "block_input_of", "capture", "check_hook_points", "check_model", "decoder_of", "hook", "logits",
-    "resume_at", "run_from", "splice",
+    "HookPoint", "block_input_of", "capture", "check_hook_points", "check_model", "decoder_of", "hook", "resume_at", "run_from", "splice",
 ]  # fmt: skip
 
 
@@ -30,7 +42,7 @@ class _Stop(Exception):  # noqa: N818 (a signal, not an error)
 
 def decoder_of(model: nn.Module, tower: str = "") -> nn.Module:
     """The part of a language model between token ids and lm head, or the image tower."""
-    return model.get_submodule(structure_of(model, tower).body)
+    return model.get_submodule(body_of(model, tower))
 
 
 def check_model(model: nn.Module, hook_points: Iterable[str]) -> None:
@@ -49,16 +61,22 @@ def _place(model: nn.Module, point: HookPoint) -> Place:
     name = type(model).__name__
     if point.module:
         return module_place(model, point)
+    if not point.tower and _is_of_images(model):
+        raise UserError(
+            f"{name}: expected hook points of its image tower (vision.blocks.N.resid_post), found {point}. Correct it, or "
+            "give a language model."
+        )
+    structure = structure_of(model, point.tower)
     if point.is_embedding:
-        if not isinstance(getattr(model, "visual_projection", None), nn.Module):
+        if structure.image is None or structure.image.embedding is None:
             raise UserError(
-                f"{name}: {point} is what CLIP's projection gives, found no visual_projection. Take a hook point "
-                "of the image tower."
+                f"{name}: {point} is an embedding that texts share, found no text tower. Take a hook point of the image "
+                "tower, such as its last block's resid_post."
             )
-        return Place("visual_projection", "output")
-    blocks = structure_of(model, point.tower).blocks
+        return structure.image.embedding
+    blocks = structure.blocks
     config: Any = model.config
-    check_shape(Shape(config.model_type, len(blocks)), [str(point)], name)
+    check_shape(Shape(config.model_type, len(blocks), bool(point.tower)), [str(point)], name)
     block = blocks[point.block]
     if point.place not in block.places:
         raise UserError(
@@ -67,6 +85,11 @@ def _place(model: nn.Module, point: HookPoint) -> Place:
             f"module.{block.path}.PATH.output."
         )
     return block.places[point.place]
+
+
+def _is_of_images(model: Any) -> bool:
+    takes = getattr(getattr(model, "base_model", model), "main_input_name", "")
+    return hasattr(model, "get_text_features") or takes == "pixel_values"
 
 
 def resume_at(model: nn.Module, hook_point: str) -> str | None:
@@ -82,6 +105,8 @@ def resume_at(model: nn.Module, hook_point: str) -> str | None:
 def block_input_of(model: nn.Module, hook_point: str) -> str | None:
     """The residual stream before the block that a hook point is in; None if it is in none."""
     point = HookPoint.parse(hook_point)
+    if point.is_embedding:
+        return None
     if not point.module:
         return str(point.block_input)
     try:
@@ -99,31 +124,10 @@ def _attach(model: nn.Module, point: HookPoint, visit: Visit) -> ExitStack:
     return attach(model, _place(model, point), visit, str(point))
 
 
-def final_norm(model: nn.Module) -> nn.Module:
-    """The norm between the last block and the lm head of a causal language model.
-
-    Raises:
-        UserError: it has none.
-    """
-    path = structure_of(model).final_norm
-    if path is None:
-        raise UserError(
-            f"{type(model).__name__}: expected a norm after its last block, found none, so that decoder rows have no "
-            "logit lens. Leave latent pages out for this model."
-        )
-    return model.get_submodule(path)
-
-
 def _run(model: nn.Module, tower: str, inputs: Tensor) -> Tensor:
     """Final hidden states of token ids (batch, position), or embeddings of pixels (batch, 3, h, w)."""
     if tower:
-        tower_body: Any = tower_of(model)
-        found = tower_body(inputs)
-        if not isinstance(getattr(model, "visual_projection", None), nn.Module):
-            hidden: Tensor = found.last_hidden_state
-            return hidden
-        embedding: Tensor = cast(nn.Module, model.visual_projection)(found.pooler_output)
-        return embedding
+        return image_output(model, inputs)
     body: Any = decoder_of(model)
     hidden_states: Tensor = body(input_ids=inputs, **no_cache(body)).last_hidden_state
     return hidden_states.to(inputs.device)  # a model may be spread over several devices
@@ -134,7 +138,7 @@ def capture(model: nn.Module, hook_points: Iterable[str], inputs: Tensor) -> dic
     """Activations at some hook points; nothing after the last of them runs.
 
     Args:
-        model: a causal language model or CLIP, in evaluation mode.
+        model: a model of language or images, in evaluation mode.
         hook_points: names such as `blocks.8.resid_post`, all of one tower.
         inputs: token ids (batch, position), each position sees those before it; or normalised pixels
             (batch, 3, height, width) for hook points of the image tower.
@@ -220,7 +224,8 @@ def hook(
             those that it was trained on (`sae.positions`), all of them where that is not known.
     """
     edits = [edit] if callable(edit) else list(edit or ())
-    seen = positions if positions is not None else getattr(sae, "positions", slice(None))
+    point = HookPoint.parse(hook_point)
+    seen = positions if positions is not None else _positions(model, point, sae)
     done = 0
 
     def count_done(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -260,13 +265,23 @@ def hook(
         before, after = x[:, : max(0, first - done)], x[:, max(0, last - done) :]
         return torch.cat([before, rebuilt, after], dim=1)
 
-    body = decoder_of(model, HookPoint.parse(hook_point).tower)
+    body = decoder_of(model, point.tower)
     counting = body.register_forward_pre_hook(count_done, with_kwargs=True)
     try:
         with splice(model, hook_point, replace):
             yield
     finally:
         counting.remove()
+
+
+def _positions(model: nn.Module, point: HookPoint, sae: nn.Module) -> slice:
+    """Positions of a model that an SAE was trained on; in its config 0 is an image's CLS token and 1 the first patch."""
+    found: slice = getattr(sae, "positions", slice(None))
+    if not point.tower or found.start in (None, 0):
+        return found
+    image = structure_of(model, point.tower).image
+    assert image is not None
+    return slice(found.start - 1 + image.prefix, found.stop)
 
 
 @torch.no_grad()
@@ -284,40 +299,53 @@ def run_from(
         hook_point: a name such as `blocks.8.mlp_out`.
         block_input: (batch, position, d_model), what `capture` gives at `block_input_of`; None where the hook point is
             in no block, and the whole model runs.
-        inputs: (batch, position) the ids that `block_input` came from; they set shape and masks. The
-            image tower needs none.
+        inputs: (batch, position) the ids that `block_input` came from; they set shape and masks. An image tower's
+            pixels may be left out where `block_input` is given.
         replace: (batch, position, d_in) to the same shape.
 
     Returns:
-        (batch, position, d_model) hidden states after the final norm, as the lm head takes them; of the
-        image tower (batch, d_embedding).
+        (batch, position, d_model) hidden states after the final norm, as the lm head takes them; of an image tower
+        with a text tower (batch, d_embedding).
     """
     check_model(model, [hook_point])
     point = HookPoint.parse(hook_point)
     start = block_input_of(model, hook_point)
     with ExitStack() as hooks:
-        if (
+        resumes = (
             start is not None
             and block_input is not None
             and not structure_of(model, point.tower).shares
-        ):
+        )
+        if resumes:
+            assert start is not None
             before = HookPoint.parse(start)
             hooks.enter_context(_passed_over(model, before))
             hooks.enter_context(_attach(model, before, lambda _: block_input))
         hooks.enter_context(_attach(model, point, replace))
-        if not point.tower:
-            assert inputs is not None
-            return _run(model, point.tower, inputs)
-        if block_input is None:
+        if point.tower and inputs is None:
+            if not resumes or block_input is None:
+                raise UserError(
+                    f"{point}: no image embedding is computed from it. Take a hook point in a block."
+                )
+            inputs = _no_image(model, block_input)
+        assert inputs is not None
+        return _run(model, point.tower, inputs)
+
+
+def _no_image(model: nn.Module, block_input: Tensor) -> Tensor:
+    """Pixels (batch, 3, height, width), zeros, of images that have as many positions as `block_input`."""
+    image = structure_of(model, VISION).image
+    assert image is not None
+    (height, width), patch = image.size, image.patch
+    n, patches = len(block_input), block_input.shape[1] - image.prefix
+    if (height // patch[0]) * (width // patch[1]) != patches:  # the tower takes other sizes too
+        side = isqrt(patches)
+        if side * side != patches:
             raise UserError(
-                f"{point}: no image embedding is computed from it. Take a hook point in a block."
+                f"{type(model).__name__}: expected the positions of square images, found {patches} patches."
             )
-        body: Any = decoder_of(model, point.tower)
-        hidden = body.encoder(inputs_embeds=block_input).last_hidden_state
-        embedding: Tensor = cast(nn.Module, model.visual_projection)(
-            body.post_layernorm(hidden[:, 0])
-        )
-        return embedding
+        height, width = side * patch[0], side * patch[1]
+    return block_input.new_zeros(n, 3, height, width)
 
 
 @contextmanager
@@ -344,54 +372,3 @@ def _passed_over(model: nn.Module, before: HookPoint) -> Iterator[None]:
             forward = passing(block.places["resid_pre"], block.places["resid_post"], block.length)
             undo.enter_context(forward_of(model.get_submodule(block.path), forward))
         yield
-
-
-class _Hidden(BaseModelOutputWithPast):
-    """Final hidden states as a body gives them; whatever else a head asks for is None."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-
-def logits(model: nn.Module, hidden: Tensor) -> Tensor:
-    """Next-token logits from final hidden states: all that the model itself does with them.
-
-    Args:
-        model: a causal language model.
-        hidden: (..., d_model), what `run_from` gives.
-
-    Returns:
-        (..., vocabulary) logits in nats, dtype of the lm head.
-
-    Raises:
-        UserError: the model has no head.
-    """
-    body = structure_of(model).body
-    causal: Any = model
-    if not body or causal.get_output_embeddings() is None:
-        raise UserError(
-            f"{type(model).__name__}: expected a causal language model, found no lm head. Load it with "
-            "AutoModelForCausalLM."
-        )
-    rows = hidden.reshape(1, -1, hidden.shape[-1])
-    output = _Hidden(last_hidden_state=rows)
-    ids = torch.zeros(rows.shape[:2], dtype=torch.long, device=rows.device)
-    was_asked = False
-
-    def give(*_: Any, **__: Any) -> _Hidden:
-        nonlocal was_asked
-        was_asked = True
-        return output
-
-    names = body.split(".")
-    with ExitStack() as undo:
-        for n in range(len(names)):  # a head may ask the body or what is around it
-            undo.enter_context(forward_of(model.get_submodule(".".join(names[: n + 1])), give))
-        scores: Tensor = causal(input_ids=ids, **no_cache(causal)).logits
-    if not was_asked:
-        raise UserError(
-            f"{type(model).__name__}: expected its head to take what {body} gives, found that it does not. Choose "
-            "another model."
-        )
-    return scores.reshape(*hidden.shape[:-1], scores.shape[-1])

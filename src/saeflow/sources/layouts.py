@@ -1,4 +1,4 @@
-"""Hook points by name, and a model's shape read without its weights; loads no model code.
+"""Hook points by name, checked against a model's shape; loads no model code.
 
 `blocks.N.resid_pre` and `blocks.N.resid_post` are the residual stream before and after block N, `blocks.N.resid_mid`
 the one between attention and MLP; `blocks.N.attn_out` and `blocks.N.mlp_out` are what the block adds to it
@@ -10,22 +10,18 @@ second of several values.
 """
 
 import re
-import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from saeflow.errors import UserError
-from saeflow.files import read_json
-from saeflow.sources.shapes import pinned_config
+from saeflow.shapes import MOST_BLOCKS, Shape, fetched_shape, known_shape
 
 PLACES = ("resid_pre", "attn_in", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post")
 """In the order in which a block computes them."""
 VISION = "vision."
 EMBEDDING = "vision.embedding"
-MOST_BLOCKS = 10_000
-"""A damaged file that says more would be built for ever."""
 _AFTER_ALL = 1 << 30
 _SIDES = ("input", "output")
 
@@ -105,38 +101,25 @@ class HookPoint:
         return EMBEDDING if self.is_embedding else f"{self.tower}blocks.{self.block}.{self.place}"
 
 
-IMAGE_MODELS = ("clip",)
-"""`model_type` of models with an image tower and a text tower, whose sizes are in config.json's vision_config."""
-
-GGUF_MODEL_TYPES = {"gemma3": "gemma3_text", "gptneox": "gpt_neox"}
-"""The `model_type` of architectures that GGUF calls by another name."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model that decide its hook points."""
-
-    model_type: str
-    n_blocks: int
-
-
 def check_shape(shape: Shape, hook_points: Iterable[str], model: str) -> None:
     """Check that a model has some hook points.
 
     Raises:
         UserError: it has not.
     """
-    if not 1 <= shape.n_blocks <= MOST_BLOCKS:
+    if shape.n_blocks is not None and not 1 <= shape.n_blocks <= MOST_BLOCKS:
         raise UserError(
             f"{model}: expected 1 to {MOST_BLOCKS} blocks, found {shape.n_blocks}. Fix its config, or download it again."
         )
     for name in hook_points:
         point = HookPoint.parse(name)
-        if shape.model_type in IMAGE_MODELS and not point.tower:
+        if shape.is_of_images and not point.tower:
             raise UserError(
                 f"{model}: expected hook points of its image tower (vision.blocks.N.resid_post), found {name}. "
                 "Correct it, or give a language model."
             )
+        if shape.n_blocks is None or shape.is_of_images != bool(point.tower):
+            continue  # the model's structure tells when it is fetched
         if point.is_in_block and point.block >= shape.n_blocks:
             raise UserError(
                 f"{model}: the model has {shape.n_blocks} blocks (0..{shape.n_blocks - 1}), found "
@@ -161,129 +144,3 @@ def check_hook_points(name: str, source: Mapping[str, Any], folder: Path) -> Non
     shape = known_shape(source["model"]) or fetched_shape(source["model"], folder / "model")
     if shape is not None:
         check_shape(shape, map(str, points), f"sources.{name}")
-
-
-def known_shape(model: Mapping[str, Any]) -> Shape | None:
-    """Shape of a model from local files or from its pin; None if that does not tell."""
-    if "folder" in model:
-        return config_shape(Path(model["folder"]) / "config.json")
-    if "gguf" in model:
-        return gguf_shape(Path(model["gguf"]))
-    if "trained" in model:
-        return Shape("clip", model["trained"]["layers"])
-    pinned = pinned_config(model)
-    if pinned is not None:
-        return _shape_of(pinned)
-    if "hub" in model:
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(model["hub"], "config.json", revision=model["revision"])
-        if isinstance(cached, str):
-            return config_shape(Path(cached))
-    return None
-
-
-def fetched_shape(model: Mapping[str, Any], folder: Path) -> Shape | None:
-    """Shape of the model in a folder that `fetch_model` wrote, if it is this one."""
-    record, config = folder / "provenance.json", folder / "config.json"
-    if not (record.is_file() and config.is_file()):
-        return None
-    if read_json(record).get("params", {}).get("model") != dict(model):
-        return None
-    return config_shape(config)
-
-
-def config_shape(path: Path) -> Shape:
-    """Read model type and number of blocks from a config.json.
-
-    Raises:
-        UserError: the file is missing or says neither, or the weights are quantised.
-    """
-    config = read_json(path)
-    if isinstance(config, dict) and config.get("quantization_config") is not None:
-        raise UserError(
-            f"{path}: expected plain weights, found quantised ones (quantization_config). Save the model "
-            "dequantised, or give the one it was made from."
-        )
-    shape = _shape_of(config)
-    if shape is None:
-        raise UserError(
-            f"{path}: expected the config.json of a causal language model or of CLIP, with model_type and "
-            "num_hidden_layers; found neither or one. Give the folder that save_pretrained wrote."
-        )
-    return shape
-
-
-def _shape_of(config: Any) -> Shape | None:
-    if not isinstance(config, dict):
-        return None
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str):
-        return None
-    is_clip = model_type in IMAGE_MODELS
-    part = config.get("vision_config" if is_clip else "text_config") or config
-    if not isinstance(part, dict):
-        return None
-    n_blocks = part.get("num_hidden_layers", part.get("n_layer", 12 if is_clip else None))
-    if not isinstance(n_blocks, int):
-        return None
-    return Shape(model_type, n_blocks)
-
-
-# GGUF's value types and their sizes in bytes; 8 is a string, 9 an array (GGUF specification, version 3).
-_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-_UINT32, _STRING, _ARRAY = 4, 8, 9
-_LONGEST_STRING = 1 << 24
-
-
-def gguf_shape(path: Path) -> Shape:
-    """Read architecture and number of blocks from a GGUF file's header (its first kilobytes).
-
-    Raises:
-        UserError: the file is missing, is no GGUF file or does not say.
-    """
-    try:
-        with path.open("rb") as file:
-            magic, version, _, n_keys = struct.unpack("<4sIQQ", file.read(24))
-            if magic != b"GGUF" or version not in (2, 3):
-                raise ValueError("no GGUF header")
-            architecture = ""
-            for _ in range(n_keys):
-                key = _string(file).decode()
-                value = _value(file, *struct.unpack("<I", file.read(4)))
-                if key == "general.architecture":
-                    architecture = value.decode()
-                elif architecture and key == f"{architecture}.block_count":
-                    return Shape(GGUF_MODEL_TYPES.get(architecture, architecture), value)
-        shard = " (of a split model, give the first file)" if "-of-" in path.name else ""
-        raise ValueError(f"no block_count{shard}")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file. Fix the path.") from None
-    except (ValueError, KeyError, AttributeError, OverflowError, OSError, struct.error) as error:
-        raise UserError(
-            f"{path}: expected a GGUF file of a language model, found none ({error}). "
-            "Download the file again, or fix the path."
-        ) from None
-
-
-def _string(file: BinaryIO) -> bytes:
-    (length,) = struct.unpack("<Q", file.read(8))
-    if length > _LONGEST_STRING:
-        raise ValueError(f"a string of {length} bytes")
-    return file.read(length)
-
-
-def _value(file: BinaryIO, kind: int) -> Any:
-    """Read a value of the header; arrays and numbers other than uint32 are only passed over."""
-    if kind == _STRING:
-        return _string(file)
-    if kind == _UINT32:
-        return struct.unpack("<I", file.read(4))[0]
-    if kind == _ARRAY:
-        inner, length = struct.unpack("<IQ", file.read(12))
-        if inner in _SIZES:
-            return file.seek(length * _SIZES[inner], 1)
-        for _ in range(length):
-            _value(file, inner)
-        return None
-    return file.seek(_SIZES[kind], 1)

@@ -41,6 +41,8 @@ class ModelSource:
         self.hook_points = list(params["hook_points"])
         self.rows_per_context = rows_per_context
         self.positions = positions
+        self.first_position = positions.start or 0
+        """Number of the first of them in the column `position`."""
         self.forward_batch = int(params["forward_batch"])
         self._inputs: dict[str, np.ndarray] = {}
 
@@ -124,10 +126,11 @@ class ModelSource:
                 if name not in activations:
                     activations[name] = copies.host_memory((*shape, x.shape[-1]), x.dtype)
                 copies.to_host(kept, activations[name][low - start : high - start])
-        first = self.positions.start or 0
         columns: dict[str, np.ndarray] = {
             "context": np.repeat(np.arange(start, stop, dtype=np.int64), shape[1]),
-            "position": np.tile(np.arange(shape[1], dtype=np.int32) + first, shape[0]),
+            "position": np.tile(
+                np.arange(shape[1], dtype=np.int32) + self.first_position, shape[0]
+            ),
             **{
                 name: np.ascontiguousarray(values).reshape(-1)
                 for name, values in self.known(split, start, stop).items()

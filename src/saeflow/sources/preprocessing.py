@@ -1,11 +1,12 @@
-"""From an upright RGB image to what a CLIP model takes, as the model's own Hugging Face processor would do it.
+"""From an upright RGB image to what an image model takes, as the model's own Hugging Face processor would do it.
 
 Resizing and cropping are done once, to uint8 pixels; rescaling and normalising each time the model runs. Settings
-that CLIP's processors do not have are refused.
+that the processors of CLIP, SigLIP, ViT and BiT (DINOv2's) do not have are refused.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ from saeflow.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PROCESSORS = {"CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "CLIPFeatureExtractor"}  # fmt: skip
+_KINDS = ("CLIP", "Siglip", "ViT", "Bit")
+"""Families of processors that do the same with other defaults: resize, crop, rescale, normalise, in that order."""
+_ENDINGS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
 _SETTINGS = {
     "crop_size", "default_to_square", "do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize",
     "image_mean", "image_std", "resample", "rescale_factor", "size", "use_square_size",
@@ -36,7 +39,7 @@ MOST_RESIZED = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """A CLIP model's preprocessing of an image."""
+    """An image model's preprocessing."""
 
     size: int | tuple[int, int] | None
     """Pixels of the shorter side, or (height, width), to resize to; None does not resize."""
@@ -52,6 +55,8 @@ class Preprocessing:
     """Mean of each channel; None does not normalise."""
     std: tuple[float, ...] | None
     patch: int
+    prefix: int
+    """Positions of the model before the first patch: 1 with a CLS token, more with registers."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -60,30 +65,27 @@ class Preprocessing:
 
 
 def load_preprocessing(model: Path) -> Preprocessing:
-    """Read what a fetched CLIP model wants of an image.
+    """Read what a fetched image model wants of an image.
 
     Raises:
         UserError: its preprocessor_config.json is missing, does not fit the model, or asks for something else than
-            CLIP's processors do.
+            the known processors do.
     """
     from transformers import CLIPImageProcessorPil
 
+    from saeflow.sources.architectures import image_part
     from saeflow.sources.loading import one_line
-    from saeflow.sources.models import load_config, pinned_files
+    from saeflow.sources.models import config_in, model_folder, pinned_files
+    from saeflow.sources.structure import tokens_before_patches
 
-    vision = load_config(model).vision_config
+    config = config_in(model_folder(model, weights=False))
     advice = "Add or fix the model's preprocessor_config.json."
     with (
         pinned_files(model, weights=False) as (local, files),
         one_line(f"{local}: no preprocessing for images", advice),
     ):
         raw, _ = CLIPImageProcessorPil.get_image_processor_dict(files, local_files_only=True)
-        kind = raw.get("image_processor_type", raw.get("feature_extractor_type"))
-        if kind is not None and kind not in _PROCESSORS:
-            raise UserError(
-                f"{local}: expected an image processor of CLIP ({', '.join(sorted(_PROCESSORS))}), found {kind!r}. "
-                "Give a CLIP model whose preprocessor_config.json is CLIP's."
-            )
+        processor = _processor(raw, config.model_type, local)
         known = _SETTINGS | _WITHOUT_EFFECT
         unknown = {
             key: value
@@ -94,20 +96,41 @@ def load_preprocessing(model: Path) -> Preprocessing:
         }
         if unknown:
             raise UserError(
-                f"{local}: its preprocessor_config.json asks for {unknown}, which CLIP's image processors do not do. "
-                "Take it out, or give another model."
+                f"{local}: its preprocessor_config.json asks for {unknown}, which the image processors of "
+                f"{', '.join(_KINDS)} do not do. Take it out, or give another model."
             )
         found = _preprocessing(
-            CLIPImageProcessorPil.from_pretrained(files, local_files_only=True),
-            int(vision.patch_size),
+            processor.from_pretrained(files, local_files_only=True),
+            int(image_part(config).patch_size),
             local,
         )
-    if (found.height, found.width) != (vision.image_size, vision.image_size):
-        raise UserError(
-            f"{local}: expected images of {vision.image_size} pixels (config.json), found a crop of "
-            f"{found.height} x {found.width} (preprocessor_config.json). Fix one of them."
-        )
-    return found
+    try:
+        prefix = tokens_before_patches(config, found.height, found.width)
+    except UserError as error:
+        raise error.within(local) from None
+    return replace(found, prefix=prefix)
+
+
+def _processor(raw: Mapping[str, Any], model_type: str, where: Path) -> Any:
+    """The class of transformers that does what a preprocessor_config.json says.
+
+    Raises:
+        UserError: it is none of the known ones.
+    """
+    import transformers
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+
+    of_family = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, {})
+    name = (
+        raw.get("image_processor_type") or raw.get("feature_extractor_type") or of_family.get("pil")
+    )
+    for kind in _KINDS:
+        if name in [f"{kind}{ending}" for ending in _ENDINGS]:
+            return getattr(transformers, f"{kind}ImageProcessorPil")
+    raise UserError(
+        f"{where}: expected an image processor of {', '.join(_KINDS)} (such as {_KINDS[0]}{_ENDINGS[0]}), found {name!r}. "
+        "Give a model whose preprocessor_config.json is of one of them."
+    )
 
 
 def _preprocessing(processor: Any, patch: int, where: Path) -> Preprocessing:
@@ -155,7 +178,7 @@ def _preprocessing(processor: Any, patch: int, where: Path) -> Preprocessing:
     return Preprocessing(
         size=size, crop=crop, height=out[0], width=out[1], resample=resample,
         factor=float(processor.rescale_factor) if processor.do_rescale else None,
-        mean=mean, std=std, patch=patch,
+        mean=mean, std=std, patch=patch, prefix=0,
     )  # fmt: skip
 
 

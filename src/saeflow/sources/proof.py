@@ -19,9 +19,17 @@ from torch import Tensor, nn
 from saeflow.errors import UserError
 from saeflow.sources.attach import attach
 from saeflow.sources.blocks import Block, Expression, Place, leaves
-from saeflow.sources.hook_points import block_input_of, capture, logits, run_from
-from saeflow.sources.layouts import PLACES, HookPoint
-from saeflow.sources.structure import no_cache, structure_of
+from saeflow.sources.heads import has_head, logits
+from saeflow.sources.hook_points import block_input_of, capture, run_from
+from saeflow.sources.layouts import PLACES, VISION, HookPoint
+from saeflow.sources.structure import (
+    ImageTower,
+    Structure,
+    body_of,
+    image_output,
+    no_cache,
+    structure_of,
+)
 
 _CONTEXTS, _LENGTH, _SEED = 2, 8, 0
 _ROUNDING = 64
@@ -42,46 +50,73 @@ class Proof:
     identities: int
 
 
-def prove(model: Any, hook_points: Sequence[str] | None = None) -> Proof:
-    """Compare what a language model's hook points give with the model itself.
+def prove(model: Any, hook_points: Sequence[str] | None = None, tower: str = "") -> Proof:
+    """Compare what a model's hook points give with the model itself.
 
     Args:
-        model: a causal language model, in evaluation mode.
+        model: in evaluation mode.
         hook_points: those whose clean activation is spliced in; None for every place of every block.
+        tower: "vision." for the hook points of its image tower.
 
     Raises:
         UserError: two of them differ.
     """
-    structure = structure_of(model)
+    structure = _structure(model, hook_points, tower)
     blocks = structure.blocks
     if hook_points is None:
         hook_points = [
-            f"blocks.{i}.{place}"
+            f"{tower}blocks.{i}.{place}"
             for i, block in enumerate(blocks)
             for place in PLACES
             if place in block.places
         ]
-    vocabulary = int(model.config.get_text_config().vocab_size)
-    generator = torch.Generator().manual_seed(_SEED)
-    ids = torch.randint(vocabulary, (_CONTEXTS, _LENGTH), generator=generator).to(model.device)
+    inputs = _inputs(model, structure)
     with torch.no_grad():
-        output, streams, given = _whole_run(model, ids)
+        output, streams, given = _whole_run(model, structure, inputs)
         linked = _neighbours(model, blocks, streams) if structure.linked else 0
         sums = sum(_is_sum(model, block, streams, given) for block in blocks)
         equal = _library(model, blocks, streams, output)
-        scores = getattr(output, "logits", None)
-        identities = 0
-        if structure.body and scores is not None:
+        if blocks and not structure.linked and not equal:
+            raise UserError(
+                f"{type(model).__name__}: expected the {len(blocks)} modules of {structure.list_path} to be its blocks, found "
+                "that none takes what the one before gives, nor the library's hidden_states. Name modules by their path "
+                "(module.PATH.output)."
+            )
+        if structure.image is not None:
+            _first_patch(model, structure.image, inputs)
+        expected = _own_end(model, structure, output, inputs)
+        if expected is not None:
             for name in hook_points:
-                _identity(model, name, ids, scores)
-                identities += 1
+                _identity(model, name, inputs, expected)
     places = [place for place in PLACES if any(place in block.places for block in blocks)]
     kinds = Counter(block.kind for block in blocks)
+    identities = 0 if expected is None else len(hook_points)
     return Proof(kinds, places, linked, sums, equal, identities)
 
 
+def _structure(model: Any, hook_points: Sequence[str] | None, tower: str) -> Structure:
+    """The model's structure, without blocks where there are none and only modules are named."""
+    try:
+        return structure_of(model, tower)
+    except UserError:
+        if not hook_points or tower or not all(HookPoint.parse(one).module for one in hook_points):
+            raise
+        return Structure(body_of(model), "", [], None, linked=False, shares=True)
+
+
+def _inputs(model: Any, structure: Structure) -> Tensor:
+    """Random token ids, or pixels of random images."""
+    generator = torch.Generator().manual_seed(_SEED)
+    if structure.image is not None:
+        pixels = torch.randn(_CONTEXTS, 3, *structure.image.size, generator=generator)
+        return pixels.to(model.device, model.dtype)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids = torch.randint(vocabulary, (_CONTEXTS, _LENGTH), generator=generator)
+    return ids.to(model.device)
+
+
 def _whole_run(
-    model: Any, ids: Tensor
+    model: Any, structure: Structure, inputs: Tensor
 ) -> tuple[Any, dict[tuple[str, str], Tensor], dict[Place, Tensor]]:
     """The model's output, each block's input and output, and what its parts give."""
     streams: dict[tuple[str, str], Tensor] = {}
@@ -91,7 +126,7 @@ def _whole_run(
         found[key] = x.clone()
 
     with ExitStack() as hooks:
-        for block in structure_of(model).blocks:
+        for block in structure.blocks:
             for name in ("resid_pre", "resid_post"):
                 visit = partial(keep, streams, (block.path, name))
                 hooks.enter_context(attach(model, block.places[name], visit, name))
@@ -99,8 +134,26 @@ def _whole_run(
                 if term.place is not None:
                     visit = partial(keep, given, term.place)
                     hooks.enter_context(attach(model, term.place, visit, term.place.path))
-        output = model(input_ids=ids, output_hidden_states=True, **no_cache(model))
+        if structure.image is None:
+            output = model(input_ids=inputs, output_hidden_states=True, **no_cache(model))
+        else:
+            tower = model.get_submodule(structure.body)
+            output = tower(pixel_values=inputs, output_hidden_states=True)
     return output, streams, given
+
+
+def _first_patch(model: Any, image: ImageTower, pixels: Tensor) -> None:
+    """Another first patch changes the input of the first block at its own position alone."""
+    other = pixels.clone()
+    other[..., : image.patch[0], : image.patch[1]] += 1
+    name = f"{VISION}blocks.0.resid_pre"
+    before, after = (capture(model, [name], x)[name] for x in (pixels, other))
+    found = (before != after).any(2).any(0).nonzero()[:, 0].tolist()
+    if found != [image.prefix]:
+        raise UserError(
+            f"{type(model).__name__}: expected the first patch of its images at position {image.prefix} (of "
+            f"{before.shape[1]}), found it at {found[:8]}. Take another model of images."
+        )
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -177,22 +230,34 @@ def _library(
     )
 
 
-def _identity(model: nn.Module, name: str, ids: Tensor, expected: Tensor) -> None:
+def _own_end(model: Any, structure: Structure, output: Any, inputs: Tensor) -> Tensor | None:
+    """What the model itself ends in: an image's embedding, logits or final hidden states; None where it gives none."""
+    if structure.image is not None:
+        return image_output(model, inputs)
+    found = output.logits if has_head(model) else getattr(output, "last_hidden_state", None)
+    return found if isinstance(found, Tensor) else None
+
+
+def _identity(model: Any, name: str, inputs: Tensor, expected: Tensor) -> None:
     """Splice the clean activation in, and something else."""
     point = HookPoint.parse(name)
+
+    def end(hidden: Tensor) -> Tensor:
+        return logits(model, hidden) if not point.tower and has_head(model) else hidden
+
     start = block_input_of(model, name)
     names = [name] if start is None else [start, name]
-    found = capture(model, names, ids)
+    found = capture(model, names, inputs)
     stream = found[names[0]]
-    clean = logits(model, run_from(model, name, stream, ids, lambda _: found[name].clone()))
+    clean = end(run_from(model, name, stream, inputs, lambda _: found[name].clone()))
     if not _close(clean, expected, float(expected.abs().max())):
         raise UserError(
-            f"{type(model).__name__}: expected the model's own logits with the clean activation spliced in at {point}, "
+            f"{type(model).__name__}: expected the model's own output with the clean activation spliced in at {point}, "
             f"found them up to {float((clean - expected).abs().max()):.2g} away. Choose another hook point."
         )
-    other = logits(model, run_from(model, name, stream, ids, torch.zeros_like))
+    other = end(run_from(model, name, stream, inputs, torch.zeros_like))
     if _equal(other, expected) and bool(found[name].any()):
         raise UserError(
-            f"{type(model).__name__}: expected other logits with zeros spliced in at {point}, found the same: nothing "
+            f"{type(model).__name__}: expected another output with zeros spliced in at {point}, found the same: nothing "
             "reads what it gives. Choose another hook point."
         )

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from saeflow.errors import UserError
+from saeflow.sources.architectures import architecture, image_part, tower_of
 from saeflow.sources.blocks import (
     BATCH,
     LENGTH,
@@ -51,6 +52,21 @@ class Structure:
     """Each block's input is the output of the one before."""
     shares: bool
     """Blocks take something else from earlier ones, so that these must run."""
+    image: "ImageTower | None" = None
+
+
+@dataclass(frozen=True)
+class ImageTower:
+    """An image tower's sizes."""
+
+    size: tuple[int, int]
+    """(height, width) of the images that it is made for, in pixels."""
+    patch: tuple[int, int]
+    """(height, width) of a patch."""
+    prefix: int
+    """Positions before the first patch: 1 with a CLS token, more with registers."""
+    embedding: Place | None
+    """Where a model with a text tower has the image's projected embedding."""
 
 
 _FOUND: "weakref.WeakKeyDictionary[nn.Module, dict[str, Structure]]" = weakref.WeakKeyDictionary()
@@ -77,22 +93,20 @@ class UntoldStructureError(UserError):
 
 
 def without_weights(config: Any) -> Any:
-    """A causal language model of shapes alone.
+    """A configuration's model of shapes alone.
 
     Raises:
         UserError: the library cannot build it.
     """
-    from transformers import AutoModelForCausalLM
-
     from saeflow.sources.loading import one_line
 
-    advice = "Give a causal language model."
+    advice = "Give another model."
     with (
         one_line(f"model_type {config.model_type!r}: the model cannot be built", advice),
         FakeTensorMode(),
         no_init_weights(),
     ):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config)).eval()
+        return architecture(config).from_config(copy.deepcopy(config)).eval()
 
 
 def _traced(model: Any, tower: str) -> Trace:
@@ -124,32 +138,100 @@ def _traced(model: Any, tower: str) -> Trace:
 
 def _trace(model: Any, tower: str, device: torch.device) -> Trace:
     trace = Trace()
-    body: Any = tower_of(model) if tower else model
     if tower:
-        config = getattr(body.config, "vision_config", body.config)
-        size = getattr(config, "image_size", None)
-        if size is None:
-            raise UserError(
-                f"{type(model).__name__}: expected a model with an image tower, found none. Leave {VISION} out of the "
-                "hook point, or take a model of images."
-            )
-        height, width = (size, size) if isinstance(size, int) else size
-        channels = getattr(config, "num_channels", 3)
-        inputs = {"pixel_values": torch.zeros(BATCH, channels, height, width, device=device)}
-    else:
-        ids = (
-            torch.arange(BATCH * LENGTH, device=device) % model.config.get_text_config().vocab_size
-        )
-        inputs = {"input_ids": ids.reshape(BATCH, LENGTH), **no_cache(body)}
+        pixels = torch.zeros(BATCH, 3, *_image_size(model), device=device)
+        with trace, trace.watching(model):
+            found = image_output(model, pixels)
+            trace.result = trace.node(found)
+        return trace
+    ids = torch.arange(BATCH * LENGTH, device=device) % model.config.get_text_config().vocab_size
     with trace, trace.watching(model):
-        body(**inputs)
+        model(input_ids=ids.reshape(BATCH, LENGTH), **no_cache(model))
     return trace
 
 
-def tower_of(model: nn.Module) -> nn.Module:
-    """The image tower of a model of images and text; a model of images is its own."""
-    found = getattr(model, "vision_model", None)
-    return found if isinstance(found, nn.Module) else model
+def _image_size(model: Any) -> tuple[int, int]:
+    """(height, width) of the images that a model's tower is made for.
+
+    Raises:
+        UserError: it has none, or one that takes something else than pixels.
+    """
+    name, tower = type(model).__name__, tower_of(model)
+    size = getattr(image_part(model.config), "image_size", None)
+    takes = getattr(tower, "main_input_name", "")
+    if size is None and takes != "pixel_values":
+        raise UserError(
+            f"{name}: expected a model with an image tower, found none that takes images of one size. Leave {VISION} out "
+            "of the hook point, or take a model of images."
+        )
+    if size is None or takes != "pixel_values":
+        raise UserError(
+            f"{name}: expected an image tower that takes pixel_values of a fixed image_size, found "
+            f"{type(tower).__name__}, which takes {takes} (image_size {size}). Take another model of images."
+        )
+    return _pair(size)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def image_output(model: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """What an image tower ends in, given pixels (batch, 3, height, width).
+
+    Of a model with a text tower the embeddings (batch, d_embedding), of another the final hidden states (batch, position,
+    d_model).
+    """
+    output = (
+        model.get_image_features(pixel_values=pixels).pooler_output
+        if hasattr(model, "get_text_features")
+        else tower_of(model)(pixel_values=pixels).last_hidden_state
+    )
+    found: torch.Tensor = output
+    return found
+
+
+def tokens_before_patches(config: Any, height: int, width: int) -> int:
+    """Positions of an image tower before its first patch, of images of a size.
+
+    Args:
+        config: of a model of images.
+        height, width: of its images, in pixels.
+
+    Raises:
+        UserError: the tower does not take images of that size.
+    """
+    part = copy.deepcopy(image_part(config))
+    own = _pair(part.image_size)
+    if hasattr(part, "num_hidden_layers"):
+        part.num_hidden_layers = 1  # all have the same positions
+    tower = without_weights(part)
+    image = structure_of(tower, VISION).image
+    assert image is not None
+    if (height, width) != own:
+        try:
+            fake: Any = next(tower.parameters())
+            with fake.fake_mode, torch.no_grad():
+                image_output(tower, torch.zeros(1, 3, height, width))
+        except (ValueError, RuntimeError):
+            raise UserError(
+                f"expected images of {own[0]} pixels (config.json), found a crop of {height} x {width} "
+                "(preprocessor_config.json). Fix one of them."
+            ) from None
+    return image.prefix
+
+
+def body_of(model: Any, tower: str = "") -> str:
+    """Path of the module between inputs and head; without a list of blocks the first model of transformers inside."""
+    try:
+        return structure_of(model, tower).body
+    except UntoldStructureError:
+        raise
+    except UserError:
+        inside = (
+            path for path, one in model.named_modules() if path and isinstance(one, PreTrainedModel)
+        )
+        return next(inside, "")
 
 
 def _path_of(model: nn.Module, module: nn.Module) -> str:
@@ -193,11 +275,7 @@ def _resolve(model: Any, trace: Trace, tower: str) -> Structure:
     counts: dict[str, int] = {}
     for call in trace.calls:
         counts[call.path] = counts.get(call.path, 0) + 1
-    config = (
-        getattr(model.config, "vision_config", model.config)
-        if tower
-        else model.config.get_text_config()
-    )
+    config = image_part(model.config) if tower else model.config.get_text_config()
     wanted = getattr(config, "num_hidden_layers", None)
     found: list[tuple[bool, bool, int, str, list[Call]]] = []
     for path, module in model.named_modules():
@@ -214,7 +292,7 @@ def _resolve(model: Any, trace: Trace, tower: str) -> Structure:
     if not found:
         raise UserError(
             f"{type(model).__name__}: expected a list of blocks that each take and give (batch, position, width), found "
-            f"none. Its lists of modules: {_lists(model)}. Name a module's path instead (module.PATH.output)."
+            f"none. Its lists of modules: {_lists(model, trace)}. Name a module's path instead (module.PATH.output)."
         )
     *_, path, runs = min(found, key=lambda one: one[:4])
     return Structure(
@@ -224,7 +302,31 @@ def _resolve(model: Any, trace: Trace, tower: str) -> Structure:
         final_norm=_final_norm(trace, runs[-1], path),
         linked=_are_linked(runs),
         shares=_shares(trace, runs, path),
+        image=_image(model, trace, runs[0]) if tower else None,
     )
+
+
+def _image(model: Any, trace: Trace, first: Call) -> ImageTower:
+    """Sizes of an image tower and where its embedding is given."""
+    size, patch = _image_size(model), _pair(image_part(model.config).patch_size)
+    patches = (size[0] // patch[0]) * (size[1] // patch[1])
+    prefix = input_of(first).shape[1] - patches
+    if prefix < 0:
+        raise UserError(
+            f"{type(model).__name__}: expected a position for each of {patches} patches, found "
+            f"{input_of(first).shape[1]} positions. Take another model of images."
+        )
+    embedding = None
+    if hasattr(model, "get_text_features"):
+        assert trace.result is not None
+        call, key = next(
+            (call, key)
+            for call in trace.calls
+            for key, node in call.outputs.items()
+            if node.origin is trace.result.origin
+        )
+        embedding = Place(call.path, "output", key)
+    return ImageTower(size, patch, prefix, embedding)
 
 
 def _are_linked(runs: list[Call]) -> bool:
@@ -232,12 +334,16 @@ def _are_linked(runs: list[Call]) -> bool:
     return all(output_of(a).origin is input_of(b).origin for a, b in pairs)
 
 
-def _lists(model: nn.Module) -> str:
-    found = [
-        f"{path} ({len(module)} {type(module[0]).__name__})"
-        for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module)
-    ]
+def _lists(model: nn.Module, trace: Trace) -> str:
+    """Lists of modules with what their first takes, in a run of BATCH contexts of LENGTH positions, and how often it runs."""
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module):
+            runs = [call for call in trace.calls if call.path == f"{path}.0"]
+            given = runs[0].first_input if runs else None
+            takes = f", takes {' x '.join(map(str, given[1].shape))}" if given else ""
+            often = f", runs {len(runs)} times" if len(runs) > 1 else ""
+            found.append(f"{path} ({len(module)} {type(module[0]).__name__}{takes}{often})")
     return ", ".join(found[:6]) or "none"
 
 

@@ -37,6 +37,7 @@ _CHARACTERS_AT_ONCE = 1 << 20
 _LOG_EVERY_S = 30
 _SPARE = 2
 """Evaluation contexts packed for each that is asked for, where some may be left out."""
+_OF_ENCODERS = {"bos": "cls", "eos": "sep"}
 
 
 def check(name: str, params: Mapping[str, Any], folder: Path) -> None:
@@ -174,7 +175,9 @@ def _check_model(config: Any, length: int) -> None:
 
 
 def _special(tokenizer: Any, name: str) -> int:
+    """The token that begins or ends a text; of encoders such as BERT the one that they have in its place."""
     token = getattr(tokenizer, f"{name}_token_id")
+    token = getattr(tokenizer, f"{_OF_ENCODERS[name]}_token_id") if token is None else token
     if token is None:
         hint = (
             "set prepend_bos: false" if name == "bos" else "choose a model whose tokenizer has one"
@@ -240,9 +243,9 @@ class TextSource(ModelSource):
         from saeflow.sources.hook_points import capture
         from saeflow.sources.models import load_config
 
-        width = int(load_config(self.folder / "model").hidden_size)
-        found = dict.fromkeys(self.hook_points, width)
-        if others := [name for name in found if not HookPoint.parse(name).is_in_stream]:
+        width = getattr(load_config(self.folder / "model"), "hidden_size", None)
+        found = dict.fromkeys(self.hook_points, width or 0)
+        if others := [n for n in found if width is None or not HookPoint.parse(n).is_in_stream]:
             ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
             found |= {name: x.shape[-1] for name, x in capture(self.model, others, ids).items()}
         return found

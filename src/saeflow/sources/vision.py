@@ -1,12 +1,13 @@
-"""Vision sources: a CLIP model looks at images.
+"""Vision sources: a model looks at images.
 
 Images are decoded once, to the model's own size, when inputs are prepared; the step that runs the model
 then reads pixels mapped from disk and never waits for a decoder.
 """
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,13 +19,15 @@ from saeflow.files import write_json
 from saeflow.sources.base import Column, ImageInputs, Inputs, positions
 from saeflow.sources.images import NO_LABEL, Item, images_digests, read_images
 from saeflow.sources.kinds import InModel, SourceKind
-from saeflow.sources.layouts import EMBEDDING, HookPoint, check_hook_points
+from saeflow.sources.layouts import EMBEDDING, VISION, HookPoint, check_hook_points
 from saeflow.sources.model_source import ModelSource
 from saeflow.sources.pixels import FACTS, image_facts, write_images
 from saeflow.sources.preprocessing import Preprocessing, load_preprocessing, normalised
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
 
 
 def check(name: str, params: Mapping[str, Any], folder: Path) -> None:
@@ -51,6 +54,29 @@ def rows_per_context(params: Mapping[str, Any], preprocessing: Preprocessing) ->
     """Rows that each image gives: the CLS token, its patches, or both."""
     down, across = preprocessing.grid
     return {"all": down * across + 1, "cls": 1, "patches": down * across}[params["tokens"]]
+
+
+def image_positions(tokens: str, prefix: int, hook_points: Sequence[str] | None) -> slice:
+    """Positions of the model that give a row.
+
+    Args:
+        tokens: of a vision source: all, cls or patches.
+        prefix: positions before the first patch.
+        hook_points: of the source; an embedding is no position. None where they are not known.
+
+    Raises:
+        UserError: tokens that the model does not have.
+    """
+    is_embedding = hook_points is None or set(hook_points) == {EMBEDDING}
+    if prefix == 0 and tokens != "patches" and not (tokens == "cls" and is_embedding):
+        raise UserError(
+            f"tokens: expected patches, as the model has no CLS token, found {tokens}. Set tokens: patches."
+        )
+    if prefix > 1 and tokens == "all":
+        raise UserError(
+            f"tokens: expected cls or patches, as {prefix - 1} register tokens stand between them in this model, found all."
+        )
+    return slice(prefix, None) if tokens == "patches" else positions({"tokens": tokens})
 
 
 def prepare_inputs(
@@ -80,6 +106,7 @@ def prepare_inputs(
         UserError: too few images, or too many that cannot be read.
     """
     preprocessing = load_preprocessing(model)
+    image_positions(params["tokens"], preprocessing.prefix, params.get("hook_points"))
     wanted = {s: math.ceil(n / rows_per_context(params, preprocessing)) for s, n in rows.items()}
     left_out: Counter[str] = Counter()
     images = read_images(params["images"], left_out)
@@ -103,9 +130,10 @@ def prepare_inputs(
 
 
 class VisionSource(ModelSource):
-    """Activations of CLIP's image tower at its hook points, image by image.
+    """Activations of an image tower at its hook points, image by image.
 
-    Position 0 is the CLS token (or the embedding), position 1 + i the i-th patch, row by row.
+    Position 0 is the CLS token (or the embedding), position 1 + i the i-th patch, row by row, also where the model has
+    no CLS token or has registers.
 
     Args:
         params: a vision source.
@@ -116,7 +144,9 @@ class VisionSource(ModelSource):
     def __init__(self, params: Mapping[str, Any], folder: Path, device: str) -> None:
         self.preprocessing = load_preprocessing(folder / "model")
         n_rows = rows_per_context(params, self.preprocessing)
-        super().__init__(params, folder, device, positions(params), n_rows)
+        own = image_positions(params["tokens"], self.preprocessing.prefix, params["hook_points"])
+        super().__init__(params, folder, device, own, n_rows)
+        self.first_position = positions(params).start or 0
         names = ["label"] + (["objects", "cover"] if "scenes" in params["images"] else [])
         self._names = names
         self.columns: dict[str, Column] = {
@@ -130,22 +160,24 @@ class VisionSource(ModelSource):
         """Width of the activations by hook point; what is not the residual stream's is asked of the model."""
         import torch
 
+        from saeflow.sources.architectures import image_part
         from saeflow.sources.hook_points import capture
-        from saeflow.sources.models import load_config
+        from saeflow.sources.models import config_in, model_folder
 
-        config = load_config(self.folder / "model")
-        known = {EMBEDDING: int(config.projection_dim)}
-        width = int(config.vision_config.hidden_size)
-        found = {name: known.get(name, width) for name in self.hook_points}
-        points = {name: HookPoint.parse(name) for name in found}
-        if others := [
-            name for name, point in points.items() if not (point.is_in_stream or point.is_embedding)
-        ]:
+        config = image_part(config_in(model_folder(self.folder / "model", weights=False)))
+        found = dict.fromkeys(self.hook_points, int(config.hidden_size))
+        if others := [name for name in found if not HookPoint.parse(name).is_in_stream]:
             shape = (1, self.preprocessing.height, self.preprocessing.width, 3)
             pixels = torch.zeros(shape, dtype=torch.uint8, device=self.device)
             given = self.model_input(pixels)
             found |= {name: x.shape[-1] for name, x in capture(self.model, others, given).items()}
         return found
+
+    def prove(self, model: "nn.Module") -> None:
+        """Compare sums, neighbours, hidden states and final output of random images."""
+        from saeflow.sources.proof import prove
+
+        logger.info("hook points proved: %s", prove(model, self.hook_points, VISION))
 
     def model_input(self, inputs: "Tensor") -> "Tensor":
         """(n, 3, height, width) normalised pixels."""
@@ -159,8 +191,8 @@ class VisionSource(ModelSource):
             values = np.load(path, mmap_mode="r")[start:stop].astype(np.int32)
             if name == "cover":
                 patches = values.reshape(len(values), -1)
-                cls = np.full((len(values), 1), NO_LABEL, np.int32)
-                columns[name] = np.concatenate([cls, patches], 1)[:, self.positions]
+                before = np.full((len(values), self.preprocessing.prefix), NO_LABEL, np.int32)
+                columns[name] = np.concatenate([before, patches], 1)[:, self.positions]
             else:
                 columns[name] = np.repeat(values[:, None], self.rows_per_context, axis=1)
         return columns

@@ -75,7 +75,7 @@ class WriteClean(Protocol):
         labelled: Mapping[str, Path],
         device: str,
         out: Path,
-    ) -> None:
+    ) -> dict[str, str]:
         """Run the model as it is and keep what every SAE is compared with.
 
         Args:
@@ -87,6 +87,9 @@ class WriteClean(Protocol):
             labelled: by name, the folders of prepared labelled sets.
             device: where the model runs.
             out: written.
+
+        Returns:
+            What is not measured and why, by what it is about; for the record and the report.
         """
         ...
 

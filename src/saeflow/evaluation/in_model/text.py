@@ -27,7 +27,8 @@ from saeflow.evaluation.in_model import InModelResult
 from saeflow.evaluation.intervals import bounds, by_unit, count, resample
 from saeflow.files import read_json, write_json
 from saeflow.sources.copies import Copies
-from saeflow.sources.hook_points import block_input_of, capture, logits, resume_at, run_from
+from saeflow.sources.heads import logits, no_predictions
+from saeflow.sources.hook_points import block_input_of, capture, resume_at, run_from
 from saeflow.sources.models import load_model
 from saeflow.sources.text import documents_of
 from saeflow.stores.batches import read_ahead
@@ -52,7 +53,7 @@ def write_clean(
     labelled: Mapping[str, Path],
     device: str,
     out: Path,
-) -> None:
+) -> dict[str, str]:
     """Run the model on evaluation contexts and keep what every SAE is compared with.
 
     Args:
@@ -67,7 +68,10 @@ def write_clean(
             (n, length), activation (n, length, d_in), ce (n (length - 1),), mean_rise and zero_rise (n,), what the mean
             and zero in the place of activations add to each context's sum, unit (n,), the document of each, for hook points inside a block block_input (n, length, d_model), and what the KL needs: `clean_expectations`, or
             hidden (n, length, d_model) where the lm head is no plain matrix; and clean.json with
-            the means over all of them.
+            the means over all of them, or why the model predicts no next tokens.
+
+    Returns:
+        That reason, for the record and the report.
 
     Raises:
         UserError: the split has fewer contexts than asked for.
@@ -82,6 +86,10 @@ def write_clean(
         )
     chosen = np.arange(ce_contexts) * len(available) // ce_contexts
     model: Any = load_model(folder / "model", device)
+    if (why_not := no_predictions(model)) is not None:
+        logger.warning("no cross-entropy: %s", why_not)
+        write_json(out / CLEAN, {"hook_point": hook_point, "why_not": why_not})
+        return {"cross-entropy": f"not measured: {why_not}"}
     keep_first = bool(source["skip_first"])
     replacements: dict[str, Replace] = {
         "mean": constant(mean.to(device, torch.float32)),
@@ -131,6 +139,7 @@ def write_clean(
             **means,
         },
     )
+    return {}
 
 
 def constant(row: Tensor) -> Replace:
@@ -296,6 +305,8 @@ class NextTokens:
         self.files = sorted(found, key=lambda path: int(path.stem.removeprefix("contexts-")))
         self.model = load_model(model_folder, device)
         self.device = device
+        if not self.is_measured:
+            return
         kept = self._kept("unit", "mean_rise", "zero_rise")
         self.units = kept.pop("unit")
         self.mean_costs, self.zero_costs = (
@@ -316,6 +327,11 @@ class NextTokens:
         sums = by_unit({"rise": rise}, self.units)
         low, _ = bounds(resample(sums, _RESAMPLING)["rise"], count(sums))
         return (float(rise.sum()) if low is None else low) > 0
+
+    @property
+    def is_measured(self) -> bool:
+        """The model predicts next tokens."""
+        return "why_not" not in self.summary
 
     def sums(self, replace: Replace) -> dict[str, np.ndarray]:
         """Return the sums of each context with one replacement, such as an SAE's `forward`.
@@ -353,7 +369,9 @@ class NextTokens:
         return whole
 
     def measure(self, sae: Any, *, is_trained: bool) -> InModelResult:
-        """Cross-entropy and KL with an SAE's or a baseline's reconstructions in the model."""
+        """Cross-entropy and KL with an SAE's or a baseline's reconstructions in the model; nothing without predictions."""
+        if not self.is_measured:
+            return InModelResult({})
         sums = self.sums(sae.forward)
         return InModelResult(self.metrics(sums), by_unit(sums, self.units), np.unique(self.units))
 

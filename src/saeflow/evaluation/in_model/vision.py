@@ -31,7 +31,7 @@ def write_clean(
     labelled: Mapping[str, Path],
     device: str,
     out: Path,
-) -> None:
+) -> dict[str, str]:
     """Run the model on every labelled set and keep what every SAE is measured on.
 
     Args:
@@ -43,10 +43,14 @@ def write_clean(
         labelled: by name, the folders that `prepare_labelled` wrote.
         device: where the model runs.
         out: written, see `write_labelled`.
+
+    Returns:
+        Nothing that readers of the record should know.
     """
     cards = settings["concept_cards"]
     prompts: Sequence[str] = cards["prompts"] if cards else []
     write_labelled(source, folder, labelled, prompts, hook_point, device, out)
+    return {}
 
 
 class ZeroShot:

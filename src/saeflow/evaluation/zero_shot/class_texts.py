@@ -25,17 +25,19 @@ def text_features(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     """
     if not hasattr(model, "get_text_features"):
         raise UserError(
-            f"{type(model).__name__}: expected a CLIP model with a text tower, found none; zero-shot "
+            f"{type(model).__name__}: expected a model with a text tower (CLIP, SigLIP), found none; zero-shot "
             "classification needs one. Choose another model, or set evaluation.labelled_sets: {}."
         )
     found = []
     length = model.config.text_config.max_position_embeddings
+    # As transformers' zero-shot pipeline does: SigLIP reads its last position, and was trained with all of them.
+    padding = "max_length" if model.config.model_type == "siglip" else True
     device = next(model.parameters()).device
     with torch.inference_mode():
         for start in range(0, len(prompts), _TEXTS_AT_ONCE):
             given = tokenizer(
                 list(prompts[start : start + _TEXTS_AT_ONCE]),
-                padding=True, truncation=True, max_length=length, return_tensors="pt",
+                padding=padding, truncation=True, max_length=length, return_tensors="pt",
             ).to(device)  # fmt: skip
             features = model.get_text_features(**given).pooler_output.float().cpu()
             found.append(unit(features))

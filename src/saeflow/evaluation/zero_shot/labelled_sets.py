@@ -15,13 +15,13 @@ from saeflow.evaluation.zero_shot.accuracy import Accuracy
 from saeflow.evaluation.zero_shot.class_texts import class_features, text_features
 from saeflow.files import read_json, write_json
 from saeflow.progress import progress
-from saeflow.sources.base import positions
 from saeflow.sources.copies import Copies
 from saeflow.sources.hook_points import block_input_of, capture, resume_at, run_from
 from saeflow.sources.layouts import EMBEDDING
-from saeflow.sources.models import load_config, load_model, load_tokenizer
+from saeflow.sources.models import load_model, load_tokenizer
 from saeflow.sources.pixels import image_facts
 from saeflow.sources.preprocessing import load_preprocessing, normalised
+from saeflow.sources.vision import image_positions
 
 logger = logging.getLogger(__name__)
 SETS = "labelled.json"
@@ -66,10 +66,10 @@ def write_labelled(
             hook's block must run, block_input; prompts.safetensors; labelled.json.
     """
     model: Any = load_model(folder / "model", device)
-    tokenizer = load_tokenizer(folder / "model")
+    tokenizer = load_tokenizer(folder / "model") if labelled or prompts else None
     preprocessing = load_preprocessing(folder / "model")
     names = [hook_point]
-    before = None if hook_point == EMBEDDING else block_input_of(model, hook_point)
+    before = block_input_of(model, hook_point)
     if before is not None and resume_at(model, hook_point) is None:
         names.append(before)
     facts: dict[str, Any] = {}
@@ -109,12 +109,11 @@ def write_labelled(
         logger.info("%s: zero-shot accuracy %.3f of %d classes", name, score.mean(), len(text))
     if prompts:
         save_file({"text": text_features(model, tokenizer, prompts)}, out / PROMPTS)
-    width = int(load_config(folder / "model").projection_dim)
     write_json(
         out / SETS,
         {
             "hook_point": hook_point, "sets": facts, "prompts": list(prompts), "tokens": source["tokens"],
-            "d_embedding": width,
+            "prefix": preprocessing.prefix,
         },
     )  # fmt: skip
 
@@ -132,8 +131,10 @@ class LabelledSets:
         self.folder, self.device = clean, device
         self.summary = read_json(clean / SETS)
         self.model: Any = load_model(model_folder, device)
-        self.positions = positions(self.summary)
         self.hook_point: str = self.summary["hook_point"]
+        self.positions = image_positions(
+            self.summary["tokens"], self.summary["prefix"], [self.hook_point]
+        )
 
     def _files(self, name: str, split: str) -> list[Path]:
         """A set's batches in order; each set has a folder of its own, so that no name is part of another."""
@@ -168,7 +169,7 @@ class LabelledSets:
         sets = self.summary["sets"]
         names = [name for known in sets.values() for name in known["classes"]]
         texts = [self.class_texts(name) for name in sets]
-        return names, torch.cat(texts) if texts else torch.zeros(0, self.summary["d_embedding"])
+        return names, torch.cat(texts) if texts else torch.zeros(0, 0)
 
     def rows_of(self, parts: Mapping[str, Tensor]) -> Tensor:
         """(n, tokens, d_in) float32, the activations that the source's stores hold."""

@@ -68,6 +68,10 @@ _SOME = 4
 def sources(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Name and parameters of every source whose inputs were prepared, and of labelled sets; what was read of each."""
     notes = {record["result"]: record["notes"] for record in records if record["name"] == "fetch"}
+    unmeasured: dict[str, dict[str, str]] = {}
+    for record in records:
+        if record["name"] == "clean":  # results/evaluations/SOURCE/HOOK_POINT/clean
+            unmeasured.setdefault(Path(record["result"]).parts[-3], {}).update(record["notes"])
     found = []
     whole = {  # with hook points, which inputs do not depend on
         record["params"].get("name"): record["params"].get("source")
@@ -87,6 +91,7 @@ def sources(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         rows = params.get("rows")
         facts += [("rows", plain(rows))] if rows else []
         facts += list(notes.get((place.parent / "model").as_posix(), {}).items())
+        facts += list(unmeasured.get(place.parent.name, {}).items())
         found.append({"name": name, "facts": facts + _read(record["read"])})
     return found
 

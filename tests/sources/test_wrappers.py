@@ -1,0 +1,85 @@
+"""Models of images and text: their language part as a causal language model, their image tower where it is plain."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from saeflow.errors import UserError
+from saeflow.sources.architectures import architecture
+from saeflow.sources.heads import no_predictions
+from saeflow.sources.hook_points import capture, check_model
+from saeflow.sources.layouts import PLACES
+from saeflow.sources.proof import prove
+
+TEXT: dict[str, Any] = {
+    "vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64, "pad_token_id": 0,
+}  # fmt: skip
+SIGHT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+WRAPPERS: dict[str, dict[str, Any]] = {
+    "gemma3": {"text_config": TEXT, "vision_config": SIGHT, "mm_tokens_per_image": 4},
+    "llama4": {
+        "text_config": {**TEXT, "intermediate_size_mlp": 24, "num_local_experts": 2, "moe_layers": [1]},
+        "vision_config": {**SIGHT, "vision_output_dim": 16, "projector_input_dim": 16, "projector_output_dim": 16},
+    },
+    "llava": {"text_config": {**TEXT, "model_type": "llama"}, "vision_config": {**SIGHT, "model_type": "clip_vision_model"}},
+    "qwen2_vl": {
+        "text_config": {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+        "vision_config": {"depth": 2, "embed_dim": 16, "num_heads": 2, "hidden_size": 16},
+    },
+    "qwen2_5_vl": {
+        "text_config": {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+        "vision_config": {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 24, "out_hidden_size": 16},
+    },
+}  # fmt: skip
+IDS = torch.randint(320, (2, 9), generator=torch.Generator().manual_seed(1))
+
+
+def wrapper(name: str) -> Any:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **WRAPPERS[name])
+    model = architecture(config).from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_its_language_part_is_proved(name: str) -> None:
+    model = wrapper(name)
+    proof = prove(model)
+    assert proof.places == list(PLACES)
+    assert (proof.linked, proof.sums, proof.hidden_states) == (1, 2, 2)
+    assert proof.identities == 2 * len(PLACES)
+    assert no_predictions(model) is None
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava"])
+def test_its_image_tower_is_proved(name: str) -> None:
+    model = wrapper(name)
+    proof = prove(model, tower="vision.")
+    assert (proof.linked, proof.sums, proof.hidden_states) == (2, 3, 3)
+    assert proof.identities == 3 * len(PLACES)
+    tower = model.model.vision_tower
+    pixels = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    hidden = tower(pixels, output_hidden_states=True).hidden_states
+    found = capture(model, ["vision.blocks.1.resid_post"], pixels)
+    assert torch.equal(found["vision.blocks.1.resid_post"], hidden[2])
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_tower_of_patches_of_any_image_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"found none that takes images of one size"):
+        check_model(wrapper(name), ["vision.blocks.1.resid_post"])
+
+
+def test_a_tower_whose_patches_do_not_follow_the_cls_token_is_refused() -> None:
+    """Llama 4 puts its CLS token last."""
+    config = transformers.AutoConfig.for_model("llama4", **WRAPPERS["llama4"])
+    torch.manual_seed(0)
+    model: Any = transformers.Llama4ForConditionalGeneration(config).eval()
+    with pytest.raises(UserError, match=r"expected the first patch of its images at position 1"):
+        prove(model, [], "vision.")
