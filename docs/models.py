@@ -33,9 +33,8 @@ builds every family that transformers {version} has for causal language models, 
 its hook points. Before a model's first activation is stored, the same proof runs on that model. Of {all} families, {works}
 work.
 
-- **blocks**: what a block adds to the residual stream. Sequential: attention, then MLP; parallel: both at once; sandwich:
-  sequential, with norms before and after each part; mixer: a state space, recurrence or convolution; other: an output that
-  is no sum, so that it has `resid_pre` and `resid_post` alone.
+- **blocks**: what a block adds to the residual stream. Sequential: attention, then MLP; parallel: both at once; mixer:
+  a state space, recurrence or convolution; other: an output that is no sum, so that it has `resid_pre` and `resid_post` alone.
 - **places**: what `blocks.N.PLACE` can name. All families that work have `resid_pre` and `resid_post`.
 - **next**: block outputs that are the next block's input, bit for bit.
 - **sum**: blocks whose output is the sum of their input and of what their parts add.
@@ -50,7 +49,7 @@ Three kinds of models beside these are found and proved in the same way, each by
 - **image towers** (`vision.blocks.N.PLACE`): CLIP, SigLIP, ViT, DINOv2 with and without registers (`tests/sources/test_towers.py`);
 - **models of images and text**: the language part of Gemma 3, LLaVA, Qwen2-VL and Qwen2.5-VL as a causal language model, and the
   towers of Gemma 3 and LLaVA. The towers of Qwen-VL take patches of images of any size and are refused, and so is Llama 4's, whose
-  CLS token stands last (`tests/sources/test_wrappers.py`);
+  input has another name and whose CLS token stands last (`tests/sources/test_wrappers.py`);
 - **encoders**: BERT, DistilBERT, ModernBERT, T5's encoder. They predict no next tokens: cross-entropy is not measured, and the report
   says why (`tests/evaluation/test_without_predictions.py`). Of encoder-decoders with a causal language model in the list below
   (BART's family), the decoder alone is run, without an encoder's output.

@@ -72,6 +72,7 @@ def test_its_clean_side_says_why_and_nothing_is_measured(tmp_path: Path) -> None
     encoder("bert").save_pretrained(tmp_path / "model")
     (tmp_path / "inputs").mkdir()
     np.save(tmp_path / "inputs" / "evaluation.npy", IDS.numpy().astype(np.int32))
+    np.save(tmp_path / "inputs" / "evaluation_documents.npy", np.arange(2, dtype=np.int32))
     source, out = {"skip_first": True, "forward_batch": 2}, tmp_path / "clean"
     out.mkdir()
     notes = write_clean(

@@ -29,7 +29,7 @@ SOME = {
     "deepseek_v3": ("sequential", EVERY),
     "falcon": ("parallel", NO_MIDDLE),
     "falcon_h1": ("attn + mlp + mixer", NO_MIDDLE),
-    "gemma2": ("sandwich", EVERY),
+    "gemma2": ("sequential", EVERY),
     "gptj": ("parallel", NO_MIDDLE),
     "granite": ("sequential", EVERY),
     "mamba": ("mixer", ["resid_pre", "resid_post"]),

@@ -76,10 +76,12 @@ def test_a_tower_of_patches_of_any_image_is_refused(name: str) -> None:
         check_model(wrapper(name), ["vision.blocks.1.resid_post"])
 
 
-def test_a_tower_whose_patches_do_not_follow_the_cls_token_is_refused() -> None:
-    """Llama 4 puts its CLS token last."""
+def test_a_tower_that_does_not_take_pixels_by_that_name_is_refused() -> None:
+    """Llama 4 puts its CLS token last, too."""
     config = transformers.AutoConfig.for_model("llama4", **WRAPPERS["llama4"])
     torch.manual_seed(0)
     model: Any = transformers.Llama4ForConditionalGeneration(config).eval()
-    with pytest.raises(UserError, match=r"expected the first patch of its images at position 1"):
+    with pytest.raises(
+        UserError, match=r"takes pixel_values of a fixed image_size, found Llama4VisionModel"
+    ):
         prove(model, [], "vision.")

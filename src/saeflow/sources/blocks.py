@@ -42,7 +42,7 @@ class Block:
     places: dict[str, Place] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     kind: str = ""
-    """sequential, sandwich (sequential, with norms before and after each part), parallel, or what adds instead."""
+    """sequential, parallel, or what adds instead of attention and MLP."""
     sum_of: "Expression | None" = None
     """The output as a sum; None where it is none."""
     length: int = 0
@@ -263,23 +263,12 @@ def block_of(trace: Trace, run: Call) -> Block:
             block.missing[f"{role}_in"] = block.missing[f"{role}_out"] = why
     _middle(terms, block, found)
     names = [role for role in found for _ in found[role]]
-    block.kind = " + ".join(names) or "nothing"
-    if sorted(names) == ["attn", "mlp"]:
-        is_one_by_one = "resid_mid" in block.places
-        block.kind = "sequential" if is_one_by_one else "parallel"
-        if is_one_by_one and _is_sandwiched(terms, found):
-            block.kind = "sandwich"
+    block.kind = (
+        ("sequential" if "resid_mid" in block.places else "parallel")
+        if sorted(names) == ["attn", "mlp"]
+        else " + ".join(names) or "nothing"
+    )
     return block
-
-
-def _is_sandwiched(terms: _Terms, found: Mapping[str, list[tuple[Expression, Branch]]]) -> bool:
-    """Tell whether a norm stands before and after both parts."""
-    for term, branch in (*found["attn"], *found["mlp"]):
-        taken = branch.calls[0].first_input if branch.calls else None
-        after = terms.leaves[term.place] if term.place else None
-        if taken is None or taken[1].origin not in terms.normed or after not in terms.normed:
-            return False
-    return True
 
 
 def _middle(
