@@ -44,8 +44,8 @@ def tower_of(model: nn.Module) -> nn.Module:
     config = cast(Any, model).config
     part = image_part(config)
     if part is config:
-        return cast(Any, model).base_model
+        return cast(nn.Module, cast(Any, model).base_model)
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and type(module.config) is type(part):
-            return module
+            return cast(nn.Module, module)
     return model

@@ -13,11 +13,14 @@ Visit = Callable[[Tensor], Tensor | None]
 """Sees the activation (batch, position, d_in), an image's embedding (batch, d_in); returns what takes its place, or None to keep it."""
 
 
-def attach(model: nn.Module, place: Place, visit: Visit, point: str) -> ExitStack:
+def attach(
+    model: nn.Module, place: Place, visit: Visit, point: str, *, first: bool = False
+) -> ExitStack:
     """Register `visit` at a place; closing the result takes it away.
 
     Args:
         point: the place's name, for messages.
+        first: before other hooks of the same module, which then see what takes the activation's place.
     """
     handles = ExitStack()
     before: dict[str, Tensor] = {}
@@ -87,7 +90,8 @@ def attach(model: nn.Module, place: Place, visit: Visit, point: str) -> ExitStac
         block = model.get_submodule(place.stream.path)
         handles.callback(block.register_forward_pre_hook(note, with_kwargs=True).remove)
     if place.side == "input":
-        handles.callback(module.register_forward_pre_hook(visit_input, with_kwargs=True).remove)
+        handle = module.register_forward_pre_hook(visit_input, prepend=first, with_kwargs=True)
+        handles.callback(handle.remove)
     else:
         handles.callback(module.register_forward_hook(visit_output).remove)
     return handles

@@ -320,7 +320,9 @@ def run_from(
             assert start is not None
             before = HookPoint.parse(start)
             hooks.enter_context(_passed_over(model, before))
-            hooks.enter_context(_attach(model, before, lambda _: block_input))
+            place = _place(model, before)
+            given = attach(model, place, lambda _: block_input, str(before), first=True)
+            hooks.enter_context(given)
         hooks.enter_context(_attach(model, point, replace))
         if point.tower and inputs is None:
             if not resumes or block_input is None:
