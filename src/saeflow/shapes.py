@@ -25,7 +25,7 @@ class Shape:
 
     model_type: str
     n_blocks: int | None
-    """Of its language part, or of a model of images its tower; None where config.json does not say under a known name."""
+    """Blocks of its language part, or of a model of images its tower; None where config.json does not say under a known name."""
     is_of_images: bool = False
     """It has an image tower, and no language part that predicts tokens."""
 

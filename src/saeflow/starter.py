@@ -19,10 +19,11 @@ from saeflow.errors import UserError
 from saeflow.files import atomic_file, files_below
 from saeflow.needs import Needs, Rates, count_passes
 from saeflow.plan import Plan
+from saeflow.shapes import config_shape
 from saeflow.sources import hub
 from saeflow.sources.documents import check_files, is_evaluation, read_documents
 from saeflow.sources.images import read_images
-from saeflow.sources.layouts import IMAGE_MODELS, check_shape, config_shape
+from saeflow.sources.layouts import check_shape
 from saeflow.sources.models import FILES, config_in, load_tokenizer
 from saeflow.sources.text_files import COMPRESSED
 
@@ -133,17 +134,19 @@ def _model(asked: str) -> _Model:
         revision = revision or hub.newest_commit(name, "model")
         entry = {"hub": name, "revision": revision}
         folder = hub.config_file(name, revision).parent
+    from saeflow.sources.architectures import image_part
+
     shape = config_shape(folder / "config.json")
     config = config_in(folder)
-    is_image = shape.model_type in IMAGE_MODELS
-    part = config.vision_config if is_image else config.get_text_config()
+    is_image = shape.is_of_images
+    part = image_part(config) if is_image else config.get_text_config()
     if is_image:
         length = (part.image_size // part.patch_size) ** 2 + 1
     else:
         length = min(_CONTEXT_LENGTH, getattr(part, "max_position_embeddings", _CONTEXT_LENGTH))
     name = re.sub("[^a-z0-9]+", "-", asked.partition("@")[0].rstrip("/").rpartition("/")[2].lower())
     return _Model(
-        entry, folder, name.strip("-")[:60] or "model", is_image, shape.n_blocks, int(part.hidden_size), length
+        entry, folder, name.strip("-")[:60] or "model", is_image, shape.n_blocks or int(part.num_hidden_layers), int(part.hidden_size), length
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from saeflow.sources.attach import forward_of
 from saeflow.sources.structure import body_of, no_cache, structure_of
 
 _ROUNDING = 64 * torch.finfo(torch.float32).eps
-"""Of the largest logit: what kernels of another order may add; of fewer bits, four times their own rounding."""
+"""Share of the largest logit that kernels of another order may add; with fewer bits, four times their own rounding."""
 
 
 def has_head(model: Any) -> bool:

@@ -231,7 +231,7 @@ def _library(
 
 
 def _own_end(model: Any, structure: Structure, output: Any, inputs: Tensor) -> Tensor | None:
-    """What the model itself ends in: an image's embedding, logits or final hidden states; None where it gives none."""
+    """Output that the model itself ends in: an image's embedding, logits or final hidden states; None where it gives none."""
     if structure.image is not None:
         return image_output(model, inputs)
     found = output.logits if has_head(model) else getattr(output, "last_hidden_state", None)

@@ -66,7 +66,7 @@ class ImageTower:
     prefix: int
     """Positions before the first patch: 1 with a CLS token, more with registers."""
     embedding: Place | None
-    """Where a model with a text tower has the image's projected embedding."""
+    """Place of the image's projected embedding, in a model with a text tower."""
 
 
 _FOUND: "weakref.WeakKeyDictionary[nn.Module, dict[str, Structure]]" = weakref.WeakKeyDictionary()
@@ -177,7 +177,7 @@ def _pair(size: Any) -> tuple[int, int]:
 
 
 def image_output(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """What an image tower ends in, given pixels (batch, 3, height, width).
+    """Output of an image tower, given pixels (batch, 3, height, width).
 
     Of a model with a text tower the embeddings (batch, d_embedding), of another the final hidden states (batch, position,
     d_model).

@@ -69,7 +69,7 @@ class Trace(TorchDispatchMode):
         """In the order in which they ended."""
         self.nodes: list[Node] = []
         self.result: Node | None = None
-        """What the whole run ends in, where whoever runs it says so."""
+        """Output of the whole run, where whoever runs it says so."""
         self._found: dict[int, Node] = {}
         self._alive: list[Tensor] = []  # so that no two tensors share an id
         self._paths: list[str] = []
