@@ -33,7 +33,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 PREPROCESSING = Preprocessing(
     size=SIZE, crop=(SIZE, SIZE), height=SIZE, width=SIZE, resample=3, factor=1 / 255, mean=(0.5, 0.4, 0.3),
-    std=(0.2, 0.3, 0.4), patch=8,
+    std=(0.2, 0.3, 0.4), patch=8, prefix=1,
 )  # fmt: skip
 RNG = np.random.default_rng(0)
 
