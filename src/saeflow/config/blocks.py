@@ -79,7 +79,7 @@ def _blocks(where: str, name: str, asked: str, source: Any) -> range:
     if shape is None or shape.n_blocks is None:
         raise UserError(
             f"{where}: {name}: expected a model whose number of blocks is known before it is fetched (a local folder, a GGUF "
-            "file, a pin in saeflow/shapes.yaml, or one whose config.json is in the hub's cache), found another. Name "
+            "file, a pin in saeflow/shapes/shapes.yaml, or one whose config.json is in the hub's cache), found another. Name "
             "them as blocks.0-11.PLACE."
         )
     return range(shape.n_blocks)

@@ -130,7 +130,7 @@ class _Sources:
         if shape is None:
             raise UserError(
                 f"sources.{name}.model: the family of {_name(model)} is not known before it is fetched. Add its sizes to "
-                "saeflow/shapes.yaml, or fetch its config.json once."
+                "saeflow/shapes/shapes.yaml, or fetch its config.json once."
             )
         # One block more than the hook points need, so that a hook point before the last block stays one.
         parsed = list(map(HookPoint.parse, points))
