@@ -68,8 +68,7 @@ def test_the_environment_is_the_job_s(python: Path) -> None:
 
 
 def test_an_error_of_the_program_s_own_is_a_traceback_and_exit_code_1(python: Path) -> None:
-    params = {"model": {"folder": "."}, "hook_points": []}
-    task = {"out": "/dev/null/none", "key": "", "reads": {}, "params": params}
+    task = {"out": "/dev/null/none", "key": "", "reads": {}, "params": {}}  # of no model
     command = ("fetch", asked(task))
     code, _, err = run(python, "-m", "saeflow", *command)
     assert code == 1
