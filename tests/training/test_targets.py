@@ -121,6 +121,7 @@ def test_gradients_are_those_of_the_definition(
     monkeypatch.setattr(sparse, "is_padded", path == "as on a GPU")
     batch, dead = next(run.batches()), torch.zeros(D_SAE, dtype=torch.bool)
     dead[:9] = True
+    run.sae.settle_dead(9)
     with torch.no_grad():
         run.sae.b_enc.add_(0.1)
     fwd = run.sae.run(batch, is_sparse=path != "dense")
