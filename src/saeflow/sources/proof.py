@@ -49,6 +49,13 @@ class Proof:
     hidden_states: int
     identities: int
 
+    def __str__(self) -> str:
+        blocks = ", ".join(f"{count} {kind}" for kind, count in self.kinds.items())
+        return (
+            f"{blocks} blocks; {self.linked} links between blocks, {self.sums} sums, {self.hidden_states} hidden states "
+            f"and {self.identities} splices agree"
+        )
+
 
 def prove(model: Any, hook_points: Sequence[str] | None = None, tower: str = "") -> Proof:
     """Compare what a model's hook points give with the model itself.
