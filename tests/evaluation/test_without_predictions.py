@@ -11,11 +11,10 @@ import transformers
 
 from saeflow.evaluation.baselines import Identity
 from saeflow.evaluation.in_model.text import NextTokens, write_clean
-from saeflow.sources.architectures import architecture
 from saeflow.sources.heads import no_predictions
 from saeflow.sources.hook_points import capture
-from saeflow.sources.layouts import PLACES
-from saeflow.sources.proof import prove
+
+from ..sources.conftest import check_two_sequential_blocks, random_model
 
 SIZES: dict[str, Any] = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}  # fmt: skip
 ENCODERS: dict[str, tuple[dict[str, Any], str]] = {
@@ -37,22 +36,13 @@ IDS = torch.randint(61, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
 def encoder(name: str) -> Any:
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(name, **ENCODERS[name][0])
-    model = architecture(config).from_config(config)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.normal_(std=0.2)
-    return model.eval().requires_grad_(False)
+    return random_model(name, **ENCODERS[name][0])
 
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoders_hook_points_are_proved(name: str) -> None:
     model = encoder(name)
-    proof = prove(model)
-    assert proof.places == list(PLACES)
-    assert (proof.linked, proof.sums, proof.hidden_states) == (1, 2, 2)
-    assert proof.identities == 2 * len(PLACES)
+    check_two_sequential_blocks(model)
     hidden = model(IDS, output_hidden_states=True).hidden_states
     found = capture(model, ["blocks.0.resid_post"], IDS)["blocks.0.resid_post"]
     assert torch.equal(found, hidden[1])

@@ -11,6 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from saeflow.sources import english
+from saeflow.sources.architectures import architecture
+from saeflow.sources.layouts import PLACES
+from saeflow.sources.proof import prove
 
 SIZES: dict[str, Any] = {
     "vocab_size": 320,
@@ -104,3 +107,22 @@ def model_folder(
     tiny_model("llama").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def random_model(name: str, **options: Any) -> Any:
+    """The model of a `model_type` in the class that saeflow loads it with; weights large enough to tell blocks apart."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **options)
+    model = architecture(config).from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.normal_(std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+def check_two_sequential_blocks(model: Any) -> None:
+    """Every place, link, sum and hidden state of two blocks is proved."""
+    proof = prove(model)
+    assert proof.places == list(PLACES)
+    assert (proof.linked, proof.sums, proof.hidden_states) == (1, 2, 2)
+    assert proof.identities == 2 * len(PLACES)

@@ -7,11 +7,12 @@ import torch
 import transformers
 
 from saeflow.errors import UserError
-from saeflow.sources.architectures import architecture
 from saeflow.sources.heads import no_predictions
 from saeflow.sources.hook_points import capture, check_model
 from saeflow.sources.layouts import PLACES
 from saeflow.sources.proof import prove
+
+from .conftest import check_two_sequential_blocks, random_model
 
 TEXT: dict[str, Any] = {
     "vocab_size": 320, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -38,22 +39,13 @@ IDS = torch.randint(320, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
 def wrapper(name: str) -> Any:
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(name, **WRAPPERS[name])
-    model = architecture(config).from_config(config)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            parameter.data.normal_(std=0.2)
-    return model.eval().requires_grad_(False)
+    return random_model(name, **WRAPPERS[name])
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_its_language_part_is_proved(name: str) -> None:
     model = wrapper(name)
-    proof = prove(model)
-    assert proof.places == list(PLACES)
-    assert (proof.linked, proof.sums, proof.hidden_states) == (1, 2, 2)
-    assert proof.identities == 2 * len(PLACES)
+    check_two_sequential_blocks(model)
     assert no_predictions(model) is None
 
 

@@ -64,11 +64,12 @@ def write_clean(
         settings: `ce_contexts`, the number of contexts, spread evenly over the split; None for all of it.
         labelled: not used.
         device: where the model runs.
-        out: written: `contexts-NNNNN.safetensors`, one per `forward_batch` contexts, with token_ids
-            (n, length), activation (n, length, d_in), ce (n (length - 1),), mean_rise and zero_rise (n,), what the mean
-            and zero in the place of activations add to each context's sum, unit (n,), the document of each, for hook points inside a block block_input (n, length, d_model), and what the KL needs: `clean_expectations`, or
-            hidden (n, length, d_model) where the lm head is no plain matrix; and clean.json with
-            the means over all of them, or why the model predicts no next tokens.
+        out: written. `contexts-NNNNN.safetensors`, one per `forward_batch` contexts, holds token_ids (n, length),
+            activation (n, length, d_in), ce (n (length - 1),), and unit (n,), the document of each context;
+            mean_rise and zero_rise (n,), what the mean and zero in the place of activations add to each context's sum;
+            for hook points inside a block block_input (n, length, d_model); and what the KL needs, `clean_expectations`,
+            or hidden (n, length, d_model) where the lm head is no plain matrix. clean.json holds the means over all of
+            them, or why the model predicts no next tokens.
 
     Returns:
         That reason, for the record and the report.
