@@ -8,12 +8,14 @@ import pytest
 
 from saeflow import provenance
 from saeflow.cli import main
+from saeflow.cli.arguments import stated
+from saeflow.config import ROOT, load_params
 
 SOURCE = {
     "kind": "synthetic", "d_in": 8, "n_features": 16, "l0_law": {"kind": "constant", "mean": 3},
     "frequency_exponent": 0, "coefficient": {"kind": "normal", "mean": 1, "std": 0.2}, "noise_std": 0,
     "hook_points": ["features"], "skip_first": False, "max_norm_multiple": None, "seed": 0,
-    "coherence": None, "hierarchy": None, "correlation": None,
+    "coherence": None, "hierarchy": None, "correlation": None, "row_norm": None,
 }  # fmt: skip
 STORE = {
     "train_rows": 256, "evaluation_rows": 128, "dtype": "float32", "chunk_rows": 64, "shard_rows": 128,
@@ -62,6 +64,51 @@ def test_options_make_the_store_that_tasks_make(
     assert [run(monkeypatch, *step) for step in steps] == [0] * len(steps)
     content = [provenance.read_record(folder / "store")["content"] for folder in (by_hand, by_task)]
     assert content[0] == content[1]
+
+
+def test_an_entry_given_by_hand_has_the_defaults_of_a_parameter_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text at the default for what is shared and for contexts of one document, as `params.yaml` would read it."""
+    params = load_params(ROOT / "presets" / "tiny.yaml")
+    (source,) = (one for one in params["sources"].values() if one["kind"] == "text")
+    needed = ("kind", "model", "hook_points", "text", "evaluation_share", "context_length")
+    short = {name: source[name] for name in needed} | {"forward_batch": 4.0}
+    (filled,) = stated(source=json.dumps(short))
+    assert set(filled) == set(source)
+    assert (filled["shared_run"], filled["contexts_per_document"]) == (13, 8)
+    assert type(filled["forward_batch"]) is int
+    without = {name: value for name, value in SOURCE.items() if name not in ("coherence", "seed")}
+    folder = tmp_path / "by_hand"
+    command = ("prepare", "--source", json.dumps(without), "--rows", '{"train": 256}')
+    assert run(monkeypatch, *command, "--folder", folder) == 0
+    record = provenance.read_record(folder / "inputs")
+    assert record["params"]["source"]["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("entry", "wrong"),
+    [
+        ({**SOURCE, "d_inn": 8}, "--source: unknown key d_inn. Known keys: "),
+        ({**SOURCE, "d_in": "wide"}, "--source.d_in: expected integer, found 'wide'."),
+        ({"kind": "text"}, "--source: the key context_length, evaluation_share, hook_points, model, text is missing"),
+        ([], "--source: expected object, found []."),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_an_entry_given_by_hand_is_one_line(
+    entry: Any,
+    wrong: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "by_hand"
+    command = ("prepare", "--source", json.dumps(entry), "--rows", '{"train": 256}')
+    assert run(monkeypatch, *command, "--folder", folder) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {wrong}")
+    assert len(said.splitlines()) == 1
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize(

@@ -50,22 +50,33 @@ Key = Annotated[str, typer.Option(help="The workflow's key of this job, for its 
 Out = Annotated[Path, typer.Option(help="Written: the result folder.")]
 RuntimeJson = Annotated[str, typer.Option(envvar="SAEFLOW_RUNTIME", help="`runtime`, as JSON.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+_ENTRIES = {"source": "source", "store": "store", "labelled": "labelled_set"}
+"""Options that are an entry of the parameters, each with its definition in the schema."""
 
 
 def stated(**options: Any) -> list[Any]:
-    """Return the options of a command that was given no task; texts are read as JSON.
+    """Return the options of a command that was given no task.
+
+    Texts are read as JSON. An entry of the parameters is checked, and gets its defaults, as in a parameter file.
 
     Raises:
-        UserError: one is missing.
+        UserError: one is missing, or an entry has mistakes: a line each.
     """
-    names = [f"--{name.replace('_', '-')}" for name in options]
-    missing = [name for name, value in zip(names, options.values(), strict=True) if value is None]
+    from saeflow.config.schema import conform_entry
+
+    names = {name: f"--{name.replace('_', '-')}" for name in options}
+    missing = [names[name] for name, value in options.items() if value is None]
     if missing:
-        raise UserError(f"expected a TASK, or {', '.join(names)}; missing: {', '.join(missing)}.")
-    return [
-        parse_json(name, value) if isinstance(value, str) else value
-        for name, value in zip(names, options.values(), strict=True)
-    ]
+        raise UserError(
+            f"expected a TASK, or {', '.join(names.values())}; missing: {', '.join(missing)}."
+        )
+    values = []
+    for name, value in options.items():
+        parsed = parse_json(names[name], value) if isinstance(value, str) else value
+        if name in _ENTRIES:
+            parsed = conform_entry(names[name], parsed, _ENTRIES[name])
+        values.append(parsed)
+    return values
 
 
 def read_of_source(source: Mapping[str, Any], folder: Path) -> dict[str, Path]:

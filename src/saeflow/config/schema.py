@@ -14,6 +14,7 @@ import yaml
 from saeflow.config.explain import explained, validator
 from saeflow.config.options import options_schema
 from saeflow.config.variants import variants
+from saeflow.errors import UserError
 
 CARRIED = "_project"
 """Folder of an installed package that holds the workflow, which is no code of a job (setup.py)."""
@@ -51,22 +52,44 @@ def conform(params: Any) -> tuple[Any, list[str]]:
     spells a number, true, false or null becomes that where the schema takes no text: YAML 1.1 reads 3e-05 as
     text, and `snakemake --config` gives all that is inside a mapping or a list as text.
     """
-    changed = _filled(params_schema(), params)
+    return _conform(params_schema(), params)
+
+
+def conform_entry(name: str, value: Any, definition: str) -> Any:
+    """One entry of the parameters, such as a source, that stands alone; as `conform` gives it.
+
+    Args:
+        name: what it is called where it stands, for messages.
+        value: the entry.
+        definition: its name under `$defs` of the schema.
+
+    Raises:
+        UserError: all that is wrong with it, a line each.
+    """
+    schema = {
+        "$defs": params_schema()["$defs"],
+        "properties": {name: {"$ref": f"#/$defs/{definition}"}},
+    }
+    changed, wrong = _conform(schema, {name: value})
+    if wrong:
+        raise UserError(*wrong)
+    return changed[name]
+
+
+def _conform(schema: Mapping[str, Any], value: Any) -> tuple[Any, list[str]]:
+    """A value in the form that a schema asks for, and all that is wrong with it."""
+    changed = _filled(schema, value)
+    check = validator(schema)
     while True:
-        errors = list(_validator().iter_errors(changed))
+        errors = list(check.iter_errors(changed))
         meant = dict(_meant(errors))
         if not meant:
             return changed, explained(errors)
-        for path, value in meant.items():
+        for path, one in meant.items():
             node = changed
             for key in path[:-1]:
                 node = node[key]
-            node[path[-1]] = value
-
-
-@functools.cache
-def _validator() -> Any:
-    return validator(params_schema())
+            node[path[-1]] = one
 
 
 def _filled(schema: Mapping[str, Any], value: Any) -> Any:
