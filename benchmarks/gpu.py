@@ -1,6 +1,6 @@
 """Everything that a GPU decides: limits, steps, the loop, the loader, extraction, a small path and the GPU tests.
 
-    python benchmarks/gpu.py [--wheels FOLDER] [--device cuda]     (or `make bench-gpu WHEELS=FOLDER`)
+    python benchmarks/gpu.py [--wheels FOLDER] [--device cuda] [--kernels FILE]     (or `make bench-gpu WHEELS=FOLDER`)
 
 Runs on a bare machine with torch, Triton and a GPU: no Snakemake, no DVC, no network. A Python package that is
 missing is named; what does not need it is measured all the same. Peers are measured where FOLDER holds their
@@ -38,6 +38,9 @@ def arguments() -> argparse.Namespace:
         "--wheels", type=Path, help="folder with wheels: of peers, of what is missing"
     )
     parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--kernels", type=Path, help="file to list every step's kernels in, with their times"
+    )
     parser.add_argument("--only", nargs="*", help="parts to run: " + ", ".join(PARTS))
     return parser.parse_args()
 
@@ -76,7 +79,7 @@ def main() -> None:
             )
         from gpu_bench import Bench
 
-        bench = Bench(asked.device, scratch, extra)
+        bench = Bench(asked.device, scratch, extra, asked.kernels)
         bench.runs_tests = not asked.only or "tests" in asked.only
         tables = {}
         for part, module in PARTS.items():

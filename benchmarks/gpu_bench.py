@@ -1,5 +1,6 @@
 """Shared by the parts of `benchmarks/gpu.py`: sizes, the device, timing, cases."""
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -37,17 +38,26 @@ class Bench:
     Args:
         device: cuda, or cpu at toy sizes.
         scratch: a folder for stores and models.
-        extra: folder of unpacked wheels, for processes of peers.
+        extra: folder of unpacked wheels, for processes of peers and tests.
+        kernels: file that the kernels of every step are listed in, with their times.
     """
 
-    def __init__(self, device: str, scratch: Path, extra: Path | None) -> None:
+    def __init__(
+        self, device: str, scratch: Path, extra: Path | None, kernels: Path | None = None
+    ) -> None:
         self.device, self.scratch, self.extra = torch.device(device), scratch, extra
+        self.kernels = kernels
         self.on_gpu = self.device.type == "cuda"
         self.size = FULL if self.on_gpu else TOY
         self.began = time.monotonic()
         self.product_ms = 0.0
         self.runs_tests = True
         self.tests: list[Future[dict[str, Any]]] = []  # that run beside another part
+
+    def environment(self) -> dict[str, str]:
+        """The environment of another process that is to see the unpacked wheels."""
+        paths = [str(self.extra or ""), os.environ.get("PYTHONPATH", "")]
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
     def sync(self) -> None:
         if self.on_gpu:

@@ -133,14 +133,16 @@ def start_tests(bench: Bench) -> None:
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     on_gpu = [f for f in files if "mark.gpu" in f.read_text() or f.parent.name == "gpu"]
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    bench.tests = [pool.submit(run_tests, file) for file in on_gpu]
+    bench.tests = [pool.submit(run_tests, bench, file) for file in on_gpu]
 
 
-def run_tests(file: Path) -> dict[str, Any]:
+def run_tests(bench: Bench, file: Path) -> dict[str, Any]:
     """Run the tests of a file that need a GPU."""
+    environment = bench.environment()
+    environment["PYTHONPATH"] += os.pathsep + str(ROOT / "src")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "--maxfail=5", "-m", "gpu", "-p", "no:cacheprovider", "--no-header", str(file)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT, capture_output=True, text=True, check=False, env=environment,
     )  # fmt: skip
     lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines() or [""]
     problems = [line for line in lines if line.startswith(("FAILED", "ERROR", "E  "))]

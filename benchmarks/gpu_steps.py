@@ -3,9 +3,9 @@
 import gc
 import importlib.util
 import json
-import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -105,8 +105,10 @@ def row(bench: Bench, name: str, case: Any) -> dict[str, Any]:
     before = torch.cuda.memory_allocated() if bench.on_gpu else 0
     try:
         work = build(case, case.batches())
-        for _ in range(4):  # kernels are compiled, graphs captured
-            work()
+        began = time.perf_counter()
+        settle(work)
+        bench.sync()
+        first = time.perf_counter() - began
         took = bench.ms(work)
     except (
         Exception
@@ -123,12 +125,35 @@ def row(bench: Bench, name: str, case: Any) -> dict[str, Any]:
     }
     if bench.on_gpu:
         peak = torch.cuda.max_memory_allocated() - before
-        row |= {"peak GiB": round(peak / 2**30, 2), **profile(bench, work)}
+        row |= {"peak GiB": round(peak / 2**30, 2), **profile(bench, name, work)}
+        row |= {"graph": "yes" if is_recorded(work) else "no", "first steps, s": round(first, 1)}
     return row
 
 
-def profile(bench: Bench, work: Callable[[], object]) -> dict[str, Any]:
-    """Count launches and waits of a step, and the time in which the GPU was busy."""
+def settle(work: Any) -> None:
+    """Take steps until their path and room are decided, kernels compiled and graphs captured."""
+    run = work.run
+    for _ in range(6):
+        before = run.sae.dials()
+        for _ in range(4):
+            work()
+        run.catch_up(is_all=True)
+        if not getattr(run.sae, "density", 0):  # where a case does not say how many latents are active
+            run.sae.settle()
+        if run.sae.dials() == before:
+            break
+    for _ in range(4):
+        work()
+
+
+def is_recorded(work: Any) -> bool:
+    """Return whether a step is launched as one CUDA graph."""
+    replayed = work.run.replayed
+    return replayed is not None and replayed.recorded is not None
+
+
+def profile(bench: Bench, name: str, work: Callable[[], object]) -> dict[str, Any]:
+    """Count launches and waits of a step, and the time in which the GPU was busy; list its kernels if asked."""
     from torch.profiler import ProfilerActivity, profile
 
     count = 5
@@ -144,6 +169,12 @@ def profile(bench: Bench, work: Callable[[], object]) -> dict[str, Any]:
         if e.self_device_time_total and "Optimizer.step" not in e.key and e.self_cpu_time_total == 0
     ]
     calls = {e.key: e.count for e in events}
+    if bench.kernels is not None:
+        with bench.kernels.open("a") as file:
+            print(f"\n== {name}: ms a step, launches a step, kernel", file=file)
+            for e in sorted(of_device, key=lambda e: -e.self_device_time_total):
+                ms = e.self_device_time_total / count / 1e3
+                print(f"{ms:9.4f} {e.count / count:7.1f}  {e.key[:150]}", file=file)
     return {
         "busy ms": round(sum(e.self_device_time_total for e in of_device) / count / 1e3, 2),
         "launches": round(sum(calls.get(key, 0) for key in LAUNCHES) / count),
@@ -152,54 +183,31 @@ def profile(bench: Bench, work: Callable[[], object]) -> dict[str, Any]:
 
 
 def peers(bench: Bench) -> list[dict[str, Any]]:
-    """Measure the same steps of other libraries, each in a process of its own."""
-    rows = []
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(
-            filter(None, [str(bench.extra or ""), os.environ.get("PYTHONPATH", "")])
-        ),
-    }
+    """Measure the same steps of other libraries, each library in a process of its own."""
+    rows, processes = [], {}
     for peer, (module, packages) in PEERS.items():
         if importlib.util.find_spec(module) is None:
-            rows.append(
-                {
-                    "peer": peer,
-                    "step": "",
-                    "problem": f"not installed: give wheels of {', '.join(packages)}",
-                }
-            )
+            problem = f"not installed: give wheels of {', '.join(packages)}"
+            rows.append({"peer": peer, "step": "", "problem": problem})
             continue
-        for name, offered in OF_PEERS.items():
-            if peer not in offered:
-                continue
-            script = HERE / "peers" / f"with_{peer.lower()}.py"
-            asked = json.dumps(asdict(bench.case(name))) + "\ngo\nend\n"
-            done = subprocess.run(
-                [sys.executable, script],
-                input=asked,
-                capture_output=True,
-                text=True,
-                env=environment,
-                check=False,
-            )
-            answers = [
-                json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")
-            ]
-            if len(answers) < 2:
-                problem = " ".join((done.stderr.strip().splitlines() or ["no answer"])[-1].split())[
-                    :300
-                ]
-                rows.append({"peer": peer, "step": name, "problem": problem})
+        script = HERE / "peers" / f"with_{peer.lower()}.py"
+        processes[peer] = subprocess.Popen(  # which import side by side, and wait for what is asked
+            [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            text=True, env=bench.environment(),
+        )  # fmt: skip
+    for peer, process in processes.items():
+        names = [name for name, offered in OF_PEERS.items() if peer in offered]
+        asked = [json.dumps(asdict(bench.case(name))) + "\ngo\nend\n" for name in names]
+        told, failed = process.communicate("".join(asked))
+        answers = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+        for place, name in enumerate(names):
+            row = {"peer": peer, "step": name}
+            found = answers[2 * place : 2 * place + 2]  # the peak of memory, then the times
+            if len(found) == 2:
+                took = found[1]["work"] * 1e3
+                row |= {"ms": round(took, 2), "G": round(took / bench.product_ms, 2)}
             else:
-                took = answers[1]["work"] * 1e3
-                rows.append(
-                    {
-                        "peer": peer,
-                        "step": name,
-                        "ms": round(took, 2),
-                        "G": round(took / bench.product_ms, 2),
-                    }
-                )
-            print(rows[-1], flush=True)
+                row["problem"] = " ".join(failed.strip().splitlines()[-1:])[:300] or "no answer"
+            rows.append(row)
+            print(row, flush=True)
     return rows

@@ -5,12 +5,15 @@ for one case after the other; each is built, run and forgotten in a process of i
 memory is counted afresh.
 """
 
+import importlib.util
 import json
 import os
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +66,16 @@ class Case:
         """Until the device has done all it was asked."""
         if self.device != "cpu":
             torch.cuda.synchronize()
+
+
+def leave_out(*names: str) -> None:
+    """Put empty modules in place of packages that are not installed: what a library imports and no step uses."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            module = types.ModuleType(name)
+            module.__spec__ = ModuleSpec(name, None)
+            module.__getattr__ = lambda _name: None  # type: ignore[method-assign]
+            sys.modules[name] = module
 
 
 Work = Callable[[], object]

@@ -3,7 +3,9 @@
 import itertools
 from collections.abc import Iterator
 
-from contestant import Case, Work, serve
+from contestant import Case, Work, leave_out, serve
+
+leave_out("nnsight", "wandb")  # of its buffer of activations and its logs
 from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
 from dictionary_learning.trainers.gdm import GatedSAETrainer
 from dictionary_learning.trainers.jumprelu import JumpReluTrainer

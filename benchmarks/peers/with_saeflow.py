@@ -136,6 +136,7 @@ def build(case: Case, batches: Iterator[Tensor]) -> Work:
         run.silent[: case.n_dead] = 2 * FOREVER
         run.take(Batch.of(next(batches)), 0.0)
 
+    step.run = run  # type: ignore[attr-defined]  # how it is launched can be looked at
     return step
 
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 
-from contestant import Case, Work, serve
+from contestant import Case, Work, leave_out, serve
+
+leave_out("wandb")  # of its logs
 from sae_lens.config import LoggingConfig, SAETrainerConfig
 from sae_lens.saes.batchtopk_sae import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.gated_sae import GatedTrainingSAE, GatedTrainingSAEConfig

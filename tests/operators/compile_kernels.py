@@ -61,33 +61,47 @@ def dense_steps(A: str) -> Iterator[Case]:
     yield dense.jump_dense, [A, F, A, F, INT], wide, 8
     yield dense.gated_dense, [A, F, F, F, A, A, F, INT], wide, 8
     yield dense.gated_gradient_dense, [A, F, F, F, A, A, F, A, F, F, INT, INT], tiles, 8
-    yield dense.count_dense, [A, L, U, INT], wide, 8
+    yield dense.count_dense, [A, S, U, INT, INT], tiles, 8
+    yield dense.dot_dense, [A, F, F, INT], wide, 8
+    yield dense.dot_gradient_dense, [A, F, F, A, F, F, INT, INT], tiles, 8
 
 
 def selections() -> Iterator[Case]:
-    tensors = [F, U, S, F, S, S, S, INT]
-    sizes = {"WIDE": 4096, "ROOM": 128}
+    tensors = [F, U, S, F, S, S, S]
+    sizes = {"WIDE": 1024, "ROOM": 128}
     fast = {"GROUPS": 1024, "PER_COLUMN": True}
+    of_long = {"EACH": 8, "WIDE": 4096}
     plain = {"HAS_ALLOWED": False, "IS_POSITIVE": False} | POWERS[0]
     chosen = {"HAS_ALLOWED": True, "IS_POSITIVE": True}
     for scores, places, changes in ((H, 16, {}), (H, 16, chosen), (F, 32, {})):
         constants = {"KIND": RANK, "PLACES": places} | sizes | plain | changes
-        yield selection.collect_rows, [scores, S, *tensors], constants | fast, 4
+        yield selection.collect_rows, [scores, S, *tensors, L, INT], constants | fast, 4
         for is_exact in FLAGS:
             exact = {"IS_EXACT": is_exact}
-            yield selection.collect_long_rows, [scores, S, *tensors], constants | exact, 8
+            yield (
+                selection.collect_long_rows,
+                [scores, S, *tensors, INT, INT],
+                constants | of_long | exact,
+                8,
+            )
     for power in POWERS:
         constants = {"KIND": SIMPLEX, "PLACES": 16} | sizes | plain | power
-        yield selection.collect_rows, [H, F, *tensors], constants | fast, 4
+        yield selection.collect_rows, [H, F, *tensors, L, INT], constants | fast, 4
         exact = {"IS_EXACT": False}
-        yield selection.collect_long_rows, [H, F, *tensors], constants | exact, 8
+        yield (
+            selection.collect_long_rows,
+            [H, F, *tensors, INT, INT],
+            constants | of_long | exact,
+            8,
+        )
     for per_column in FLAGS:
         constants = (
             {"KIND": ABOVE, "PLACES": 16} | sizes | plain | fast | {"PER_COLUMN": per_column}
         )
-        yield selection.collect_rows, [H, F, *tensors], constants, 4
-        sizes_of = {"PER_COLUMN": per_column, **sizes}
-        yield selection.spill_rows, [H, F, S, S, S, S, F, INT], sizes_of, 8
+        yield selection.collect_rows, [H, F, *tensors, L, INT], constants, 4
+        for has_spill in FLAGS:
+            of_rows = {"PER_COLUMN": per_column, "HAS_SPILL": has_spill, "ROOM": 128} | of_long
+            yield selection.spill_rows, [H, F, S, S, S, S, F, INT, INT], of_rows, 8
     for places, room, warps in ((16, 128, 1), (32, 1024, 4)):
         constants = {"PLACES": places, "ROOM": room, "CAPACITY": 64}
         yield selection.choose_rows, [S, F, S, S, S, S, F, S, S], constants, warps
@@ -95,24 +109,33 @@ def selections() -> Iterator[Case]:
 
 def products() -> Iterator[Case]:
     for has_spill in FLAGS:
-        sizes = {"CAPACITY": 32, "HAS_SPILL": has_spill, "BLOCK": 1024}
+        sizes = {"CAPACITY": 32, "HAS_SPILL": has_spill, "BLOCK": 1024, "EACH": 4}
         yield sparse.rescore_lists, [F, F, F, F, S, S, S, F, INT], sizes, 4
         for W in (F, H):
             yield sparse.products_of_lists, [F, W, S, S, S, F, INT], sizes, 4
-            types = [F, W, F, S, F, S, S, S, F, F, F, INT]
-            yield sparse.decode_error_of_lists, types, sizes, 4
+            types = [F, W, F, S, F, S, S, S, F, W, F, F, INT]
+            yield sparse.decode_error_of_lists, types, sizes | {"HAS_LOWER": W == H}, 4
             for has_bias in FLAGS:
                 constants = sizes | {"HAS_BIAS": has_bias}
                 yield sparse.decode_lists, [W, F, S, F, S, S, S, F, INT], constants, 4
-            for groups in (1, 5):
-                constants = sizes | {"GROUPS": groups}
-                yield sparse.sums_by_columns, [W, L, S, L, S, F, F, F, INT], constants, 4
-                for is_added in FLAGS:
-                    types = [W, W, L, S, L, S, F, F, F, F, F, INT]
-                    yield sparse.gradients_of_weights, types, constants | {"IS_ADDED": is_added}, 4
-            types = [F, W, F, L, S, F, S, S, S, F, F, F, INT]
-            constants = sizes | {"GROUPS": 5, "PADDED": 8}
-            yield sparse.nested_errors_of_lists, types, constants, 16
+            types = [F, W, F, L, S, F, S, S, S, F, F, F, F, INT]
+            yield sparse.nested_errors_of_lists, types, sizes | {"GROUPS": 5}, 4
+            yield from walks(W, sizes)
+    for has_left in FLAGS:
+        constants = {"HAS_LEFT": has_left, "BLOCK": 1024}
+        yield sparse.add_pieces, [S, F, F, F, F, F, F, INT, INT], constants, 4
+    yield sparse.totals_by_columns, [F, L, S, F], {"BLOCK": 64}, 1
+
+
+def walks(W: str, sizes: dict[str, Any]) -> Iterator[Case]:
+    """Yield the sums over entries by column, for rows of a type."""
+    types = [W, W, F, L, S, L, S, S, F, F, F, F, F, F, F, F, INT, INT]
+    for groups in (1, 5):
+        for has_left in FLAGS:
+            for is_added in FLAGS:
+                constants = {"GROUPS": groups, "HAS_LEFT": has_left, "IS_ADDED": is_added}
+                constants |= {"HAS_SCALES": not is_added, "PIECE": 256}
+                yield sparse.walk_columns, types, sizes | constants, 4
 
 
 target = GPUTarget("cuda", int(sys.argv[1]), 32)
@@ -130,7 +153,7 @@ written = {
     name
     for module in (dense, lists, rows, selection, soft, sparse, update)
     for name, member in vars(module).items()
-    if name.endswith(("_rows", "_lists", "_weights", "_products", "_columns", "_dense"))
+    if name.endswith(("_rows", "_lists", "_weights", "_products", "_columns", "_dense", "_pieces"))
     and isinstance(member, triton.JITFunction)
 }
 if written - compiled:

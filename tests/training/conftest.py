@@ -76,7 +76,9 @@ class Samples:
         x = (values[..., None] * self.features[chosen]).sum(1)
         return self.scale * x * (D_IN / ACTIVE / 2.3) ** 0.5
 
-    def batches(self, batch_size: int, seed: int, start_batch: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, seed: int, start_batch: int = 0, *, pin: bool = False
+    ) -> Iterator[Batch]:
         for number in itertools.count(start_batch):
             if self.on_batch:
                 self.on_batch(number)

@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from saeflow.operators.autograd import applied
+from saeflow.operators.gpu import dense
 from saeflow.operators.gpu.shadows import shadow
 from saeflow.operators.sparse import acts_as_gpu
 
@@ -38,6 +39,29 @@ def _lower(weights: Tensor) -> Tensor | None:
     return shadow(weights) if is_kept else None
 
 
+def perceptron(x: Tensor, hidden: nn.Linear, output: nn.Linear, centre: Tensor) -> Tensor:
+    """Return output(relu(hidden(x - centre))) (B,), whose hidden layer may be of lower precision; the rest is not.
+
+    Args:
+        x: (B, d_in).
+        hidden: (d_in) to (n).
+        output: (n) to (1).
+        centre: (d_in).
+
+    Returns:
+        (B,) in the dtype of the weights, with gradient.
+    """
+    matrix, weights = hidden.weight.t(), output.weight[0]
+    if acts_as_gpu(x) and weights.dtype == torch.float32 and not x.requires_grad:
+        at_once = dense.perceptron(x, matrix, hidden.bias, centre, weights, _lower(matrix))
+        total: Tensor = at_once + output.bias
+        return total
+    features = pre_acts(x, matrix, hidden.bias, centre).relu()
+    with torch.autocast(x.device.type, enabled=False):  # bfloat16 is 2 apart near 256
+        share: Tensor = output(features.to(weights.dtype))
+    return share[:, 0]
+
+
 def rounding(inputs: Tensor, W_enc: Tensor) -> Tensor:
     """() how far scores of a bfloat16 product may lie from those of float32 ones.
 
@@ -47,7 +71,8 @@ def rounding(inputs: Tensor, W_enc: Tensor) -> Tensor:
     Args:
         inputs: (B, d_in), what W_enc (d_in, d_sae) is multiplied with.
     """
-    return 2**-6 * (inputs.square().mean() * W_enc.square().sum() / W_enc.shape[1]).sqrt()
+    norms = torch.linalg.vector_norm(inputs) * torch.linalg.vector_norm(W_enc)
+    return 2**-6 * norms / (inputs.numel() * W_enc.shape[1]) ** 0.5
 
 
 def is_exact(margin: Tensor | float) -> bool:
@@ -65,12 +90,14 @@ class _PreActs(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor, lower: Tensor | None
     ) -> Tensor:
-        centred = x - b_dec
         if lower is None:
+            centred = x - b_dec
             a = torch.addmm(b_enc, centred, W_enc)
         else:
-            a = torch.addmm(b_enc.to(lower.dtype), centred.to(lower.dtype), lower)
-        ctx.save_for_backward(centred.to(a.dtype), W_enc)
+            centred = torch.sub(x, b_dec, out=torch.empty_like(x, dtype=lower.dtype))
+            a = torch.addmm(b_enc.to(lower.dtype), centred, lower)
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(centred.to(a.dtype), W_enc)
         ctx.lower = lower  # written after the backward pass
         return a
 

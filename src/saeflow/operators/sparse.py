@@ -10,7 +10,9 @@ from torch import Tensor
 
 from saeflow.operators import gpu, native
 from saeflow.operators.gpu import selection as select
+from saeflow.operators.gpu import weights as on_lists
 from saeflow.operators.gpu.lists import OVERFLOW, Lists, capacity_for, spare_for
+from saeflow.operators.gpu.sparse import column_totals
 from saeflow.operators.gpu.weights import Walk
 from saeflow.operators.rows import pad, positions
 
@@ -179,6 +181,19 @@ class SparseLatents:
         """The same entries, 0 where they are negative."""
         return self.with_values(self.values.relu())
 
+    def of_columns(self, vector: Tensor) -> Tensor:
+        """Return the number (count,) that a vector (d_sae,) has for each entry, with gradient."""
+        if self.lists is None:
+            return vector[self.columns]
+        return on_lists.of_columns(vector, self.lists).view(-1)
+
+    def of_rows(self, vector: Tensor) -> Tensor:
+        """Return the number (count,) that a vector (B,) has for each entry, with gradient."""
+        if self.lists is None:
+            return vector[self.rows]
+        of_lists = self.lists.of_lists(vector)[:, None]
+        return of_lists.expand(self.lists.columns.shape).reshape(-1)
+
     def keep(self, chosen: Tensor) -> "SparseLatents":
         """The entries that a mask (count,) chooses."""
         offsets = _offsets(self.rows[chosen], len(self))
@@ -237,14 +252,20 @@ class SparseLatents:
         is_active = self.values.detach() != 0
         if self.lists is None:
             return torch.bincount(self.columns[is_active], minlength=self.d_sae)
-        counts = torch.zeros(self.d_sae, dtype=torch.int64, device=self.values.device)
-        return counts.index_add_(0, self.columns, is_active.long())
+        return self._totals(is_active)
 
     def listed(self) -> Tensor:
         """Return how many rows have an entry for each latent (d_sae,) int64, of whatever value."""
-        counts = torch.zeros(self.d_sae, dtype=torch.int64, device=self.values.device)
-        ones = torch.ones_like(self.columns) if self.lists is None else self.is_real
-        return counts.index_add_(0, self.columns, ones.long())
+        if self.lists is None:
+            counts = torch.zeros(self.d_sae, dtype=torch.int64, device=self.values.device)
+            return counts.index_add_(0, self.columns, torch.ones_like(self.columns))
+        return self._totals(self.is_real)
+
+    def _totals(self, is_counted: Tensor) -> Tensor:
+        """Return how many entries of each column (d_sae,) int64 a mask (count,) chooses, where rows have the same room."""
+        assert self.lists is not None
+        ones = is_counted.float().view_as(self.lists.columns)
+        return column_totals(self.lists, ones).long()
 
     def total(self, numbers: Tensor) -> Tensor:
         """Return the sum of a number (count,) for each entry."""

@@ -64,7 +64,7 @@ class SAE(Usable):
             has_room = room(x, self.room) is not None  # then selections read bfloat16 as it is
             pre_acts = self.latent_scores(x) if has_room else self.pre_activations(x)
             is_rounded = torch.is_autocast_enabled(x.device.type)
-            margin = self.margin(x) if is_rounded else 0.0
+            margin = self.margin(x) if is_rounded and self.reads_margin else 0.0
             chosen = self.select(pre_acts, condition, margin)
         selected = self.gather(x, chosen, is_rounded)
         active = self.activate_selected(selected, condition)
@@ -96,8 +96,7 @@ class SAE(Usable):
         """Return the errors of the reconstruction of a target (B, d_out), where one pass finds them with their gradients."""
         if latents.lists is None or not self.adds_up:
             return None
-        squares, error = squared_errors(latents, self.W_dec, self.b_dec, target, self.prefixes)
-        return Errors(squares, -error)
+        return Errors(*squared_errors(latents, self.W_dec, self.b_dec, target, self.prefixes))
 
     def errors_of_constant(self, target: Tensor, latents: SparseLatents) -> Tensor:
         """Return squared errors (B,) of another reconstruction of a target (B, d_out), with the decoder as a constant."""

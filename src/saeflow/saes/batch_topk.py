@@ -78,6 +78,10 @@ class BatchTopK(SAE):
             return batch_topk(pre_acts.relu(), self.k)
         return pre_acts * (pre_acts > self.threshold)
 
+    @property
+    def reads_margin(self) -> bool:
+        return False
+
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:

@@ -124,6 +124,11 @@ class Contract(Totals):
         """Latents that a row is expected to use at most, where a GPU makes room for the same number in each."""
         return self.d_sae
 
+    @property
+    def reads_margin(self) -> bool:
+        """Return whether `select` has a threshold; a choice by rank has none, and a margin need not be measured."""
+        return True
+
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:

@@ -18,8 +18,8 @@ class Errors(NamedTuple):
 
     squares: Tensor
     """(B,) |target - x_hat|^2, with gradient; where a variant has groups, of all prefixes."""
-    residual: Tensor
-    """(B, d_out) target - x_hat, without gradient."""
+    error: Tensor
+    """(B, d_out) x_hat - target, without gradient."""
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Forward:
     def residual(self) -> Tensor:
         """Return target - x_hat (B, d_out), without gradient."""
         if self.errors is not None:
-            return self.errors.residual
+            return -self.errors.error
         return (self.target - self.x_hat).detach()
 
     @property

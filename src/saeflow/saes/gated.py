@@ -67,7 +67,7 @@ class Gated(FollowsDensity):
         return self.above_zero(pre_acts, margin)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
-        b_enc, r_mag, b_mag = (v[selected.columns] for v in (self.b_enc, self.r_mag, self.b_mag))
+        b_enc, r_mag, b_mag = map(selected.of_columns, (self.b_enc, self.r_mag, self.b_mag))
         magnitude = ((selected.values - b_enc) * r_mag.exp() + b_mag).relu()
         return selected.with_values(magnitude * (selected.values > 0))
 

@@ -143,7 +143,7 @@ class JumpReLU(FollowsDensity):
         return SparseLatents.from_above(pre_acts, lowered(near, margin), self.room)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
-        theta = self.theta[selected.columns]
+        theta = selected.of_columns(self.theta)
         return selected.with_values(jumprelu(selected.values, theta, self.bandwidth))
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
@@ -151,7 +151,7 @@ class JumpReLU(FollowsDensity):
         if fwd.beside:
             (count,) = fwd.beside
         elif isinstance(acts, SparseLatents):
-            count = acts.total(step(acts.values, self.theta[acts.columns], self.bandwidth))
+            count = acts.total(step(acts.values, acts.of_columns(self.theta), self.bandwidth))
             if not self.is_standard:
                 count = count + self.unlisted(acts, len(fwd.x))
         else:

@@ -98,6 +98,10 @@ class PerInputK(FollowsDensity):
         assert condition is not None
         return dense.soft(scores, condition, self.heat, self.reach or FAR)
 
+    @property
+    def reads_margin(self) -> bool:
+        return self.is_soft
+
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:

@@ -11,7 +11,7 @@ from torch.nn.functional import softplus
 
 from saeflow.batch import Batch
 from saeflow.config.options import Form, VariantOptions, option
-from saeflow.operators import pre_acts
+from saeflow.operators import perceptron
 from saeflow.saes.forward import Forward
 from saeflow.saes.initialisation import directions
 from saeflow.saes.per_input_k import PerInputK
@@ -166,11 +166,8 @@ class SoftTopK(PerInputK):
         self.is_fixed = is_hard and self.hard_phase == "decoder"
 
     def k_hat(self, x: Tensor) -> Tensor:
-        hidden = pre_acts(x, self.hidden.weight.t(), self.hidden.bias, self.centre).relu()
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 is 2 apart near 256
-            share = self.output(hidden.to(self.output.weight.dtype))[:, 0].sigmoid()
-        k_hat = self.k_max * share
-        result: Tensor = k_hat.clamp(1, self.d_sae)
+        share = perceptron(x, self.hidden, self.output, self.centre).sigmoid()
+        result: Tensor = (self.k_max * share).clamp(1, self.d_sae)
         return result
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:

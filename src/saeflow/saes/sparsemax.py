@@ -251,12 +251,12 @@ class Sparsemax(SAE):
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         assert condition is not None
         if self.max_rate is not None and self.is_zeroed:
-            is_masked = (self.firing_rate > self.max_rate)[selected.columns]
+            is_masked = selected.of_columns((self.firing_rate > self.max_rate).float()) > 0
             selected = selected.with_values(selected.values.masked_fill(is_masked, 0))
         z = selected if self.activation == "relu" else self.probabilities_of(selected)
         if self.activation == "scores":
             z = z.with_values(selected.values * (z.values.detach() > 0))
-        return z.with_values(z.values * condition[z.rows])
+        return z.with_values(z.values * z.of_rows(condition))
 
     # Training.
 
@@ -272,7 +272,9 @@ class Sparsemax(SAE):
             assert fwd.condition is not None
             norm = fwd.condition.detach().clamp(min=1e-12)
             of_rows = (
-                norm[fwd.latents.rows] if isinstance(fwd.latents, SparseLatents) else norm[:, None]
+                fwd.latents.of_rows(norm)
+                if isinstance(fwd.latents, SparseLatents)
+                else norm[:, None]
             )
             penalty = self.sum_over_rows((fwd.values.abs() / of_rows).sum())
             losses["l1"] = self.moved("l1") * penalty / self.rows(fwd.x)

@@ -60,6 +60,10 @@ class TopK(SAE):
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         return keep_topk(pre_acts.relu(), self.k)
 
+    @property
+    def reads_margin(self) -> bool:
+        return False
+
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:

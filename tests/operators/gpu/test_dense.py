@@ -102,6 +102,26 @@ def test_gated_latents_and_their_gate(scores: Tensor) -> None:
     compare(dense.gated, reference, scores, parameters)
 
 
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_a_perceptron_with_one_output(dtype: torch.dtype, path: str) -> None:
+    like, d = torch.zeros((), device=path), 20  # whole numbers, whose products bfloat16 holds
+    x, matrix = normal(B, d, seed=1, like=like).round(), normal(M, d, seed=2, like=like).round().t()
+    vectors = [normal(n, seed=seed, like=like).round() for n, seed in ((M, 3), (d, 4), (M, 5))]
+    single = [t.clone().requires_grad_() for t in (matrix, *vectors)]
+    exact = [t.detach().cpu().double().requires_grad_() for t in single]
+    lower = None if dtype == torch.float32 else matrix.to(dtype)
+    found = dense.perceptron(x, *single, lower)
+    W, b, centre, weights = exact
+    expected = ((x.cpu().double() - centre) @ W + b).relu() @ weights
+    of_rows = normal(B, seed=6, like=like)
+    (found * of_rows).sum().backward()
+    (expected * of_rows.cpu().double()).sum().backward()
+    close(found.detach(), expected.detach(), PRECISIONS[dtype])
+    for got, wanted in zip(single, exact, strict=True):
+        assert got.grad is not None
+        close(got.grad, wanted.grad, 2 * PRECISIONS[dtype])
+
+
 def test_soft_latents_and_their_sum(scores: Tensor) -> None:
     if not gpu.serves_scores(scores):
         pytest.skip("Triton's alone: without a GPU plain torch takes the soft top-k itself")

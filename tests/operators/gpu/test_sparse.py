@@ -86,14 +86,14 @@ def test_the_errors_of_prefixes_of_groups(lists: Lists, path: str) -> None:
     got = sparse.nested_errors(lists, W_dec.detach(), b_dec.detach(), x, boundaries)
     close(got.squares, squares.detach())
     for place in range(5):
-        close(got.error[:, place], torch.stack(errors[place:]).sum(0).detach())
+        close(got.kept[:, place], torch.stack(errors[place:]).sum(0).detach())
     expected = at(of_latents, lists)
     close(2 * got.products, expected)
-    close(2 * got.error[:, 0].sum(0), of_b)
-    found, _ = sparse.column_sums(2 * got.error, lists, lists.values, boundaries)
+    close(2 * got.kept[:, 0].sum(0), of_b)
+    found, _ = sparse.column_sums(2 * got.kept, lists, lists.values, boundaries)
     close(found, of_W)
     nothing = torch.zeros_like(lists.values)
-    both = sparse.weight_gradients(x, 2 * got.error, lists, nothing, boundaries=boundaries)
+    both = sparse.weight_gradients(x, 2 * got.kept, lists, nothing, boundaries=boundaries)
     close(both.W_dec, of_W)
     assert not both.W_enc.any()
 
@@ -103,7 +103,7 @@ def test_one_group_is_the_whole(lists: Lists, path: str) -> None:
     x, nowhere = normal(B, D, seed=9, path=path), torch.zeros(0, dtype=torch.int64, device=path)
     got = sparse.nested_errors(lists, W_dec, b_dec, x, nowhere)
     expected = sparse.decode_error(lists, W_dec, b_dec, x)
-    close(got.error[:, 0], expected.error)
+    close(got.kept[:, 0], expected.error)
     close(got.squares, expected.squares)
     close(got.products, expected.products)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saeflow.operators import gpu
+from saeflow.operators.autograd import applied
 from saeflow.operators.rows import blocks
 
 WIDE = 2048  # entries of a row that are looked at together
@@ -86,10 +87,27 @@ def count(latents: Tensor) -> tuple[Tensor, Tensor]:
     if not _runs_triton(latents):
         is_active = latents != 0
         return is_active.sum(1), is_active.any(0)
-    counts = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
+    counts = torch.zeros(len(latents), dtype=torch.int32, device=latents.device)
     fired = torch.zeros(latents.shape[1], dtype=torch.uint8, device=latents.device)
-    _launch("count_dense", latents, counts, fired)
-    return counts, fired.bool()
+    _launch_tiles("count_dense", latents.contiguous(), counts, fired)
+    return counts.long(), fired.bool()
+
+
+def perceptron(
+    x: Tensor, matrix: Tensor, bias: Tensor, centre: Tensor, weights: Tensor, lower: Tensor | None
+) -> Tensor:
+    """Return relu((x - centre) matrix + bias) . weights (B,) float32, with gradient in all but x.
+
+    The hidden layer has the precision of `lower`; what is multiplied with `weights`, and summed, is in float32.
+
+    Args:
+        x: (B, d).
+        matrix: (d, M), laid out by columns.
+        bias, weights: (M,).
+        centre: (d,).
+        lower: a copy of the matrix in the precision of the product; None: the matrix itself.
+    """
+    return applied(_Perceptron, x, matrix, bias, centre, weights, lower)
 
 
 def _runs_triton(rows: Tensor) -> bool:
@@ -233,6 +251,50 @@ class _Gated(torch.autograd.Function):
                 parts[1, 0] += (g * u).sum(0)
         magnitudes, products = parts.sum(1)
         return out, -rate * magnitudes, rate * products, magnitudes
+
+
+class _Perceptron(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        matrix: Tensor,
+        bias: Tensor,
+        centre: Tensor,
+        weights: Tensor,
+        lower: Tensor | None,
+    ) -> Tensor:
+        by = matrix if lower is None else lower
+        centred = torch.sub(x, centre, out=torch.empty_like(x, dtype=by.dtype))
+        scores = torch.addmm(bias.to(by.dtype), centred, by)
+        ctx.save_for_backward(centred, scores, matrix, weights)
+        out = torch.empty(len(x), device=x.device)
+        if _runs_triton(scores):
+            _launch("dot_dense", scores, weights.contiguous(), out)
+        else:
+            for at in blocks(scores):
+                out[at] = scores[at].float().clamp(min=0) @ weights
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        centred, scores, matrix, weights = ctx.saved_tensors
+        of_scores, parts, grad = torch.empty_like(scores), _partial(scores), grad.contiguous()
+        if _runs_triton(scores):
+            tensors = (weights.contiguous(), grad, of_scores, *parts)
+            _launch_tiles("dot_gradient_dense", scores, *tensors)
+        else:
+            parts.zero_()
+            for at in blocks(scores):
+                a, of_rows = scores[at].float(), grad[at][:, None]
+                part = (of_rows * weights).where(a > 0, 0)
+                of_scores[at] = part.to(of_scores.dtype)
+                parts[0, 0] += (a.clamp(min=0) * of_rows).sum(0)
+                parts[1, 0] += part.sum(0)
+        of_weights, of_bias = parts.sum(1)
+        of_matrix = (of_scores.t() @ centred).to(matrix.dtype).t()
+        return None, of_matrix, of_bias, -(matrix @ of_bias), of_weights, None
 
 
 class _Soft(torch.autograd.Function):

@@ -27,6 +27,10 @@ class Transposed(NamedTuple):
     offsets: Tensor  # (d_sae + 1,) int32: where the entries of each column begin
 
 
+PIECE = 256
+"""Entries of a column that one program sums up."""
+
+
 class Spill(NamedTuple):
     """Spare rows of lists, in which a row with more entries than one list holds goes on."""
 
@@ -110,7 +114,7 @@ class Lists:
                 f"expected {tuple(self.columns.shape)} values, got {tuple(values.shape)}"
             )
         other = replace(self, values=values)
-        for name in ("real", "transposed"):
+        for name in ("real", "transposed", "pieces"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         return other
@@ -133,6 +137,22 @@ class Lists:
         ordered, order = beyond.sort(stable=True)
         ends = torch.arange(self.d_sae + 1, dtype=torch.int32, device=ordered.device)
         return Transposed(order, torch.searchsorted(ordered, ends, out_int32=True))
+
+    @cached_property
+    def pieces(self) -> Tensor:
+        """(n, 2) int32: the column of each piece of `PIECE` entries after a column's first, and its number; -1 where none.
+
+        In the order of columns and pieces; n is fixed, the most that entries of this room can have.
+        """
+        offsets = self.transposed.offsets
+        more = (offsets.diff() - 1).clamp(min=0).div(PIECE, rounding_mode="floor")
+        ends = more.cumsum(0)
+        place = torch.arange(max(1, self.columns.numel() // PIECE), device=offsets.device)
+        column = torch.searchsorted(ends, place, right=True)
+        is_used = column < self.d_sae
+        column = column.clamp(max=self.d_sae - 1)
+        number = place - (ends - more)[column] + 1
+        return torch.stack((torch.where(is_used, column, -1), number), 1).int()
 
     def dense(self) -> Tensor:
         """(B, d_sae) with zeros elsewhere, differentiable in the values."""

@@ -16,7 +16,9 @@ from saeflow.operators.rows import group_maxima, next_below
 
 GROUPS_PER_ENTRY = 2  # of a batch-wide choice, for each place in a list
 MOST_GROUPS = 4096  # maxima that a program keeps in registers
-WIDE = 4096  # entries of a row that are looked at together
+AT_ONCE = 1024  # entries of a row that are looked at together
+WIDE = 4096  # the same, of a row with more entries than there is room for
+EACH = 8  # rows that one program looks for those in
 RANK, SIMPLEX, ABOVE = 0, 1, 2  # kinds of a floor
 
 
@@ -202,9 +204,8 @@ def _collect(
     slack = torch.zeros((), device=scores.device) if slack is None else slack
     allowed_or_any = rows if allowed is None else allowed.view(torch.uint8)  # read only if given
     widest = 1 << max(4, (n - 1).bit_length())
-    groups, wide = min(widest, max(1024, min(MOST_GROUPS, 2 * room))), min(widest, WIDE)
+    groups = min(widest, max(1024, min(MOST_GROUPS, 2 * room)))
     tensors = (rows, floors, slack, allowed_or_any, out.columns, out.values, out.counts)
-    arguments = (*tensors, found, out.status, n)
     constants = {
         "KIND": kind,
         "PLACES": _places(scores),
@@ -212,24 +213,28 @@ def _collect(
         "IS_POSITIVE": is_positive,
         "LINEAR": power == 1,
         "SQUARES": power == 2,
-        "WIDE": wide,
         "ROOM": room,
     }
-    warps = 8 if groups > 1024 else 4
+    taken = torch.empty(n_rows, room, dtype=torch.int64, device=scores.device)
     kernels = gpu.load("selection")
     kernels.collect_rows[(n_rows,)](
-        *arguments, **constants, GROUPS=groups, PER_COLUMN=floors.ndim == 1, num_warps=warps
-    )
+        *tensors, found, out.status, taken, n, **constants, GROUPS=groups, WIDE=min(widest, AT_ONCE),
+        PER_COLUMN=floors.ndim == 1, num_warps=8 if max(groups, room) > 1024 else 4,
+    )  # fmt: skip
+    of_long = {"EACH": EACH, "WIDE": min(widest, WIDE), "ROOM": room, "num_warps": 8}
+    programs = (-(-n_rows // EACH),)
     if kind != ABOVE:
-        kernels.collect_long_rows[(n_rows,)](
-            *arguments, **constants, IS_EXACT=is_exact, num_warps=8
+        kernels.collect_long_rows[programs](
+            *tensors, found, out.status, n_rows, n, **(constants | of_long), IS_EXACT=is_exact
         )
-    if not spare:
         return out
-    counts, is_cut, spill = spread(found, room, spare)
-    kernels.spill_rows[(n_rows,)](
-        rows, floors, found, spill.first, spill.parts, out.columns, out.values, n,
-        PER_COLUMN=floors.ndim == 1, WIDE=wide, ROOM=room, num_warps=8,
+    counts, is_cut, spill = out.counts, found > room, None
+    if spare:
+        counts, is_cut, spill = spread(found, room, spare)
+    of_rows = (found, found) if spill is None else spill[1:]
+    kernels.spill_rows[programs](
+        rows, floors, found, *of_rows, out.columns, out.values, n_rows, n,
+        PER_COLUMN=floors.ndim == 1, HAS_SPILL=spill is not None, **of_long,
     )  # fmt: skip
     status = (out.status & NAN) | OVERFLOW * is_cut.int()
     return Lists(out.columns, out.values, counts, status, n, spill)

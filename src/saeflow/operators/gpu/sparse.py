@@ -6,13 +6,16 @@ import torch
 from torch import Tensor
 
 from saeflow.operators import gpu
-from saeflow.operators.gpu.lists import Lists
+from saeflow.operators.gpu.lists import PIECE, Lists
+
+EACH = 4  # rows of a matrix that are read at a time
 
 
 class Decoded(NamedTuple):
     """Results of one pass over the entries of each row."""
 
-    error: Tensor  # (B, d) float32, x_hat - x; in groups (B, G, d), see `nested_errors`
+    error: Tensor  # (B, d) float32, x_hat - x
+    kept: Tensor  # the same in the precision asked for; float32 in groups (B, G, d), see `nested_errors`
     squares: Tensor  # (B,) float32, |error|^2
     products: Tensor  # (B, C) float32, error . W_dec[column] of each entry, 0 where not real
 
@@ -74,7 +77,9 @@ def row_products(left: Tensor, right: Tensor, lists: Lists) -> Tensor:
     return out
 
 
-def decode_error(lists: Lists, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Decoded:
+def decode_error(
+    lists: Lists, W_dec: Tensor, b_dec: Tensor, x: Tensor, lower: torch.dtype = torch.float32
+) -> Decoded:
     """The error of a reconstruction, and all that its square's gradients need, in one pass.
 
     Args:
@@ -82,22 +87,30 @@ def decode_error(lists: Lists, W_dec: Tensor, b_dec: Tensor, x: Tensor) -> Decod
         W_dec: (M, d) float32 or bfloat16.
         b_dec: (d,).
         x: (B, d).
+        lower: precision of the error that gradients of weights are summed from.
 
     Returns:
         `Decoded`. The gradient of the sum of squares at the values is 2 products, at x_hat 2 error.
     """
     if not _runs_triton(x, lists):
         error = decode(lists, W_dec, b_dec) - x
-        return Decoded(error, error.square().sum(1), row_products(error, W_dec, lists))
+        squares, products = error.square().sum(1), row_products(error, W_dec, lists)
+        return Decoded(error, error.to(lower), squares, products)
     error = torch.empty(x.shape, device=x.device)
-    out = (error, error.new_empty(len(x)), _products(lists))
+    has_lower = lower != torch.float32
+    kept = torch.empty_like(error, dtype=lower) if has_lower else error
+    out = Decoded(error, kept, error.new_empty(len(x)), _products(lists))
     tensors = (_whole(x), _whole(W_dec), b_dec, *_entries(lists))
-    _launch("decode_error_of_lists", len(x), x.shape[1], lists, *tensors, *out)
-    return Decoded(*out)
+    _launch("decode_error_of_lists", len(x), x.shape[1], lists, *tensors, *out, HAS_LOWER=has_lower)
+    return out
 
 
 def nested_errors(
-    lists: Lists, W_dec: Tensor, b_dec: Tensor, x: Tensor, boundaries: Tensor
+    lists: Lists,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    x: Tensor,
+    boundaries: Tensor,
 ) -> Decoded:
     """Do `decode_error` for the reconstructions from the first group of latents, from the first two, and so on.
 
@@ -106,7 +119,7 @@ def nested_errors(
         boundaries: (G - 1,) int64, ascending: where each group but the last ends.
 
     Returns:
-        `Decoded`: error (B, G, d), at g the sum of the errors of the reconstructions from g + 1 groups or
+        `Decoded`: kept (B, G, d), at g the sum of the errors of the reconstructions from g + 1 groups or
         more, which is half of the gradient at what group g adds; squares, of all G together; products, with the
         error of each entry's group.
     """
@@ -126,13 +139,13 @@ def nested_errors(
             for group, (columns, _) in zip(of.T, slots, strict=True)
         ]
         products = torch.where(lists.real, torch.stack(found, 1), 0)
-        return Decoded(sums, errors.square().sum((1, 2)), products)
-    sums = x.new_empty(n_rows, groups, width, dtype=torch.float32)
-    out = (sums, sums.new_empty(n_rows), _products(lists))
+        return Decoded(errors[:, -1], sums, errors.square().sum((1, 2)), products)
+    error = torch.empty(x.shape, device=x.device)
+    sums = error.new_empty(n_rows, groups, width)
+    out = Decoded(error, sums, error.new_empty(n_rows), _products(lists))
     tensors = (_whole(x), _whole(W_dec), b_dec, boundaries, *_entries(lists))
-    constants = {"GROUPS": groups, "PADDED": 1 << (groups - 1).bit_length()}
-    _launch("nested_errors_of_lists", n_rows, width, lists, *tensors, *out, **constants)
-    return Decoded(*out)
+    _launch("nested_errors_of_lists", n_rows, width, lists, *tensors, *out, GROUPS=groups)
+    return out
 
 
 def weight_gradients(
@@ -143,6 +156,7 @@ def weight_gradients(
     *,
     into: Gradients | None = None,
     boundaries: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Gradients:
     """Gradients of encoder and decoder, in one walk over the entries of each latent.
 
@@ -154,32 +168,34 @@ def weight_gradients(
             value_grad * centred[row]; 0 where an entry is not real.
         into: gradients that these are added to; their memory is used.
         boundaries: (G - 1,) int64, of the groups.
+        scales: (B,) float32, what each row of grad is to be multiplied with; None: 1.
 
     Returns:
         `Gradients`, float32. A latent's sums run in the order of rows, so they are the same each time.
     """
     M, d = lists.d_sae, centred.shape[1]
-    is_added, groups = into is not None, 1 if boundaries is None else len(boundaries) + 1
     if not _runs_triton(centred, lists):
         W_enc, b_enc = column_sums(centred, lists, value_grads)
-        W_dec, _ = column_sums(grad, lists, lists.values.detach(), boundaries)
+        W_dec, _ = column_sums(grad, lists, lists.values.detach(), boundaries, scales)
         if into is None:
             return Gradients(W_enc, b_enc, W_dec)
         for old, new in zip(into, (W_enc, b_enc, W_dec), strict=True):
             old += new
         return into
+    is_added = into is not None
     if into is None:
         W_enc, W_dec = torch.empty(2, M, d, device=centred.device).unbind()
         into = Gradients(W_enc, torch.empty(M, device=centred.device), W_dec)
-    matrices = (_whole(centred), _whole(grad), _ends(boundaries, lists), _owners(lists))
-    entries = (*lists.transposed, _whole(lists.values), value_grads.contiguous())
-    constants = {"IS_ADDED": is_added, "GROUPS": groups}
-    _launch("gradients_of_weights", M, d, lists, *matrices, *entries, *into, **constants)
+    _walk(lists, lists.values, grad, into, boundaries, scales, centred, value_grads, is_added)
     return into
 
 
 def column_sums(
-    matrix: Tensor, lists: Lists, weights: Tensor, boundaries: Tensor | None = None
+    matrix: Tensor,
+    lists: Lists,
+    weights: Tensor,
+    boundaries: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One of the gradients of `weight_gradients`, where the other is not wanted with it.
 
@@ -188,12 +204,15 @@ def column_sums(
         lists: whose values are left aside.
         weights: (B, C), 0 where an entry is not real.
         boundaries: (G - 1,) int64, of the groups.
+        scales: (B,) float32, what each row of the matrix is to be multiplied with; None: 1.
 
     Returns:
         (M, d) and (M,) float32: each column's sums of weight * matrix[row] and of weights.
     """
     M, d = lists.d_sae, matrix.shape[-1]
     if not _runs_triton(matrix, lists):
+        if scales is not None:
+            matrix = matrix.float() * scales.view(-1, *[1] * (matrix.ndim - 1))
         sums = matrix.new_zeros(M, d, dtype=torch.float32)
         totals = sums.new_zeros(M)
         of_lists = lists.of_lists(matrix)
@@ -206,16 +225,52 @@ def column_sums(
             totals.index_add_(0, columns, of_slot)
         return sums, totals
     sums, totals = torch.empty(M, d, device=matrix.device), torch.empty(M, device=matrix.device)
-    groups = 1 if boundaries is None else len(boundaries) + 1
-    tensors = (_whole(matrix), _ends(boundaries, lists), _owners(lists), *lists.transposed)
-    out = (_whole(weights), sums, totals)
-    _launch("sums_by_columns", M, d, lists, *tensors, *out, GROUPS=groups)
+    _walk(lists, weights, matrix, Gradients(sums, totals, sums), boundaries, scales)
     return sums, totals
 
 
-def _ends(boundaries: Tensor | None, lists: Lists) -> Tensor:
-    """Return what a kernel is given for boundaries: where there are none, something that it does not read."""
-    return lists.columns if boundaries is None else boundaries
+def column_totals(lists: Lists, weights: Tensor) -> Tensor:
+    """Return each column's sum (M,) float32 of the weights (B, C) float32 of its real entries."""
+    if not _runs_triton(weights, lists):
+        flat = lists.columns.long().view(-1)
+        kept = torch.where(lists.real, weights, 0).view(-1)
+        return weights.new_zeros(lists.d_sae).index_add_(0, flat, kept)
+    totals = torch.empty(lists.d_sae, device=weights.device)
+    arguments = (_whole(weights), *lists.transposed, totals)
+    gpu.load("sparse").totals_by_columns[(lists.d_sae,)](*arguments, BLOCK=64, num_warps=1)
+    return totals
+
+
+def _walk(
+    lists: Lists,
+    values: Tensor,
+    right: Tensor,
+    into: Gradients,
+    boundaries: Tensor | None,
+    scales: Tensor | None,
+    left: Tensor | None = None,
+    value_grads: Tensor | None = None,
+    is_added: bool = False,
+) -> None:
+    """Sum over each column's entries into gradients, of the left only where it is given; long columns in pieces."""
+    M, d = lists.d_sae, right.shape[-1]
+    pieces, has_left = lists.pieces, left is not None
+    count = len(pieces)
+    parts = [into.W_dec.new_empty(count, d) for _ in range(1 + has_left)]
+    of_parts = (parts[0], into.b_enc.new_empty(count), parts[-1])
+    constants = {"HAS_LEFT": has_left, "num_warps": _warps(d)}
+    none = lists.columns  # where a kernel reads nothing
+    _launch(
+        "walk_columns", M + count, d, lists,
+        none if left is None else _whole(left), _whole(right), none if scales is None else _whole(scales),
+        none if boundaries is None else boundaries, _owners(lists), *lists.transposed, pieces, _whole(values),
+        none if value_grads is None else _whole(value_grads), *into, *of_parts, M,
+        GROUPS=1 if boundaries is None else len(boundaries) + 1, HAS_SCALES=scales is not None,
+        IS_ADDED=is_added, PIECE=PIECE, HAS_LEFT=has_left,
+    )  # fmt: skip
+    gpu.load("sparse").add_pieces[(count,)](
+        pieces, *into, *of_parts, count, d, BLOCK=_block(d), **constants
+    )
 
 
 def _owners(lists: Lists) -> Tensor:
@@ -248,12 +303,21 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous()
 
 
+def _block(width: int) -> int:
+    """Return the numbers that a program holds of a row of `width`."""
+    return 1 << max(4, (width - 1).bit_length())
+
+
+def _warps(width: int) -> int:
+    return max(1, min(16, _block(width) // 256))
+
+
 def _launch(
     kernel: str, programs: int, width: int, lists: Lists, *arguments: Any, **constants: Any
 ) -> None:
-    """Run a kernel that holds a row of `width` numbers in registers."""
-    block = 1 << max(4, (width - 1).bit_length())
-    function = getattr(gpu.load("sparse"), kernel)
-    warps = max(1, min(16, block * constants.get("PADDED", 1) // 256))
+    """Run a kernel that holds rows of `width` numbers in registers."""
     constants |= {"CAPACITY": lists.capacity, "HAS_SPILL": lists.spill is not None}
-    function[(programs,)](*arguments, width, BLOCK=block, num_warps=warps, **constants)
+    each = max(1, min(EACH, 4096 // _block(width)))
+    getattr(gpu.load("sparse"), kernel)[(programs,)](
+        *arguments, width, BLOCK=_block(width), EACH=each, num_warps=_warps(width), **constants
+    )

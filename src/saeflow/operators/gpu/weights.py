@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from saeflow.operators.autograd import applied
 from saeflow.operators.gpu import sparse
 from saeflow.operators.gpu.lists import Lists
+from saeflow.operators.gpu.shadows import shadow
 
 
 class OfEncoder(NamedTuple):
@@ -30,7 +31,8 @@ class OfDecoder(NamedTuple):
 
     lists: Lists
     grad: Tensor  # (B, d) at x_hat, or (B, G, d) at what each group of latents adds
-    boundaries: Tensor | None  # (G - 1,), of the groups
+    boundaries: Tensor | None = None  # (G - 1,), of the groups
+    scales: Tensor | None = None  # (B,), what rows of grad are to be multiplied with
 
 
 @dataclass(eq=False)
@@ -83,14 +85,16 @@ class Left:
                 into = sparse.Gradients(W_enc, b_enc, W_dec)
             found = sparse.weight_gradients(
                 encoder.centred, decoder.grad, decoder.lists, encoder.value_grads,
-                into=into, boundaries=decoder.boundaries,
+                into=into, boundaries=decoder.boundaries, scales=decoder.scales,
             )  # fmt: skip
             if into is None:
                 W_enc, b_enc = _added(W_enc, found.W_enc), _added(b_enc, found.b_enc)
                 W_dec = _added(W_dec, found.W_dec)
         for decoder in decoders:
             values = decoder.lists.values.detach()
-            W, _ = sparse.column_sums(decoder.grad, decoder.lists, values, decoder.boundaries)
+            W, _ = sparse.column_sums(
+                decoder.grad, decoder.lists, values, decoder.boundaries, decoder.scales
+            )
             W_dec = _added(W_dec, W)
         return W_enc, b_enc, W_dec
 
@@ -147,6 +151,11 @@ def squared_errors(
     return result
 
 
+def of_columns(vector: Tensor, lists: Lists) -> Tensor:
+    """Return the number (B, C) that a vector (M,) has for each entry's column, with gradient."""
+    return applied(_OfColumns, vector, lists)
+
+
 def _inputs(W_dec: Tensor, of: Walk | None) -> tuple[Tensor | None, Left | None, Tensor]:
     """Return a token and who sums up, where the decoder is a step's; the decoder, with gradient where it is not."""
     if of is None or of.left.W_dec is not W_dec:
@@ -187,6 +196,18 @@ class _Token(torch.autograd.Function):
         return (*(g if is_wanted else None for g, is_wanted in wanted), None)
 
 
+class _OfColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, vector: Tensor, lists: Lists) -> Tensor:
+        ctx.lists = lists
+        return vector.index_select(0, lists.columns.view(-1)).view(lists.columns.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return sparse.column_totals(ctx.lists, grad), None
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -194,6 +215,7 @@ class _Gather(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.left, ctx.lists, ctx.number = left, lists, left.number()
+        ctx.lower = torch.bfloat16 if is_rounded and _is_bf16(x) else left.W_enc.dtype
         if any(ctx.needs_input_grad):
             lists.transposed  # noqa: B018  # worked out here, so that lists of other values share it
         if is_rounded:
@@ -205,7 +227,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,), left, lists = ctx.saved_tensors, ctx.left, ctx.lists
         grad = grad.contiguous()
-        centred = (x - left.b_dec).to(left.W_enc.dtype)
+        centred = torch.sub(x, left.b_dec, out=torch.empty_like(x, dtype=ctx.lower))
         left.of_encoder[ctx.number] = OfEncoder(lists, centred, grad)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -235,7 +257,7 @@ class _Decode(torch.autograd.Function):
         of_values = None
         if ctx.needs_input_grad[0]:
             of_values = sparse.row_products(grad, W_dec, ctx.lists)
-        return of_values, None, _leave(ctx, grad, None), None, None
+        return of_values, None, _leave(ctx, OfDecoder(ctx.lists, grad)), None, None
 
 
 class _SquaredErrors(torch.autograd.Function):
@@ -251,41 +273,50 @@ class _SquaredErrors(torch.autograd.Function):
         left: Left | None,
         boundaries: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        lower, rows = torch.float32, W_dec
+        if left is not None and _is_bf16(W_dec):
+            lower, rows = torch.bfloat16, shadow(left.W_dec)
         if boundaries is None:
-            found = sparse.decode_error(lists, W_dec, b_dec, x)
-            whole = found.error
+            found = sparse.decode_error(lists, rows, b_dec, x, lower)
         else:
-            found = sparse.nested_errors(lists, W_dec, b_dec, x, boundaries)
-            whole = found.error[:, -1].clone()
-        ctx.save_for_backward(found.error, found.products)
+            found = sparse.nested_errors(lists, rows, b_dec, x, boundaries)
+        of_all = found.error if boundaries is None else found.kept[:, 0]  # of all prefixes
+        ctx.save_for_backward(found.kept, found.products, of_all)
         ctx.lists, ctx.left, ctx.boundaries = lists, left, boundaries
         ctx.number = 0 if left is None else left.number()
-        ctx.mark_non_differentiable(whole)
-        return found.squares, whole
+        ctx.mark_non_differentiable(found.error)
+        return found.squares, found.error
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        error, products = ctx.saved_tensors
+        error, products, of_all = ctx.saved_tensors
         twice = 2 * grad
         of_values = None
         if ctx.needs_input_grad[0]:
             of_values = ctx.lists.of_lists(twice)[:, None] * products
-        of_error = twice.view(-1, *[1] * (error.ndim - 1)) * error
-        of_x_hat = of_error if ctx.boundaries is None else of_error[:, 0]  # of all prefixes
-        of_b_dec = of_x_hat.sum(0) if ctx.needs_input_grad[3] else None
-        of_x = -of_x_hat if ctx.needs_input_grad[4] else None
-        of_W_dec = _leave(ctx, of_error, ctx.boundaries)
+        of_b_dec, of_x = None, None
+        if ctx.needs_input_grad[3]:
+            of_b_dec = torch.mv(of_all.t(), twice)
+        if ctx.needs_input_grad[4]:
+            of_x = -twice[:, None] * of_all
+        of_W_dec = _leave(ctx, OfDecoder(ctx.lists, error, ctx.boundaries, twice))
         return of_values, None, of_W_dec, of_b_dec, of_x, None, None, None
 
 
-def _leave(ctx: Any, grad: Tensor, boundaries: Tensor | None) -> Tensor | None:
+def _leave(ctx: Any, part: OfDecoder) -> Tensor | None:
     """Leave the decoder's part of a gradient, or return it where nobody sums up."""
     if ctx.left is not None:
         if ctx.needs_input_grad[1]:
-            ctx.left.of_decoder[ctx.number] = OfDecoder(ctx.lists, grad, boundaries)
+            ctx.left.of_decoder[ctx.number] = part
         return None
     if not ctx.needs_input_grad[2]:
         return None
     values = ctx.lists.values.detach()
-    return sparse.column_sums(grad, ctx.lists, values, boundaries)[0]
+    return sparse.column_sums(part.grad, part.lists, values, part.boundaries, part.scales)[0]
+
+
+def _is_bf16(tensor: Tensor) -> bool:
+    """Return whether products on a tensor's device are in bfloat16 now."""
+    kind = tensor.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16

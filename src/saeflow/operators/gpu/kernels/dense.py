@@ -147,16 +147,60 @@ def gated_gradient_dense(
     tl.store(of_product + block * n + column, tl.sum(products, 0), mask=inside)
 
 
+@triton.jit(do_not_specialize=["n", "n_rows"])
+def count_dense(
+    latents, counts, fired, n, n_rows, ROWS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr
+):
+    """Add to counts[b] the latents that are not 0; fired[m] is set to 1 where one is."""
+    column = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    block = tl.program_id(1).to(tl.int64)
+    inside = column < n
+    is_any = tl.zeros((WIDE,), tl.int32)
+    for start in range(0, TALL, ROWS):
+        row = block * TALL + start + tl.arange(0, ROWS)
+        at = row[:, None] * n + column[None, :]
+        mask = (row < n_rows)[:, None] & inside[None, :]
+        z = tl.load(latents + at, mask=mask, other=0.0).to(tl.float32)
+        is_active = (z != 0).to(tl.int32)
+        is_any = tl.maximum(is_any, tl.max(is_active, 0))
+        tl.atomic_add(counts + row, tl.sum(is_active, 1), mask=row < n_rows, sem="relaxed")
+    tl.store(fired + column, is_any.to(tl.uint8), mask=inside & (is_any > 0))
+
+
 @triton.jit(do_not_specialize=["n"])
-def count_dense(latents, counts, fired, n, WIDE: tl.constexpr):
-    """counts[b]: latents that are not 0; fired[m] is set to 1 where one is."""
+def dot_dense(scores, weights, out, n, WIDE: tl.constexpr):
+    """out[b] = relu(scores[b]) . weights."""
     row = tl.program_id(0).to(tl.int64)
     wide = tl.arange(0, WIDE)
-    total = tl.zeros((WIDE,), tl.int32)
+    total = tl.zeros((WIDE,), tl.float32)
     for start in range(0, n, WIDE):
         inside = start + wide < n
-        z = tl.load(latents + row * n + start + wide, mask=inside, other=0.0).to(tl.float32)
-        is_active = (z != 0) & inside
-        total += is_active.to(tl.int32)
-        tl.store(fired + start + wide, is_active.to(tl.uint8), mask=is_active)
-    tl.store(counts + row, tl.sum(total, 0).to(tl.int64))
+        a = tl.load(scores + row * n + start + wide, mask=inside, other=0.0).to(tl.float32)
+        total += tl.where(a <= 0, 0.0, a) * tl.load(weights + start + wide, mask=inside, other=0.0)
+    tl.store(out + row, tl.sum(total, 0))
+
+
+@triton.jit(do_not_specialize=["n", "n_rows"])
+def dot_gradient_dense(
+    scores, weights, of_dot, out, of_weights, of_bias, n, n_rows,
+    ROWS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """out = of_dot[b] weights [scores > 0]; for each block of rows and column, the sums of of_dot relu(scores), and of out."""
+    column = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    block = tl.program_id(1).to(tl.int64)
+    inside = column < n
+    weight = tl.load(weights + column, mask=inside, other=0.0)[None, :]
+    products = tl.zeros((ROWS, WIDE), tl.float32)
+    totals = tl.zeros((ROWS, WIDE), tl.float32)
+    for start in range(0, TALL, ROWS):
+        row = block * TALL + start + tl.arange(0, ROWS)
+        at = row[:, None] * n + column[None, :]
+        mask = (row < n_rows)[:, None] & inside[None, :]
+        a = tl.load(scores + at, mask=mask, other=0.0).to(tl.float32)
+        g = tl.load(of_dot + row, mask=row < n_rows, other=0.0)[:, None]
+        of_score = tl.where(a > 0, g * weight, 0.0)
+        tl.store(out + at, of_score, mask=mask)
+        products += tl.where(a <= 0, 0.0, a) * g
+        totals += of_score
+    tl.store(of_weights + block * n + column, tl.sum(products, 0), mask=inside)
+    tl.store(of_bias + block * n + column, tl.sum(totals, 0), mask=inside)

@@ -90,15 +90,15 @@ def simplex_total(values, top, scale, tau, LINEAR: tl.constexpr, SQUARES: tl.con
 
 @triton.jit
 def collect_rows(
-    scores, floors, slack, allowed, columns, values, counts, found, status, n,
+    scores, floors, slack, allowed, columns, values, counts, found, status, taken, n,
     KIND: tl.constexpr, PLACES: tl.constexpr, PER_COLUMN: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.constexpr,
     LINEAR: tl.constexpr, SQUARES: tl.constexpr,
     GROUPS: tl.constexpr, WIDE: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
-    """The entries of each row that reach its floor, ascending, the first ROOM of them; found[b]: all.
+    """The entries of each row that reach its floor, ascending; found[b]: how many, where above ROOM any ROOM of them.
 
-    floors: RANK, a rank per row; SIMPLEX, a scale per row; ABOVE, a threshold, or one per column.
+    taken (B, ROOM) int64: memory to work with. floors: RANK, a rank per row; SIMPLEX, a scale per row; ABOVE, a threshold, or one per column.
     """
     row = tl.program_id(0).to(tl.int64)
     base = scores + row * n
@@ -131,8 +131,12 @@ def collect_rows(
             floor = low - MARGIN - near * scale
     elif not PER_COLUMN:
         floor = tl.load(floors)
-    count, has_nan = 0, 0
+    # Entries take slots in any order, without waiting for one another, and are put in order afterwards.
     wide = tl.arange(0, WIDE)
+    one = tl.full((WIDE,), 1, tl.int32)
+    has_nan = tl.zeros((WIDE,), tl.int32)
+    tl.store(found + row, 0)
+    tl.debug_barrier()
     for start in range(0, n, WIDE):
         at = start + wide
         entries, is_nan = read(base, allowed, at, n, HAS_ALLOWED, IS_POSITIVE)
@@ -145,49 +149,71 @@ def collect_rows(
         else:
             hit = entries > floor
         hit = hit & (entries > NEVER)
-        marks = tl.sum(hit.to(tl.int32) + is_nan.to(tl.int32) * 65536, 0)  # both in one sum
-        hits = marks & 65535
-        has_nan = has_nan | (marks >> 16)
-        if hits > 0:
-            place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
-            fits = hit & (place < ROOM)
-            tl.store(columns + row * ROOM + place, at, mask=fits)
-            tl.store(values + row * ROOM + place, entries, mask=fits)
-        count += hits
-    finish(columns, values, counts, status, row, count, has_nan, ROOM)
-    tl.store(found + row, count)
+        has_nan = has_nan | is_nan.to(tl.int32)
+        slot = tl.atomic_add(found + row + 0 * at, one, mask=hit, sem="relaxed", scope="cta")
+        packed = (at.to(tl.int64) << 32) | (
+            entries.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+        )
+        tl.store(taken + row * ROOM + slot, packed, mask=hit & (slot < ROOM))
+    tl.debug_barrier()
+    count = tl.load(found + row)
+    slots = tl.arange(0, ROOM)
+    last = tl.full((ROOM,), 0x7FFFFFFFFFFFFFFF, tl.int64)
+    packed = tl.load(taken + row * ROOM + slots, mask=slots < count, other=0x7FFFFFFFFFFFFFFF)
+    packed = tl.sort(tl.where(slots < count, packed, last))
+    is_real = slots < count
+    column = tl.where(is_real, (packed >> 32).to(tl.int32), 0)
+    value = tl.where(is_real, (packed & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True), 0.0)
+    tl.store(columns + row * ROOM + slots, column)
+    tl.store(values + row * ROOM + slots, value)
+    tl.store(counts + row, tl.minimum(count, ROOM))
+    flags = tl.where(count > ROOM, OVERFLOW, 0) | tl.where(tl.max(has_nan, 0) > 0, NAN, 0)
+    tl.store(status + row, flags)
+
+
+@triton.jit
+def has_long(first, found, n_rows, ROOM: tl.constexpr, EACH: tl.constexpr):
+    """Return whether one of EACH rows has more entries than there is room for."""
+    rows = first + tl.arange(0, EACH)
+    return tl.max(tl.load(found + rows, mask=rows < n_rows, other=0), 0) > ROOM
 
 
 @triton.jit
 def spill_rows(
-    scores, floors, found, first, parts, columns, values, n,
-    PER_COLUMN: tl.constexpr, WIDE: tl.constexpr, ROOM: tl.constexpr,
+    scores, floors, found, first, parts, columns, values, n_rows, n,
+    PER_COLUMN: tl.constexpr, HAS_SPILL: tl.constexpr, EACH: tl.constexpr, WIDE: tl.constexpr,
+    ROOM: tl.constexpr,
 ):  # fmt: skip
-    """Collect the entries above a threshold that did not fit in their row's own list, in its spare ones."""
-    row = tl.program_id(0).to(tl.int64)
-    if tl.load(found + row) > ROOM:
-        base = scores + row * n
-        begin, lists = tl.load(first + row).to(tl.int64) - 1, tl.load(parts + row)
-        floor = 0.0
-        if not PER_COLUMN:
-            floor = tl.load(floors)
-        wide = tl.arange(0, WIDE)
-        count = 0
-        for start in range(0, n, WIDE):
-            at = start + wide
-            entries, _ = read(base, base, at, n, False, False)
-            if PER_COLUMN:
-                hit = entries > tl.load(floors + at, mask=at < n, other=float("inf"))
-            else:
-                hit = entries > floor
-            hit = hit & (entries > NEVER)
-            place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
-            part = place // ROOM
-            fits = hit & (part > 0) & (part < lists)
-            where = (begin + part) * ROOM + place % ROOM
-            tl.store(columns + where, at, mask=fits)
-            tl.store(values + where, entries, mask=fits)
-            count += tl.sum(hit.to(tl.int32), 0)
+    """Collect anew, in order, the entries above a threshold that did not fit in their row's own list."""
+    begin_row = tl.program_id(0).to(tl.int64) * EACH
+    if has_long(begin_row, found, n_rows, ROOM, EACH):
+        for row in range(begin_row, begin_row + EACH):
+            if tl.load(found + row, mask=row < n_rows, other=0) > ROOM:
+                base = scores + row * n
+                begin, lists = row, 1
+                if HAS_SPILL:
+                    begin = tl.load(first + row).to(tl.int64) - 1
+                    lists = tl.load(parts + row)
+                floor = 0.0
+                if not PER_COLUMN:
+                    floor = tl.load(floors)
+                wide = tl.arange(0, WIDE)
+                count = 0
+                for start in range(0, n, WIDE):
+                    at = start + wide
+                    entries, _ = read(base, base, at, n, False, False)
+                    if PER_COLUMN:
+                        hit = entries > tl.load(floors + at, mask=at < n, other=float("inf"))
+                    else:
+                        hit = entries > floor
+                    hit = hit & (entries > NEVER)
+                    place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
+                    part = place // ROOM
+                    fits = hit & (part < lists)
+                    where = tl.where(part > 0, begin + part, row) * ROOM + place % ROOM
+                    tl.store(columns + where, at, mask=fits)
+                    tl.store(values + where, entries, mask=fits)
+                    count += tl.sum(hit.to(tl.int32), 0)
 
 
 @triton.jit
@@ -203,82 +229,90 @@ def finish(columns, values, counts, status, row, count, has_nan, ROOM: tl.conste
 
 @triton.jit
 def collect_long_rows(
-    scores, floors, slack, allowed, columns, values, counts, found, status, n,
+    scores, floors, slack, allowed, columns, values, counts, found, status, n_rows, n,
     KIND: tl.constexpr, PLACES: tl.constexpr, IS_EXACT: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.constexpr,
     LINEAR: tl.constexpr, SQUARES: tl.constexpr,
-    WIDE: tl.constexpr, ROOM: tl.constexpr,
+    EACH: tl.constexpr, WIDE: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """`collect_rows` of those rows that it found too many entries of, with the row's exact floor.
 
     IS_EXACT: of RANK, as many entries as the rank says, of those at the floor the first ones.
     """
-    row = tl.program_id(0).to(tl.int64)
-    if tl.load(found + row) > ROOM:
-        base = scores + row * n
-        near = tl.load(slack)
-        wide = tl.arange(0, WIDE)
-        scale, top, floor = 1.0, 0.0, 0.0
-        key, left = 0, 0
-        if KIND == RANK:
-            k = tl.load(floors + row)
-            best = lowest_key(PLACES)
-            for bit in range(PLACES):
-                candidate = next_bit(best, bit, PLACES)
-                reached = 0
+    begin_row = tl.program_id(0).to(tl.int64) * EACH
+    if has_long(begin_row, found, n_rows, ROOM, EACH):
+        for row in range(begin_row, begin_row + EACH):
+            if tl.load(found + row, mask=row < n_rows, other=0) > ROOM:
+                base = scores + row * n
+                near = tl.load(slack)
+                wide = tl.arange(0, WIDE)
+                scale, top, floor = 1.0, 0.0, 0.0
+                key, left = 0, 0
+                if KIND == RANK:
+                    k = tl.load(floors + row)
+                    best = lowest_key(PLACES)
+                    for bit in range(PLACES):
+                        candidate = next_bit(best, bit, PLACES)
+                        reached = 0
+                        for start in range(0, n, WIDE):
+                            entries, _ = read(
+                                base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE
+                            )
+                            reaches = keys_of(entries, PLACES) >= candidate.to(tl.int32)
+                            reached += tl.sum((reaches & (entries > NEVER)).to(tl.int32), 0)
+                        best = tl.where(reached >= k, candidate, best)
+                    key = best.to(tl.int32)
+                    floor = value_of(key, PLACES) - near
+                    if IS_EXACT:
+                        left = k
+                        for start in range(0, n, WIDE):
+                            entries, _ = read(
+                                base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE
+                            )
+                            is_above = (keys_of(entries, PLACES) > key) & (entries > NEVER)
+                            left -= tl.sum(is_above.to(tl.int32), 0)
+                else:
+                    scale = tl.load(floors + row)
+                    maxima = tl.full((WIDE,), NEVER, tl.float32)
+                    for start in range(0, n, WIDE):
+                        entries, _ = read(base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE)
+                        maxima = tl.maximum(maxima, entries)
+                    top = tl.max(maxima, 0)
+                    low = tl.full((), -1.0, tl.float32)
+                    high = tl.full((), 0.0, tl.float32)
+                    for _halving in range(BISECTIONS):
+                        middle = (low + high) / 2
+                        total = 0.0
+                        for start in range(0, n, WIDE):
+                            entries, _ = read(
+                                base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE
+                            )
+                            total += simplex_total(entries, top, scale, middle, LINEAR, SQUARES)
+                        low = tl.where(total >= 1, middle, low)
+                        high = tl.where(total >= 1, high, middle)
+                    floor = low - MARGIN - near * scale
+                count, ties = 0, 0
                 for start in range(0, n, WIDE):
-                    entries, _ = read(base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE)
-                    reaches = keys_of(entries, PLACES) >= candidate.to(tl.int32)
-                    reached += tl.sum((reaches & (entries > NEVER)).to(tl.int32), 0)
-                best = tl.where(reached >= k, candidate, best)
-            key = best.to(tl.int32)
-            floor = value_of(key, PLACES) - near
-            if IS_EXACT:
-                left = k
-                for start in range(0, n, WIDE):
-                    entries, _ = read(base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE)
-                    is_above = (keys_of(entries, PLACES) > key) & (entries > NEVER)
-                    left -= tl.sum(is_above.to(tl.int32), 0)
-        else:
-            scale = tl.load(floors + row)
-            maxima = tl.full((WIDE,), NEVER, tl.float32)
-            for start in range(0, n, WIDE):
-                entries, _ = read(base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE)
-                maxima = tl.maximum(maxima, entries)
-            top = tl.max(maxima, 0)
-            low = tl.full((), -1.0, tl.float32)
-            high = tl.full((), 0.0, tl.float32)
-            for _halving in range(BISECTIONS):
-                middle = (low + high) / 2
-                total = 0.0
-                for start in range(0, n, WIDE):
-                    entries, _ = read(base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE)
-                    total += simplex_total(entries, top, scale, middle, LINEAR, SQUARES)
-                low = tl.where(total >= 1, middle, low)
-                high = tl.where(total >= 1, high, middle)
-            floor = low - MARGIN - near * scale
-        count, ties = 0, 0
-        for start in range(0, n, WIDE):
-            at = start + wide
-            entries, _ = read(base, allowed, at, n, HAS_ALLOWED, IS_POSITIVE)
-            if KIND == SIMPLEX:
-                hit = (entries - top) * scale >= floor
-            elif IS_EXACT:
-                keys = keys_of(entries, PLACES)
-                tie = (keys == key) & (entries > NEVER)
-                rank = ties + tl.cumsum(tie.to(tl.int32), 0)
-                hit = (keys > key) | (tie & (rank <= left))
-                ties += tl.sum(tie.to(tl.int32), 0)
-            else:
-                hit = entries >= floor
-            hit = hit & (entries > NEVER)
-            place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
-            fits = hit & (place < ROOM)
-            tl.store(columns + row * ROOM + place, at, mask=fits)
-            tl.store(values + row * ROOM + place, entries, mask=fits)
-            count += tl.sum(hit.to(tl.int32), 0)
-        has_nan = tl.load(status + row) & NAN
-        finish(columns, values, counts, status, row, count, has_nan, ROOM)
+                    at = start + wide
+                    entries, _ = read(base, allowed, at, n, HAS_ALLOWED, IS_POSITIVE)
+                    if KIND == SIMPLEX:
+                        hit = (entries - top) * scale >= floor
+                    elif IS_EXACT:
+                        keys = keys_of(entries, PLACES)
+                        tie = (keys == key) & (entries > NEVER)
+                        rank = ties + tl.cumsum(tie.to(tl.int32), 0)
+                        hit = (keys > key) | (tie & (rank <= left))
+                        ties += tl.sum(tie.to(tl.int32), 0)
+                    else:
+                        hit = entries >= floor
+                    hit = hit & (entries > NEVER)
+                    place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
+                    fits = hit & (place < ROOM)
+                    tl.store(columns + row * ROOM + place, at, mask=fits)
+                    tl.store(values + row * ROOM + place, entries, mask=fits)
+                    count += tl.sum(hit.to(tl.int32), 0)
+                has_nan = tl.load(status + row) & NAN
+                finish(columns, values, counts, status, row, count, has_nan, ROOM)
 
 
 @triton.jit

@@ -1,4 +1,7 @@
-"""Kernels on lists and the matrices that their columns name rows of; sums are in float32."""
+"""Kernels on lists and the matrices that their columns name rows of; sums are in float32.
+
+Rows of a matrix are read EACH at a time, so that one read does not wait for the one before it.
+"""
 
 import triton
 import triton.language as tl
@@ -13,9 +16,17 @@ def row_of(own, owners, HAS_SPILL: tl.constexpr):
 
 
 @triton.jit
+def rows_at(matrix, rows, at, is_real, inside, width):
+    """Return rows of a matrix (EACH, BLOCK) as float32, 0 where there is none."""
+    where = rows[:, None] * width + at[None, :]
+    mask = is_real[:, None] & inside[None, :]
+    return tl.load(matrix + where, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def rescore_lists(
     x, W_enc, b_enc, b_dec, columns, counts, owners, out, width,
-    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, BLOCK: tl.constexpr,
+    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """out[b, e] = (x[b] - b_dec) . W_enc[column] + b_enc[column]."""
     row = tl.program_id(0).to(tl.int64)
@@ -25,19 +36,34 @@ def rescore_lists(
     centred = tl.load(x + of * width + at, mask=inside, other=0.0).to(tl.float32)
     centred -= tl.load(b_dec + at, mask=inside, other=0.0)
     count = tl.load(counts + row)
-    slot = tl.arange(0, CAPACITY)
-    tl.store(out + row * CAPACITY + slot, tl.zeros((CAPACITY,), tl.float32), mask=slot >= count)
-    for e in range(count):
-        column = tl.load(columns + row * CAPACITY + e).to(tl.int64)
-        direction = tl.load(W_enc + column * width + at, mask=inside, other=0.0).to(tl.float32)
-        score = tl.sum(centred * direction, 0) + tl.load(b_enc + column)
-        tl.store(out + row * CAPACITY + e, score)
+    zero_rest(out, row, count, CAPACITY)
+    for start in range(0, count, EACH):
+        e = start + tl.arange(0, EACH)
+        is_real = e < count
+        column = tl.load(columns + row * CAPACITY + e, mask=is_real, other=0).to(tl.int64)
+        directions = rows_at(W_enc, column, at, is_real, inside, width)
+        score = tl.sum(centred[None, :] * directions, 1)
+        score += tl.load(b_enc + column, mask=is_real, other=0.0)
+        tl.store(out + row * CAPACITY + e, score, mask=is_real)
+
+
+@triton.jit
+def products_with(
+    mine, right, columns, own, begin, end, out, at, inside, width, CAPACITY: tl.constexpr, EACH: tl.constexpr
+):  # fmt: skip
+    """out[own, e] = mine . right[column] of a list's entries from begin to end."""
+    for start in range(begin, end, EACH):
+        e = start + tl.arange(0, EACH)
+        is_real = e < end
+        column = tl.load(columns + own * CAPACITY + e, mask=is_real, other=0).to(tl.int64)
+        directions = rows_at(right, column, at, is_real, inside, width)
+        tl.store(out + own * CAPACITY + e, tl.sum(mine[None, :] * directions, 1), mask=is_real)
 
 
 @triton.jit
 def products_of_lists(
     left, right, columns, counts, owners, out, width,
-    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, BLOCK: tl.constexpr,
+    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
     """out[b, e] = left[b] . right[column]."""
     row = tl.program_id(0).to(tl.int64)
@@ -46,12 +72,8 @@ def products_of_lists(
     of = row_of(row, owners, HAS_SPILL)
     mine = tl.load(left + of * width + at, mask=inside, other=0.0).to(tl.float32)
     count = tl.load(counts + row)
-    slot = tl.arange(0, CAPACITY)
-    tl.store(out + row * CAPACITY + slot, tl.zeros((CAPACITY,), tl.float32), mask=slot >= count)
-    for e in range(count):
-        column = tl.load(columns + row * CAPACITY + e).to(tl.int64)
-        direction = tl.load(right + column * width + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + row * CAPACITY + e, tl.sum(mine * direction, 0))
+    zero_rest(out, row, count, CAPACITY)
+    products_with(mine, right, columns, row, 0, count, out, at, inside, width, CAPACITY, EACH)
 
 
 @triton.jit
@@ -72,18 +94,33 @@ def lists_of(row, parts, HAS_SPILL: tl.constexpr):
 
 
 @triton.jit
-def sum_of_row(
-    W_dec, columns, values, counts, first, parts, row, start, at, inside, width,
-    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr,
+def sum_of_entries(
+    total, W_dec, columns, values, own, begin, end, at, inside, width, CAPACITY: tl.constexpr, EACH: tl.constexpr
 ):  # fmt: skip
-    """start plus the sum of values times rows of W_dec, in the order of entries."""
+    """Add values times rows of W_dec, of a list's entries from begin to end."""
+    for start in range(begin, end, EACH):
+        e = start + tl.arange(0, EACH)
+        is_real = e < end
+        column = tl.load(columns + own * CAPACITY + e, mask=is_real, other=0).to(tl.int64)
+        value = tl.load(values + own * CAPACITY + e, mask=is_real, other=0.0)
+        directions = rows_at(W_dec, column, at, is_real, inside, width)
+        total += tl.sum(value[:, None] * directions, 0)
+    return total
+
+
+@triton.jit
+def sum_of_row(
+    total, W_dec, columns, values, counts, first, parts, row, at, inside, width,
+    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """Add values times rows of W_dec, of all of a row's entries."""
     for part in range(lists_of(row, parts, HAS_SPILL)):
         own = list_of(row, part, first, HAS_SPILL)
-        for e in range(tl.load(counts + own)):
-            column = tl.load(columns + own * CAPACITY + e).to(tl.int64)
-            direction = tl.load(W_dec + column * width + at, mask=inside, other=0.0)
-            start += tl.load(values + own * CAPACITY + e) * direction.to(tl.float32)
-    return start
+        end = tl.load(counts + own)
+        total = sum_of_entries(
+            total, W_dec, columns, values, own, 0, end, at, inside, width, CAPACITY, EACH
+        )
+    return total
 
 
 @triton.jit
@@ -98,6 +135,7 @@ def zero_rest(products, own, count, CAPACITY: tl.constexpr):
 def decode_lists(
     W_dec, b_dec, columns, values, counts, first, parts, out, width,
     CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr,
+    EACH: tl.constexpr,
 ):  # fmt: skip
     """out[b] = b_dec + sum of values times rows of W_dec."""
     row = tl.program_id(0).to(tl.int64)
@@ -107,35 +145,40 @@ def decode_lists(
     if HAS_BIAS:
         start += tl.load(b_dec + at, mask=inside, other=0.0)
     total = sum_of_row(
-        W_dec, columns, values, counts, first, parts, row, start, at, inside, width, CAPACITY, HAS_SPILL
+        start, W_dec, columns, values, counts, first, parts, row, at, inside, width, CAPACITY, HAS_SPILL, EACH
     )  # fmt: skip
     tl.store(out + row * width + at, total, mask=inside)
 
 
 @triton.jit
 def decode_error_of_lists(
-    x, W_dec, b_dec, columns, values, counts, first, parts, error, squares, products, width,
-    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, BLOCK: tl.constexpr,
+    x, W_dec, b_dec, columns, values, counts, first, parts, error, lower, squares, products, width,
+    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
 ):  # fmt: skip
-    """The error of a reconstruction, the sum of its squares, and its product with each entry's row."""
+    """The error of a reconstruction, the sum of its squares, and its product with each entry's row.
+
+    lower: a copy of the error in a lower precision, if HAS_LOWER.
+    """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     start = tl.load(b_dec + at, mask=inside, other=0.0).to(tl.float32)
     total = sum_of_row(
-        W_dec, columns, values, counts, first, parts, row, start, at, inside, width, CAPACITY, HAS_SPILL
+        start, W_dec, columns, values, counts, first, parts, row, at, inside, width, CAPACITY, HAS_SPILL, EACH
     )  # fmt: skip
     total -= tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(error + row * width + at, total, mask=inside)
+    if HAS_LOWER:
+        tl.store(lower + row * width + at, total.to(lower.dtype.element_ty), mask=inside)
     tl.store(squares + row, tl.sum(total * total, 0))
     for part in range(lists_of(row, parts, HAS_SPILL)):
         own = list_of(row, part, first, HAS_SPILL)
         count = tl.load(counts + own)
         zero_rest(products, own, count, CAPACITY)
-        for e in range(count):
-            column = tl.load(columns + own * CAPACITY + e).to(tl.int64)
-            direction = tl.load(W_dec + column * width + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(products + own * CAPACITY + e, tl.sum(total * direction, 0))
+        products_with(
+            total, W_dec, columns, own, 0, count, products, at, inside, width, CAPACITY, EACH
+        )
 
 
 @triton.jit
@@ -148,97 +191,198 @@ def group_of(column, boundaries, GROUPS: tl.constexpr):
 
 
 @triton.jit
+def ends_of_groups(columns, own, count, boundary, CAPACITY: tl.constexpr):
+    """Return how many of a list's entries, which are in the order of columns, lie before a boundary."""
+    slot = tl.arange(0, CAPACITY)
+    column = tl.load(columns + own * CAPACITY + slot, mask=slot < count, other=0)
+    return tl.sum(((column < boundary) & (slot < count)).to(tl.int32), 0)
+
+
+@triton.jit
+def part_of_group(
+    columns,
+    own,
+    count,
+    boundaries,
+    group: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Return between which of a list's entries those of a group lie."""
+    begin, end = 0 * count, count
+    if group > 0:
+        boundary = tl.load(boundaries + group - 1)
+        begin = ends_of_groups(columns, own, count, boundary, CAPACITY)
+    if group < GROUPS - 1:
+        boundary = tl.load(boundaries + group)
+        end = ends_of_groups(columns, own, count, boundary, CAPACITY)
+    return begin, end
+
+
+@triton.jit
 def nested_errors_of_lists(
-    x, W_dec, b_dec, boundaries, columns, values, counts, first, parts, sums, squares, products, width,
-    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, GROUPS: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    x, W_dec, b_dec, boundaries, columns, values, counts, first, parts, error, sums, squares, products, width,
+    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+    EACH: tl.constexpr,
 ):  # fmt: skip
-    """Do `decode_error_of_lists` for each prefix of groups; sums[b, g] adds up the errors of those that have group g."""
+    """Do `decode_error_of_lists` for each prefix of groups; sums[b, g] adds up the errors of those that have group g.
+
+    Entries are in the order of groups, so that a prefix's error is that of the one before it and some entries more.
+    """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
-    group = tl.arange(0, PADDED)
-    start = tl.load(b_dec + at, mask=inside, other=0.0).to(tl.float32)
-    start -= tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    errors = tl.zeros((PADDED, BLOCK), tl.float32) + start[None, :]
+    total = tl.load(b_dec + at, mask=inside, other=0.0).to(tl.float32)
+    total -= tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    suffix = tl.zeros((BLOCK,), tl.float32)
+    square = tl.zeros((BLOCK,), tl.float32)
+    for group in tl.static_range(GROUPS):
+        for part in range(lists_of(row, parts, HAS_SPILL)):
+            own = list_of(row, part, first, HAS_SPILL)
+            count = tl.load(counts + own)
+            begin, end = part_of_group(columns, own, count, boundaries, group, CAPACITY, GROUPS)
+            total = sum_of_entries(
+                total, W_dec, columns, values, own, begin, end, at, inside, width, CAPACITY, EACH
+            )
+        suffix += total
+        square += total * total
+        kept = sums + (row * GROUPS + group) * width + at
+        tl.store(kept, total, mask=inside)
+    tl.store(error + row * width + at, total, mask=inside)
+    tl.store(squares + row, tl.sum(square, 0))
+    tl.debug_barrier()  # sums are read again
     for part in range(lists_of(row, parts, HAS_SPILL)):
         own = list_of(row, part, first, HAS_SPILL)
-        for e in range(tl.load(counts + own)):
-            column = tl.load(columns + own * CAPACITY + e).to(tl.int64)
-            of = group_of(column, boundaries, GROUPS)
-            direction = tl.load(W_dec + column * width + at, mask=inside, other=0.0).to(tl.float32)
-            value = tl.load(values + own * CAPACITY + e)
-            errors += tl.where(group >= of, value, 0.0)[:, None] * direction[None, :]
-    errors = tl.where((group < GROUPS)[:, None], errors, 0.0)
-    tl.store(squares + row, tl.sum(tl.sum(errors * errors, 1), 0))
-    for place in tl.static_range(GROUPS):
-        suffix = tl.sum(tl.where((group >= place)[:, None], errors, 0.0), 0)
-        tl.store(sums + (row * GROUPS + place) * width + at, suffix, mask=inside)
-    for part in range(lists_of(row, parts, HAS_SPILL)):
-        own = list_of(row, part, first, HAS_SPILL)
-        count = tl.load(counts + own)
-        zero_rest(products, own, count, CAPACITY)
-        for e in range(count):
-            column = tl.load(columns + own * CAPACITY + e).to(tl.int64)
-            of = group_of(column, boundaries, GROUPS)
-            total = tl.sum(tl.where((group >= of)[:, None], errors, 0.0), 0)
-            direction = tl.load(W_dec + column * width + at, mask=inside, other=0.0).to(tl.float32)
-            tl.store(products + own * CAPACITY + e, tl.sum(total * direction, 0))
+        zero_rest(products, own, tl.load(counts + own), CAPACITY)
+    for group in tl.static_range(GROUPS):
+        kept = sums + (row * GROUPS + group) * width + at
+        of_prefix = tl.load(kept, mask=inside, other=0.0)
+        tl.store(kept, suffix, mask=inside)
+        for part in range(lists_of(row, parts, HAS_SPILL)):
+            own = list_of(row, part, first, HAS_SPILL)
+            count = tl.load(counts + own)
+            begin, end = part_of_group(columns, own, count, boundaries, group, CAPACITY, GROUPS)
+            products_with(
+                suffix, W_dec, columns, own, begin, end, products, at, inside, width, CAPACITY, EACH
+            )
+        suffix -= of_prefix
 
 
 @triton.jit
-def gradients_of_weights(
-    centred, grad, boundaries, owners, order, offsets, values, value_grads, of_enc, of_b_enc, of_dec, width,
-    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, GROUPS: tl.constexpr, IS_ADDED: tl.constexpr,
-    BLOCK: tl.constexpr,
+def walk_columns(
+    left, right, scales, boundaries, owners, order, offsets, pieces, values, value_grads,
+    of_left, of_totals, of_right, parts_left, parts_totals, parts_right, n_columns, width,
+    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, GROUPS: tl.constexpr, HAS_LEFT: tl.constexpr,
+    HAS_SCALES: tl.constexpr, IS_ADDED: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
+    EACH: tl.constexpr,
 ):  # fmt: skip
-    """Both gradients of a latent's weights in one walk over its entries, in the order of rows."""
-    latent = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < width
-    where = latent * width + at
-    begin, end = tl.load(offsets + latent), tl.load(offsets + latent + 1)
-    if (begin < end) | (IS_ADDED == 0):  # else there is nothing to add
-        group = group_of(latent, boundaries, GROUPS)
-        enc, dec = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
-        bias = tl.zeros((), tl.float32)
-        for place in range(begin, end):
-            entry = tl.load(order + place).to(tl.int64)
-            row = row_of(entry // CAPACITY, owners, HAS_SPILL)
-            value, value_grad = tl.load(values + entry), tl.load(value_grads + entry)
-            of_row = grad + (row * GROUPS + group) * width + at
-            dec += value * tl.load(of_row, mask=inside, other=0.0).to(tl.float32)
-            inputs = tl.load(centred + row * width + at, mask=inside, other=0.0)
-            enc += value_grad * inputs.to(tl.float32)
-            bias += value_grad
-        if IS_ADDED:
-            enc += tl.load(of_enc + where, mask=inside, other=0.0)
-            dec += tl.load(of_dec + where, mask=inside, other=0.0)
-            bias += tl.load(of_b_enc + latent)
-        tl.store(of_enc + where, enc, mask=inside)
-        tl.store(of_dec + where, dec, mask=inside)
-        tl.store(of_b_enc + latent, bias)
+    """Sum, in the order of rows, over each column's entries: value scale[row] right[row, group], and with HAS_LEFT
+    value_grad left[row].
+
+    The totals are of value_grads with HAS_LEFT, else of values. A column's first PIECE entries are summed by its
+    program; each further piece by one of its own, whose column pieces (n,) names, and added by `add_pieces`.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    column, begin, end = program, 0, 0
+    is_first = program < n_columns
+    place = program - n_columns
+    if is_first:
+        begin = tl.load(offsets + program)
+        end = tl.minimum(begin + PIECE, tl.load(offsets + program + 1))
+    else:
+        column = tl.load(pieces + 2 * place).to(tl.int64)
+        if column >= 0:
+            begin = tl.load(offsets + column) + tl.load(pieces + 2 * place + 1) * PIECE
+            end = tl.minimum(begin + PIECE, tl.load(offsets + column + 1))
+    is_written = begin < end
+    if not IS_ADDED:
+        is_written = is_written | is_first  # also where there is nothing to sum
+    if is_written:
+        at = tl.arange(0, BLOCK)
+        inside = at < width
+        group = group_of(column, boundaries, GROUPS)
+        lefts, rights = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+        totals = tl.zeros((EACH,), tl.float32)
+        for start in range(begin, end, EACH):
+            entry_at = start + tl.arange(0, EACH)
+            is_real = entry_at < end
+            entry = tl.load(order + entry_at, mask=is_real, other=0).to(tl.int64)
+            row = entry // CAPACITY
+            if HAS_SPILL:
+                row = tl.load(owners + row, mask=is_real, other=0).to(tl.int64)
+            value = tl.load(values + entry, mask=is_real, other=0.0)
+            if HAS_LEFT:
+                value_grad = tl.load(value_grads + entry, mask=is_real, other=0.0)
+                totals += value_grad
+                lefts += tl.sum(
+                    value_grad[:, None] * rows_at(left, row, at, is_real, inside, width), 0
+                )
+            else:
+                totals += value
+            if HAS_SCALES:
+                value *= tl.load(scales + row, mask=is_real, other=0.0)
+            of_rows = rows_at(right, row * GROUPS + group, at, is_real, inside, width)
+            rights += tl.sum(value[:, None] * of_rows, 0)
+        total = tl.sum(totals, 0)
+        if is_first:
+            where = program * width + at
+            if IS_ADDED:
+                rights += tl.load(of_right + where, mask=inside, other=0.0)
+                total += tl.load(of_totals + program)
+                if HAS_LEFT:
+                    lefts += tl.load(of_left + where, mask=inside, other=0.0)
+            tl.store(of_right + where, rights, mask=inside)
+            tl.store(of_totals + program, total)
+            if HAS_LEFT:
+                tl.store(of_left + where, lefts, mask=inside)
+        else:
+            where = place * width + at
+            tl.store(parts_right + where, rights, mask=inside)
+            tl.store(parts_totals + place, total)
+            if HAS_LEFT:
+                tl.store(parts_left + where, lefts, mask=inside)
 
 
 @triton.jit
-def sums_by_columns(
-    matrix, boundaries, owners, order, offsets, weights, sums, totals, width,
-    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
+def add_pieces(
+    pieces, of_left, of_totals, of_right, parts_left, parts_totals, parts_right, n_pieces, width,
+    HAS_LEFT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Sum weight * matrix[row], and the weights, over each column's entries in the order of rows."""
-    column = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < width
-    group = group_of(column, boundaries, GROUPS)
-    total = tl.zeros((BLOCK,), tl.float32)
-    of_weights = tl.zeros((), tl.float32)
+    """Add a column's further pieces, in their order, to the sums over its first."""
+    first = tl.program_id(0).to(tl.int64)
+    column = tl.load(pieces + 2 * first).to(tl.int64)
+    if (column >= 0) & (tl.load(pieces + 2 * first + 1) == 1):
+        at = tl.arange(0, BLOCK)
+        inside = at < width
+        where = column * width + at
+        rights = tl.load(of_right + where, mask=inside, other=0.0)
+        total = tl.load(of_totals + column)
+        lefts = tl.zeros((BLOCK,), tl.float32)
+        if HAS_LEFT:
+            lefts = tl.load(of_left + where, mask=inside, other=0.0)
+        place = first
+        while (place < n_pieces) & (
+            tl.load(pieces + 2 * place, mask=place < n_pieces, other=-1) == column
+        ):
+            rights += tl.load(parts_right + place * width + at, mask=inside, other=0.0)
+            total += tl.load(parts_totals + place)
+            if HAS_LEFT:
+                lefts += tl.load(parts_left + place * width + at, mask=inside, other=0.0)
+            place += 1
+        tl.store(of_right + where, rights, mask=inside)
+        tl.store(of_totals + column, total)
+        if HAS_LEFT:
+            tl.store(of_left + where, lefts, mask=inside)
+
+
+@triton.jit
+def totals_by_columns(weights, order, offsets, totals, BLOCK: tl.constexpr):
+    """Sum the weights of each column's entries."""
+    column = tl.program_id(0)
     begin, end = tl.load(offsets + column), tl.load(offsets + column + 1)
-    for place in range(begin, end):
-        entry = tl.load(order + place).to(tl.int64)
-        row = row_of(entry // CAPACITY, owners, HAS_SPILL)
-        weight = tl.load(weights + entry)
-        of_row = matrix + (row * GROUPS + group) * width + at
-        total += weight * tl.load(of_row, mask=inside, other=0.0).to(tl.float32)
-        of_weights += weight
-    tl.store(sums + column * width + at, total, mask=inside)
-    tl.store(totals + column, of_weights)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        entry = tl.load(order + at, mask=at < end, other=0)
+        total += tl.load(weights + entry, mask=at < end, other=0.0)
+    tl.store(totals + column, tl.sum(total, 0))
