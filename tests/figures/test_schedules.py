@@ -52,12 +52,35 @@ def test_complexity_shows_held_out_contexts_with_the_tables_quality(tables: Path
         drawing = FIGURES["complexity"].draw(loaded, STRICT)
     assert set(drawing.data["split"]) == {"evaluation"}
     titles = [ax.get_title(loc="left") for ax in drawing.figure.axes if ax.lines]
-    assert titles == [f"{TEXT[0]}: labels, block 19", f"{SYNTHETIC[0]}: labels"]
+    assert titles == [f"{TEXT[0]}\nlabels, block 19", f"{SYNTHETIC[0]}\nlabels"]
     points = drawing.figure.axes[0].lines[1]
     own = drawing.data[drawing.data["source"] == TEXT[0]]
     np.testing.assert_array_equal(points.get_xdata(), own["score"])
     np.testing.assert_array_equal(points.get_ydata(), own["predicted"])
     assert drawing.figure.axes[0].texts[0].get_text() == "RMSE 1.00\nR² 0.80\nPearson 0.90"
+
+
+@pytest.mark.parametrize("count", [3, 25, 30])
+def test_complexity_of_many_probes_fits_a_page_and_no_title_runs_into_another(
+    count: int, make_tables: Maker, tmp_path: Path
+) -> None:
+    """A probe on each block of three models was three pages high, with the last titles of the lines cut off."""
+    panels = [("pythia-160m-blocks", f"blocks.{block}.resid_post") for block in range(count)]
+    loaded = load_tables(
+        make_tables(tmp_path, panels=panels, entries=[("topk", "topk", 1.0, (8,))], seeds=1)
+    )
+    with style.context():
+        figure = FIGURES["complexity"].draw(loaded, STRICT).figure
+        figure.draw_without_rendering()
+    width, height = figure.get_size_inches()
+    assert width <= style.TEXT_WIDTH
+    assert height <= style.PAGE_HEIGHT
+    shown = [ax for ax in figure.axes if ax.lines]
+    assert len(shown) == count
+    titles = [ax._left_title.get_window_extent() for ax in shown]
+    assert all(box.x1 <= figure.bbox.x1 for box in titles)
+    assert not any(a.overlaps(b) for i, a in enumerate(titles) for b in titles[:i])
+    assert all(ax.get_window_extent().width > 0.5 * figure.dpi for ax in shown)
 
 
 def test_complexity_without_a_probe_is_an_error(make_tables: Maker, tmp_path: Path) -> None:

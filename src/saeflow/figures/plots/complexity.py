@@ -16,6 +16,11 @@ from saeflow.tables.schema import label
 
 _KEYS = ["source", "hook_point", "complexity"]
 _SIZE = 2.2  # inches
+_FEWEST, _MOST = 3, 5
+"""Panels of a line: more than the fewest where the lines would not fit on a page."""
+_TITLE = 0.35  # inches, of a panel's title beyond a square
+_BELOW = 0.25  # inches, of the figure's own margin
+_ROOM = style.PAGE_HEIGHT - _BELOW
 
 
 def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
@@ -33,10 +38,10 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     groups = sorted(
         held_out.groupby(_KEYS), key=lambda item: [natural(str(item[0][i])) for i in (0, 2, 1)]
     )
-    columns = min(3, len(groups))
-    lines = -(-len(groups) // columns)
+    columns, lines, size = _layout(len(groups))
     width = style.COLUMN_WIDTH if columns == 1 else style.TEXT_WIDTH
-    figure = style.new_figure(width, _SIZE * lines + 0.25)
+    figure = style.new_figure(width, size * lines + _BELOW)
+    sizes = {"title": 8, "text": 6.5} if columns <= _FEWEST else {"title": 6, "text": 5}
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
     color = style.VARIANTS["adaptive_k"].color
     for ax, (key, held) in zip(axes, groups, strict=False):
@@ -49,10 +54,10 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         ax.set(xlim=(-0.3, 10.3), ylim=(-0.3, 10.3), aspect="equal")
         ax.set_xlabel("complexity score")
         ax.set_ylabel("read by the probe")
-        ax.set_title(f"{key[0]}: {key[2]}{_where(str(key[1]))}")
+        ax.set_title(f"{key[0]}\n{key[2]}{_where(str(key[1]))}", fontsize=sizes["title"])
         ax.grid(True)
         quality = _quality(tables.probes, key)
-        ax.text(0.03, 0.97, quality, transform=ax.transAxes, va="top", fontsize=6.5)
+        ax.text(0.03, 0.97, quality, transform=ax.transAxes, va="top", fontsize=sizes["text"])
     for ax in axes[len(groups) :]:
         ax.set_axis_off()
     counts = captions.listed(
@@ -64,6 +69,19 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         f"{counts}. AdaptiveK turns what is read into k."
     )
     return Drawing(figure, held_out.reset_index(drop=True), caption)
+
+
+def _height(columns: int) -> float:
+    """Height of a line of square panels with titles, in inches."""
+    return _SIZE if columns <= _FEWEST else style.TEXT_WIDTH / columns + _TITLE
+
+
+def _layout(count: int) -> tuple[int, int, float]:
+    """Columns, lines and the height of a line in inches, for so many panels on one page."""
+    columns = min(_FEWEST, count)
+    while (lines := -(-count // columns)) * _height(columns) > _ROOM and columns < _MOST:
+        columns += 1
+    return columns, lines, min(_height(columns), _ROOM / lines)
 
 
 def _where(hook_point: str) -> str:
