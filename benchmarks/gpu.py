@@ -99,10 +99,12 @@ def main() -> None:
                 f"{part}: {time.monotonic() - began:.0f} s\n{tables[part.capitalize()].to_string(index=False)}\n",
                 flush=True,
             )
-        if bench.on_gpu and not asked.only:
-            from tables import write
+            if (
+                bench.on_gpu and not asked.only
+            ):  # after each part: a run that is cut off has told something
+                from tables import write
 
-            write("gpu", tables, described(bench))
+                write("gpu", tables, described(bench))
 
 
 if __name__ == "__main__":

@@ -138,7 +138,9 @@ def settle(work: Any) -> None:
         for _ in range(4):
             work()
         run.catch_up(is_all=True)
-        if not getattr(run.sae, "density", 0):  # where a case does not say how many latents are active
+        if not getattr(
+            run.sae, "density", 0
+        ):  # where a case does not say how many latents are active
             run.sae.settle()
         if run.sae.dials() == before:
             break

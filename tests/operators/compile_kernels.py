@@ -71,11 +71,16 @@ def selections() -> Iterator[Case]:
     sizes = {"WIDE": 1024, "ROOM": 128}
     fast = {"GROUPS": 1024, "PER_COLUMN": True}
     of_long = {"EACH": 8, "WIDE": 4096}
-    plain = {"HAS_ALLOWED": False, "IS_POSITIVE": False} | POWERS[0]
+    plain = {"HAS_ALLOWED": False, "IS_POSITIVE": False, "OF_RELU": False} | POWERS[0]
     chosen = {"HAS_ALLOWED": True, "IS_POSITIVE": True}
-    for scores, places, changes in ((H, 16, {}), (H, 16, chosen), (F, 32, {})):
+    for scores, places, changes in (
+        (H, 16, {}),
+        (H, 16, chosen),
+        (H, 16, {"OF_RELU": True}),
+        (F, 32, {}),
+    ):
         constants = {"KIND": RANK, "PLACES": places} | sizes | plain | changes
-        yield selection.collect_rows, [scores, S, *tensors, L, INT], constants | fast, 4
+        yield selection.collect_rows, [scores, S, *tensors, INT], constants | fast, 4
         for is_exact in FLAGS:
             exact = {"IS_EXACT": is_exact}
             yield (
@@ -86,7 +91,7 @@ def selections() -> Iterator[Case]:
             )
     for power in POWERS:
         constants = {"KIND": SIMPLEX, "PLACES": 16} | sizes | plain | power
-        yield selection.collect_rows, [H, F, *tensors, L, INT], constants | fast, 4
+        yield selection.collect_rows, [H, F, *tensors, INT], constants | fast, 4
         exact = {"IS_EXACT": False}
         yield (
             selection.collect_long_rows,
@@ -98,10 +103,16 @@ def selections() -> Iterator[Case]:
         constants = (
             {"KIND": ABOVE, "PLACES": 16} | sizes | plain | fast | {"PER_COLUMN": per_column}
         )
-        yield selection.collect_rows, [H, F, *tensors, L, INT], constants, 4
+        yield selection.collect_rows, [H, F, *tensors, INT], constants, 4
         for has_spill in FLAGS:
-            of_rows = {"PER_COLUMN": per_column, "HAS_SPILL": has_spill, "ROOM": 128} | of_long
-            yield selection.spill_rows, [H, F, S, S, S, S, F, INT, INT], of_rows, 8
+            of_rows = {"PER_COLUMN": per_column, "HAS_SPILL": has_spill, "ROOM": 128, "LONG": 512}
+            types = [H, F, S, S, S, S, F, S, F, INT]
+            yield selection.spill_rows, types, of_rows | {"WIDE": 4096}, 8
+    for level in range(4):
+        yield selection.count_keys, [F, S, S, INT], {"LEVEL": level, "WIDE": 4096}, 8
+    for levels in (2, 4):
+        yield selection.ranked_keys, [S, S, F], {"LEVELS": levels}, 1
+    yield selection.keep_rows, [F, F, INT, INT], {"WIDE": 4096}, 8
     for places, room, warps in ((16, 128, 1), (32, 1024, 4)):
         constants = {"PLACES": places, "ROOM": room, "CAPACITY": 64}
         yield selection.choose_rows, [S, F, S, S, S, S, F, S, S], constants, warps
@@ -110,7 +121,7 @@ def selections() -> Iterator[Case]:
 def products() -> Iterator[Case]:
     for has_spill in FLAGS:
         sizes = {"CAPACITY": 32, "HAS_SPILL": has_spill, "BLOCK": 1024, "EACH": 4}
-        yield sparse.rescore_lists, [F, F, F, F, S, S, S, F, INT], sizes, 4
+        yield sparse.rescore_lists, [F, F, F, F, S, S, S, F, H, INT, INT], sizes, 4
         for W in (F, H):
             yield sparse.products_of_lists, [F, W, S, S, S, F, INT], sizes, 4
             types = [F, W, F, S, F, S, S, S, F, W, F, F, INT]
@@ -153,7 +164,19 @@ written = {
     name
     for module in (dense, lists, rows, selection, soft, sparse, update)
     for name, member in vars(module).items()
-    if name.endswith(("_rows", "_lists", "_weights", "_products", "_columns", "_dense", "_pieces"))
+    if name.endswith(
+        (
+            "_rows",
+            "_lists",
+            "_weights",
+            "_products",
+            "_columns",
+            "_dense",
+            "_pieces",
+            "_keys",
+            "_key",
+        )
+    )
     and isinstance(member, triton.JITFunction)
 }
 if written - compiled:

@@ -1,12 +1,14 @@
 """AuxK: dead latents learn to reconstruct what the live ones leave over."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from saeflow.operators.autograd import applied
 from saeflow.operators.gpu import selection
-from saeflow.operators.gpu.lists import capacity_for
 from saeflow.operators.sparse import SparseLatents, room
 from saeflow.operators.topk import keep_topk, topk_sparse
 
@@ -96,9 +98,7 @@ def keep_largest(active: Tensor, k: int) -> Tensor:
     Returns:
         (B, n), with the gradient of the entries that are kept.
     """
-    kept = selection.topk(active, k, capacity_for(k), is_positive=True)
-    values = active.gather(1, kept.columns.long()).where(kept.real, 0)
-    return kept.with_values(values).dense()
+    return applied(_KeepLargest, active, k)
 
 
 def residual_share(
@@ -119,6 +119,20 @@ def residual_share(
     residual = residual.where(is_defined, 0)
     ratio = total((residual - e_hat).square().sum()) / spread.where(is_defined, 1)
     return ratio.where(is_defined, 0)
+
+
+class _KeepLargest(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, active: Tensor, k: int) -> Tensor:
+        kept = selection.keep_largest(active, k)
+        ctx.save_for_backward(kept)
+        return kept
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        return grad.where(kept > 0, 0), None
 
 
 def _check_dead(pre_acts: Tensor, dead: Tensor) -> None:

@@ -72,7 +72,8 @@ def rounding(inputs: Tensor, W_enc: Tensor) -> Tensor:
         inputs: (B, d_in), what W_enc (d_in, d_sae) is multiplied with.
     """
     norms = torch.linalg.vector_norm(inputs) * torch.linalg.vector_norm(W_enc)
-    return 2**-6 * norms / (inputs.numel() * W_enc.shape[1]) ** 0.5
+    of_each: Tensor = norms / (inputs.numel() * W_enc.shape[1]) ** 0.5
+    return 2**-6 * of_each
 
 
 def is_exact(margin: Tensor | float) -> bool:

@@ -56,6 +56,7 @@ def squared_errors(
     b_dec: Tensor,
     x: Tensor,
     boundaries: Tensor | None = None,
+    lower: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the squared error of what rows of the same room rebuild; one pass finds all that its gradients need.
 
@@ -64,6 +65,7 @@ def squared_errors(
         W_dec, b_dec: (d_sae, d_in) and (d_in,).
         x: (B, d_in).
         boundaries: (G - 1,), where latents are in groups: the sum of the squared errors of all prefixes of groups.
+        lower: a copy of W_dec in lower precision, which is multiplied in its place.
 
     Returns:
         (B,) squared errors, differentiable, and (B, d_in) x_hat - x, which is not.
@@ -73,7 +75,7 @@ def squared_errors(
     """
     if latents.lists is None:
         raise ValueError("expected rows of the same room, got rows of any length")
-    return on_lists.squared_errors(latents.lists, W_dec, b_dec, x, latents.walk, boundaries)
+    return on_lists.squared_errors(latents.lists, W_dec, b_dec, x, latents.walk, boundaries, lower)
 
 
 def gather_pre_acts(

@@ -87,6 +87,7 @@ def soft_topk_sparse(
     most: int | None = None,
     *,
     reach: float | None = None,
+    of_relu: bool = False,
 ) -> SparseLatents:
     """The entries of values (B, n) whose mask is above 0, or may be where values are rounded.
 
@@ -94,13 +95,17 @@ def soft_topk_sparse(
         values, k, temperature, reach: as for `soft_topk`, with k (B,).
         margin: how far values may lie from exact ones, see `pre_acts.rounding`.
         most: see `sparse.room`; then some others come with them, and the values are constants.
+        of_relu: choose from relu of the values.
 
     Returns:
         The entries, with the gradient of `values`.
     """
     if (capacity := room(values, most)) is not None:
         far = (reach or FAR) * temperature + ROUNDED * margin
-        return SparseLatents.of(selection.near_rank(values, k.detach(), capacity, far))
+        found = selection.near_rank(values, k.detach(), capacity, far, of_relu=of_relu)
+        return SparseLatents.of(found)
+    if of_relu:
+        values = values.relu()
     if is_exact(margin):
         mask = soft_topk(values, k, temperature, reach=reach)
         return SparseLatents.from_mask(values, mask > 0)

@@ -32,6 +32,7 @@ from saeflow.operators import (
     select_auxk,
     squared_errors,
 )
+from saeflow.operators.gpu.shadows import shadow
 from saeflow.saes.forward import Errors, Forward
 from saeflow.saes.input_scale import InputScale
 from saeflow.saes.ranks import Ranks, check_divides
@@ -98,13 +99,14 @@ class SAE(Usable):
             return None
         return Errors(*squared_errors(latents, self.W_dec, self.b_dec, target, self.prefixes))
 
-    def errors_of_constant(self, target: Tensor, latents: SparseLatents) -> Tensor:
-        """Return squared errors (B,) of another reconstruction of a target (B, d_out), with the decoder as a constant."""
+    def errors_of_constant(self, fwd: Forward, latents: SparseLatents) -> Tensor:
+        """Return squared errors (B,) of another reconstruction of a pass's target, with the decoder as a constant."""
         W_dec, b_dec = self.W_dec.detach(), self.b_dec.detach()
         if latents.lists is not None:
-            return squared_errors(latents, W_dec, b_dec, target)[0]
+            lower = shadow(self.W_dec) if fwd.is_rounded else None
+            return squared_errors(latents, W_dec, b_dec, fwd.target, lower=lower)[0]
         x_hat = self.sum_over_latents(decode_sparse(latents, W_dec)) + b_dec
-        return (target - x_hat).square().sum(1)
+        return (fwd.target - x_hat).square().sum(1)
 
     def margin(self, x: Tensor) -> Tensor:
         """() how far `pre_activations(x)` of lower precision may lie from exact ones."""
@@ -139,9 +141,10 @@ class SAE(Usable):
 
     def auxk(self, fwd: Forward, dead: Tensor) -> Tensor:
         """Return the loss of dead latents (d_sae,) that reconstruct the residual (Gao et al. 2024)."""
-        residual, k_aux = fwd.residual, self.d_out // 2
+        k_aux = self.d_out // 2
         if self.has_all_latents and room(fwd.pre_acts, k_aux) is not None:
             return self.auxk_at_once(fwd, dead, k_aux)
+        residual = fwd.residual
         columns = dead.nonzero()[:, 0]
         if int(self.sum_over_latents(residual.new_tensor(len(columns)))) == 0:
             return residual.new_zeros(())
@@ -180,7 +183,7 @@ class SAE(Usable):
             e_hat = decode_sparse(chosen.relu(), self.W_dec)
         else:
             if count == 0:
-                return fwd.residual.new_zeros(())
+                return self.W_dec.new_zeros(())
             columns = first_of(dead, count)
             active = self.gather_columns(fwd, columns).where(dead[columns], 0).relu()
             if count > k_aux:

@@ -74,7 +74,7 @@ class Gated(FollowsDensity):
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         if isinstance(fwd.selected, SparseLatents):
             gate = fwd.selected.relu()
-            penalty, errors = gate.values.sum(), self.errors_of_constant(fwd.target, gate)
+            penalty, errors = gate.values.sum(), self.errors_of_constant(fwd, gate)
         else:
             if fwd.beside:
                 positive, penalty = fwd.beside

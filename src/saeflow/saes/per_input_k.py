@@ -107,8 +107,9 @@ class PerInputK(FollowsDensity):
     ) -> SparseLatents:
         assert condition is not None
         if self.is_soft:
-            v, reach = pre_acts.relu(), self.reach
-            return soft_topk_sparse(v, condition, self.heat, margin, self.room, reach=reach)
+            return soft_topk_sparse(
+                pre_acts, condition, self.heat, margin, self.room, reach=self.reach, of_relu=True
+            )
         k = condition.floor().long()
         return self.largest_of_rows(topk_sparse(pre_acts, k, self.room), k)
 

@@ -22,7 +22,7 @@ from saeflow.saes.initialisation import directions, kaiming, uniform
 from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
 
 RATE_DECAY = 0.99
-MOST = 1024  # concepts of one input: a GPU makes room for these
+MOST = 256  # concepts of one input: a GPU makes room for these, and for more once an input has them
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,13 @@ class Clock:
         self.marks: deque[tuple[torch.cuda.Event, torch.cuda.Event, float]] = deque()
 
     def add(self, seconds: float) -> None:
-        """Count time that was measured elsewhere."""
+        """Count time of the host that was measured elsewhere."""
         self.seconds += seconds
+
+    def waited(self, seconds: float) -> None:
+        """Count time in which the host waited for a batch, unless a GPU had work all the while."""
+        if not self.marks or self.marks[-1][1].query():
+            self.add(seconds)
 
     def mark(self, begin: torch.cuda.Event, end: torch.cuda.Event, share: float) -> None:
         """Count a share of the time between two events, once the device has reached both."""

@@ -1,5 +1,6 @@
 """Steps as CUDA graphs: the kernels of one step are recorded once and launched together from then on."""
 
+import gc
 import logging
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -71,8 +72,18 @@ class Replayed(Generic[Result]):
 
 
 def capture_cuda(function: Callable[[], Result]) -> tuple[Callable[[], object], Result]:
-    """Record what a function launches on the current GPU; other threads may go on copying meanwhile."""
+    """Record what a function launches on the current GPU; other threads may go on copying meanwhile.
+
+    No garbage is collected meanwhile: a graph of an earlier run that is freed during a recording spoils it.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        result = function()
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = function()
+    finally:
+        if was_on:
+            gc.enable()
     return graph.replay, result

@@ -155,9 +155,10 @@ class Run:
 
     def take(self, batch: Batch, waited: float) -> None:
         """The next step, of its raw batch, for which it waited some seconds; now and then a line of the log."""
+        self.clock.waited(waited)
         with running([self.clock]):
             stepped = self.one_step(self.scaled(batch.map(self.ranks.own_rows)))
-        self.end(stepped, waited, batch)
+        self.end(stepped, batch)
 
     def one_step(self, batch: Batch) -> Stepped:
         """Forward, losses, gradients, update; on a GPU recorded and launched at once."""
@@ -174,10 +175,9 @@ class Run:
         self.watch.begin(self.step)
         self.set_lr()
 
-    def end(self, stepped: Stepped, waited: float, batch: Batch) -> None:
+    def end(self, stepped: Stepped, batch: Batch) -> None:
         """Count a step that was taken of a raw batch, and log it if it is one of those that are."""
         config = self.config.training
-        self.clock.add(waited)
         is_line = (self.step + 1) % config.log_every_steps == 0 or self.step + 1 == self.total
         if self.has_room:
             self.room.send(self.step, batch)

@@ -74,11 +74,12 @@ class Stack:
     def take(self, batch: Batch, waited: float) -> None:
         """The next step of every run, of their raw batch; each counts an equal share of the time."""
         for run in self.runs:
+            run.clock.waited(waited)
             run.begin()
         with running(self.runs[0].clocks):
             found = self.work(batch) if self.replayed is None else self.replayed(batch, self.key())
         for run, stepped in zip(self.runs, found, strict=True):
-            run.end(stepped, waited, batch)
+            run.end(stepped, batch)
 
     def key(self) -> Hashable:
         """All that the host decides of a step's kernels."""

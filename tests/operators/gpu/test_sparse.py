@@ -50,7 +50,8 @@ def test_decoding_matches_scipy(lists: Lists, dtype: torch.dtype, path: str) -> 
 def test_chosen_scores_are_those_of_the_dense_product(lists: Lists, path: str) -> None:
     x, W_enc = normal(B, D, seed=4, path=path), normal(M, D, seed=5, path=path)
     b_enc, b_dec = normal(M, seed=6, path=path), normal(D, seed=7, path=path)
-    scores = sparse.rescore(x, W_enc, b_enc, b_dec, lists)
+    scores, centred = sparse.rescore(x, W_enc, b_enc, b_dec, lists)
+    close(centred, x - b_dec)
     dense = (x - b_dec) @ W_enc.t() + b_enc
     close(scores, at(dense, lists))
     products = sparse.row_products(x, W_enc, lists)

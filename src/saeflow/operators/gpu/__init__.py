@@ -15,7 +15,7 @@ from torch import Tensor
 
 MODULES = ("rows", "selection", "soft", "lists", "sparse", "dense", "update")
 _SUM_BLOCK = 256
-_WIDE = 2048  # entries of a row that are looked at together
+_WIDE = 1024  # entries of a row that are looked at together
 is_on = True
 
 

@@ -130,6 +130,7 @@ def squared_errors(
     x: Tensor,
     of: Walk | None,
     boundaries: Tensor | None = None,
+    lower: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the squared errors of a reconstruction; one pass finds them and all that their gradients need.
 
@@ -140,13 +141,16 @@ def squared_errors(
         of: the step whose decoder this is; None: another decoder, such as a constant one.
         boundaries: (G - 1,), where latents are in groups: errors are those of the reconstructions from the
             first group, from the first two, ..., added up.
+        lower: a copy of W_dec in lower precision, which is multiplied in its place.
 
     Returns:
         (B,), differentiable in values, weights and x, and (B, d) x_hat - x of all latents, which is not.
     """
+    if lower is None and of is not None and of.left.W_dec is W_dec and _is_bf16(W_dec):
+        lower = shadow(W_dec)
     token, left, W_dec = _inputs(W_dec, of)
     result: tuple[Tensor, Tensor] = _SquaredErrors.apply(  # type: ignore[no-untyped-call]
-        lists.values, token, W_dec, b_dec, x, lists, left, boundaries
+        lists.values, token, W_dec, b_dec, x, lists, left, boundaries, lower
     )
     return result
 
@@ -213,13 +217,16 @@ class _Gather(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, token: Tensor, left: Left, lists: Lists, is_rounded: bool
     ) -> Tensor:
-        ctx.save_for_backward(x)
         ctx.left, ctx.lists, ctx.number = left, lists, left.number()
-        ctx.lower = torch.bfloat16 if is_rounded and _is_bf16(x) else left.W_enc.dtype
+        ctx.is_centred = is_rounded
         if any(ctx.needs_input_grad):
             lists.transposed  # noqa: B018  # worked out here, so that lists of other values share it
         if is_rounded:
-            return sparse.rescore(x, left.W_enc, left.b_enc, left.b_dec, lists)
+            lower = torch.bfloat16 if _is_bf16(x) else left.W_enc.dtype
+            scores, centred = sparse.rescore(x, left.W_enc, left.b_enc, left.b_dec, lists, lower)
+            ctx.save_for_backward(centred)
+            return scores
+        ctx.save_for_backward(x)
         return lists.values.to(left.W_enc.dtype, copy=True)
 
     @staticmethod
@@ -227,7 +234,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (x,), left, lists = ctx.saved_tensors, ctx.left, ctx.lists
         grad = grad.contiguous()
-        centred = torch.sub(x, left.b_dec, out=torch.empty_like(x, dtype=ctx.lower))
+        centred = x if ctx.is_centred else (x - left.b_dec).to(left.W_enc.dtype)
         left.of_encoder[ctx.number] = OfEncoder(lists, centred, grad)
         grad_x = None
         if ctx.needs_input_grad[0]:
@@ -272,12 +279,11 @@ class _SquaredErrors(torch.autograd.Function):
         lists: Lists,
         left: Left | None,
         boundaries: Tensor | None,
+        lower: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        lower, rows = torch.float32, W_dec
-        if left is not None and _is_bf16(W_dec):
-            lower, rows = torch.bfloat16, shadow(left.W_dec)
+        rows = W_dec if lower is None else lower
         if boundaries is None:
-            found = sparse.decode_error(lists, rows, b_dec, x, lower)
+            found = sparse.decode_error(lists, rows, b_dec, x, rows.dtype)
         else:
             found = sparse.nested_errors(lists, rows, b_dec, x, boundaries)
         of_all = found.error if boundaries is None else found.kept[:, 0]  # of all prefixes
@@ -301,7 +307,7 @@ class _SquaredErrors(torch.autograd.Function):
         if ctx.needs_input_grad[4]:
             of_x = -twice[:, None] * of_all
         of_W_dec = _leave(ctx, OfDecoder(ctx.lists, error, ctx.boundaries, twice))
-        return of_values, None, of_W_dec, of_b_dec, of_x, None, None, None
+        return of_values, None, of_W_dec, of_b_dec, of_x, None, None, None, None
 
 
 def _leave(ctx: Any, part: OfDecoder) -> Tensor | None:

@@ -68,8 +68,10 @@ def power(base, exponent, LINEAR: tl.constexpr, SQUARES: tl.constexpr):
 
 
 @triton.jit
-def read(base, allowed, at, n, HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.constexpr):
-    """Entries of a row as float32, -inf where they cannot be chosen, and which are NaN."""
+def read(
+    base, allowed, at, n, HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.constexpr, OF_RELU: tl.constexpr
+):  # fmt: skip
+    """Entries of a row, or of its relu, as float32, -inf where they cannot be chosen, and which are NaN."""
     inside = at < n
     raw = tl.load(base + at, mask=inside, other=NEVER).to(tl.float32)
     is_nan = raw != raw
@@ -78,6 +80,8 @@ def read(base, allowed, at, n, HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.conste
         can = can & (tl.load(allowed + at, mask=inside, other=0) != 0)
     if IS_POSITIVE:
         can = can & (raw > 0)
+    if OF_RELU:
+        raw = tl.where(raw > 0, raw, 0.0)
     return tl.where(can, raw, NEVER), is_nan
 
 
@@ -90,15 +94,15 @@ def simplex_total(values, top, scale, tau, LINEAR: tl.constexpr, SQUARES: tl.con
 
 @triton.jit
 def collect_rows(
-    scores, floors, slack, allowed, columns, values, counts, found, status, taken, n,
+    scores, floors, slack, allowed, columns, values, counts, found, status, n,
     KIND: tl.constexpr, PLACES: tl.constexpr, PER_COLUMN: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.constexpr, OF_RELU: tl.constexpr,
     LINEAR: tl.constexpr, SQUARES: tl.constexpr,
     GROUPS: tl.constexpr, WIDE: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """The entries of each row that reach its floor, ascending; found[b]: how many, where above ROOM any ROOM of them.
 
-    taken (B, ROOM) int64: memory to work with. floors: RANK, a rank per row; SIMPLEX, a scale per row; ABOVE, a threshold, or one per column.
+    floors: RANK, a rank per row; SIMPLEX, a scale per row; ABOVE, a threshold, or one per column.
     """
     row = tl.program_id(0).to(tl.int64)
     base = scores + row * n
@@ -111,8 +115,13 @@ def collect_rows(
         for start in range(0, n, AHEAD * GROUPS):
             for part in tl.static_range(AHEAD):
                 at = start + part * GROUPS + group
-                entries, _ = read(base, allowed, at, n, HAS_ALLOWED, IS_POSITIVE)
-                maxima = tl.maximum(maxima, entries)
+                if HAS_ALLOWED or IS_POSITIVE:
+                    entries, _ = read(base, allowed, at, n, HAS_ALLOWED, IS_POSITIVE, OF_RELU)
+                else:
+                    entries = tl.load(base + at, mask=at < n, other=NEVER).to(tl.float32)
+                maxima = tl.where(entries > maxima, entries, maxima)  # which NaN is not
+        if OF_RELU:
+            maxima = tl.where(maxima > NEVER, tl.maximum(maxima, 0.0), NEVER)
         if KIND == RANK:
             k = tl.load(floors + row)
             floor = value_of(kth_largest(keys_of(maxima, PLACES), k, PLACES), PLACES) - near
@@ -134,40 +143,46 @@ def collect_rows(
     # Entries take slots in any order, without waiting for one another, and are put in order afterwards.
     wide = tl.arange(0, WIDE)
     one = tl.full((WIDE,), 1, tl.int32)
-    has_nan = tl.zeros((WIDE,), tl.int32)
+    bad = tl.zeros((WIDE,), tl.int32)
+    free = columns + row * ROOM
     tl.store(found + row, 0)
     tl.debug_barrier()
     for start in range(0, n, WIDE):
         at = start + wide
-        entries, is_nan = read(base, allowed, at, n, HAS_ALLOWED, IS_POSITIVE)
-        if KIND == RANK:
-            hit = (entries >= floor) & is_wanted
-        elif KIND == SIMPLEX:
-            hit = (entries - top) * scale >= floor
-        elif PER_COLUMN:
-            hit = entries > tl.load(floors + at, mask=at < n, other=float("inf"))
+        if HAS_ALLOWED or IS_POSITIVE:
+            entries, is_nan = read(base, allowed, at, n, HAS_ALLOWED, IS_POSITIVE, False)
         else:
-            hit = entries > floor
-        hit = hit & (entries > NEVER)
-        has_nan = has_nan | is_nan.to(tl.int32)
+            entries = tl.load(base + at, mask=at < n, other=NEVER).to(tl.float32)
+            is_nan = entries != entries
+        bad = bad | is_nan.to(tl.int32)
+        reached = entries
+        if OF_RELU:
+            reached = tl.where(entries > NEVER, tl.maximum(entries, 0.0), NEVER)
+        if KIND == RANK:
+            hit = (reached >= floor) & is_wanted
+        elif KIND == SIMPLEX:
+            hit = (reached - top) * scale >= floor
+        elif PER_COLUMN:
+            hit = reached > tl.load(floors + at, mask=at < n, other=float("inf"))
+        else:
+            hit = reached > floor
+        hit = hit & (reached > NEVER)
         slot = tl.atomic_add(found + row + 0 * at, one, mask=hit, sem="relaxed", scope="cta")
-        packed = (at.to(tl.int64) << 32) | (
-            entries.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-        )
-        tl.store(taken + row * ROOM + slot, packed, mask=hit & (slot < ROOM))
+        tl.store(free + slot, at, mask=hit & (slot < ROOM))
     tl.debug_barrier()
     count = tl.load(found + row)
     slots = tl.arange(0, ROOM)
-    last = tl.full((ROOM,), 0x7FFFFFFFFFFFFFFF, tl.int64)
-    packed = tl.load(taken + row * ROOM + slots, mask=slots < count, other=0x7FFFFFFFFFFFFFFF)
-    packed = tl.sort(tl.where(slots < count, packed, last))
     is_real = slots < count
-    column = tl.where(is_real, (packed >> 32).to(tl.int32), 0)
-    value = tl.where(is_real, (packed & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True), 0.0)
-    tl.store(columns + row * ROOM + slots, column)
+    column = tl.load(free + slots, mask=is_real, other=0x7FFFFFFF)
+    tl.debug_barrier()
+    column = tl.sort(tl.where(is_real, column, 0x7FFFFFFF))
+    value = tl.load(base + column, mask=is_real, other=0.0).to(tl.float32)
+    if OF_RELU:
+        value = tl.maximum(value, 0.0)
+    tl.store(free + slots, tl.where(is_real, column, 0))
     tl.store(values + row * ROOM + slots, value)
     tl.store(counts + row, tl.minimum(count, ROOM))
-    flags = tl.where(count > ROOM, OVERFLOW, 0) | tl.where(tl.max(has_nan, 0) > 0, NAN, 0)
+    flags = tl.where(count > ROOM, OVERFLOW, 0) | tl.where(tl.max(bad, 0) > 0, NAN, 0)
     tl.store(status + row, flags)
 
 
@@ -180,40 +195,55 @@ def has_long(first, found, n_rows, ROOM: tl.constexpr, EACH: tl.constexpr):
 
 @triton.jit
 def spill_rows(
-    scores, floors, found, first, parts, columns, values, n_rows, n,
-    PER_COLUMN: tl.constexpr, HAS_SPILL: tl.constexpr, EACH: tl.constexpr, WIDE: tl.constexpr,
+    scores, floors, found, first, parts, some_columns, some_values, columns, values, n,
+    PER_COLUMN: tl.constexpr, HAS_SPILL: tl.constexpr, WIDE: tl.constexpr, LONG: tl.constexpr,
     ROOM: tl.constexpr,
 ):  # fmt: skip
-    """Collect anew, in order, the entries above a threshold that did not fit in their row's own list."""
-    begin_row = tl.program_id(0).to(tl.int64) * EACH
-    if has_long(begin_row, found, n_rows, ROOM, EACH):
-        for row in range(begin_row, begin_row + EACH):
-            if tl.load(found + row, mask=row < n_rows, other=0) > ROOM:
-                base = scores + row * n
-                begin, lists = row, 1
-                if HAS_SPILL:
-                    begin = tl.load(first + row).to(tl.int64) - 1
-                    lists = tl.load(parts + row)
-                floor = 0.0
-                if not PER_COLUMN:
-                    floor = tl.load(floors)
-                wide = tl.arange(0, WIDE)
-                count = 0
-                for start in range(0, n, WIDE):
-                    at = start + wide
-                    entries, _ = read(base, base, at, n, False, False)
-                    if PER_COLUMN:
-                        hit = entries > tl.load(floors + at, mask=at < n, other=float("inf"))
-                    else:
-                        hit = entries > floor
-                    hit = hit & (entries > NEVER)
-                    place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
-                    part = place // ROOM
-                    fits = hit & (part < lists)
-                    where = tl.where(part > 0, begin + part, row) * ROOM + place % ROOM
-                    tl.store(columns + where, at, mask=fits)
-                    tl.store(values + where, entries, mask=fits)
-                    count += tl.sum(hit.to(tl.int32), 0)
+    """Divide the entries of each row among its own list and its spare ones, in their order.
+
+    They are in lists with room for LONG; a row with more of them is read again.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    all_of_row = tl.load(found + row)
+    begin, lists = row, 1
+    if HAS_SPILL:
+        begin = tl.load(first + row).to(tl.int64) - 1
+        lists = tl.load(parts + row)
+    slot = tl.arange(0, ROOM)
+    is_free = slot >= all_of_row
+    tl.store(columns + row * ROOM + slot, tl.zeros((ROOM,), tl.int32), mask=is_free)
+    tl.store(values + row * ROOM + slot, tl.zeros((ROOM,), tl.float32), mask=is_free)
+    if all_of_row <= LONG:
+        place = tl.arange(0, LONG)
+        part = place // ROOM
+        fits = (place < all_of_row) & (part < lists)
+        at = tl.load(some_columns + row * LONG + place, mask=fits, other=0)
+        entries = tl.load(some_values + row * LONG + place, mask=fits, other=0.0)
+        where = tl.where(part > 0, begin + part, row) * ROOM + place % ROOM
+        tl.store(columns + where, at, mask=fits)
+        tl.store(values + where, entries, mask=fits)
+    else:
+        base = scores + row * n
+        floor = 0.0
+        if not PER_COLUMN:
+            floor = tl.load(floors)
+        wide = tl.arange(0, WIDE)
+        count = 0
+        for start in range(0, n, WIDE):
+            at = start + wide
+            entries, _ = read(base, base, at, n, False, False, False)
+            if PER_COLUMN:
+                hit = entries > tl.load(floors + at, mask=at < n, other=float("inf"))
+            else:
+                hit = entries > floor
+            hit = hit & (entries > NEVER)
+            place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
+            part = place // ROOM
+            fits = hit & (part < lists)
+            where = tl.where(part > 0, begin + part, row) * ROOM + place % ROOM
+            tl.store(columns + where, at, mask=fits)
+            tl.store(values + where, entries, mask=fits)
+            count += tl.sum(hit.to(tl.int32), 0)
 
 
 @triton.jit
@@ -231,7 +261,7 @@ def finish(columns, values, counts, status, row, count, has_nan, ROOM: tl.conste
 def collect_long_rows(
     scores, floors, slack, allowed, columns, values, counts, found, status, n_rows, n,
     KIND: tl.constexpr, PLACES: tl.constexpr, IS_EXACT: tl.constexpr,
-    HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.constexpr, OF_RELU: tl.constexpr,
     LINEAR: tl.constexpr, SQUARES: tl.constexpr,
     EACH: tl.constexpr, WIDE: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
@@ -256,7 +286,7 @@ def collect_long_rows(
                         reached = 0
                         for start in range(0, n, WIDE):
                             entries, _ = read(
-                                base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE
+                                base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE, OF_RELU
                             )
                             reaches = keys_of(entries, PLACES) >= candidate.to(tl.int32)
                             reached += tl.sum((reaches & (entries > NEVER)).to(tl.int32), 0)
@@ -267,7 +297,7 @@ def collect_long_rows(
                         left = k
                         for start in range(0, n, WIDE):
                             entries, _ = read(
-                                base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE
+                                base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE, OF_RELU
                             )
                             is_above = (keys_of(entries, PLACES) > key) & (entries > NEVER)
                             left -= tl.sum(is_above.to(tl.int32), 0)
@@ -275,7 +305,9 @@ def collect_long_rows(
                     scale = tl.load(floors + row)
                     maxima = tl.full((WIDE,), NEVER, tl.float32)
                     for start in range(0, n, WIDE):
-                        entries, _ = read(base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE)
+                        entries, _ = read(
+                            base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE, OF_RELU
+                        )
                         maxima = tl.maximum(maxima, entries)
                     top = tl.max(maxima, 0)
                     low = tl.full((), -1.0, tl.float32)
@@ -285,7 +317,7 @@ def collect_long_rows(
                         total = 0.0
                         for start in range(0, n, WIDE):
                             entries, _ = read(
-                                base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE
+                                base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE, OF_RELU
                             )
                             total += simplex_total(entries, top, scale, middle, LINEAR, SQUARES)
                         low = tl.where(total >= 1, middle, low)
@@ -294,7 +326,7 @@ def collect_long_rows(
                 count, ties = 0, 0
                 for start in range(0, n, WIDE):
                     at = start + wide
-                    entries, _ = read(base, allowed, at, n, HAS_ALLOWED, IS_POSITIVE)
+                    entries, _ = read(base, allowed, at, n, HAS_ALLOWED, IS_POSITIVE, OF_RELU)
                     if KIND == SIMPLEX:
                         hit = (entries - top) * scale >= floor
                     elif IS_EXACT:
@@ -342,3 +374,58 @@ def choose_rows(
     finish(
         chosen_columns, chosen_values, chosen_counts, chosen_status, row, count, has_nan, CAPACITY
     )
+
+
+@triton.jit
+def keep_rows(values, out, k, n, WIDE: tl.constexpr):
+    """Zero all but the k largest entries of each row, none below 0, which one program holds; of equal ones the first."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, WIDE)
+    inside = at < n
+    value = tl.load(values + row * n + at, mask=inside, other=0.0)
+    keys = keys_of(value, 32)
+    threshold = kth_largest(keys, k, 32)
+    above = keys > threshold
+    ties = (keys == threshold) & inside
+    left = k - tl.sum(above.to(tl.int32), 0)
+    kept = above | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= left))
+    tl.store(out + row * n + at, tl.where(kept, value, 0.0), mask=inside)
+
+
+@triton.jit
+def bytes_before(counts, rank, LEVEL: tl.constexpr):
+    """Return the upper LEVEL bytes of the rank-th largest key, and its rank among the keys that have them."""
+    prefix, left = tl.full((), 0, tl.int32), rank
+    for level in tl.static_range(LEVEL):
+        number = tl.load(counts + 256 * level + tl.arange(0, 256))
+        reached = tl.cumsum(number, 0, reverse=True)
+        found = tl.max(tl.where(reached >= left, tl.arange(0, 256), 0), 0)
+        left -= tl.sum(tl.where(tl.arange(0, 256) > found, number, 0), 0)
+        prefix = (prefix << 8) | found
+    return prefix, left
+
+
+@triton.jit
+def count_keys(entries, counts, ranks, n, LEVEL: tl.constexpr, WIDE: tl.constexpr):
+    """Count the bytes at a level of those keys whose upper bytes are the answer's; counts (levels, 256)."""
+    prefix, _ = bytes_before(counts, tl.load(ranks), LEVEL)
+    at = tl.program_id(0).to(tl.int64) * WIDE + tl.arange(0, WIDE)
+    value = tl.load(entries + at, mask=at < n, other=0.0)
+    key = keys_of(value, 32) ^ (-1 << 31)  # ascending without a sign
+    is_in = at < n
+    if LEVEL > 0:
+        is_in = is_in & (((key >> (32 - 8 * LEVEL)) & ((1 << (8 * LEVEL)) - 1)) == prefix)
+    byte = (key >> (24 - 8 * LEVEL)) & 255
+    number = tl.histogram(tl.where(is_in, byte, 256), 512)  # the others lie beyond those that count
+    place = tl.arange(0, 512)
+    tl.atomic_add(
+        counts + 256 * LEVEL + place, number, mask=(place < 256) & (number > 0), sem="relaxed"
+    )
+
+
+@triton.jit
+def ranked_keys(counts, ranks, value, LEVELS: tl.constexpr):
+    """Write the float of the rank-th largest key; -inf where there are fewer."""
+    prefix, _ = bytes_before(counts, tl.load(ranks), LEVELS)
+    key = (prefix << (32 - 8 * LEVELS)) ^ (-1 << 31)
+    tl.store(value, value_of(key, 32))

@@ -4,6 +4,8 @@ entries have a share. Exponentials are in float32, their sums in float64."""
 import triton
 import triton.language as tl
 
+from saeflow.operators.gpu.kernels.selection import keys_of, kth_largest, value_of
+
 MOST_STEPS = tl.constexpr(150)
 NEVER = tl.constexpr(float("-inf"))
 
@@ -94,7 +96,12 @@ def soft_rows(
     # k = 0, or k of every entry, b is infinite, and any b this far gives the same mask.
     origin = tl.where(k >= count, lowest, highest)
     low, high = lowest - origin - 1000 * t, highest - origin + 1000 * t
-    b = tl.where(k <= 0, high, tl.where(k >= count, low, 0.0))
+    # The k-th largest of the lanes' maxima is near b: from there few roots are left to take.
+    near = value_of(kth_largest(keys_of(largest, 16), tl.ceil(k).to(tl.int32), 16), 16).to(
+        tl.float64
+    )
+    nearby = tl.minimum(tl.maximum(near, lowest), highest) - origin
+    b = tl.where(k <= 0, high, tl.where(k >= count, low, nearby))
     done, step = (problem > 0) | (k <= 0) | (k >= count), 0
     last = tl.full((), float("inf"), tl.float64)
     is_gap = False

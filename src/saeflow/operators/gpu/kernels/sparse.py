@@ -25,16 +25,18 @@ def rows_at(matrix, rows, at, is_real, inside, width):
 
 @triton.jit
 def rescore_lists(
-    x, W_enc, b_enc, b_dec, columns, counts, owners, out, width,
+    x, W_enc, b_enc, b_dec, columns, counts, owners, out, kept, n_rows, width,
     CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
 ):  # fmt: skip
-    """out[b, e] = (x[b] - b_dec) . W_enc[column] + b_enc[column]."""
+    """out[b, e] = kept[b] . W_enc[column] + b_enc[column], where kept, x - b_dec, is written in its own precision."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     of = row_of(row, owners, HAS_SPILL)
     centred = tl.load(x + of * width + at, mask=inside, other=0.0).to(tl.float32)
     centred -= tl.load(b_dec + at, mask=inside, other=0.0)
+    if row < n_rows:
+        tl.store(kept + row * width + at, centred.to(kept.dtype.element_ty), mask=inside)
     count = tl.load(counts + row)
     zero_rest(out, row, count, CAPACITY)
     for start in range(0, count, EACH):
