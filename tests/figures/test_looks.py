@@ -3,10 +3,13 @@
 import base64
 import hashlib
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from saeflow.figures import FIGURES, Drawing, draw, load_tables, style
 from saeflow.figures.report import write_report
@@ -191,3 +194,37 @@ def test_the_best_of_the_saes_is_marked_alike_in_all_three_forms(
     found = [sorted(re.findall(pattern, text)) for pattern, text in texts.items()]
     assert found[0] == found[1] == found[2]
     assert len(found[0]) >= 3
+
+
+@pytest.mark.parametrize("kept", ["objects", "dimension"])
+def test_adaptivity_has_no_panel_for_what_was_not_measured(
+    kept: str, make_tables: Maker, tmp_path: Path
+) -> None:
+    """Photographs have no count of objects: their panel was drawn empty."""
+    loaded = load_tables(make_tables(tmp_path, panels=[SYNTHETIC], seeds=1))
+    if kept == "objects":
+        loaded = replace(loaded, dimension=loaded.dimension[:0])
+    else:
+        loaded = replace(loaded, contexts=loaded.contexts.assign(objects=-1))
+    with style.context():
+        figure = FIGURES["adaptivity"].draw(loaded, STRICT).figure
+    labels = [ax.get_xlabel() for ax in figure.axes]
+    assert labels == (["objects in the scene"] if kept == "objects" else ["neighbours"] * 2)
+    assert all(ax.lines for ax in figure.axes)
+    assert figure.axes[0].get_title(loc="left").startswith(SYNTHETIC[0])
+
+
+def test_pictures_of_one_vector_an_image_have_no_maps(make_tables: Maker, tmp_path: Path) -> None:
+    """An SAE on the embedding of whole images has no patches: their maps were lines of one dark colour."""
+    folder = make_tables(
+        tmp_path, panels=[SYNTHETIC], entries=[("relu", "relu", 1.2, None)], seeds=1
+    )
+    with style.context():
+        of_patches = FIGURES["simple_to_complex"].draw(load_tables(folder), STRICT).figure
+    for path in (folder / "cards").rglob("cards.safetensors"):
+        arrays = load_file(path)
+        save_file(arrays | {"shown_l0": np.zeros_like(arrays["shown_l0"])}, path)
+    with style.context():
+        drawing = FIGURES["simple_to_complex"].draw(load_tables(folder), STRICT)
+    assert len(of_patches.axes) == 2 * len(drawing.figure.axes)
+    assert "patches" not in drawing.caption

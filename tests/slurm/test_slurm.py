@@ -141,7 +141,7 @@ def test_a_job_over_its_time_goes_on_from_its_checkpoint(cluster: Cluster, tmp_p
     assert "going on from" in logs
     (tmp_path / "undisturbed").mkdir()
     undisturbed = Project(tmp_path / "undisturbed", params)
-    undisturbed.snakemake("train")
+    assert undisturbed.start("snakemake", "--cores", "2", "train").wait(2000) == 0
     assert saes(project) == saes(undisturbed)
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Pictures:
     run: str
+    panel: compare.Panel
     label: str
     color: str
     facts: dict[str, Any]
@@ -45,9 +46,8 @@ def pictured(tables: Tables, figure: str) -> Iterator[Pictures]:
             seen.add(one.look.label)
             found = True
             arrays = load_file(folder / "cards.safetensors")
-            yield Pictures(
-                run, one.look.label, one.look.color, read_json(folder / "cards.json"), arrays
-            )
+            facts = read_json(folder / "cards.json")
+            yield Pictures(run, panel, one.look.label, one.look.color, facts, arrays)
     if not found:
         raise without_cards(figure)
 

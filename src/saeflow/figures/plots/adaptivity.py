@@ -47,42 +47,60 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     shown = {*images["run"], *dimension["run"]}
     compare.check_budgets(tables, tables.wide[tables.wide["run"].isin(shown)], options)
     panels = sorted({*compare.panels_of(images), *compare.panels_of(dimension)})
-    figure = style.new_figure(style.TEXT_WIDTH, _HEIGHT * len(panels) + 0.45)
-    axes = figure.subplots(len(panels), 3, squeeze=False)
+    estimators = {} if dimension.empty else ESTIMATORS
+    columns = len(estimators) + (not images.empty)
+    width = style.COLUMN_WIDTH if columns == 1 else style.TEXT_WIDTH
+    figure = style.new_figure(width, _HEIGHT * len(panels) + 0.45)
+    axes = figure.subplots(len(panels), columns, squeeze=False)
     legend: dict[str, Any] = {}
     parts, places = [], places_of(tables)
     for line, panel in zip(axes, panels, strict=True):
-        seen = compare.one_panel(images, panel)
-        parts.append(_objects(line[0], seen, panel, places, legend))
-        for ax, (estimator, title) in zip(line[1:], ESTIMATORS.items(), strict=True):
+        left = list(line)
+        if not images.empty:
+            seen = compare.one_panel(images, panel)
+            parts.append(_objects(left.pop(0), seen, places, legend))
+        for ax, (estimator, title) in zip(left, estimators.items(), strict=True):
             held = compare.one_panel(dimension, panel)
             held = held[held["estimator"] == estimator]
             parts.append(held)
-            _correlations(ax, held, title, places, legend)
-    legend["norm partialled out"] = Line2D([], [], color=style.INK, alpha=0.4)
+            _correlations(ax, held, places, legend)
+            ax.set_title(title)
+        first = line[0].get_title(loc="left")
+        name = compare.panel_title(panel)
+        line[0].set_title(f"{name}: {first}" if first else name)
+    if estimators:
+        legend["norm partialled out"] = Line2D([], [], color=style.INK, alpha=0.4)
     style.legend_below(figure, in_order(legend, places))
+    shows = []
+    if not images.empty:
+        shows.append(
+            "Against the objects in the scene: mean number of active latents per token of an image, over its "
+            "mean across images."
+        )
+    if estimators:
+        shows.append(
+            "Against the neighbours: Spearman correlation of a token's L0 with the local intrinsic dimension "
+            "around it, which is estimated in that neighbourhood in two ways; pale, with what both owe to the "
+            "activation's norm taken out."
+        )
     caption = (
-        "Left: mean number of active latents per token of an image, over its mean across images, against the "
-        "number of objects of the scene. Middle and right: Spearman correlation of a token's L0 with the "
-        "local intrinsic dimension around it, by the size of the neighbourhood it is estimated in; pale, "
-        "with what both owe to the activation's norm taken out. Variants with a fixed k are left out: their "
-        "L0 does not vary. "
+        f"{' '.join(shows)} Variants with a fixed k are left out: their L0 does not vary. "
         f"{captions.budget_sentence(tables.wide[tables.wide['run'].isin(shown)])}"
     )
     return Drawing(figure, pd.concat(parts, ignore_index=True), caption)
 
 
-def _objects(
-    ax: Axes, held: pd.DataFrame, panel: compare.Panel, places: Places, legend: dict[str, Any]
-) -> pd.DataFrame:
+def _objects(ax: Axes, held: pd.DataFrame, places: Places, legend: dict[str, Any]) -> pd.DataFrame:
     from matplotlib.lines import Line2D
 
-    found = []
-    ax.set_title(compare.panel_title(panel))
+    found: list[dict[str, Any]] = []
+    if held.empty:  # a panel of another kind of images
+        ax.set_axis_off()
+        return pd.DataFrame(found)
     ax.set_xlabel("objects in the scene")
     ax.set_ylabel("L0 over its mean")
     ax.grid(True)
-    for one in series_of(held) if len(held) else []:
+    for one in series_of(held):
         for _, rows in each_setting(one.rows):
             if rows["l0"].std() < 1e-6:
                 continue
@@ -98,26 +116,25 @@ def _objects(
     return pd.DataFrame(found)
 
 
-def _correlations(
-    ax: Axes, held: pd.DataFrame, title: str, places: Places, legend: dict[str, Any]
-) -> None:
+def _correlations(ax: Axes, held: pd.DataFrame, places: Places, legend: dict[str, Any]) -> None:
     from matplotlib.lines import Line2D
 
-    ax.set_title(title)
+    if held.empty:
+        ax.set_axis_off()
+        return
     ax.set_xlabel("neighbours")
     ax.set_ylabel("Spearman of L0, dimension")
     ax.axhline(0, color=style.FAINT, lw=0.8)
     ax.grid(True)
-    for one in series_of(held) if len(held) else []:
+    for one in series_of(held):
         means = one.rows.groupby("neighbours")[["spearman_l0", "partial_l0"]].mean()
         style_of = stroke(one, places)
         ax.plot(means.index, means["spearman_l0"], **style_of)
         ax.plot(means.index, means["partial_l0"], **style_of | {"marker": "", "alpha": 0.4})
         legend.setdefault(one.label, Line2D([], [], **style_of))
-    if len(held):
-        style.log_axis(ax, "x", held["neighbours"].min() / 1.2, held["neighbours"].max() * 1.2)
-        ax.set_xticks(sorted(held["neighbours"].unique()))
-        ax.minorticks_off()
+    style.log_axis(ax, "x", held["neighbours"].min() / 1.2, held["neighbours"].max() * 1.2)
+    ax.set_xticks(sorted(held["neighbours"].unique()))
+    ax.minorticks_off()
 
 
 FIGURE = Figure(

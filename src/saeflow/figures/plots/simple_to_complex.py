@@ -30,7 +30,10 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         raise without_cards("simple_to_complex")
     columns = max(len(pictures.facts["shown"]) for pictures in runs)
     side = (style.TEXT_WIDTH - _LABEL) / columns
-    line = 2 * side + 0.16
+    of_patches = any(pictures.arrays["shown_l0"].any() for pictures in runs)
+    of_panels = len({pictures.panel for pictures in runs}) > 1
+    high = side * (1 + of_patches)
+    line = high + 0.16
     figure = new_page(line * len(runs) + 0.05)
     data = []
     for number, pictures in enumerate(runs):
@@ -43,23 +46,28 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
             objects = shown["objects"]
             tail = "" if objects is None else f", {objects} obj."
             above(ax, f"L0 {shown['l0']:.1f}{tail}", style.INK)
-            below = axes_at(figure, left, top + side, side - 0.04, side - 0.04)
-            below.imshow(
-                used[i], cmap="viridis", vmin=0, vmax=max(1, int(used.max())), clip_on=False
-            )
-            below.set_axis_off()
+            if of_patches:
+                below = axes_at(figure, left, top + side, side - 0.04, side - 0.04)
+                below.imshow(
+                    used[i], cmap="viridis", vmin=0, vmax=max(1, int(used.max())), clip_on=False
+                )
+                below.set_axis_off()
             data.append(
                 {"run": pictures.run, **{k: v for k, v in shown.items() if not isinstance(v, list)}}
             )
+        where = f"\n{pictures.panel.evaluated_on}" if of_panels else ""
+        label = f"{pictures.label}{where}"
         figure.text(
-            0.01, 1 - (top + side) / figure.get_figheight(), pictures.label, rotation=90,
-            ha="left", va="center", fontsize=7, color=pictures.color,
+            0.002, 1 - (top + high / 2) / figure.get_figheight(), label, rotation=90,
+            ha="left", va="center", fontsize=6, color=pictures.color, linespacing=1.05,
         )  # fmt: skip
-    caption = (
-        "Evaluation images at equal steps from the least to the most active latents per token (mean over "
-        "the image's tokens, CLS included), and below each how many latents each of its patches uses "
-        "(dark: none, yellow: the most of the line)."
-    )
+    caption = "Evaluation images at equal steps from the least to the most active latents per token"
+    if of_patches:
+        caption += (
+            " (mean over the image's tokens, CLS included), and below each how many latents each of its patches "
+            "uses (dark: none, yellow: the most of the line)"
+        )
+    caption += "."
     return Drawing(figure, pd.DataFrame(data), caption)
 
 
