@@ -228,3 +228,24 @@ def test_pictures_of_one_vector_an_image_have_no_maps(make_tables: Maker, tmp_pa
         drawing = FIGURES["simple_to_complex"].draw(load_tables(folder), STRICT)
     assert len(of_patches.axes) == 2 * len(drawing.figure.axes)
     assert "patches" not in drawing.caption
+
+
+@pytest.mark.parametrize("name", ["firing_rates", "l0_histograms"])
+def test_titles_of_ridges_stay_on_the_page_and_apart(
+    name: str, make_tables: Maker, tmp_path: Path
+) -> None:
+    panels = [(f"openwebtext-{i}-wikitext-103", "blocks.8.resid_post") for i in range(4)]
+    folder = make_tables(
+        tmp_path, panels=panels, entries=[("random-decoder", "topk", 1.0, (8, 16))], seeds=1
+    )
+    with style.context():
+        figure = FIGURES[name].draw(load_tables(folder), STRICT).figure
+        figure.draw_without_rendering()
+    shown = [ax for ax in figure.axes if ax.get_title(loc="left")]
+    assert len(shown) == len(panels)
+    titles = [ax._left_title.get_window_extent() for ax in shown]
+    assert all(box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1 for box in titles)
+    others = [ax.get_tightbbox() for ax in shown]
+    assert not any(
+        t.overlaps(o) for i, t in enumerate(titles) for j, o in enumerate(others) if i != j
+    )

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _RIDGE = 0.19  # inches per row
+_LINE = 0.14  # inches, of a title
+_LONGEST_TITLE = 34  # characters
 _GAP = 0.45  # rows between series
 _FULL = 0.84  # height of a ridge's largest bin, in rows
 _KEYS = ["source", "hook_point", "entry", "setting"]
@@ -104,7 +106,11 @@ def draw_ridges(
     panels = compare.panels_of(rows)
     placed = [_place(compare.one_panel(rows, panel)) for panel in panels]
     tops = [max(ridges[0].base, 1) + 1 for ridges in placed]
-    heights = [top * _RIDGE + 0.62 for top in tops]
+    titles = [_title(panel) for panel in panels]
+    heights = [
+        top * _RIDGE + 0.62 + _LINE * title.count("\n")
+        for top, title in zip(tops, titles, strict=True)
+    ]
     columns: list[list[int]] = [[], []] if len(panels) > 1 else [[]]
     for place in range(len(panels)):  # each panel below the shorter column
         min(columns, key=lambda column: sum(heights[i] for i in column)).append(place)
@@ -133,9 +139,15 @@ def draw_ridges(
         ax.spines["left"].set_visible(False)
         ax.grid(True, axis="x")
         ax.grid(False, axis="y")
-        ax.set_title(compare.panel_title(panel), pad=pad)
+        ax.set_title(titles[place], pad=pad)
         finish(ax, panel, ridges)
     return figure
+
+
+def _title(panel: compare.Panel) -> str:
+    """A panel's name, on two lines where half a page is too narrow for it."""
+    name = compare.panel_title(panel)
+    return name if len(name) <= _LONGEST_TITLE else name.replace(", ", ",\n", 1)
 
 
 def pool(bins: pd.DataFrame) -> pd.Series:
