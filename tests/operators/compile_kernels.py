@@ -124,8 +124,10 @@ def products() -> Iterator[Case]:
         yield sparse.rescore_lists, [F, F, F, F, S, S, S, F, H, INT, INT], sizes, 4
         for W in (F, H):
             yield sparse.products_of_lists, [F, W, S, S, S, F, INT], sizes, 4
-            types = [F, W, F, S, F, S, S, S, F, W, F, F, INT]
-            yield sparse.decode_error_of_lists, types, sizes | {"HAS_LOWER": W == H}, 4
+            if not has_spill:
+                types = [F, W, F, S, F, S, F, W, F, F, INT]
+                of_rows = {"CAPACITY": 32, "BLOCK": 1024, "EACH": 4, "HAS_LOWER": W == H}
+                yield sparse.decode_error_of_lists, types, of_rows, 4
             for has_bias in FLAGS:
                 constants = sizes | {"HAS_BIAS": has_bias}
                 yield sparse.decode_lists, [W, F, S, F, S, S, S, F, INT], constants, 4
@@ -133,14 +135,16 @@ def products() -> Iterator[Case]:
             yield sparse.nested_errors_of_lists, types, sizes | {"GROUPS": 5}, 4
             yield from walks(W, sizes)
     for has_left in FLAGS:
-        constants = {"HAS_LEFT": has_left, "BLOCK": 1024}
-        yield sparse.add_pieces, [S, F, F, F, F, F, F, INT, INT], constants, 4
+        constants = {"HAS_LEFT": has_left, "PIECE": 256, "BLOCK": 1024}
+        yield sparse.add_pieces, [S, L, S, F, F, F, F, F, F, INT, INT], constants, 4
+        of_rows = {"HAS_LOWER": has_left, "BLOCK": 1024}
+        yield sparse.error_of_parts, [F, F, F, S, S, F, H, F, INT], of_rows, 4
     yield sparse.totals_by_columns, [F, L, S, F], {"BLOCK": 64}, 1
 
 
 def walks(W: str, sizes: dict[str, Any]) -> Iterator[Case]:
     """Yield the sums over entries by column, for rows of a type."""
-    types = [W, W, F, L, S, L, S, S, F, F, F, F, F, F, F, F, INT, INT]
+    types = [W, W, F, L, S, S, L, S, F, F, F, F, F, F, F, F, INT, INT]
     for groups in (1, 5):
         for has_left in FLAGS:
             for is_added in FLAGS:
@@ -174,7 +178,6 @@ written = {
             "_dense",
             "_pieces",
             "_keys",
-            "_key",
         )
     )
     and isinstance(member, triton.JITFunction)

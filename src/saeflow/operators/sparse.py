@@ -177,6 +177,17 @@ class SparseLatents:
                 other.__dict__[name] = self.__dict__[name]
         return other
 
+    def detach(self) -> "SparseLatents":
+        """The same entries without gradient."""
+        lists = self.lists
+        if lists is not None:
+            lists = lists.with_values(lists.values.detach())
+        other = replace(self, values=self.values.detach(), lists=lists, walk=None)
+        for name in ("rows", "flat", "by_column", "is_real"):
+            if name in self.__dict__:
+                other.__dict__[name] = self.__dict__[name]
+        return other
+
     def relu(self) -> "SparseLatents":
         """The same entries, 0 where they are negative."""
         return self.with_values(self.values.relu())

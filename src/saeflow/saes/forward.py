@@ -104,6 +104,16 @@ class Forward:
             self.counts  # noqa: B018  # kept
             self.latents = nothing
 
+    def forget_graph(self) -> None:
+        """Let go of what gradients were computed by: a step that is recorded must not meet an earlier one's."""
+        self.condition = None if self.condition is None else self.condition.detach()
+        self.selected, self.latents = self.selected.detach(), self.latents.detach()
+        self.rebuilt = (
+            self.x_hat.detach() if "x_hat" in self.__dict__ else self.pre_acts.new_empty(0)
+        )
+        self.__dict__.pop("x_hat", None)
+        self.parts, self.errors, self.beside = None, None, ()
+
     @cached_property
     def counts(self) -> tuple[Tensor, Tensor]:
         """Return (B,) number of non-zero latents of a dense pass, and (d_sae,) bool: those that are not zero somewhere."""

@@ -272,6 +272,7 @@ class Run:
             self.check()
         self.optimizer.update(norm, cannot_be_taken)
         self.sae.end_step(fwd)
+        fwd.forget_graph()
         return Stepped(fwd, {name: term.detach() for name, term in losses.items()})
 
     def set_lr(self) -> None:

@@ -27,10 +27,6 @@ class Transposed(NamedTuple):
     offsets: Tensor  # (d_sae + 1,) int32: where the entries of each column begin
 
 
-PIECE = 256
-"""Entries of a column that one program sums up."""
-
-
 class Spill(NamedTuple):
     """Spare rows of lists, in which a row with more entries than one list holds goes on."""
 
@@ -114,7 +110,7 @@ class Lists:
                 f"expected {tuple(self.columns.shape)} values, got {tuple(values.shape)}"
             )
         other = replace(self, values=values)
-        for name in ("real", "transposed", "pieces"):
+        for name in ("real", "transposed"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         return other
@@ -133,26 +129,11 @@ class Lists:
     @cached_property
     def transposed(self) -> Transposed:
         """The structure by column, worked out once and shared by every `with_values`."""
-        beyond = self.columns.masked_fill(~self.real, self.d_sae).view(-1)
+        narrow = torch.int16 if self.d_sae < 1 << 15 else torch.int32  # sorted by half as many bits
+        beyond = self.columns.masked_fill(~self.real, self.d_sae).view(-1).to(narrow)
         ordered, order = beyond.sort(stable=True)
-        ends = torch.arange(self.d_sae + 1, dtype=torch.int32, device=ordered.device)
+        ends = torch.arange(self.d_sae + 1, dtype=narrow, device=ordered.device)
         return Transposed(order, torch.searchsorted(ordered, ends, out_int32=True))
-
-    @cached_property
-    def pieces(self) -> Tensor:
-        """(n, 2) int32: the column of each piece of `PIECE` entries after a column's first, and its number; -1 where none.
-
-        In the order of columns and pieces; n is fixed, the most that entries of this room can have.
-        """
-        offsets = self.transposed.offsets
-        more = (offsets.diff() - 1).clamp(min=0).div(PIECE, rounding_mode="floor")
-        ends = more.cumsum(0)
-        place = torch.arange(max(1, self.columns.numel() // PIECE), device=offsets.device)
-        column = torch.searchsorted(ends, place, right=True)
-        is_used = column < self.d_sae
-        column = column.clamp(max=self.d_sae - 1)
-        number = place - (ends - more)[column] + 1
-        return torch.stack((torch.where(is_used, column, -1), number), 1).int()
 
     def dense(self) -> Tensor:
         """(B, d_sae) with zeros elsewhere, differentiable in the values."""

@@ -1,14 +1,17 @@
 """Products with lists: decoding, its error with the gradient at the latents, gradients of the weights."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from saeflow.operators import gpu
-from saeflow.operators.gpu.lists import PIECE, Lists
+from saeflow.operators.gpu.lists import Lists
 
-EACH = {"walk_columns": 1, "rescore_lists": 2}
+PIECE = 256
+"""Entries of a column that one program sums up."""
+EACH = {"rescore_lists": 2}
 """Rows of a matrix that a kernel reads at a time, 4 unless said; measured on an H200."""
 
 
@@ -109,13 +112,23 @@ def decode_error(
         error = decode(lists, W_dec, b_dec) - x
         squares, products = error.square().sum(1), row_products(error, W_dec, lists)
         return Decoded(error, error.to(lower), squares, products)
-    error = torch.empty(x.shape, device=x.device)
+    error, (n_rows, width) = torch.empty(x.shape, device=x.device), x.shape
     has_lower = lower != torch.float32
     kept = torch.empty_like(error, dtype=lower) if has_lower else error
-    out = Decoded(error, kept, error.new_empty(len(x)), _products(lists))
-    tensors = (_whole(x), _whole(W_dec), b_dec, *_entries(lists))
-    _launch("decode_error_of_lists", len(x), x.shape[1], lists, *tensors, *out, HAS_LOWER=has_lower)
-    return out
+    squares, entries = error.new_empty(n_rows), _entries(lists)
+    if lists.spill is None:
+        out = Decoded(error, kept, squares, torch.empty_like(lists.values.detach()))
+        tensors = (_whole(x), _whole(W_dec), b_dec, *entries[:3])
+        _launch("decode_error_of_lists", n_rows, width, lists, *tensors, *out, HAS_LOWER=has_lower)
+        return out
+    # A row's lists are summed side by side: one that has many would keep all others waiting.
+    sums = error.new_empty(len(lists.columns), width)
+    _launch("decode_lists", len(sums), width, replace(lists, spill=None), _whole(W_dec), b_dec, *entries, sums, HAS_BIAS=False)  # fmt: skip
+    gpu.load("sparse").error_of_parts[(n_rows,)](
+        _whole(x), b_dec, sums, *entries[3:], error, kept, squares, width,
+        HAS_LOWER=has_lower, BLOCK=_block(width), num_warps=_warps(width),
+    )  # fmt: skip
+    return Decoded(error, kept, squares, row_products(error, W_dec, lists))
 
 
 def nested_errors(
@@ -267,23 +280,22 @@ def _walk(
 ) -> None:
     """Sum over each column's entries into gradients, of the left only where it is given; long columns in pieces."""
     M, d = lists.d_sae, right.shape[-1]
-    pieces, has_left = lists.pieces, left is not None
-    count = len(pieces)
+    has_left, count = left is not None, max(1, lists.columns.numel() // PIECE)
     parts = [into.W_dec.new_empty(count, d) for _ in range(1 + has_left)]
     of_parts = (parts[0], into.b_enc.new_empty(count), parts[-1])
-    constants = {"HAS_LEFT": has_left, "num_warps": _warps(d)}
     none = lists.columns  # where a kernel reads nothing
     _launch(
         "walk_columns", M + count, d, lists,
         none if left is None else _whole(left), _whole(right), none if scales is None else _whole(scales),
-        none if boundaries is None else boundaries, _owners(lists), *lists.transposed, pieces, _whole(values),
-        none if value_grads is None else _whole(value_grads), *into, *of_parts, M,
+        none if boundaries is None else boundaries, _owners(lists), lists.columns, *lists.transposed,
+        _whole(values), none if value_grads is None else _whole(value_grads), *into, *of_parts, M,
         GROUPS=1 if boundaries is None else len(boundaries) + 1, HAS_SCALES=scales is not None,
         IS_ADDED=is_added, PIECE=PIECE, HAS_LEFT=has_left,
     )  # fmt: skip
     gpu.load("sparse").add_pieces[(count,)](
-        pieces, *into, *of_parts, count, d, BLOCK=_block(d), **constants
-    )
+        lists.columns, *lists.transposed, *into, *of_parts, M, d,
+        BLOCK=_block(d), PIECE=PIECE, HAS_LEFT=has_left, num_warps=_warps(d),
+    )  # fmt: skip
 
 
 def _owners(lists: Lists) -> Tensor:
@@ -321,17 +333,18 @@ def _block(width: int) -> int:
     return 1 << max(4, (width - 1).bit_length())
 
 
-def _warps(width: int, of_each: int = 256) -> int:
-    return max(1, min(16, _block(width) // of_each))
+def _warps(width: int) -> int:
+    return max(1, min(16, _block(width) // 256))
 
 
 def _launch(
     kernel: str, programs: int, width: int, lists: Lists, *arguments: Any, **constants: Any
 ) -> None:
     """Run a kernel that holds rows of `width` numbers in registers."""
-    constants |= {"CAPACITY": lists.capacity, "HAS_SPILL": lists.spill is not None}
+    constants["CAPACITY"] = lists.capacity
+    if kernel != "decode_error_of_lists":
+        constants["HAS_SPILL"] = lists.spill is not None
     each = max(1, min(EACH.get(kernel, 4), 4096 // _block(width)))
-    warps = _warps(width, 512 if each == 1 else 256)
     getattr(gpu.load("sparse"), kernel)[(programs,)](
-        *arguments, width, BLOCK=_block(width), EACH=each, num_warps=warps, **constants
+        *arguments, width, BLOCK=_block(width), EACH=each, num_warps=_warps(width), **constants
     )

@@ -1,5 +1,5 @@
 """Kernels of the soft top-k of whole rows, of any width, which are read in chunks: while it is hot, all
-entries have a share. Exponentials are in float32, their sums in float64."""
+entries have a share. Exponentials are in float32, their sums in float64, but of a few."""
 
 import triton
 import triton.language as tl
@@ -7,6 +7,10 @@ import triton.language as tl
 from saeflow.operators.gpu.kernels.selection import keys_of, kth_largest, value_of
 
 MOST_STEPS = tl.constexpr(150)
+AHEAD = tl.constexpr(
+    4
+)  # entries of a lane that are summed in float32 before they are added in float64
+ENOUGH = tl.constexpr(1e-7)  # of k: what a sum in float32 of so few leaves undecided
 NEVER = tl.constexpr(float("-inf"))
 
 
@@ -113,13 +117,18 @@ def soft_rows(
         over = tl.zeros((WIDE,), tl.int32)
         highs = tl.zeros((WIDE,), tl.float64)
         rests = tl.zeros((WIDE,), tl.float64)
-        for start in range(0, n, WIDE):
-            entries = read(base, start + wide, n, OF_RELU)
-            u = distance_of(entries, guess, shift, temperature)
-            part = tl.exp(-tl.abs(u)).to(tl.float64)
-            over += (u > 0).to(tl.int32)
-            highs += tl.where(u > 0, part, 0.0)
-            rests += tl.where(u > 0, 0.0, part)
+        for start in range(0, n, AHEAD * WIDE):
+            some_highs = tl.zeros((WIDE,), tl.float32)
+            some_rests = tl.zeros((WIDE,), tl.float32)
+            for chunk in tl.static_range(AHEAD):
+                entries = read(base, start + chunk * WIDE + wide, n, OF_RELU)
+                u = distance_of(entries, guess, shift, temperature)
+                part = tl.exp(-tl.abs(u))
+                over += (u > 0).to(tl.int32)
+                some_highs += tl.where(u > 0, part, 0.0)
+                some_rests += tl.where(u > 0, 0.0, part)
+            highs += some_highs.to(tl.float64)
+            rests += some_rests.to(tl.float64)
         above = tl.sum(over, 0).to(tl.float64)
         sum_above, sum_below = tl.sum(highs, 0), tl.sum(rests, 0)
         extra = above - k
@@ -137,7 +146,7 @@ def soft_rows(
         new = b + t * tl.log(tl.where(can, ratio, 1.0))
         new = tl.where(can & (new > low) & (new < high), new, (low + high) / 2)
         is_gap = (extra == 0) & ((sum_above == 0) | (sum_below == 0))
-        done = (tl.abs(excess) <= 1e-9 * k) | (tl.abs(new - b) <= 1e-9 * t)
+        done = (tl.abs(excess) <= k * ENOUGH) | (tl.abs(new - b) <= 1e-9 * t)
         b = tl.where(done, b, new)
         step += 1
     if is_gap:  # b lies so far from every entry that their shares are below float range

@@ -154,9 +154,8 @@ def decode_lists(
 
 @triton.jit
 def decode_error_of_lists(
-    x, W_dec, b_dec, columns, values, counts, first, parts, error, lower, squares, products, width,
-    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
-    HAS_LOWER: tl.constexpr,
+    x, W_dec, b_dec, columns, values, counts, error, lower, squares, products, width,
+    CAPACITY: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr, HAS_LOWER: tl.constexpr,
 ):  # fmt: skip
     """The error of a reconstruction, the sum of its squares, and its product with each entry's row.
 
@@ -165,22 +164,38 @@ def decode_error_of_lists(
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
-    start = tl.load(b_dec + at, mask=inside, other=0.0).to(tl.float32)
-    total = sum_of_row(
-        start, W_dec, columns, values, counts, first, parts, row, at, inside, width, CAPACITY, HAS_SPILL, EACH
-    )  # fmt: skip
+    count = tl.load(counts + row)
+    total = tl.load(b_dec + at, mask=inside, other=0.0).to(tl.float32)
+    total = sum_of_entries(
+        total, W_dec, columns, values, row, 0, count, at, inside, width, CAPACITY, EACH
+    )
     total -= tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(error + row * width + at, total, mask=inside)
     if HAS_LOWER:
         tl.store(lower + row * width + at, total.to(lower.dtype.element_ty), mask=inside)
     tl.store(squares + row, tl.sum(total * total, 0))
-    for part in range(lists_of(row, parts, HAS_SPILL)):
-        own = list_of(row, part, first, HAS_SPILL)
-        count = tl.load(counts + own)
-        zero_rest(products, own, count, CAPACITY)
-        products_with(
-            total, W_dec, columns, own, 0, count, products, at, inside, width, CAPACITY, EACH
-        )
+    zero_rest(products, row, count, CAPACITY)
+    products_with(total, W_dec, columns, row, 0, count, products, at, inside, width, CAPACITY, EACH)
+
+
+@triton.jit
+def error_of_parts(
+    x, b_dec, sums, first, parts, error, lower, squares, width,
+    HAS_LOWER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The error of a row that is rebuilt from the sums over each of its lists, and the sum of its squares."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    total = tl.load(b_dec + at, mask=inside, other=0.0).to(tl.float32)
+    for part in range(lists_of(row, parts, True)):
+        own = list_of(row, part, first, True)
+        total += tl.load(sums + own * width + at, mask=inside, other=0.0)
+    total -= tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(error + row * width + at, total, mask=inside)
+    if HAS_LOWER:
+        tl.store(lower + row * width + at, total.to(lower.dtype.element_ty), mask=inside)
+    tl.store(squares + row, tl.sum(total * total, 0))
 
 
 @triton.jit
@@ -271,8 +286,21 @@ def nested_errors_of_lists(
 
 
 @triton.jit
+def piece_of(place, columns, order, offsets, n_columns, PIECE: tl.constexpr):
+    """Return the column that goes on at a multiple of PIECE, and where its piece begins and ends; nothing if none does."""
+    column, begin, end = place * 0, 0, 0
+    start = (place * PIECE).to(tl.int32)
+    if start < tl.load(offsets + n_columns):
+        column = tl.load(columns + tl.load(order + start)).to(tl.int64)
+        if tl.load(offsets + column) < start:
+            begin = start
+            end = tl.minimum(start + PIECE, tl.load(offsets + column + 1))
+    return column, begin, end
+
+
+@triton.jit
 def walk_columns(
-    left, right, scales, boundaries, owners, order, offsets, pieces, values, value_grads,
+    left, right, scales, boundaries, owners, columns, order, offsets, values, value_grads,
     of_left, of_totals, of_right, parts_left, parts_totals, parts_right, n_columns, width,
     CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, GROUPS: tl.constexpr, HAS_LEFT: tl.constexpr,
     HAS_SCALES: tl.constexpr, IS_ADDED: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
@@ -281,8 +309,8 @@ def walk_columns(
     """Sum, in the order of rows, over each column's entries: value scale[row] right[row, group], and with HAS_LEFT
     value_grad left[row].
 
-    The totals are of value_grads with HAS_LEFT, else of values. A column's first PIECE entries are summed by its
-    program; each further piece by one of its own, whose column pieces (n,) names, and added by `add_pieces`.
+    The totals are of value_grads with HAS_LEFT, else of values. A column's program sums its entries up to the next
+    multiple of PIECE, in the order of all; from there on each piece has a program of its own, see `add_pieces`.
     """
     program = tl.program_id(0).to(tl.int64)
     column, begin, end = program, 0, 0
@@ -290,12 +318,9 @@ def walk_columns(
     place = program - n_columns
     if is_first:
         begin = tl.load(offsets + program)
-        end = tl.minimum(begin + PIECE, tl.load(offsets + program + 1))
+        end = tl.minimum((begin // PIECE + 1) * PIECE, tl.load(offsets + program + 1))
     else:
-        column = tl.load(pieces + 2 * place).to(tl.int64)
-        if column >= 0:
-            begin = tl.load(offsets + column) + tl.load(pieces + 2 * place + 1) * PIECE
-            end = tl.minimum(begin + PIECE, tl.load(offsets + column + 1))
+        column, begin, end = piece_of(place, columns, order, offsets, n_columns, PIECE)
     is_written = begin < end
     if not IS_ADDED:
         is_written = is_written | is_first  # also where there is nothing to sum
@@ -347,13 +372,14 @@ def walk_columns(
 
 @triton.jit
 def add_pieces(
-    pieces, of_left, of_totals, of_right, parts_left, parts_totals, parts_right, n_pieces, width,
-    HAS_LEFT: tl.constexpr, BLOCK: tl.constexpr,
+    columns, order, offsets, of_left, of_totals, of_right, parts_left, parts_totals, parts_right,
+    n_columns, width, HAS_LEFT: tl.constexpr, PIECE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Add a column's further pieces, in their order, to the sums over its first."""
     first = tl.program_id(0).to(tl.int64)
-    column = tl.load(pieces + 2 * first).to(tl.int64)
-    if (column >= 0) & (tl.load(pieces + 2 * first + 1) == 1):
+    column, begin, end = piece_of(first, columns, order, offsets, n_columns, PIECE)
+    is_columns_first = first == tl.load(offsets + column) // PIECE + 1
+    if (begin < end) & is_columns_first:
         at = tl.arange(0, BLOCK)
         inside = at < width
         where = column * width + at
@@ -362,15 +388,13 @@ def add_pieces(
         lefts = tl.zeros((BLOCK,), tl.float32)
         if HAS_LEFT:
             lefts = tl.load(of_left + where, mask=inside, other=0.0)
-        place = first
-        while (place < n_pieces) & (
-            tl.load(pieces + 2 * place, mask=place < n_pieces, other=-1) == column
-        ):
-            rights += tl.load(parts_right + place * width + at, mask=inside, other=0.0)
+        beyond = (tl.load(offsets + column + 1) + PIECE - 1) // PIECE
+        for place in range(first, beyond):
+            part = place * width + at
+            rights += tl.load(parts_right + part, mask=inside, other=0.0)
             total += tl.load(parts_totals + place)
             if HAS_LEFT:
-                lefts += tl.load(parts_left + place * width + at, mask=inside, other=0.0)
-            place += 1
+                lefts += tl.load(parts_left + part, mask=inside, other=0.0)
         tl.store(of_right + where, rights, mask=inside)
         tl.store(of_totals + column, total)
         if HAS_LEFT:
