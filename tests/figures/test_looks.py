@@ -249,3 +249,17 @@ def test_titles_of_ridges_stay_on_the_page_and_apart(
     assert not any(
         t.overlaps(o) for i, t in enumerate(titles) for j, o in enumerate(others) if i != j
     )
+
+
+def test_concepts_of_many_labelled_sets_fit_a_page(make_tables: Maker, tmp_path: Path) -> None:
+    """The eleven sets of the Sparsemax paper took 21 inches, each line with its own label of the axis."""
+    loaded = load_tables(make_tables(tmp_path, panels=[SYNTHETIC], seeds=1))
+    sets = [loaded.classification.assign(set=f"set-{i:02}") for i in range(11)]
+    loaded = replace(loaded, classification=pd.concat(sets))
+    with style.context():
+        figure = FIGURES["top_concepts"].draw(loaded, STRICT).figure
+        figure.draw_without_rendering()
+    assert figure.get_size_inches()[1] <= style.PAGE_HEIGHT
+    assert len(figure.axes) == 22
+    assert [ax.get_xlabel() for ax in figure.axes] == [""] * 20 + ["concepts left on (n)"] * 2
+    assert all(ax.get_window_extent().height > 0.3 * figure.dpi for ax in figure.axes)

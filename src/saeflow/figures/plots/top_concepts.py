@@ -24,7 +24,8 @@ PROTOCOLS = {
     "leak_free": "leak-free: concepts of all classes",
     "paper": "paper: concepts of the true class",
 }
-_PANEL_HEIGHT = 1.9  # inches
+_PANEL_HEIGHT = 1.9  # inches; less where so many panels would not fit on a page
+_BELOW = 0.55  # inches, of the legend
 
 
 def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
@@ -45,8 +46,9 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         )
     compare.check_budgets(tables, tables.wide[tables.wide["run"].isin(rows["run"])], options)
     groups = list(rows.groupby(["source", "hook_point", "set"]))
-    figure = style.new_figure(style.TEXT_WIDTH, _PANEL_HEIGHT * len(groups) + 0.55)
-    axes = figure.subplots(len(groups), 2, squeeze=False, sharey="row")
+    height = min(_PANEL_HEIGHT, (style.PAGE_HEIGHT - _BELOW) / len(groups))
+    figure = style.new_figure(style.TEXT_WIDTH, height * len(groups) + _BELOW)
+    axes = figure.subplots(len(groups), 2, squeeze=False, sharex="col", sharey="row")
     legend: dict[str, Any] = {}
     for line, (key, held) in zip(axes, groups, strict=True):
         series = _series(held)
@@ -60,12 +62,13 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
             ax.axhline(chance, color=style.INK, lw=0.8, ls=":")
             ax.set_xticks(range(len(COUNTS)), COUNTS)
             ax.set_ylim(0, 1)
-            ax.set_xlabel("concepts left on (n)")
             ax.grid(True, axis="y")
             ax.set_title(
                 f"{key[2]} ({title})" if len(groups) == 1 else f"{key[0]}, {key[2]} ({title})"
             )
         line[0].set_ylabel("accuracy")
+    for ax in axes[-1]:
+        ax.set_xlabel("concepts left on (n)")
     legend["the model as it is"] = Line2D([], [], color=style.INK, lw=0.8, ls="--")
     legend["chance"] = Line2D([], [], color=style.INK, lw=0.8, ls=":")
     legend["permuted labels"] = Line2D([], [], color=style.INK, ls="none", marker="_", ms=5)
