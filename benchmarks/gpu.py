@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from gpu_bench import Bench
 
 PARTS = {
-    "limits": "gpu_steps", "steps": "gpu_steps", "loop": "gpu_rates", "groups": "gpu_rates", "extraction": "gpu_rates", "path": "gpu_checks",
-    "peers": "gpu_steps", "tests": "gpu_checks",
+    "limits": "gpu_steps", "steps": "gpu_steps", "peers": "gpu_steps", "loop": "gpu_rates", "groups": "gpu_rates",
+    "extraction": "gpu_rates", "path": "gpu_checks", "tests": "gpu_checks",
 }  # fmt: skip
 """In this order, each a function of its name in a module beside this one."""
 

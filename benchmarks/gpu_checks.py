@@ -26,6 +26,9 @@ def path(bench: Bench) -> list[dict[str, Any]]:
     from saeflow.saes import load
     from saeflow.training.trainer import advance
 
+    torch.set_num_threads(
+        1
+    )  # of small products; on a CPU with many cores more only wait for each other
     if bench.runs_tests:
         start_tests(bench)  # both are checks, not timings, and wait for compilers
     selection = RowSelection(positions="all", norm_limit=None)
@@ -35,7 +38,7 @@ def path(bench: Bench) -> list[dict[str, Any]]:
         for device in dict.fromkeys(("cpu", str(bench.device))):
             case = Case(
                 variant=variant, d_in=64, d_sae=512, batch=256, k=8, density=0.0, dead=0.0, steps=60,
-                threads=torch.get_num_threads(), device=device, precision="fp32", repeats=1,
+                threads=1, device=device, precision="fp32", repeats=1,
             )  # fmt: skip
             folder = Path(tempfile.mkdtemp(dir=bench.scratch))
             try:

@@ -4,6 +4,7 @@ import os
 import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,21 @@ def groups(bench: Bench) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def disk_rate(folder: Path, writers: int) -> float:
+    """Return the bytes a second that so many threads write to files, until they are on the disk."""
+    block = os.urandom(1 << 25)
+
+    def write(number: int) -> None:
+        with (folder / f"plain-{number}").open("wb") as file:
+            file.write(block)
+            os.fsync(file.fileno())
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(writers) as pool:
+        list(pool.map(write, range(2 * writers)))
+    return 2 * writers * len(block) / (time.perf_counter() - began)
+
+
 def extraction(bench: Bench) -> list[dict[str, Any]]:
     """Compare extraction with the bare forward pass of the blocks it needs."""
     import numpy as np
@@ -155,6 +171,7 @@ def extraction(bench: Bench) -> list[dict[str, Any]]:
                 "bare forward": round(limit / 1e3),
                 "ratio": round(rate / limit, 2),
                 "GB/s written": round(rate * 2e-9 * source.model.config.n_embd, 2),
+                "disk alone": round(disk_rate(folder, writers) / 1e9, 2),
             }
         )
         print(rows[-1], flush=True)
