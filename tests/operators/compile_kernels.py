@@ -11,7 +11,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from saeflow.operators.gpu.kernels import dense, lists, rows, selection, soft, sparse, update
+from saeflow.operators.gpu.kernels import (
+    columns,
+    dense,
+    lists,
+    ranks,
+    rows,
+    selection,
+    soft,
+    sparse,
+    update,
+)
 
 F, H, D, S, L, U = "*fp32", "*bf16", "*fp64", "*i32", "*i64", "*u8"
 INT, FLOAT = "i32", "fp32"
@@ -109,10 +119,10 @@ def selections() -> Iterator[Case]:
             types = [H, F, S, S, S, S, F, S, F, INT]
             yield selection.spill_rows, types, of_rows | {"WIDE": 4096}, 8
     for level in range(4):
-        yield selection.count_keys, [F, S, S, INT], {"LEVEL": level, "WIDE": 4096}, 8
+        yield ranks.count_keys, [F, S, S, INT], {"LEVEL": level, "WIDE": 4096}, 8
     for levels in (2, 4):
-        yield selection.ranked_keys, [S, S, F], {"LEVELS": levels}, 1
-    yield selection.keep_rows, [F, F, INT, INT], {"WIDE": 4096}, 8
+        yield ranks.ranked_keys, [S, S, F], {"LEVELS": levels}, 1
+    yield ranks.keep_rows, [F, F, INT, INT], {"WIDE": 4096}, 8
     for places, room, warps in ((16, 128, 1), (32, 1024, 4)):
         constants = {"PLACES": places, "ROOM": room, "CAPACITY": 64}
         yield selection.choose_rows, [S, F, S, S, S, S, F, S, S], constants, warps
@@ -136,10 +146,10 @@ def products() -> Iterator[Case]:
             yield from walks(W, sizes)
     for has_left in FLAGS:
         constants = {"HAS_LEFT": has_left, "PIECE": 256, "BLOCK": 1024}
-        yield sparse.add_pieces, [S, L, S, F, F, F, F, F, F, INT, INT], constants, 4
+        yield columns.add_pieces, [S, L, S, F, F, F, F, F, F, INT, INT], constants, 4
         of_rows = {"HAS_LOWER": has_left, "BLOCK": 1024}
         yield sparse.error_of_parts, [F, F, F, S, S, F, H, F, INT], of_rows, 4
-    yield sparse.totals_by_columns, [F, L, S, F], {"BLOCK": 64}, 1
+    yield columns.totals_by_columns, [F, L, S, F], {"BLOCK": 64}, 1
 
 
 def walks(W: str, sizes: dict[str, Any]) -> Iterator[Case]:
@@ -150,7 +160,7 @@ def walks(W: str, sizes: dict[str, Any]) -> Iterator[Case]:
             for is_added in FLAGS:
                 constants = {"GROUPS": groups, "HAS_LEFT": has_left, "IS_ADDED": is_added}
                 constants |= {"HAS_SCALES": not is_added, "PIECE": 256}
-                yield sparse.walk_columns, types, sizes | constants, 4
+                yield columns.walk_columns, types, sizes | constants, 4
 
 
 target = GPUTarget("cuda", int(sys.argv[1]), 32)
@@ -166,7 +176,7 @@ for kernel, types, constants, warps in cases():
     sys.stdout.write(f"{kernel.__name__} {types} {constants} {len(binary)} bytes\n")
 written = {
     name
-    for module in (dense, lists, rows, selection, soft, sparse, update)
+    for module in (columns, dense, lists, ranks, rows, selection, soft, sparse, update)
     for name, member in vars(module).items()
     if name.endswith(
         (

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from saeflow.operators import native
+from saeflow.operators.gpu import selection
 
 ON_GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 PATHS = ["cpu", ON_GPU if torch.cuda.is_available() else "triton"]
@@ -13,4 +14,5 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setattr(native, "is_on", False)
     if request.param == "triton":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        monkeypatch.setattr(selection, "AT_ONCE", 4096)  # each block is a step of the interpreter
     return "cuda" if request.param == "cuda" else "cpu"

@@ -78,7 +78,7 @@ def keep_largest(values: Tensor, k: int) -> Tensor:
         return topk(values, k, capacity_for(k), is_positive=True).dense()
     out = torch.empty_like(values)
     wide = 1 << max(4, (n - 1).bit_length())
-    gpu.load("selection").keep_rows[(len(values),)](
+    gpu.load("ranks").keep_rows[(len(values),)](
         values, out, k, n, WIDE=wide, num_warps=max(1, min(16, wide // 512))
     )
     return out
@@ -122,7 +122,7 @@ def _ranked(entries: Tensor, rank: Tensor, places: int) -> Tensor:
     if not (gpu.runs_triton(entries) and len(entries)):
         at = (rank - 1).clamp(0, len(entries) - 1)
         return entries.sort(descending=True).values.index_select(0, at.view(1))[0]
-    levels, kernels = places // 8, gpu.load("selection")
+    levels, kernels = places // 8, gpu.load("ranks")
     counts = torch.zeros(levels, 256, dtype=torch.int32, device=entries.device)
     ranks, value = rank.int().view(1), torch.empty(1, device=entries.device)
     for level in range(levels):

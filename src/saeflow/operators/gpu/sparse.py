@@ -263,7 +263,7 @@ def column_totals(lists: Lists, weights: Tensor) -> Tensor:
         return weights.new_zeros(lists.d_sae).index_add_(0, flat, kept)
     totals = torch.empty(lists.d_sae, device=weights.device)
     arguments = (_whole(weights), *lists.transposed, totals)
-    gpu.load("sparse").totals_by_columns[(lists.d_sae,)](*arguments, BLOCK=64, num_warps=1)
+    gpu.load("columns").totals_by_columns[(lists.d_sae,)](*arguments, BLOCK=64, num_warps=1)
     return totals
 
 
@@ -292,7 +292,7 @@ def _walk(
         GROUPS=1 if boundaries is None else len(boundaries) + 1, HAS_SCALES=scales is not None,
         IS_ADDED=is_added, PIECE=PIECE, HAS_LEFT=has_left,
     )  # fmt: skip
-    gpu.load("sparse").add_pieces[(count,)](
+    gpu.load("columns").add_pieces[(count,)](
         lists.columns, *lists.transposed, *into, *of_parts, M, d,
         BLOCK=_block(d), PIECE=PIECE, HAS_LEFT=has_left, num_warps=_warps(d),
     )  # fmt: skip
@@ -345,6 +345,7 @@ def _launch(
     if kernel != "decode_error_of_lists":
         constants["HAS_SPILL"] = lists.spill is not None
     each = max(1, min(EACH.get(kernel, 4), 4096 // _block(width)))
-    getattr(gpu.load("sparse"), kernel)[(programs,)](
+    module = gpu.load("columns" if kernel == "walk_columns" else "sparse")
+    getattr(module, kernel)[(programs,)](
         *arguments, width, BLOCK=_block(width), EACH=each, num_warps=_warps(width), **constants
     )

@@ -1,12 +1,12 @@
 """Kernels that read rows of scores in chunks and collect the few entries that a selection needs.
 
-Floats are ordered by their bits: as an integer, flipped where negative, the larger float is the larger
-key. Of bfloat16 the upper 16 bits say all (PLACES). The k-th largest is found by fixing one bit of its
-key after the other. An entry outside the row, excluded, or NaN counts as -inf and is never collected.
+An entry outside the row, excluded, or NaN counts as -inf and is never collected.
 """
 
 import triton
 import triton.language as tl
+
+from saeflow.operators.gpu.kernels.ranks import keys_of, kth_largest, lowest_key, next_bit, value_of
 
 RANK = tl.constexpr(0)
 SIMPLEX = tl.constexpr(1)
@@ -17,44 +17,6 @@ NEVER = tl.constexpr(float("-inf"))
 AHEAD = tl.constexpr(4)  # chunks whose loads do not wait for each other
 BISECTIONS = tl.constexpr(22)
 MARGIN = tl.constexpr(1e-5)  # of a simplex threshold, above the error of a float32 sum of at most 1
-
-
-@triton.jit
-def keys_of(values, PLACES: tl.constexpr):
-    """Integers in the order of the values, -0 as 0."""
-    bits = (values + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) >> (32 - PLACES)
-
-
-@triton.jit
-def value_of(key, PLACES: tl.constexpr):
-    """The float of a key; -inf where it is below every float."""
-    bits = key << (32 - PLACES)
-    bits = tl.where(key < 0, bits ^ (0x7FFFFFFF & (-1 << (32 - PLACES))), bits)
-    value = bits.to(tl.float32, bitcast=True)
-    return tl.where(value == value, value, NEVER)
-
-
-@triton.jit
-def next_bit(best, place, PLACES: tl.constexpr):
-    """(int64) best with the bit set that is `place` below the highest."""
-    return best + (tl.full((), 1, tl.int64) << (PLACES - 1 - place))
-
-
-@triton.jit
-def lowest_key(PLACES: tl.constexpr):
-    return -(tl.full((), 1, tl.int64) << (PLACES - 1))
-
-
-@triton.jit
-def kth_largest(keys, k, PLACES: tl.constexpr):
-    """The largest key that at least k keys reach."""
-    best = lowest_key(PLACES)
-    for place in range(PLACES):
-        candidate = next_bit(best, place, PLACES)
-        reached = tl.sum((keys >= candidate.to(tl.int32)).to(tl.int32), 0)
-        best = tl.where(reached >= k, candidate, best)
-    return best.to(tl.int32)
 
 
 @triton.jit
@@ -374,58 +336,3 @@ def choose_rows(
     finish(
         chosen_columns, chosen_values, chosen_counts, chosen_status, row, count, has_nan, CAPACITY
     )
-
-
-@triton.jit
-def keep_rows(values, out, k, n, WIDE: tl.constexpr):
-    """Zero all but the k largest entries of each row, none below 0, which one program holds; of equal ones the first."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, WIDE)
-    inside = at < n
-    value = tl.load(values + row * n + at, mask=inside, other=0.0)
-    keys = keys_of(value, 32)
-    threshold = kth_largest(keys, k, 32)
-    above = keys > threshold
-    ties = (keys == threshold) & inside
-    left = k - tl.sum(above.to(tl.int32), 0)
-    kept = above | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= left))
-    tl.store(out + row * n + at, tl.where(kept, value, 0.0), mask=inside)
-
-
-@triton.jit
-def bytes_before(counts, rank, LEVEL: tl.constexpr):
-    """Return the upper LEVEL bytes of the rank-th largest key, and its rank among the keys that have them."""
-    prefix, left = tl.full((), 0, tl.int32), rank
-    for level in tl.static_range(LEVEL):
-        number = tl.load(counts + 256 * level + tl.arange(0, 256))
-        reached = tl.cumsum(number, 0, reverse=True)
-        found = tl.max(tl.where(reached >= left, tl.arange(0, 256), 0), 0)
-        left -= tl.sum(tl.where(tl.arange(0, 256) > found, number, 0), 0)
-        prefix = (prefix << 8) | found
-    return prefix, left
-
-
-@triton.jit
-def count_keys(entries, counts, ranks, n, LEVEL: tl.constexpr, WIDE: tl.constexpr):
-    """Count the bytes at a level of those keys whose upper bytes are the answer's; counts (levels, 256)."""
-    prefix, _ = bytes_before(counts, tl.load(ranks), LEVEL)
-    at = tl.program_id(0).to(tl.int64) * WIDE + tl.arange(0, WIDE)
-    value = tl.load(entries + at, mask=at < n, other=0.0)
-    key = keys_of(value, 32) ^ (-1 << 31)  # ascending without a sign
-    is_in = at < n
-    if LEVEL > 0:
-        is_in = is_in & (((key >> (32 - 8 * LEVEL)) & ((1 << (8 * LEVEL)) - 1)) == prefix)
-    byte = (key >> (24 - 8 * LEVEL)) & 255
-    number = tl.histogram(tl.where(is_in, byte, 256), 512)  # the others lie beyond those that count
-    place = tl.arange(0, 512)
-    tl.atomic_add(
-        counts + 256 * LEVEL + place, number, mask=(place < 256) & (number > 0), sem="relaxed"
-    )
-
-
-@triton.jit
-def ranked_keys(counts, ranks, value, LEVELS: tl.constexpr):
-    """Write the float of the rank-th largest key; -inf where there are fewer."""
-    prefix, _ = bytes_before(counts, tl.load(ranks), LEVELS)
-    key = (prefix << (32 - 8 * LEVELS)) ^ (-1 << 31)
-    tl.store(value, value_of(key, 32))

@@ -4,7 +4,7 @@ entries have a share. Exponentials are in float32, their sums in float64, but of
 import triton
 import triton.language as tl
 
-from saeflow.operators.gpu.kernels.selection import keys_of, kth_largest, value_of
+from saeflow.operators.gpu.kernels.ranks import keys_of, kth_largest, value_of
 
 MOST_STEPS = tl.constexpr(150)
 AHEAD = tl.constexpr(
