@@ -263,3 +263,27 @@ def test_concepts_of_many_labelled_sets_fit_a_page(make_tables: Maker, tmp_path:
     assert len(figure.axes) == 22
     assert [ax.get_xlabel() for ax in figure.axes] == [""] * 20 + ["concepts left on (n)"] * 2
     assert all(ax.get_window_extent().height > 0.3 * figure.dpi for ax in figure.axes)
+
+
+def test_cards_of_many_variants_fit_a_page_with_their_titles(
+    make_tables: Maker, tmp_path: Path
+) -> None:
+    """With two images a card, the first titles were cut off and eight lines took 13 inches."""
+    variants = ("relu", "topk", "batch_topk", "matryoshka", "gated", "jumprelu", "sparsemax")
+    entries = [(f"{name.replace('_', '-')}", name, 1.0, None) for name in variants]
+    folder = make_tables(tmp_path, panels=[SYNTHETIC], entries=entries, seeds=1)
+    for path in (folder / "cards").rglob("cards.safetensors"):
+        arrays = load_file(path)
+        two = {name: arrays[name][:, :2].copy() for name in ("pixels", "masks")}
+        save_file(arrays | two, path)
+    with style.context():
+        figure = FIGURES["concepts"].draw(load_tables(folder), STRICT).figure
+        figure.draw_without_rendering()
+    assert figure.get_size_inches()[1] <= style.PAGE_HEIGHT
+    titles = [text for ax in figure.axes for text in ax.texts]
+    assert len(titles) == 2 * len(variants)
+    assert all(text.get_window_extent().y1 <= figure.bbox.y1 for text in titles)
+    ticks = [ax.get_xticklabels() for ax in figure.axes if ax.patches]
+    assert ticks
+    for start, end in ticks:
+        assert not start.get_window_extent().overlaps(end.get_window_extent())

@@ -80,6 +80,7 @@ def axes_at(figure: Figure, left: float, top: float, width: float, height: float
 
 def above(ax: Axes, text: str, color: str) -> None:
     """A line of text above a picture that takes no room from its neighbours."""
-    ax.text(
-        0, 1.06, text, transform=ax.transAxes, fontsize=6, color=color, va="bottom", in_layout=False
-    )
+    ax.annotate(
+        text, (0, 1), xycoords="axes fraction", xytext=(0, 3), textcoords="offset points",
+        fontsize=6, color=color, va="bottom", in_layout=False, annotation_clip=False,
+    )  # fmt: skip

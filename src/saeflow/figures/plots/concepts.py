@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 _CARDS = 4  # of each run
 _HISTOGRAM = 0.5  # inches
+_BETWEEN = 0.2  # inches from the images of a line to those of the next
 _FADE = 0.6
 _OUTLINED = 0.5  # of the largest activation shown
 
@@ -37,9 +39,10 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     ]
     n_images = max(len(pictures.arrays["pixels"][0]) for pictures in runs)
     width = style.TEXT_WIDTH / 2 - 0.1
-    side = (width - _HISTOGRAM) / n_images
-    line = side + 0.2
-    figure = new_page(line * -(-len(cards) // 2) + 0.05)
+    lines = -(-len(cards) // 2)
+    side = min((width - _HISTOGRAM) / n_images, (style.PAGE_HEIGHT - 0.05) / lines - _BETWEEN)
+    line = side + _BETWEEN
+    figure = new_page(line * lines + 0.05)
     data = []
     for place, (pictures, number) in enumerate(cards):
         card = pictures.facts["concepts"][number]
@@ -107,10 +110,16 @@ def _histogram(ax: Axes, card: Mapping[str, Any], color: str) -> None:
         ax.stairs(card["histogram"], card["edges"], fill=True, color=color)
         ax.set_yscale("log")
         ax.set_ylim(bottom=0.5)
+        ends = (card["edges"][0], card["edges"][-1])
+        ax.set_xlim(*ends)
+        decimals = max(0, 1 - math.floor(math.log10(max(ends[1] - ends[0], 1e-9))))
+        ax.set_xticks(ends, [f"{end:.{decimals}f}" for end in ends])
+        first, last = ax.get_xticklabels()
+        first.set_horizontalalignment("left")
+        last.set_horizontalalignment("right")
     ax.tick_params(labelsize=5, length=1.5)
     ax.tick_params(axis="y", which="both", left=False, labelleft=False)
     ax.spines["left"].set_visible(False)
-    ax.locator_params(axis="x", nbins=2)
 
 
 def _covered(runs: list[Pictures]) -> str:
