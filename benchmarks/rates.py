@@ -21,7 +21,7 @@ from saeflow.config import ROOT, load_params
 from saeflow.needs import one_pass
 from saeflow.saes import VARIANTS
 from saeflow.sources import english
-from saeflow.sources.models import load_tokenizer
+from saeflow.sources.tokenizers import load_tokenizer
 
 SOURCE = "smollm2"
 

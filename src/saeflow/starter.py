@@ -24,8 +24,9 @@ from saeflow.sources import hub
 from saeflow.sources.documents import check_files, is_evaluation, read_documents
 from saeflow.sources.images import read_images
 from saeflow.sources.layouts import check_shape
-from saeflow.sources.models import FILES, config_in, load_tokenizer
+from saeflow.sources.models import FILES, config_in
 from saeflow.sources.text_files import COMPRESSED
+from saeflow.sources.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -353,7 +354,8 @@ def _written(
     batch = 1 << max(5, min(11, int(math.log2(max(1, tokens // _STEPS)))))
     d_sae = model.width * (8 if has_gpu() else 4)
     ks = [k for k in _KS if k <= d_sae // 4] or [max(1, d_sae // 8)]
-    return _TEXT.format(
+    template = Path(__file__).with_name("starter.yaml.in").read_text(encoding="utf-8")
+    return template.format(
         name=model.name,
         source="\n".join(f"    {key}: {_flow(value)}" for key, value in source.items()),
         share=share,
@@ -382,30 +384,3 @@ def _flow(value: Any) -> str:
         value, default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True
     )
     return text.removesuffix("\n").removesuffix("\n...")
-
-
-_TEXT = """\
-# Written by `saeflow init`. Next: `saeflow validate`, `saeflow plan`, `saeflow run`.
-# Every other key has a default: `saeflow parameters` describes all of them.
-sources:
-  {name}:
-{source}
-    evaluation_share: {share}  # held out; equal documents or images share a split
-stores:
-  {name}: {{train_rows: {train}, evaluation_rows: {evaluation}}}
-training:
-  tokens: {tokens}  # {passes} passes over the rows
-  batch_size: {batch}
-  lr: 0.001
-  lr_warmup_steps: {warmup}
-  dead_after_tokens: {dead}
-saes:  # a list is a sweep; `saeflow parameters VARIANT` describes options
-  topk: {{variant: topk, store: {store}, d_sae: {d_sae}, options: {{k: {ks}}}}}  # {width} x the width
-  batch-topk: {{variant: batch_topk, store: {store}, d_sae: {d_sae}, options: {{k: {ks}, threshold_start_step: {threshold}}}}}
-  soft-topk:  # SoftSAE: k is chosen for each input
-    {{variant: soft_topk, store: {store}, d_sae: {d_sae}, input_scale: dimension, options: {{k: {ks}, k_max: {{times_k: 4}},
-      estimator_width: {d_in}, alpha: 0.1, alpha_schedule: {{kind: exponential, from: 1.0, until: 0.3}}, budget_weight: 10.0, hard_fraction: 0.1}}}}
-evaluation:
-  latents: {{runs: [{store}/topk/d{d_sae}-k{k}-seed0]}}{ce}
-figures: {{names: [{figures}, l0_histograms, firing_rates, training, table_training_cost]}}
-"""

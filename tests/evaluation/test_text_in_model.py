@@ -23,7 +23,7 @@ from transformers import (
 
 from saeflow.errors import UserError
 from saeflow.evaluation.baselines import Identity, Mean
-from saeflow.evaluation.in_model import text as text_module
+from saeflow.evaluation.in_model import token_losses
 from saeflow.evaluation.in_model.text import NextTokens, write_clean
 from saeflow.files import write_json
 
@@ -253,17 +253,17 @@ def test_losses_over_a_large_vocabulary_match_float64(shift: float) -> None:
     ids = torch.randint(0, 50_000, (2, 20))
     clean = 1.5 * torch.randn(2, 20, 32)
     hidden = clean + shift * torch.randn(2, 20, 32)
-    head = text_module.linear_head(model)
+    head = token_losses.linear_head(model)
     assert head is not None
     with torch.no_grad():
         p, q = (
             (h[:, :-1].flatten(0, 1).double() @ head.double().T).log_softmax(-1)
             for h in (clean, hidden)
         )
-        clean_losses, *terms = text_module.clean_expectations(model, head, clean, ids)
-        assert torch.equal(clean_losses, text_module.token_losses(model, clean, ids))
-        fast = text_module.losses_and_divergences_from_expectations(model, hidden, *terms, ids)
-        plain = text_module.losses_and_divergences(model, hidden, clean, ids)
+        clean_losses, *terms = token_losses.clean_expectations(model, head, clean, ids)
+        assert torch.equal(clean_losses, token_losses.token_losses(model, clean, ids))
+        fast = token_losses.losses_and_divergences_from_expectations(model, hidden, *terms, ids)
+        plain = token_losses.losses_and_divergences(model, hidden, clean, ids)
     targets = ids[:, 1:].flatten()
     expected_kl = kl_div(q, p, log_target=True, reduction="batchmean")
     expected_ce = torch.nn.functional.cross_entropy(q, targets)
@@ -276,7 +276,7 @@ def test_losses_over_a_large_vocabulary_match_float64(shift: float) -> None:
 def test_batches_and_slices_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _, _ = make_source(tmp_path, "llama")
     expected = measured(make_loop(folder, CASES[0][1], skip_first=True), damaged)
-    monkeypatch.setattr(text_module, "_LOGITS_AT_ONCE", 4 * VOCABULARY)
+    monkeypatch.setattr(token_losses, "_LOGITS_AT_ONCE", 4 * VOCABULARY)
     loop = make_loop(folder, CASES[0][1], skip_first=True, forward_batch=2, out="again")
     assert measured(loop, damaged) == pytest.approx(expected, abs=2e-6)
 

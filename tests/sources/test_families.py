@@ -10,7 +10,7 @@ from docs.models import PAGE, lines_of
 from torch import Tensor, nn
 
 from saeflow.errors import UserError
-from saeflow.evaluation.in_model.text import linear_head
+from saeflow.evaluation.in_model.token_losses import linear_head
 from saeflow.sources.heads import logits, no_predictions
 from saeflow.sources.hook_points import capture, hook, run_from, splice
 from saeflow.sources.layouts import PLACES

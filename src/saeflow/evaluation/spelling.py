@@ -11,7 +11,7 @@ import torch
 from saeflow.errors import UserError
 from saeflow.sources.heads import no_predictions
 from saeflow.sources.hook_points import capture
-from saeflow.sources.models import token_texts
+from saeflow.sources.tokenizers import token_texts
 
 LETTERS = string.ascii_lowercase
 _WORD = "{word}"

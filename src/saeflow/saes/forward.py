@@ -112,7 +112,9 @@ class Forward:
             self.x_hat.detach() if "x_hat" in self.__dict__ else self.pre_acts.new_empty(0)
         )
         self.__dict__.pop("x_hat", None)
-        self.parts, self.errors, self.beside = None, None, ()
+        self.parts, self.beside = None, ()
+        if self.errors is not None:
+            self.errors = Errors(*(part.detach() for part in self.errors))
 
     @cached_property
     def counts(self) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,6 @@ weights. A folder or a hub model stays where it is: `model.json` names it and th
 Libraries are shown these files alone, so that nothing is read that no digest covers.
 """
 
-import functools
 import logging
 import math
 import shutil
@@ -24,7 +23,6 @@ from saeflow.sources.loading import check_weights, one_line
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -300,7 +298,7 @@ def load_model(folder: Path | str, device: str = "cpu") -> "nn.Module":
 
     from saeflow.sources.architectures import architecture
 
-    folder = _model_place(folder)
+    folder = model_place(folder)
     dtype = read_json(folder / LOADING)["dtype"] if (folder / LOADING).exists() else "float32"
     with pinned_files(folder, weights=True) as (local, files):
         advice = "Run the step that fetches it again, or give another model."
@@ -337,7 +335,7 @@ def _fits(folder: Path, dtype: Any, device: str) -> bool:
     return result
 
 
-def _model_place(folder: Path | str) -> Path:
+def model_place(folder: Path | str) -> Path:
     path = Path(folder)
     if not any((path / name).is_file() for name in (LINK, "config.json")):
         found = (
@@ -347,53 +345,6 @@ def _model_place(folder: Path | str) -> Path:
             f"{path}: expected the folder of a model, as results/sources/NAME/model, found {found}. Fix the path."
         )
     return path
-
-
-def load_tokenizer(folder: Path | str) -> "PreTrainedTokenizerBase":
-    """Load a fetched model's tokenizer.
-
-    Raises:
-        UserError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    folder = _model_place(folder)
-    with (
-        pinned_files(folder, weights=False) as (local, files),
-        one_line(
-            f"{local}: the tokenizer cannot be loaded",
-            "Add the tokenizer's files (tokenizer.json) to the model's folder, as the installed libraries write them.",
-        ),
-    ):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            files, trust_remote_code=False, local_files_only=True
-        )
-        tokenizer.encode("a")  # some settings fail only when they are used
-    return tokenizer
-
-
-def token_texts(tokenizer: Any) -> Callable[[int], str]:
-    """From a token's id to its text as it stands inside a text, its space before it included.
-
-    Some tokenizers drop the first space of what they decode (Llama 2, Mistral), so a token is decoded after another.
-    Special tokens have no text.
-    """
-    before = tokenizer.encode("a", add_special_tokens=False)[-1:]
-    special = set(tokenizer.all_special_ids)
-
-    def decode(tokens: list[int]) -> str:
-        return str(tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
-
-    start = decode(before)
-
-    @functools.cache
-    def text(token: int) -> str:
-        if token in special:
-            return ""
-        both = decode([*before, token])
-        return both.removeprefix(start) if both.startswith(start) else decode([token])
-
-    return text
 
 
 def config_in(local: Path) -> Any:

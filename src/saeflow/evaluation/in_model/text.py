@@ -11,7 +11,7 @@ position is replaced, whatever its norm.
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,20 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import log_softmax
 
 from saeflow.errors import UserError
 from saeflow.evaluation.in_model import InModelResult
+from saeflow.evaluation.in_model.token_losses import (
+    clean_expectations,
+    linear_head,
+    losses_and_divergences,
+    losses_and_divergences_from_expectations,
+    token_losses,
+)
 from saeflow.evaluation.intervals import bounds, by_unit, count, resample
 from saeflow.files import read_json, write_json
 from saeflow.sources.copies import Copies
-from saeflow.sources.heads import logits, no_predictions
+from saeflow.sources.heads import no_predictions
 from saeflow.sources.hook_points import block_input_of, capture, resume_at, run_from
 from saeflow.sources.models import load_model
 from saeflow.sources.text import documents_of
@@ -37,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 
 CLEAN = "clean.json"
-_LOGITS_AT_ONCE = 1 << 24
 _RESAMPLING = {"resamples": 1000, "seed": 0}
 
 Replace = Callable[[Tensor], Tensor]
@@ -189,106 +194,6 @@ def spliced_hidden(
     if resumed is None:
         return run_from(model, hook_point, parts.get("block_input"), token_ids, lambda _: spliced)
     return run_from(model, resumed, spliced, token_ids, lambda block_input: block_input)
-
-
-def _slices(
-    model: Any, hidden: Tensor, token_ids: Tensor
-) -> Iterator[tuple[Tensor, Tensor, slice]]:
-    """Logits (m, vocabulary) float32 and targets (m,) of all predicted tokens, a few at a time."""
-    flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    targets = token_ids[:, 1:].reshape(-1).long()
-    size = max(1, _LOGITS_AT_ONCE // model.config.get_text_config().vocab_size)
-    for start in range(0, len(flat), size):
-        part = slice(start, start + size)
-        yield logits(model, flat[part]).float(), targets[part], part
-
-
-def log_normaliser(scores: Tensor) -> Tensor:
-    """log sum exp of each row (m, vocabulary) float32, summed in float64: (m,) float64.
-
-    (torch.logsumexp in float32 is off by 1e-5 nats, always to one side, on 50 000 entries.)
-    """
-    most = scores.amax(1)
-    return (scores - most[:, None]).exp_().sum(1, dtype=torch.float64).log() + most
-
-
-def _losses(scores: Tensor, targets: Tensor) -> Tensor:
-    return log_normaliser(scores) - scores.gather(1, targets[:, None])[:, 0]
-
-
-def token_losses(model: Any, hidden: Tensor, token_ids: Tensor) -> Tensor:
-    """Cross-entropy (n (length - 1),) float64 in nats of each next token, from final hidden states."""
-    slices = _slices(model, hidden, token_ids)
-    return torch.cat([_losses(scores, targets) for scores, targets, _ in slices])
-
-
-def losses_and_divergences(
-    model: Any, hidden: Tensor, clean_hidden: Tensor, token_ids: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each next token and KL(clean || spliced), both (n (length - 1),) in nats."""
-    flat_clean = clean_hidden[:, :-1].reshape(-1, clean_hidden.shape[-1])
-    losses, divergences = [], []
-    for scores, targets, part in _slices(model, hidden, token_ids):
-        losses.append(_losses(scores, targets))
-        clean = log_softmax(logits(model, flat_clean[part]).float(), dim=-1)
-        difference = clean - log_softmax(scores, dim=-1)
-        divergences.append((clean.exp() * difference).sum(1, dtype=torch.float64))
-    return torch.cat(losses), torch.cat(divergences)
-
-
-def linear_head(model: Any) -> Tensor | None:
-    """The lm head's weights (vocabulary, d_model), if it is nothing but a matrix on the model's one device."""
-    head = model.get_output_embeddings()
-    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
-        return None
-    if type(head) is not torch.nn.Linear or head.bias is not None:
-        return None
-    # Models that scale, cap or project before or after it give other logits.
-    generator = torch.Generator().manual_seed(0)
-    hidden = 100 * torch.randn(1, 2, head.in_features, generator=generator)
-    hidden = hidden.to(head.weight.device, head.weight.dtype)
-    return head.weight if torch.equal(logits(model, hidden), head(hidden)) else None
-
-
-def clean_expectations(
-    model: Any, head: Tensor, hidden: Tensor, token_ids: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The clean side's losses, and what a linear lm head's KL needs instead of all probabilities p.
-
-    With clean and spliced hidden states c and h of a token and u = p head, the expected logit is a
-    product with one vector: KL = <u, c> - logsumexp(head c) - <u, h> + logsumexp(head h).
-
-    Returns:
-        Cross-entropy (n (length - 1),) float64 of each next token, u (n (length - 1), d_model)
-        float32, and <u, c> - logsumexp(head c) (n (length - 1),) float64.
-    """
-    flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    losses, expected, offsets = [], [], []
-    for scores, targets, part in _slices(model, hidden, token_ids):
-        normaliser = log_normaliser(scores)
-        losses.append(normaliser - scores.gather(1, targets[:, None])[:, 0])
-        p = scores.softmax(1)
-        mass = p.sum(1, keepdim=True, dtype=torch.float64)  # off by 1e-5 from 1 on many entries
-        expected.append(((p.to(head.dtype) @ head) / mass).float())
-        offsets.append(_product(expected[-1], flat[part]) - normaliser)
-    return torch.cat(losses), torch.cat(expected), torch.cat(offsets)
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() * b.double()).sum(1)
-
-
-def losses_and_divergences_from_expectations(
-    model: Any, hidden: Tensor, expected: Tensor, offsets: Tensor, token_ids: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`losses_and_divergences` with the lm head once: see `clean_expectations`."""
-    flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-    losses, divergences = [], []
-    for scores, targets, part in _slices(model, hidden, token_ids):
-        normaliser = log_normaliser(scores)
-        losses.append(normaliser - scores.gather(1, targets[:, None])[:, 0])
-        divergences.append(offsets[part] - _product(expected[part], flat[part]) + normaliser)
-    return torch.cat(losses), torch.cat(divergences)
 
 
 class NextTokens:
