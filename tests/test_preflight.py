@@ -54,6 +54,17 @@ def test_the_shipped_parameters_pass() -> None:
         ),
         ("runtime/ranks", {"count": 5, "split": "latents"}, "d_sae: expected a multiple of the 5"),
         (
+            "stores/smollm2/window_rows",
+            60001,
+            "stores.smollm2.window_rows: expected at most train_rows (60000), found 60001",
+        ),
+        ("stores/smollm2/window_rows", 126, "expected at least the 127 rows of a context"),
+        (
+            "stores/scenes/window_rows",
+            1000,
+            "stores.scenes.window_rows: expected windows of at least one batch (1024 rows), found 60 windows of 1000 rows",
+        ),
+        (
             "figures/names",
             ["fvu_10"],
             "figures.names: unknown figure 'fvu_10'. Known: adaptivity, ",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
 
-from saeflow.config import ImportConfig, SAEConfig, expand_runs, imports
+from saeflow.config import ImportConfig, SAEConfig, expand_runs, imports, n_windows
 from saeflow.sources import SourceKind, kind_of
 
 
@@ -194,6 +194,10 @@ class Plan:
         """Rows asked for, by split."""
         store = self.params["stores"][source]
         return {split: store[f"{split}_rows"] for split in self.splits(source)}
+
+    def windows(self, source: str, split: str) -> int:
+        """Number of windows that a split of a source is cut into."""
+        return n_windows(self.params["stores"][source], split)
 
     def scoring(self, complexity: str) -> dict[str, Any]:
         chosen = self.params["complexity"][complexity]

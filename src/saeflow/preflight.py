@@ -39,6 +39,7 @@ def checked_plan(params: Mapping[str, Any]) -> Plan:
         check_scoring(name, plan.scoring(name), params["sources"][source])
     for source in plan.sources:
         _check_rows(plan, source)
+        _check_windows(plan, source)
         _check_leaks(plan, source)
     _check_budgets(plan)
     return plan
@@ -188,6 +189,29 @@ def _check_rows(plan: Plan, source: str) -> None:
                 f"evaluation.dimension.neighbours: expected less than half of the {count} rows that are sampled of "
                 f"{source}, found {max(chosen['neighbours'])}. Sample more rows, or lower it."
             )
+
+
+def _check_windows(plan: Plan, source: str) -> None:
+    """Refuse windows larger than the split, or too small for a context or a batch."""
+    store, where = plan.params["stores"][source], f"stores.{source}.window_rows"
+    if store["window_rows"] is None or "train" not in plan.splits(source):
+        return
+    rows, windows = store["train_rows"], plan.windows(source, "train")
+    if store["window_rows"] > rows:
+        raise UserError(
+            f"{where}: expected at most train_rows ({rows}), found {store['window_rows']}. Lower it, or set it to null."
+        )
+    each = plan.kind(source).rows_per_context(plan.params["sources"][source])
+    if each is not None and store["window_rows"] < each:
+        raise UserError(
+            f"{where}: expected at least the {each} rows of a context, found {store['window_rows']}. Raise it."
+        )
+    of_runs = [run.training.batch_size for run in plan.runs.values() if run.source == source]
+    if of_runs and rows // windows < max(of_runs):
+        raise UserError(
+            f"{where}: expected windows of at least one batch ({max(of_runs)} rows), found {windows} windows of "
+            f"{rows // windows} rows (window_rows {store['window_rows']}). Raise it."
+        )
 
 
 def _check_leaks(plan: Plan, source: str) -> None:

@@ -46,7 +46,7 @@ VERSIONED = (
 )  # fmt: skip
 PARTIAL, READY = ".partial", ".ready"
 _NO_TIME = {"duration_s": 0.0, "job_duration_s": 0.0}
-_UNFINISHED = (PARTIAL, READY, ".parts", ".groups")
+_UNFINISHED = (PARTIAL, READY, ".parts", ".windows", ".groups")
 _JOB_FILE = "job.json"
 
 

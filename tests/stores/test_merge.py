@@ -49,7 +49,7 @@ def test_the_content_digest_sees_content_only(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = make_store(tmp_path / "one", source)
-    monkeypatch.setattr(merge, "WINDOW_BYTES", (3000, 3000))
+    monkeypatch.setattr(merge, "GATHERED_BYTES", (3000, 3000))
     assert make_store(tmp_path / "other", source, {**store_params, **changed}) == expected
     assert verify(tmp_path / "other" / "b.zarr") == expected["b"]
 
@@ -120,12 +120,12 @@ class Sinks:
         return block
 
 
-@pytest.mark.parametrize("window", [500, 1 << 24])
+@pytest.mark.parametrize("gathered", [500, 1 << 24])
 def test_outlying_rows_are_dropped_from_the_training_split_only(
     tmp_path: Path, source: Any, make_store: MakeStore, source_params: dict[str, Any],
-    monkeypatch: pytest.MonkeyPatch, window: int,
+    monkeypatch: pytest.MonkeyPatch, gathered: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(merge, "WINDOW_BYTES", (window, window))
+    monkeypatch.setattr(merge, "GATHERED_BYTES", (gathered, gathered))
     params = {**source_params, "max_norm_multiple": 10}
     make_store(tmp_path / "train", Sinks(source), params=params, parts=2)
     store = open_store(tmp_path / "train" / "a.zarr")

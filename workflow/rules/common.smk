@@ -91,7 +91,7 @@ onstart:
     Path("results/complexity").mkdir(parents=True, exist_ok=True)
     # File times decide nothing here, but Snakemake fails a job whose input seems to be from the future: what was
     # made while a clock was ahead is from now.
-    for pattern in ("provenance.json", "*.parts/*", "*.parts/*/.snakemake_timestamp"):
+    for pattern in ("provenance.json", "*.parts/*/*", "*.windows/*", ".snakemake_timestamp"):
         for path in Path("results").rglob(pattern):
             if path.stat().st_mtime > time.time():
                 os.utime(path)
@@ -110,6 +110,7 @@ wildcard_constraints:
     complexity="[a-z0-9._-]+",
     labelled="[a-z0-9._-]+",
     split="train|evaluation",
+    window="[0-9]+",
     part="[0-9]+",
     parts="[0-9]+",
     group="[0-9a-f]+",
@@ -157,11 +158,22 @@ def gpus():
     return int(has_gpu() if asked == "auto" else asked != "cpu")
 
 
-def parts(wildcards):
-    """The parts of a split. They are temporary: made only where the store is to be made."""
+def parts(source, split, window):
+    """The parts of a window of a split. They are temporary: made only where the store is to be made."""
     count = config["runtime"]["extraction_jobs"]
-    folder = f"results/stores/{wildcards.source}/{wildcards.split}.parts"
+    folder = f"results/stores/{source}/{split}.parts/{window}"
     return [f"{folder}/{part}-of-{count}" for part in range(count)]
+
+
+def windows(source, split, count):
+    """The first so many windows of a split, merged and temporary like parts."""
+    return [f"results/stores/{source}/{split}.windows/{window}" for window in range(count)]
+
+
+def merged_from(source, split):
+    """The folders that the store of a split is made from: its parts, or its windows where there are several."""
+    count = plan.windows(source, split)
+    return parts(source, split, 0) if count == 1 else windows(source, split, count)
 
 
 def launcher():

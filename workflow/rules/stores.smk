@@ -1,7 +1,9 @@
 """Stores: activations of every hook point of a source, shuffled, in Zarr.
 
-Expects results/sources/SOURCE; leaves results/stores/SOURCE/SPLIT/HOOK_POINT.zarr. Each split is
-extracted by runtime.extraction_jobs independent jobs, whose number does not change the result.
+Expects results/sources/SOURCE; leaves results/stores/SOURCE/SPLIT/HOOK_POINT.zarr. A split is one window, or several
+(stores.NAME.window_rows), which are extracted one after the other: the blocks of a window are deleted once it is merged,
+before the next one begins. Each is extracted by runtime.extraction_jobs independent jobs, whose number does not change
+the result.
 """
 
 
@@ -10,12 +12,13 @@ rule extract_part:
         # Snakemake compares the time of an input with that of the store where the part itself is gone. Only the
         # rule that writes the store decides whether it is written again.
         lambda w: ancient(jobs.store(w.source, w.split).inputs),
+        before=lambda w: ancient(windows(w.source, w.split, int(w.window))[-1:]),
     output:
-        part=temp(directory("results/stores/{source}/{split}.parts/{part}-of-{parts}")),
+        part=temp(directory("results/stores/{source}/{split}.parts/{window}/{part}-of-{parts}")),
     log:
-        "logs/extract_part/{source}_{split}_{part}-of-{parts}.log",
+        "logs/extract_part/{source}_{split}_{window}_{part}-of-{parts}.log",
     benchmark:
-        "logs/benchmarks/extract_part/{source}_{split}_{part}-of-{parts}.tsv"
+        "logs/benchmarks/extract_part/{source}_{split}_{window}_{part}-of-{parts}.tsv"
     conda:
         environment("model")
     threads: threads("extract")
@@ -24,14 +27,33 @@ rule extract_part:
     params:
         task=lambda w: task(jobs.store(w.source, w.split)),
     shell:
-        "python -m saeflow extract {params.task:q} --part {wildcards.part} --parts {wildcards.parts}"
-        " --out {output.part} --threads {threads} 2>&1 | tee {log}"
+        "python -m saeflow extract {params.task:q} --window {wildcards.window} --part {wildcards.part}"
+        " --parts {wildcards.parts} --out {output.part} --threads {threads} 2>&1 | tee {log}"
+
+
+rule merge_window:
+    input:
+        lambda w: ancient(jobs.store(w.source, w.split).inputs),
+        parts=lambda w: parts(w.source, w.split, w.window),
+    output:
+        window=temp(directory("results/stores/{source}/{split}.windows/{window}")),
+    log:
+        "logs/merge_window/{source}_{split}_{window}.log",
+    benchmark:
+        "logs/benchmarks/merge_window/{source}_{split}_{window}.tsv"
+    conda:
+        environment("model")
+    params:
+        task=lambda w: tasks([jobs.store(w.source, w.split)]),
+    shell:
+        "python -m saeflow merge {params.task:q} {input.parts} --window {wildcards.window} --out {output.window}"
+        " 2>&1 | tee {log}"
 
 
 rule merge_parts:
     input:
         lambda w: jobs.store(w.source, w.split).inputs,
-        parts=parts,
+        parts=lambda w: merged_from(w.source, w.split),
     output:
         record="results/stores/{source}/{split}/provenance.json",
     log:

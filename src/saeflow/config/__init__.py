@@ -14,6 +14,7 @@ from saeflow.config.runs import (
     imports,
 )
 from saeflow.config.schema import CARRIED, ROOT
+from saeflow.config.windows import contexts_of, n_windows
 from saeflow.config.yaml_file import read_yaml
 
 __all__ = [
@@ -26,9 +27,11 @@ __all__ = [
     "SAEConfig",
     "TrainingConfig",
     "check_params",
+    "contexts_of",
     "expand_runs",
     "imports",
     "load_params",
+    "n_windows",
     "read_yaml",
     "scorer_file",
     "validate",

@@ -92,10 +92,10 @@ class Jobs:
 
     @_once
     def store(self, source: str, split: str) -> Job:
-        other = {"train": "evaluation_rows", "evaluation": "train_rows"}[split]
-        layout = {
-            key: value for key, value in self.params["stores"][source].items() if key != other
-        }
+        apart = {"train": {"evaluation_rows"}, "evaluation": {"train_rows", "window_rows"}}[split]
+        if self.plan.windows(source, split) == 1:
+            apart.add("window_rows")
+        layout = {k: v for k, v in self.params["stores"][source].items() if k not in apart}
         return self._job(
             command="merge",
             result=f"stores/{source}/{split}",

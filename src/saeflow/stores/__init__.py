@@ -3,5 +3,6 @@
 from saeflow.stores.blocks import write_part
 from saeflow.stores.merge import finalise
 from saeflow.stores.reader import Store, check_compatible, open_store, verify
+from saeflow.stores.windows import join
 
-__all__ = ["Store", "check_compatible", "finalise", "open_store", "verify", "write_part"]
+__all__ = ["Store", "check_compatible", "finalise", "join", "open_store", "verify", "write_part"]

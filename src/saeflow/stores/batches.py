@@ -1,7 +1,7 @@
 """Shuffled batches of a store, read ahead on threads of their own.
 
-The rows of a store are shuffled one by one when it is written: any of them, in any order that does not look
-at them, are a uniform sample. So an epoch may read whole chunks, in a random order and some at a time, put
+The rows of each window of a store are shuffled one by one when it is written: any of them, in any order that
+does not look at them, are a uniform sample of it. So an epoch may read whole chunks, in a random order and some at a time, put
 the runs of rows of such a group in a random order, and cut it into batches: every epoch has other batches,
 and rows go from the file to their place in a batch without another copy.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from saeflow.batch import Batch
 from saeflow.stores.dtypes import Dtype
-from saeflow.stores.sharded import ShardedReader
+from saeflow.stores.joined import Array
 
 GROUP_BYTES = 1 << 24
 """Size of a group, or one batch if that is more; smaller ones cost more in handing over than in reading."""
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 def shuffled_batches(
-    array: ShardedReader, dtype: Dtype, batch_size: int, seed: int, start_batch: int, pin: bool
+    array: Array, dtype: Dtype, batch_size: int, seed: int, start_batch: int, pin: bool
 ) -> Iterator[Batch]:
     """Endless shuffled batches; each epoch gives every row once, batches run across its end.
 
@@ -97,7 +97,7 @@ class _Group:
     skip: int
 
 
-def _groups(array: ShardedReader, batch_size: int, seed: int, start_batch: int) -> Iterator[_Group]:
+def _groups(array: Array, batch_size: int, seed: int, start_batch: int) -> Iterator[_Group]:
     """The groups of all epochs, from the one with a batch on."""
     batches = max(1, GROUP_BYTES // (batch_size * array.row_bytes))
     size = -(-batches * batch_size // array.chunk_rows)  # chunks of a group
@@ -113,7 +113,7 @@ def _groups(array: ShardedReader, batch_size: int, seed: int, start_batch: int) 
         epoch += 1
 
 
-def _read_runs(array: ShardedReader, group: _Group, out: np.ndarray) -> None:
+def _read_runs(array: Array, group: _Group, out: np.ndarray) -> None:
     """Read a group's chunks straight into `out` (rows, d_in), their runs of rows in a random order."""
     size, row = array.chunk_rows * array.row_bytes, array.row_bytes
     longest = max(RUN_ROWS, -(-array.chunk_rows // MOST_RUNS)) * row
@@ -134,8 +134,9 @@ def _read_runs(array: ShardedReader, group: _Group, out: np.ndarray) -> None:
     for chunk, count in zip(group.chunks, counts, strict=True):
         places = pieces[first : first + count]
         first += count
-        if chunk == array.chunks - 1:  # filled up with zeros
-            places.append(np.empty(size - sum(map(len, places)), np.uint8))
+        filled = sum(map(len, places))
+        if filled < size:  # a window's last chunk, filled up with zeros
+            places.append(np.empty(size - filled, np.uint8))
         array.read_chunk(chunk, places)
 
 

@@ -1,8 +1,9 @@
 """Extraction: the activations of a split, cut into blocks that any number of jobs write independently.
 
-Block b holds the contexts [b * block_contexts, (b + 1) * block_contexts); one safetensors file per hook
-point, its rows already in the order of their places in the shuffled store. A file appears whole or not at
-all, so a killed job started again goes on after the last block it finished.
+A split is one window or several, each shuffled by itself. Contexts are cut every block_contexts and at the
+borders of windows; block b is the b-th of its window. It is one safetensors file per hook point, its rows
+already in the order of their places in the shuffled window. A file appears whole or not at all, so a killed
+job started again goes on after the last block it finished.
 """
 
 import json
@@ -22,6 +23,7 @@ import torch
 from safetensors.numpy import save_file
 from torch import Tensor
 
+from saeflow.config import contexts_of, n_windows
 from saeflow.errors import UserError
 from saeflow.files import atomic_file
 from saeflow.progress import progress
@@ -29,7 +31,7 @@ from saeflow.sources.base import Block, Source
 from saeflow.stores.dtypes import DTYPES, Dtype
 from saeflow.stores.permutation import Permutation
 
-FORMAT = "saeflow-block-1"
+FORMAT = "saeflow-block-2"
 ACTIVATIONS, PLACE, NORM = "activations", "place", "norm"
 """Arrays of a block file beside the source's columns: places int64 ascending, norms float32."""
 
@@ -44,8 +46,9 @@ def write_part(
     store: Mapping[str, Any],
     folder: Path,
     writers: int = 1,
+    window: int = 0,
 ) -> None:
-    """Extract one part of a split: its share of the blocks, for every hook point.
+    """Extract one part of a window of a split: its share of the blocks, for every hook point.
 
     Peak memory is `writers` + 1 blocks, whatever the size of the split.
 
@@ -56,20 +59,28 @@ def write_part(
         store: one entry of `stores`.
         folder: existing folder; whole blocks that lie there already are kept.
         writers: threads that encode, digest and write blocks beside the model. One keeps up with a CPU.
+        window: number of the window.
 
     Raises:
-        UserError: an activation is not finite, or does not fit the store's dtype.
+        UserError: the window holds no context, or an activation is not finite, or does not fit the store's dtype.
     """
-    contexts, size = source.n_contexts(split), store["block_contexts"]
-    blocks = -(-contexts // size)
-    shuffle = Permutation(contexts * source.rows_per_context, store["seed"])
+    windows, size = n_windows(store, split), store["block_contexts"]
+    contexts = contexts_of(window, windows, source.n_contexts(split))
+    if not contexts:
+        raise UserError(
+            f"window_rows: expected a context of {source.rows_per_context} rows at least, found {store['window_rows']}. "
+            "Raise window_rows of this store in params.yaml."
+        )
+    first_block = contexts.start // size
+    blocks = -(-contexts.stop // size) - first_block
+    shuffle = Permutation(len(contexts) * source.rows_per_context, store["seed"], window)
     dtype = DTYPES[store["dtype"]]
     mine = range(part * blocks // parts, (part + 1) * blocks // parts)
     with ThreadPoolExecutor(writers, "write-blocks") as pool:  # writes while the model computes on
         writing: deque[Future[None]] = deque()
         for block in progress(mine, f"{split}: part {part + 1} of {parts}", "block"):
             shared = {
-                "format": FORMAT, "split": split, "block": block, "blocks": blocks,
+                "format": FORMAT, "split": split, "window": window, "block": block, "blocks": blocks,
                 "rows": shuffle.n, "seed": store["seed"], "dtype": dtype.name,
             }  # fmt: skip
             paths = {
@@ -78,10 +89,14 @@ def write_part(
             }
             if all(_is_whole(path, shared) for path in paths.values()):
                 continue
-            start, stop = block * size, min((block + 1) * size, contexts)
+            edge = (first_block + block) * size
+            start, stop = max(edge, contexts.start), min(edge + size, contexts.stop)
             rows = source.block(split, start, stop)
-            first = start * source.rows_per_context
-            places = shuffle.forward(np.arange(first, stop * source.rows_per_context))
+            ids = np.arange(
+                (start - contexts.start) * source.rows_per_context,
+                (stop - contexts.start) * source.rows_per_context,
+            )
+            places = shuffle.forward(ids)
             if len(writing) == writers:
                 writing.popleft().result()
             writing.append(pool.submit(_write_block, rows, places, paths, dtype, shared))

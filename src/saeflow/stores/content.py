@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from saeflow.stores.blocks import ACTIVATIONS
 from saeflow.stores.dtypes import Dtype
 
 STORE_FORMAT = "saeflow-store"
-STORE_VERSION = 1
+STORE_VERSION, WINDOWS_VERSION = 1, 2
+"""Format versions of a store of one window, and of several."""
 LOGICAL = ("source_params", "split", "hook_point")
 """Attributes that enter the content digest, beside the rows, columns and moments."""
 
@@ -24,21 +25,21 @@ PIECE_ROWS = 4096
 Rows = dict[str, np.ndarray]
 
 
-def in_pieces(windows: Iterable[Rows]) -> Iterator[Rows]:
+def in_pieces(some: Iterable[Rows]) -> Iterator[Rows]:
     """The same rows, PIECE_ROWS at a time; a piece is valid until the next one is asked for."""
     rest: Rows = {}
-    for window in windows:
-        start, rows = 0, len(window[ACTIVATIONS])
+    for given in some:
+        start, rows = 0, len(given[ACTIVATIONS])
         if rest:
             start = min(rows, PIECE_ROWS - len(rest[ACTIVATIONS]))
-            rest = {name: np.concatenate([rest[name], window[name][:start]]) for name in window}
+            rest = {name: np.concatenate([rest[name], given[name][:start]]) for name in given}
             if len(rest[ACTIVATIONS]) < PIECE_ROWS:
                 continue
             yield rest
         whole = rows - (rows - start) % PIECE_ROWS
         for first in range(start, whole, PIECE_ROWS):
-            yield {name: values[first : first + PIECE_ROWS] for name, values in window.items()}
-        rest = {name: v[whole:].copy() for name, v in window.items()} if whole < rows else {}
+            yield {name: values[first : first + PIECE_ROWS] for name, values in given.items()}
+        rest = {name: v[whole:].copy() for name, v in given.items()} if whole < rows else {}
     if rest:
         yield rest
 
@@ -105,6 +106,16 @@ class Content:
         return json_digest(
             {**facts, **self.moments(), "arrays": arrays, "rows": self._rows, "dtype": self.dtype.name}
         )  # fmt: skip
+
+
+def window_name(window: int) -> str:
+    """Name of a window's group inside the store of several."""
+    return f"window-{window:05d}"
+
+
+def windows_digest(attributes: Mapping[str, Any], digests: Sequence[str]) -> str:
+    """SHA-256 over the content digests of all windows in order, and the LOGICAL attributes."""
+    return json_digest({**{key: attributes[key] for key in LOGICAL}, "windows": list(digests)})
 
 
 def metadata_digest(folder: Path, attributes: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""From blocks to a store: every row at its place in the shuffle, streamed in bounded memory."""
+"""From blocks to a store, or to a window of one: every row at its place in the shuffle, streamed in bounded memory."""
 
 import importlib.metadata
 import math
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from saeflow.config import n_windows
 from saeflow.errors import UserError
 from saeflow.progress import progress
 from saeflow.stores.blocks import ACTIVATIONS, FORMAT, NORM, PLACE, BlockFile
@@ -26,7 +27,7 @@ from saeflow.stores.sharded import ShardedWriter
 SUFFIX = ".zarr"
 VERSIONED = ("saeflow", "torch", "numpy", "zarr", "numcodecs", "transformers")
 
-WINDOW_BYTES = (1 << 24, 1 << 29)
+GATHERED_BYTES = (1 << 24, 1 << 29)
 SLICE_BYTES = 1 << 16
 """Rows gathered at once: as many as make reads of this size from each block on average, within the bounds.
 No result depends on them."""
@@ -40,11 +41,14 @@ def finalise(
     store: Mapping[str, Any],
     made_from: Mapping[str, Any],
     folder: Path,
+    window: int = 0,
 ) -> dict[str, str]:
-    """Merge the blocks that all parts of a split wrote into one Zarr store per hook point.
+    """Merge the blocks that all parts of a window wrote into one Zarr store per hook point.
+
+    A split of one window has its store then; the windows of others are put together by `join`.
 
     Of the training split, rows whose norm is above `max_norm_multiple` of the source times the median
-    norm of all rows are dropped; the evaluation split keeps every row.
+    norm of all rows of the window are dropped; the evaluation split keeps every row.
 
     Args:
         parts: folders that `write_part` filled; together they hold every block once.
@@ -53,6 +57,7 @@ def finalise(
         store: one entry of `stores`.
         made_from: revisions or digests of model and data, kept in the attributes.
         folder: existing folder to write `HOOK_POINT.zarr` into.
+        window: number of the window.
 
     Returns:
         The content digest of each hook point's store.
@@ -63,11 +68,13 @@ def finalise(
     limit = source.get("max_norm_multiple") if split == "train" else None
     digests = {}
     for hook_point in source["hook_points"]:
-        blocks = _open_blocks(parts, hook_point, split, store)
+        blocks = _open_blocks(parts, hook_point, split, store, window)
         facts = {
             "source": source_name, "source_params": dict(source), "made_from": dict(made_from),
             "split": split, "hook_point": hook_point, "store_params": dict(store),
         }  # fmt: skip
+        if n_windows(store, split) > 1:
+            facts["window"] = window
         digests[hook_point] = _write_store(
             blocks, limit, store, facts, folder / f"{hook_point}{SUFFIX}"
         )
@@ -75,9 +82,9 @@ def finalise(
 
 
 def _open_blocks(
-    parts: Sequence[Path], hook_point: str, split: str, store: Mapping[str, Any]
+    parts: Sequence[Path], hook_point: str, split: str, store: Mapping[str, Any], window: int
 ) -> list[BlockFile]:
-    """Every block of a hook point, in order."""
+    """Every block of a window of a hook point, in order."""
     paths = sorted(path for part in parts for path in (part / hook_point).glob("*.safetensors"))
     blocks = [BlockFile.open(path) for path in paths]
     blocks.sort(key=lambda block: block.facts["block"])
@@ -85,7 +92,7 @@ def _open_blocks(
     if not blocks:
         raise UserError(f"{where}: no blocks of {hook_point}. Run every part of the extraction.")
     expected = {
-        "format": FORMAT, "split": split, "hook_point": hook_point, "dtype": store["dtype"],
+        "format": FORMAT, "split": split, "window": window, "hook_point": hook_point, "dtype": store["dtype"],
         "seed": store["seed"], "blocks": blocks[0].facts["blocks"], "rows": blocks[0].facts["rows"],
     }  # fmt: skip
     for block in blocks:
@@ -143,7 +150,7 @@ def _write_store(
     d_in = layout[ACTIVATIONS][1][1]
     content = Content(dtype, d_in)
     try:
-        for piece in in_pieces(_windows(blocks, largest, label)):
+        for piece in in_pieces(_gathered(blocks, largest, label)):
             content.add(piece)
             for name, writer in writers.items():
                 writer.append(piece[name])
@@ -161,37 +168,37 @@ def _write_store(
         "format": STORE_FORMAT, "format_version": STORE_VERSION, **facts, "dtype": dtype.name,
         "rows": rows, "d_in": d_in, "raw_rows": raw_rows, "dropped_rows": raw_rows - rows,
         "median_norm": median, **content.moments(), "arrays": content.digests(),
-        "content_digest": content.digest(facts), "software": _software(),
+        "content_digest": content.digest(facts), "software": software(),
     }  # fmt: skip
     attributes["metadata_digest"] = metadata_digest(folder, attributes)
     zarr.open_group(folder, mode="r+").attrs.put(attributes)
     return str(attributes["content_digest"])
 
 
-def _windows(blocks: list[BlockFile], largest: float, label: str) -> Iterator[Rows]:
+def _gathered(blocks: list[BlockFile], largest: float, label: str) -> Iterator[Rows]:
     """The rows of the store in order, without those above the largest norm, some MiB at a time.
 
-    The memory of a window is used again for the next.
+    The memory of some rows is used again for the next.
     """
     total = blocks[0].facts["rows"]
     arrays = {name: item for name, item in blocks[0].layout.items() if name != PLACE}
     row_bytes = sum(dtype.itemsize * math.prod(shape[1:]) for dtype, shape, _ in arrays.values())
-    least, most = WINDOW_BYTES
+    least, most = GATHERED_BYTES
     size = max(1, min(max(least, SLICE_BYTES * len(blocks)), most) // row_bytes)
     memory = {
         name: np.empty((min(size, total), *shape[1:]), dtype)
         for name, (dtype, shape, _) in arrays.items()
     }
     cursors = [0] * len(blocks)
-    for low in progress(range(0, total, size), label, "window"):
+    for low in progress(range(0, total, size), label, "piece"):
         high = min(low + size, total)
-        window = {name: values[: high - low] for name, values in memory.items()}
+        gathered = {name: values[: high - low] for name, values in memory.items()}
         filled = 0
         for i, block in enumerate(blocks):
             rows = block.take(cursors[i], high, block.rows * (high - low) // total)
             places = rows.pop(PLACE) - low
             for name, values in rows.items():
-                window[name][places] = values
+                gathered[name][places] = values
             cursors[i] += len(places)
             filled += len(places)
         if filled != high - low:
@@ -199,8 +206,8 @@ def _windows(blocks: list[BlockFile], largest: float, label: str) -> Iterator[Ro
                 f"{blocks[0].path.parent}: expected {high - low} rows for places {low} to {high - 1}, "
                 f"found {filled}. Delete the parts and run the extraction again."
             )
-        kept = window.pop(NORM) <= largest
-        yield window if kept.all() else {name: values[kept] for name, values in window.items()}
+        kept = gathered.pop(NORM) <= largest
+        yield gathered if kept.all() else {name: values[kept] for name, values in gathered.items()}
 
 
 def median_norm(blocks: Sequence[BlockFile]) -> float:
@@ -226,7 +233,8 @@ def median_norm(blocks: Sequence[BlockFile]) -> float:
     return sum(middles) / 2
 
 
-def _software() -> dict[str, str]:
+def software() -> dict[str, str]:
+    """Versions of the libraries that make a store."""
     found = {}
     for package in VERSIONED:
         try:

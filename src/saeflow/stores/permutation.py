@@ -19,17 +19,19 @@ class Permutation:
     Args:
         n: number of ids, 1 <= n < 2^62.
         seed: chooses the permutation.
+        window: number of the window whose rows are shuffled; each has a permutation of its own.
 
     Source: Black & Rogaway 2002, "Ciphers with arbitrary finite domains".
     """
 
-    def __init__(self, n: int, seed: int) -> None:
+    def __init__(self, n: int, seed: int, window: int = 0) -> None:
         if not 1 <= n < 1 << 62:
             raise ValueError(f"n must be in 1..2^62 - 1, got {n}")
         self.n = n
         a = math.isqrt(n - 1) + 1
         self._bases = (np.uint64(a), np.uint64(-(-n // a)))
-        digest = hashlib.shake_256(f"saeflow permutation {n} {seed}".encode()).digest(8 * _ROUNDS)
+        chosen = f"saeflow permutation {n} {seed}" + (f" {window}" if window else "")
+        digest = hashlib.shake_256(chosen.encode()).digest(8 * _ROUNDS)
         self._keys = np.frombuffer(digest, "<u8")
 
     def forward(self, ids: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Reading a store: open it, check it, take rows, columns or shuffled batches from it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,16 +19,22 @@ from saeflow.stores.content import (
     PIECE_ROWS,
     STORE_FORMAT,
     STORE_VERSION,
+    WINDOWS_VERSION,
     Content,
     in_pieces,
     metadata_digest,
+    window_name,
+    windows_digest,
 )
 from saeflow.stores.dtypes import DTYPES
+from saeflow.stores.joined import Array, Joined
 from saeflow.stores.sharded import ShardedReader, damaged
 
 
 class Store:
     """Activations of one hook point and split, in shuffled order. Made by `open_store`.
+
+    A store is one window or several, each shuffled by itself. Its moments are those of the first.
 
     Attributes:
         path: the Zarr group.
@@ -44,7 +50,7 @@ class Store:
 
     targets = None
 
-    def __init__(self, path: Path, attrs: dict[str, Any], arrays: dict[str, ShardedReader]) -> None:
+    def __init__(self, path: Path, attrs: dict[str, Any], arrays: Mapping[str, Array]) -> None:
         self.path = path
         self.attrs = attrs
         self.arrays = arrays
@@ -79,11 +85,11 @@ class Store:
             )
         return stored
 
-    def windows(self) -> Iterator[dict[str, np.ndarray]]:
+    def pieces(self) -> Iterator[dict[str, np.ndarray]]:
         """All arrays as stored, from the first row to the last, some whole chunks at a time."""
         chunk_rows = self.arrays[ACTIVATIONS].chunk_rows
         size = chunk_rows * max(1, PIECE_ROWS // chunk_rows)
-        for start in progress(range(0, self.rows, size), f"verify {self.path}", "window"):
+        for start in progress(range(0, self.rows, size), f"verify {self.path}", "piece"):
             stop = min(start + size, self.rows)
             columns = {name: self.column(name, start, stop) for name in self.columns}
             yield {ACTIVATIONS: self._stored(start, stop), **columns}
@@ -187,18 +193,38 @@ def open_store(path: Path | str) -> Store:
             f"{path}: expected a store that saeflow wrote, found other Zarr data. "
             "Extract activations with saeflow."
         )
-    if attrs.get("format_version") != STORE_VERSION:
+    if attrs.get("format_version") not in (STORE_VERSION, WINDOWS_VERSION):
         raise UserError(
-            f"{path}: expected format version {STORE_VERSION}, found {attrs.get('format_version')}. "
+            f"{path}: expected format version {STORE_VERSION} or {WINDOWS_VERSION}, found {attrs.get('format_version')}. "
             "Delete the store and extract it again with this version of saeflow."
         )
     names = attrs.get("arrays")
     if not isinstance(names, dict) or metadata_digest(path, attrs) != attrs.get("metadata_digest"):
         raise damaged(group, "metadata of this store that were changed since")
+    if attrs["format_version"] == WINDOWS_VERSION:
+        return Store(path, attrs, _joined(path, attrs))
     arrays = {name: ShardedReader.open(path / name) for name in names}
     for array in arrays.values():
         array.check_indexes()
     return Store(path, attrs, arrays)
+
+
+def _joined(path: Path, attrs: Mapping[str, Any]) -> dict[str, Array]:
+    """Arrays of a store of several windows.
+
+    Raises:
+        UserError: naming the file that is missing, damaged, or of another window.
+    """
+    of_windows: list[Mapping[str, Array]] = []
+    for number, expected in enumerate(attrs["windows"]):
+        window = open_store(path / window_name(number))
+        if window.attrs["metadata_digest"] != expected["metadata_digest"]:
+            raise damaged(window.path / "zarr.json", "another window")
+        of_windows.append(window.arrays)
+    return {
+        name: Joined([cast(ShardedReader, arrays[name]) for arrays in of_windows])
+        for name in of_windows[0]
+    }
 
 
 def verify(path: Path | str) -> str:
@@ -211,10 +237,16 @@ def verify(path: Path | str) -> str:
         UserError: naming the file, and the rows, that are not as they were written.
     """
     store = open_store(path)
-    content = Content(store.kind, store.d_in)
-    for piece in in_pieces(store.windows()):
-        content.add(piece)
-    found = content.digest(store.attrs)
+    if "windows" in store.attrs:
+        numbers = range(len(store.attrs["windows"]))
+        found = windows_digest(
+            store.attrs, [verify(store.path / window_name(number)) for number in numbers]
+        )
+    else:
+        content = Content(store.kind, store.d_in)
+        for piece in in_pieces(store.pieces()):
+            content.add(piece)
+        found = content.digest(store.attrs)
     if found != store.attrs["content_digest"]:
         raise damaged(store.path, "rows whose digest is not the one in its attributes")
     return found
