@@ -15,7 +15,7 @@ import torch
 
 from saeflow.errors import UserError
 from saeflow.sources.base import Block
-from saeflow.stores import finalise, open_store, write_part
+from saeflow.stores import finalise, open_store, verify, write_part
 from saeflow.stores.blocks import BlockFile
 from saeflow.stores.permutation import Permutation
 
@@ -214,7 +214,7 @@ class Spoiled:
         return block
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_values_that_are_not_finite_are_refused_and_named(
     tmp_path: Path, source: Any, store_params: dict[str, Any], value: float, dtype: str
@@ -247,3 +247,11 @@ def test_a_store_keeps_the_dtype_it_was_asked_for(
         store = open_store(tmp_path / name / "a.zarr")
         assert store.dtype == getattr(torch, name)
         assert torch.equal(store.read(0, 259)[places], rows.to(store.dtype))
+    make_store(tmp_path / "int8", make_source(), {**store_params, "dtype": "int8"})
+    store = open_store(tmp_path / "int8" / "a.zarr")
+    scale = np.abs(rows.numpy()).max(1, keepdims=True) / np.float32(127)
+    assert (store.d_in, store.dtype) == (6, torch.float32)
+    assert torch.equal(
+        store.read(0, 259)[places], torch.from_numpy(np.rint(rows.numpy() / scale) * scale)
+    )
+    assert verify(store.path) == store.attrs["content_digest"]

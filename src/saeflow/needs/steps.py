@@ -83,7 +83,7 @@ class Needs:
             (seconds + (1 + (weights > 0)) * self.rates.job_s) / 3600,
         )  # fmt: skip
         rows, width = sum(splits.values()), sum(one.widths.values())
-        disk = rows * width * _itemsize(store["dtype"])
+        disk = rows * sum(_row_bytes(store["dtype"], each) for each in one.widths.values())
         seconds = contexts * one.flops / self.rates.forward_gflops / 1e9
         seconds += 2 * disk / self.rates.store_write_gb_s / 1e9
         jobs = len(splits) * (self.plan.params["runtime"]["extraction_jobs"] + 1)  # and their merge
@@ -129,7 +129,7 @@ class Needs:
     def _training(self, source: str, hook_point: str) -> Need:
         runs, width = self._of_store(source, hook_point), self.passes[source].widths[hook_point]
         jobs = self._groups_of(f"{source}/{hook_point}/", self.plan.training_groups)
-        row_bytes = width * _itemsize(self.plan.params["stores"][source]["dtype"])
+        row_bytes = _row_bytes(self.plan.params["stores"][source]["dtype"], width)
         ranks = self.plan.params["runtime"]["ranks"]
         disk = memory = seconds = 0.0
         for run in runs:
@@ -201,5 +201,7 @@ def _count(number: int, of: str) -> str:
     return f"{number:,} {of}{'s' if number != 1 else ''}"
 
 
-def _itemsize(dtype: str) -> int:
-    return {"float32": 4, "float16": 2, "bfloat16": 2}[dtype]
+def _row_bytes(dtype: str, width: int) -> int:
+    """Bytes of a stored row; int8 keeps a float32 scale behind it."""
+    each = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[dtype]
+    return width * each + (FLOAT if dtype == "int8" else 0)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from saeflow.batch import Batch
-from saeflow.stores.dtypes import Dtype
+from saeflow.stores.dtypes import DTYPES, Dtype, ScaledRows
 from saeflow.stores.joined import Array
 
 GROUP_BYTES = 1 << 24
@@ -61,11 +61,16 @@ def shuffled_batches(
     Raises:
         UserError: a chunk is damaged.
     """
-    memory = _Memory(dtype, pin)
+    memory = _Memory(DTYPES[dtype.given], pin)
 
     def read(group: _Group) -> Tensor:
-        rows = memory.take((group.rows, *array.shape[1:]))
-        _read_runs(array, group, dtype.bits_of(rows))
+        rows = memory.take((group.rows, dtype.d_in(array.shape[1])))
+        if isinstance(dtype, ScaledRows):
+            stored = np.empty((group.rows, array.shape[1]), dtype.storage)
+            _read_runs(array, group, stored)
+            dtype.decode(stored, rows)
+        else:
+            _read_runs(array, group, dtype.bits_of(rows))
         return rows[group.skip :]
 
     groups = _groups(array, batch_size, seed, start_batch)

@@ -147,7 +147,7 @@ def _write_store(
         )
         for name, (array_dtype, shape, _) in layout.items()
     }
-    d_in = layout[ACTIVATIONS][1][1]
+    d_in = dtype.d_in(layout[ACTIVATIONS][1][1])
     content = Content(dtype, d_in)
     try:
         for piece in in_pieces(_gathered(blocks, largest, label)):

@@ -40,7 +40,7 @@ class Store:
         path: the Zarr group.
         attrs: all its attributes.
         rows, d_in: shape of the activations.
-        dtype: of the tensors it gives: float32, float16 or bfloat16.
+        dtype: of the tensors it gives: float32 (also of int8), float16 or bfloat16.
         mean: (d_in,) float64, the mean row.
         scale: sqrt(mean ||x||^2 / d_in); rows divided by it have mean squared norm d_in.
         median_norm: of all rows that were extracted, those dropped for their norm included.
