@@ -96,9 +96,14 @@ def test_presets_are_planned_without_the_hub(
     assert count_passes(Plan(load_params(preset)), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["synthetic", "sparsemax-text", "softsae-vision"])
+@pytest.mark.parametrize(
+    "name", ["synthetic", "synthetic-windows", "sparsemax-text", "softsae-vision"]
+)
 def test_as_many_jobs_are_counted_as_snakemake_starts(name: str, tmp_path: Path) -> None:
-    params = SYNTHETIC if name == "synthetic" else load_params(ROOT / f"presets/{name}.yaml")
+    params = SYNTHETIC if "synthetic" in name else load_params(ROOT / f"presets/{name}.yaml")
+    if name == "synthetic-windows":
+        params = copy.deepcopy(params)
+        params["stores"]["synthetic"]["window_rows"] = 4096
     project = Project(tmp_path, params)
     needs = needs_of(load_params(tmp_path / "params.yaml"))
     started = project.run("snakemake", "--cores", "2", "-n", "--quiet", "rules", "all")
@@ -121,8 +126,24 @@ def test_tokenising_and_the_disk_of_merging_are_counted() -> None:
     expected = tokenising + writing + 2 * needs.rates.job_s
     assert prepare.hours * 3600 == pytest.approx(expected, rel=1e-3)
     rows = store["train_rows"] + store["evaluation_rows"]
-    assert needs.merging_disk == extract.disk == rows * 3 * 576 * 2  # three hook points, bfloat16
-    assert "they take up to 242 MB more of disk" in as_text(needs)
+    row = 3 * 576 * 2  # three hook points, bfloat16
+    assert needs.merging_disk() == extract.disk == rows * row
+    assert f"{(needs.disk + 242e6) / 1e9:.1f} GB with stores of one window" in as_text(needs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "row"), [("bfloat16", 3 * 576 * 2), ("int8", 3 * (576 + 4)), ("float32", 3 * 576 * 4)]
+)
+def test_the_disk_peaks_at_the_results_and_one_window(dtype: str, row: int) -> None:
+    params = load_params(ROOT / "params.yaml")
+    params["stores"]["smollm2"] |= {"dtype": dtype, "window_rows": 20000}
+    needs = needs_of(params)
+    assert needs.merging_disk() == (60000 / 3 + 10000) * row
+    assert needs.merging_disk(10) == (60000 / 10 + 10000) * row
+    text = as_text(needs, free=needs.disk)
+    assert f"{(needs.disk + needs.merging_disk()) / 1e9:.1f} GB with the windows of these" in text
+    assert "too little for these parameters. 10 windows do not fit either." in text
+    assert "is enough for these" in as_text(needs, free=10 * needs.disk)
 
 
 def test_a_group_is_one_job_of_training_and_one_of_evaluation(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -75,7 +76,9 @@ def plan(
     machines = rates or [folder / "rates.yaml", folder / "rates-h200.yaml"]
     planned = Plan(load_params(params))
     passes = count_passes(planned, results)
-    typer.echo(as_text(*(Needs(planned, Rates.read(path), passes) for path in machines)))
+    needs = [Needs(planned, Rates.read(path), passes) for path in machines]
+    here = next(path for path in (results, *results.absolute().parents) if path.exists())
+    typer.echo(as_text(*needs, free=shutil.disk_usage(here).free))
 
 
 def rehearse(

@@ -61,9 +61,27 @@ class Needs:
         yield Need("draw", what, jobs, 0, _PROCESS, jobs * self.rates.job_s / 3600)
 
     @property
-    def merging_disk(self) -> float:
-        """Bytes beside all results while the parts of the largest source are merged into its stores."""
-        return max((need.disk for need in self.steps() if need.step == "extract"), default=0)
+    def disk(self) -> float:
+        """Bytes of all results."""
+        return sum(need.disk for need in self.steps())
+
+    def merging_disk(self, windows: int | None = None) -> float:
+        """Bytes beside all results while a window of the largest source is merged.
+
+        Args:
+            windows: of every training split; None: as many as the parameters say.
+        """
+        found = []
+        for source in self.plan.sources:
+            rows, row = self.plan.rows(source), self._row_bytes(source)
+            count = windows or self.plan.windows(source, "train")
+            found.append(row * (rows.get("train", 0) / count + rows["evaluation"]))
+        return max(found, default=0)
+
+    def _row_bytes(self, source: str) -> int:
+        """Bytes of a row in the stores of all hook points of a source."""
+        dtype = self.plan.params["stores"][source]["dtype"]
+        return sum(_row_bytes(dtype, each) for each in self.passes[source].widths.values())
 
     def _stores(self, source: str) -> Iterator[Need]:
         """Fetching, preparing and extracting."""
@@ -83,10 +101,14 @@ class Needs:
             (seconds + (1 + (weights > 0)) * self.rates.job_s) / 3600,
         )  # fmt: skip
         rows, width = sum(splits.values()), sum(one.widths.values())
-        disk = rows * sum(_row_bytes(store["dtype"], each) for each in one.widths.values())
+        disk = rows * self._row_bytes(source)
         seconds = contexts * one.flops / self.rates.forward_gflops / 1e9
         seconds += 2 * disk / self.rates.store_write_gb_s / 1e9
-        jobs = len(splits) * (self.plan.params["runtime"]["extraction_jobs"] + 1)  # and their merge
+        jobs = 0
+        for split in splits:
+            windows = self.plan.windows(source, split)
+            jobs += windows * (self.plan.params["runtime"]["extraction_jobs"] + 1)  # and the merge
+            jobs += windows > 1  # they are put together
         block = store["block_contexts"] * one.rows * width * FLOAT
         batch = params.get("forward_batch", 1) * one.rows * max(one.widths.values()) * FLOAT * 20
         yield Need(

@@ -3,11 +3,16 @@
 from saeflow.needs.steps import Need, Needs
 
 
-def as_text(*needs: Needs) -> str:
+MANY_WINDOWS = 10
+"""Windows of a store, beside which one window more is little."""
+
+
+def as_text(*needs: Needs, free: float | None = None) -> str:
     """A table of the steps and their sum, for a terminal.
 
     Args:
         needs: of the same parameters, on one machine or several.
+        free: bytes that are free where results are written, if that is known.
     """
     machines = [list(one.steps()) for one in needs]
     sums = []
@@ -33,9 +38,25 @@ def as_text(*needs: Needs) -> str:
         ).rstrip()
         for line in lines
     ]
-    notes = [
-        f"While a source's parts are merged into its stores, they take up to {_bytes(needs[0].merging_disk)} more of disk."
+    first = needs[0]
+    peaks = [first.disk + first.merging_disk(count) for count in (None, 1, MANY_WINDOWS)]
+    ways = [
+        f"{_bytes(peaks[0])} with the windows of these parameters",
+        f"{_bytes(peaks[1])} with stores of one window",
+        f"{_bytes(peaks[2])} with {MANY_WINDOWS} windows of each (stores.NAME.window_rows)",
     ]
+    is_windowed = first.merging_disk() != first.merging_disk(1)
+    notes = [f"Disk at the peak: {'; '.join(ways[not is_windowed :])}."]
+    if free is not None:
+        fits = peaks[0] <= free
+        hint = (
+            ""
+            if fits
+            else f" {MANY_WINDOWS} windows {'fit' if peaks[2] <= free else 'do not fit either'}."
+        )
+        notes.append(
+            f"Free disk here: {_bytes(free)}, which is {'enough' if fits else 'too little'} for these parameters.{hint}"
+        )
     for one in needs:
         assumed = ", ".join(one.rates.arithmetic)
         notes.append(
