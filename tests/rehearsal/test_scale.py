@@ -56,6 +56,18 @@ def test_a_rehearsal_is_valid_and_asks_for_the_same(
     assert set(rehearsal.runs.values()) == set(asked.runs)
 
 
+@pytest.mark.parametrize(("window_rows", "windows"), [(None, 1), (30000, 2), (1000, 3)])
+def test_a_rehearsal_has_several_windows_where_the_run_has(
+    window_rows: int | None, windows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = load_params(ROOT / "params.yaml")
+    params["stores"]["smollm2"]["window_rows"] = window_rows
+    rehearsal = rehearsal_of(params)
+    placed(rehearsal, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert Plan(validate(rehearsal.params)).windows("smollm2", "train") == windows
+
+
 @each_file
 def test_runs_keep_their_order_in_size_and_their_equal_budgets(path: Path) -> None:
     full = load_params(path)

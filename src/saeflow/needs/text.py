@@ -2,7 +2,6 @@
 
 from saeflow.needs.steps import Need, Needs
 
-
 MANY_WINDOWS = 10
 """Windows of a store, beside which one window more is little."""
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from saeflow.config import expand_runs
+from saeflow.config import expand_runs, n_windows
 from saeflow.errors import UserError
 from saeflow.files import json_digest
 from saeflow.shapes import known_shape
@@ -16,6 +16,7 @@ from saeflow.sources.layouts import HookPoint
 WIDTH = 32
 """d_in of every stand-in for a model."""
 CONTEXT, TRAIN_ROWS, EVALUATION_ROWS = 32, 1024, 512
+MOST_WINDOWS = 3
 PATCH_SIZE = 16
 PATCHES = (scenes.SIDE // PATCH_SIZE) ** 2
 CLASSES = 4
@@ -80,6 +81,7 @@ class _Sources:
                 source["context_length"] = min(source["context_length"], CONTEXT)
                 source["text"] = self._text(name, source["text"])
             is_row = "images" in source and _rows_per_context(source) == 1
+            windows = min(n_windows(store, "train"), MOST_WINDOWS)
             store |= {  # a row an image: fewer of them, for each must be drawn
                 "train_rows": min(store["train_rows"], TRAIN_ROWS // (1 + is_row)),
                 "evaluation_rows": min(store["evaluation_rows"], EVALUATION_ROWS // (1 + is_row)),
@@ -87,6 +89,8 @@ class _Sources:
                 "block_contexts": 2 * source.get("forward_batch", 8),
             }
             store["shard_rows"] = 4 * store["chunk_rows"]
+            if windows > 1:
+                store["window_rows"] = -(-store["train_rows"] // windows)
             if "images" in source:
                 count = _contexts_needed(source, store)
                 source["images"] = self._images(source["images"], [], count)
