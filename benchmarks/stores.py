@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,21 +23,27 @@ import numpy as np
 import pandas as pd
 import torch
 import zarr
+from drawn import Drawn, write_drawn
 from tables import in_turns, peak_memory, ratio, write
 from torch import Tensor
 
-from saeflow.config import ROOT, load_params
+from saeflow.config import ROOT, expand_runs, load_params
+from saeflow.saes import load
 from saeflow.sources import open_source
+from saeflow.stores import open_store
 from saeflow.stores.batches import shuffled_batches
 from saeflow.stores.dtypes import DTYPES
 from saeflow.stores.permutation import Permutation
 from saeflow.stores.sharded import ShardedReader, ShardedWriter
+from saeflow.training import train
 
 SOURCE = "smollm2"
 CONTEXTS = 96
 CHUNK_ROWS, SHARD_ROWS, BATCH = 512, 65536, 1024
 STORE_ROWS = 196_608  # of the stores that are read in batches
 REPEATS = 7
+TRAINED = ("topk", "soft-topk", "sparsemax")
+TRAINED_STEPS, TRAINED_SHARE = 400, 3  # quarters of the rows
 
 CODECS: dict[str, Any] = {
     "none": None,
@@ -72,12 +79,72 @@ def dtype_costs(x: Tensor) -> pd.DataFrame:
         rows.append(
             {
                 "dtype": name,
-                "bytes per row": x.shape[1] * dtype.storage.itemsize,
+                "bytes per row": dtype.width(x.shape[1]) * dtype.storage.itemsize,
                 "FVU": f"{error / (exact - exact.mean(0)).square().sum():.1e}",
                 "NMSE": f"{error / exact.square().sum():.1e}",
                 "largest |x| / largest of dtype": f"{x.abs().max() / torch.finfo(dtype.torch).max:.1e}",
             }
         )
+    return pd.DataFrame(rows)
+
+
+def dtype_rates(x: Tensor, folder: Path) -> pd.DataFrame:
+    """Rows a second of encoding and writing, and of shuffled batches in float32, by dtype."""
+    stores, writing = {}, {}
+    for name, dtype in DTYPES.items():
+        path = folder / f"dtype-{name}.zarr"
+        began = time.perf_counter()
+        stored = dtype.encode(x)
+        writing[name] = len(x) / (time.perf_counter() - began)
+        stores[name] = Stored(path, stored, CHUNK_ROWS, SHARD_ROWS, "none", name)
+
+    def epoch(store: Stored) -> None:
+        for batch in islice(store.stream, STORE_ROWS // BATCH):
+            batch.x.float()
+
+    for store in stores.values():
+        epoch(store)
+    times = in_turns(
+        {name: lambda store=store: epoch(store) for name, store in stores.items()},  # type: ignore[misc]
+        REPEATS,
+    )
+    for store in stores.values():
+        store.stream.close()
+    return pd.DataFrame(
+        {
+            "dtype": name,
+            "bytes per row": round(store.bytes / STORE_ROWS),
+            "encode rows/s": round(writing[name]),
+            "write rows/s": round(STORE_ROWS / store.write_seconds),
+            "read rows/s": round(STORE_ROWS / statistics.median(times[name])),
+            "rate over bfloat16": round(ratio(times["bfloat16"], times[name]), 2),
+        }
+        for name, store in stores.items()
+    )
+
+
+def trained_costs(x: Tensor, folder: Path) -> pd.DataFrame:
+    """FVU of SAEs that were trained on stores of each dtype, on the same exact rows that no SAE was trained on."""
+    n_train = TRAINED_SHARE * len(x) // 4 // Drawn.rows_per_context * Drawn.rows_per_context
+    train_rows, held_out = x[:n_train], x[n_train:]
+    params = load_params(ROOT / "params.yaml")
+    spread = (held_out - held_out.mean(0)).square().sum()
+    rows = []
+    for run in expand_runs(params):
+        if run.entry not in TRAINED or run.entry in {row["SAE"] for row in rows}:
+            continue
+        budget = replace(run.training, batch_size=512, tokens=512 * TRAINED_STEPS)
+        config = replace(run, d_sae=1536, training=budget)
+        found: dict[str, Any] = {"SAE": run.entry}
+        for name in DTYPES:
+            place = folder / f"trained-{run.entry}-{name}"
+            source = Drawn(n_train, x.shape[1], iter([train_rows]))
+            store = open_store(write_drawn(source, place, dtype=name))
+            train(store, config, params["runtime"] | {"device": "cpu"}, place)
+            with torch.no_grad():
+                error = load(place).forward(held_out) - held_out
+            found[name] = f"{float(error.square().sum() / spread):.5f}"
+        rows.append(found)
     return pd.DataFrame(rows)
 
 
@@ -122,7 +189,13 @@ class Stored:
     """Activations on disk in one layout, and a stream of batches of them."""
 
     def __init__(
-        self, folder: Path, stored: np.ndarray, chunk_rows: int, shard_rows: int, codec: str
+        self,
+        folder: Path,
+        stored: np.ndarray,
+        chunk_rows: int,
+        shard_rows: int,
+        codec: str,
+        dtype: str = "bfloat16",
     ) -> None:
         shape = (STORE_ROWS, stored.shape[1])
         zarr.create_group(folder)
@@ -141,7 +214,7 @@ class Stored:
         self.write_seconds = time.perf_counter() - began
         self.array = ShardedReader.open(folder / "activations")
         self.bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        self.stream = shuffled_batches(self.array, DTYPES["bfloat16"], BATCH, 0, 0, False)
+        self.stream = shuffled_batches(self.array, DTYPES[dtype], BATCH, 0, 0, False)
 
     def epoch(self) -> None:
         """Read as many batches as an epoch has, from a stream that goes on."""
@@ -291,6 +364,8 @@ def main() -> None:
         read = loader(stored, Path(folder))
         shapes = layouts(stored, Path(folder))
         memory = loader_memory(stored, Path(folder))
+        rates = dtype_rates(x, Path(folder))
+        saes = trained_costs(x, Path(folder))
     write(
         "stores",
         {
@@ -298,6 +373,8 @@ def main() -> None:
             "Layouts": shapes,
             "Memory of the loader": memory,
             "Cost of a dtype": dtype_costs(x),
+            "Rates of a dtype": rates,
+            f"FVU of SAEs trained on rows of a dtype, {TRAINED_STEPS} steps of 512, 1536 latents": saes,
             "Codecs": codec_costs(x),
         },
         f"{len(x)} rows of {SOURCE}, width {x.shape[1]}, torch on one thread; stores of {STORE_ROWS} bfloat16 rows, "
