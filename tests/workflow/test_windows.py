@@ -16,12 +16,13 @@ from saeflow.stores import open_store
 from .conftest import SYNTHETIC, Project
 
 pytestmark = pytest.mark.workflow
-WINDOWS = 5
+WINDOWS = 4
 
 
 def windowed(**store: Any) -> dict[str, Any]:
     params = copy.deepcopy(SYNTHETIC)
-    params["stores"]["synthetic"] |= {"window_rows": 4000, "block_contexts": 4, **store}
+    params["stores"]["synthetic"] |= {"window_rows": 5000, "block_contexts": 4, **store}
+    params["runtime"]["extraction_jobs"] = 1
     return params
 
 
@@ -81,7 +82,7 @@ def test_windows_are_put_together_and_nothing_else_is_left(done: Project) -> Non
 
 def test_jobs_and_kills_change_no_digest(done: Project, tmp_path: Path) -> None:
     params = windowed()
-    params["runtime"]["extraction_jobs"] = 3
+    params["runtime"]["extraction_jobs"] = 2
     project = Project(tmp_path, params)
     for seconds in (9, 7):
         process = project.start("snakemake", "--cores", "2", "extract")
