@@ -121,7 +121,7 @@ def test_another_version_is_refused(store: Store) -> None:
     meta = json.loads((store.path / "zarr.json").read_text())
     meta["attributes"]["format_version"] = 99
     write_json(store.path / "zarr.json", meta)
-    with pytest.raises(UserError, match="expected format version 1, found 99"):
+    with pytest.raises(UserError, match="expected format version 1 or 2, found 99"):
         open_store(store.path)
 
 

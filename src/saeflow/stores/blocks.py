@@ -138,7 +138,10 @@ def _checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, int]:
 def _refuse(
     x: Tensor, stored: Tensor, hook_point: str, columns: Mapping[str, np.ndarray], dtype: Dtype
 ) -> None:
-    row, unit = (~torch.isfinite(stored)).nonzero()[0].tolist()
+    finite = torch.isfinite(x)
+    if finite.all():  # a value that the dtype cannot hold
+        finite = torch.isfinite(stored)
+    row, unit = (~finite).nonzero()[0].tolist()
     value = x[row, unit].item()
     where = ", ".join(
         f"{name} {columns[name][row]}" for name in ("context", "position") if name in columns
