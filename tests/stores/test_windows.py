@@ -17,7 +17,7 @@ from saeflow.stores import batches, finalise, join, open_store, verify, write_pa
 from saeflow.stores.permutation import Permutation
 
 ROWS, WINDOWS = 37 * 7, 4
-"""Of the tiny source: contexts times rows of each."""
+"""Rows of the tiny source (contexts times rows of each), and windows that they are cut into."""
 
 
 def write_windows(
