@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,27 +22,21 @@ import numpy as np
 import pandas as pd
 import torch
 import zarr
-from drawn import Drawn, write_drawn
 from tables import in_turns, peak_memory, ratio, write
 from torch import Tensor
 
-from saeflow.config import ROOT, expand_runs, load_params
-from saeflow.saes import load
+from saeflow.config import ROOT, load_params
 from saeflow.sources import open_source
-from saeflow.stores import open_store
 from saeflow.stores.batches import shuffled_batches
 from saeflow.stores.dtypes import DTYPES
 from saeflow.stores.permutation import Permutation
 from saeflow.stores.sharded import ShardedReader, ShardedWriter
-from saeflow.training import train
 
 SOURCE = "smollm2"
 CONTEXTS = 96
 CHUNK_ROWS, SHARD_ROWS, BATCH = 512, 65536, 1024
 STORE_ROWS = 196_608  # of the stores that are read in batches
 REPEATS = 7
-TRAINED = ("topk", "soft-topk", "sparsemax")
-TRAINED_STEPS, TRAINED_SHARE = 400, 3  # quarters of the rows
 
 CODECS: dict[str, Any] = {
     "none": None,
@@ -121,31 +114,6 @@ def dtype_rates(x: Tensor, folder: Path) -> pd.DataFrame:
         }
         for name, store in stores.items()
     )
-
-
-def trained_costs(x: Tensor, folder: Path) -> pd.DataFrame:
-    """FVU of SAEs that were trained on stores of each dtype, on the same exact rows that no SAE was trained on."""
-    n_train = TRAINED_SHARE * len(x) // 4 // Drawn.rows_per_context * Drawn.rows_per_context
-    train_rows, held_out = x[:n_train], x[n_train:]
-    params = load_params(ROOT / "params.yaml")
-    spread = (held_out - held_out.mean(0)).square().sum()
-    rows = []
-    for run in expand_runs(params):
-        if run.entry not in TRAINED or run.entry in {row["SAE"] for row in rows}:
-            continue
-        budget = replace(run.training, batch_size=512, tokens=512 * TRAINED_STEPS)
-        config = replace(run, d_sae=1536, training=budget)
-        found: dict[str, Any] = {"SAE": run.entry}
-        for name in DTYPES:
-            place = folder / f"trained-{run.entry}-{name}"
-            source = Drawn(n_train, x.shape[1], iter([train_rows]))
-            store = open_store(write_drawn(source, place, dtype=name))
-            train(store, config, params["runtime"] | {"device": "cpu"}, place)
-            with torch.no_grad():
-                error = load(place).forward(held_out) - held_out
-            found[name] = f"{float(error.square().sum() / spread):.5f}"
-        rows.append(found)
-    return pd.DataFrame(rows)
 
 
 def codec_costs(x: Tensor) -> pd.DataFrame:
@@ -365,7 +333,6 @@ def main() -> None:
         shapes = layouts(stored, Path(folder))
         memory = loader_memory(stored, Path(folder))
         rates = dtype_rates(x, Path(folder))
-        saes = trained_costs(x, Path(folder))
     write(
         "stores",
         {
@@ -374,7 +341,6 @@ def main() -> None:
             "Memory of the loader": memory,
             "Cost of a dtype": dtype_costs(x),
             "Rates of a dtype": rates,
-            f"FVU of SAEs trained on rows of a dtype, {TRAINED_STEPS} steps of 512, 1536 latents": saes,
             "Codecs": codec_costs(x),
         },
         f"{len(x)} rows of {SOURCE}, width {x.shape[1]}, torch on one thread; stores of {STORE_ROWS} bfloat16 rows, "
