@@ -78,10 +78,10 @@ def test_a_million_columns(path: str) -> None:
 def test_entries_above_a_threshold_and_the_first_of_those_that_do_not_fit(path: str) -> None:
     scores = scores_of_every_kind(torch.bfloat16, path)
     for threshold in (torch.tensor(0.5), torch.linspace(0, 2, ODD)):
-        found = selection.above(scores, threshold.to(path), 1024)
+        found = selection.above(scores, threshold.to(path), 128)
         hits = (scores.float() > threshold.to(path)).cpu()
-        assert entries(found) == [row.nonzero()[:, 0].tolist()[:1024] for row in hits]
-        is_full = hits.sum(1) > 1024
+        assert entries(found) == [row.nonzero()[:, 0].tolist()[:128] for row in hits]
+        is_full = hits.sum(1) > 128
         assert ((found.status & OVERFLOW) > 0).tolist() == is_full.tolist()
         assert found.status[5] & NAN
 
@@ -101,15 +101,15 @@ def test_rows_with_more_entries_go_on_in_spare_lists(path: str) -> None:
     for threshold in (torch.tensor(0.5), torch.linspace(0, 2, ODD)):
         hits = (scores.float() > threshold.to(path)).cpu()
         expected = [row.nonzero()[:, 0].tolist() for row in hits]
-        needed = sum((len(row) - 1) // 256 for row in expected if row)
-        found = selection.above(scores, threshold.to(path), 256, needed + 2)
+        needed = sum((len(row) - 1) // 64 for row in expected if row)
+        found = selection.above(scores, threshold.to(path), 64, needed + 2)
         assert rows_of(found) == expected
         assert found.status.tolist() == [0, 0, 0, 0, 0, NAN]
         assert not found.counts[-2:].any()
         taken = found.of_lists(scores.float()).gather(1, found.columns.long())
         assert torch.equal(found.values, taken.where(found.real, 0))
-        short = selection.above(scores, threshold.to(path), 256, needed - 2)
-        last = max(i for i, row in enumerate(expected) if len(row) > 256)
+        short = selection.above(scores, threshold.to(path), 64, needed - 2)
+        last = max(i for i, row in enumerate(expected) if len(row) > 64)
         assert rows_of(short)[:last] == expected[:last]
         assert ((short.status & OVERFLOW) > 0).tolist() == [i == last for i in range(6)]
 
