@@ -14,5 +14,6 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setattr(native, "is_on", False)
     if request.param == "triton":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        monkeypatch.setattr(selection, "AT_ONCE", 4096)  # each block is a step of the interpreter
+        monkeypatch.setattr(selection, "AT_ONCE", 4096)  # each block is a step of the interpreter,
+        monkeypatch.setattr(selection, "SPARE_TIMES", 2)  # which sorts slowly
     return "cuda" if request.param == "cuda" else "cpu"
