@@ -53,13 +53,12 @@ class Drawn:
         return Block({"drawn": x}, {"context": context, "position": position})
 
 
-def write_drawn(source: Drawn, folder: Path, **layout: Any) -> Path:
-    """Extract in one part, and merge; the path of the store. `layout` changes STORE."""
-    store = STORE | layout
+def write_drawn(source: Drawn, folder: Path) -> Path:
+    """Extract in one part, and merge; the path of the store."""
     for name in ("part", "store"):
         (folder / name).mkdir(parents=True)
-    write_part(source, "train", 0, 1, store, folder / "part")
-    finalise([folder / "part"], "drawn", PARAMS, "train", store, {}, folder / "store")
+    write_part(source, "train", 0, 1, STORE, folder / "part")
+    finalise([folder / "part"], "drawn", PARAMS, "train", STORE, {}, folder / "store")
     return folder / "store" / "drawn.zarr"
 
 
