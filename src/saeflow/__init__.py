@@ -8,7 +8,8 @@ _PUBLIC = {
     "load": "saeflow.saes",
     "open_store": "saeflow.stores",
     "hook": "saeflow.sources.hook_points",
-    **dict.fromkeys(("load_model", "load_tokenizer"), "saeflow.sources.models"),
+    "load_model": "saeflow.sources.models",
+    "load_tokenizer": "saeflow.sources.tokenizers",
     **dict.fromkeys(("ablate", "add", "clamp", "scale"), "saeflow.saes.edits"),
 }
 __all__ = [
