@@ -50,7 +50,9 @@ def test_rows_of_the_same_room_change_nothing(
     monkeypatch.setattr(sparse, "is_padded", True)
     found.dead_room = int(dead.sum())  # the trainer makes it, and takes a step without it again
     padded_losses, padded_gradients, padded_counts = step_of(found, x, dead, is_bf16)
-    torch.testing.assert_close(padded_losses, losses, rtol=1e-4, atol=1e-5)
+    # In bfloat16 lists read the decoder, and gradients x and the error, in that precision (8 bits).
+    rtol, share = (2**-8, 2**-6) if is_bf16 else (1e-4, 0.0)
+    torch.testing.assert_close(padded_losses, losses, rtol=rtol, atol=1e-5)
     for (name, _), one, other in zip(
         expected.named_parameters(), padded_gradients, gradients, strict=True
     ):
@@ -58,8 +60,8 @@ def test_rows_of_the_same_room_change_nothing(
             assert one is None or not bool(one.any()), name  # AuxK of no latent
         else:
             torch.testing.assert_close(
-                one, other, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
-            )
+                one, other, rtol=1e-3, atol=1e-4 + share * float(other.abs().max()), msg=lambda m, n=name: f"{n}: {m}"
+            )  # fmt: skip
     torch.testing.assert_close(padded_counts, counts)
     for (name, one), other in zip(found.named_buffers(), expected.buffers(), strict=True):
         torch.testing.assert_close(

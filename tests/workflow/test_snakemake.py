@@ -276,7 +276,7 @@ def test_killed_runs_end_with_the_digests_of_an_undisturbed_one(
     project = Project(tmp_path, SYNTHETIC)
     results = project.folder / "results"
     process = project.start("snakemake", "--cores", "2", "train")
-    wait_for(lambda: list(results.glob("stores/synthetic/train.parts/*.partial/*/*.safetensors")))
+    wait_for(lambda: list(results.glob("stores/synthetic/train.parts/*/*.partial/*/*.safetensors")))
     kill_all(process)
     assert not (results / "stores/synthetic/train").exists()
     killed = 0

@@ -130,7 +130,7 @@ def test_interrupting_leaves_nothing_half_written(done: Project, tmp_path: Path)
         (project.folder / name).symlink_to(done.folder / name)
     process = project.start("snakemake", "--cores", "2", "extract")
     end = time.monotonic() + 120
-    while not list(project.folder.glob("results/stores/gpt2/*.parts/*.partial")):
+    while not list(project.folder.glob("results/stores/gpt2/*.parts/*/*.partial")):
         assert time.monotonic() < end
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
