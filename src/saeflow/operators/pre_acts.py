@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from saeflow.operators.autograd import applied
 from saeflow.operators.gpu import dense
-from saeflow.operators.gpu.shadows import shadow
+from saeflow.operators.gpu.shadows import multiplies_in_bf16, shadow
 from saeflow.operators.sparse import acts_as_gpu
 
 ROUNDED = 4
@@ -33,9 +33,8 @@ def pre_acts(x: Tensor, W_enc: Tensor, b_enc: Tensor, b_dec: Tensor) -> Tensor:
 
 def _lower(weights: Tensor) -> Tensor | None:
     """Return the copy of weights that a product in bfloat16 takes on a GPU, where copies are kept."""
-    kind = weights.device.type
-    is_bf16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
-    is_kept = is_bf16 and weights.dtype == torch.float32 and acts_as_gpu(weights)
+    is_float32 = weights.dtype == torch.float32
+    is_kept = multiplies_in_bf16(weights) and is_float32 and acts_as_gpu(weights)
     return shadow(weights) if is_kept else None
 
 

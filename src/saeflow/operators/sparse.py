@@ -172,6 +172,10 @@ class SparseLatents:
             values = values.where(self.is_real, 0)
             lists = self.lists.with_values(values.view_as(self.lists.columns))
             other = replace(self, values=values, lists=lists)
+        return self._tell(other)
+
+    def _tell(self, other: "SparseLatents") -> "SparseLatents":
+        """Give other values of the same entries what is known of their places."""
         for name in ("rows", "flat", "by_column", "is_real"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
@@ -183,10 +187,7 @@ class SparseLatents:
         if lists is not None:
             lists = lists.with_values(lists.values.detach())
         other = replace(self, values=self.values.detach(), lists=lists, walk=None)
-        for name in ("rows", "flat", "by_column", "is_real"):
-            if name in self.__dict__:
-                other.__dict__[name] = self.__dict__[name]
-        return other
+        return self._tell(other)
 
     def relu(self) -> "SparseLatents":
         """The same entries, 0 where they are negative."""

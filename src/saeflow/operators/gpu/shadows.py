@@ -20,6 +20,12 @@ class Shadow:
     version: int
 
 
+def multiplies_in_bf16(tensor: Tensor) -> bool:
+    """Return whether products on a tensor's device are in bfloat16 now."""
+    kind = tensor.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+
+
 def shadow(weights: Tensor) -> Tensor:
     """Return the bfloat16 copy of a parameter that is trained, or of its transpose; other weights are rounded here.
 

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from saeflow.operators.autograd import applied
 from saeflow.operators.gpu import sparse
 from saeflow.operators.gpu.lists import Lists
-from saeflow.operators.gpu.shadows import shadow
+from saeflow.operators.gpu.shadows import multiplies_in_bf16, shadow
 
 
 class OfEncoder(NamedTuple):
@@ -146,7 +146,7 @@ def squared_errors(
     Returns:
         (B,), differentiable in values, weights and x, and (B, d) x_hat - x of all latents, which is not.
     """
-    if lower is None and of is not None and of.left.W_dec is W_dec and _is_bf16(W_dec):
+    if lower is None and of is not None and of.left.W_dec is W_dec and multiplies_in_bf16(W_dec):
         lower = shadow(W_dec)
     token, left, W_dec = _inputs(W_dec, of)
     result: tuple[Tensor, Tensor] = _SquaredErrors.apply(  # type: ignore[no-untyped-call]
@@ -222,7 +222,7 @@ class _Gather(torch.autograd.Function):
         if any(ctx.needs_input_grad):
             lists.transposed  # noqa: B018  # worked out here, so that lists of other values share it
         if is_rounded:
-            lower = torch.bfloat16 if _is_bf16(x) else left.W_enc.dtype
+            lower = torch.bfloat16 if multiplies_in_bf16(x) else left.W_enc.dtype
             scores, centred = sparse.rescore(x, left.W_enc, left.b_enc, left.b_dec, lists, lower)
             ctx.save_for_backward(centred)
             return scores
@@ -320,9 +320,3 @@ def _leave(ctx: Any, part: OfDecoder) -> Tensor | None:
         return None
     values = ctx.lists.values.detach()
     return sparse.column_sums(part.grad, part.lists, values, part.boundaries, part.scales)[0]
-
-
-def _is_bf16(tensor: Tensor) -> bool:
-    """Return whether products on a tensor's device are in bfloat16 now."""
-    kind = tensor.device.type
-    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16

@@ -20,6 +20,29 @@ def piece_of(place, columns, order, offsets, n_columns, PIECE: tl.constexpr):
 
 
 @triton.jit
+def read_sums(left, totals, right, own, at, inside, width, HAS_LEFT: tl.constexpr):
+    """Return what was summed in a row: of the left, if HAS_LEFT, of the weights, of the right."""
+    where = own * width + at
+    rights = tl.load(right + where, mask=inside, other=0.0)
+    lefts = tl.zeros_like(rights)
+    if HAS_LEFT:
+        lefts = tl.load(left + where, mask=inside, other=0.0)
+    return lefts, tl.load(totals + own), rights
+
+
+@triton.jit
+def write_sums(
+    left, totals, right, own, at, inside, width, lefts, total, rights, HAS_LEFT: tl.constexpr
+):  # fmt: skip
+    """Write what `read_sums` reads."""
+    where = own * width + at
+    tl.store(right + where, rights, mask=inside)
+    tl.store(totals + own, total)
+    if HAS_LEFT:
+        tl.store(left + where, lefts, mask=inside)
+
+
+@triton.jit
 def walk_columns(
     left, right, scales, boundaries, owners, columns, order, offsets, values, value_grads,
     of_left, of_totals, of_right, parts_left, parts_totals, parts_right, n_columns, width,
@@ -73,22 +96,18 @@ def walk_columns(
             rights += tl.sum(value[:, None] * of_rows, 0)
         total = tl.sum(totals, 0)
         if is_first:
-            where = program * width + at
             if IS_ADDED:
-                rights += tl.load(of_right + where, mask=inside, other=0.0)
-                total += tl.load(of_totals + program)
-                if HAS_LEFT:
-                    lefts += tl.load(of_left + where, mask=inside, other=0.0)
-            tl.store(of_right + where, rights, mask=inside)
-            tl.store(of_totals + program, total)
-            if HAS_LEFT:
-                tl.store(of_left + where, lefts, mask=inside)
+                old_lefts, old_total, old_rights = read_sums(
+                    of_left, of_totals, of_right, program, at, inside, width, HAS_LEFT
+                )
+                lefts, total, rights = lefts + old_lefts, total + old_total, rights + old_rights
+            write_sums(
+                of_left, of_totals, of_right, program, at, inside, width, lefts, total, rights, HAS_LEFT
+            )  # fmt: skip
         else:
-            where = place * width + at
-            tl.store(parts_right + where, rights, mask=inside)
-            tl.store(parts_totals + place, total)
-            if HAS_LEFT:
-                tl.store(parts_left + where, lefts, mask=inside)
+            write_sums(
+                parts_left, parts_totals, parts_right, place, at, inside, width, lefts, total, rights, HAS_LEFT
+            )  # fmt: skip
 
 
 @triton.jit
@@ -103,23 +122,18 @@ def add_pieces(
     if (begin < end) & is_columns_first:
         at = tl.arange(0, BLOCK)
         inside = at < width
-        where = column * width + at
-        rights = tl.load(of_right + where, mask=inside, other=0.0)
-        total = tl.load(of_totals + column)
-        lefts = tl.zeros((BLOCK,), tl.float32)
-        if HAS_LEFT:
-            lefts = tl.load(of_left + where, mask=inside, other=0.0)
+        lefts, total, rights = read_sums(
+            of_left, of_totals, of_right, column, at, inside, width, HAS_LEFT
+        )
         beyond = (tl.load(offsets + column + 1) + PIECE - 1) // PIECE
         for place in range(first, beyond):
-            part = place * width + at
-            rights += tl.load(parts_right + part, mask=inside, other=0.0)
-            total += tl.load(parts_totals + place)
-            if HAS_LEFT:
-                lefts += tl.load(parts_left + part, mask=inside, other=0.0)
-        tl.store(of_right + where, rights, mask=inside)
-        tl.store(of_totals + column, total)
-        if HAS_LEFT:
-            tl.store(of_left + where, lefts, mask=inside)
+            more_lefts, more_total, more_rights = read_sums(
+                parts_left, parts_totals, parts_right, place, at, inside, width, HAS_LEFT
+            )
+            lefts, total, rights = lefts + more_lefts, total + more_total, rights + more_rights
+        write_sums(
+            of_left, of_totals, of_right, column, at, inside, width, lefts, total, rights, HAS_LEFT
+        )
 
 
 @triton.jit

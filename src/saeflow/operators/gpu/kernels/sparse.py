@@ -24,6 +24,15 @@ def rows_at(matrix, rows, at, is_real, inside, width):
 
 
 @triton.jit
+def entries_of(columns, own, start, end, CAPACITY: tl.constexpr, EACH: tl.constexpr):
+    """Return EACH of a list's entries: their places in memory, which are before the end, and their columns."""
+    e = start + tl.arange(0, EACH)
+    is_real = e < end
+    place = own * CAPACITY + e
+    return place, is_real, tl.load(columns + place, mask=is_real, other=0).to(tl.int64)
+
+
+@triton.jit
 def rescore_lists(
     x, W_enc, b_enc, b_dec, columns, counts, owners, out, kept, n_rows, width,
     CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
@@ -40,13 +49,11 @@ def rescore_lists(
     count = tl.load(counts + row)
     zero_rest(out, row, count, CAPACITY)
     for start in range(0, count, EACH):
-        e = start + tl.arange(0, EACH)
-        is_real = e < count
-        column = tl.load(columns + row * CAPACITY + e, mask=is_real, other=0).to(tl.int64)
+        place, is_real, column = entries_of(columns, row, start, count, CAPACITY, EACH)
         directions = rows_at(W_enc, column, at, is_real, inside, width)
         score = tl.sum(centred[None, :] * directions, 1)
         score += tl.load(b_enc + column, mask=is_real, other=0.0)
-        tl.store(out + row * CAPACITY + e, score, mask=is_real)
+        tl.store(out + place, score, mask=is_real)
 
 
 @triton.jit
@@ -55,11 +62,9 @@ def products_with(
 ):  # fmt: skip
     """out[own, e] = mine . right[column] of a list's entries from begin to end."""
     for start in range(begin, end, EACH):
-        e = start + tl.arange(0, EACH)
-        is_real = e < end
-        column = tl.load(columns + own * CAPACITY + e, mask=is_real, other=0).to(tl.int64)
+        place, is_real, column = entries_of(columns, own, start, end, CAPACITY, EACH)
         directions = rows_at(right, column, at, is_real, inside, width)
-        tl.store(out + own * CAPACITY + e, tl.sum(mine[None, :] * directions, 1), mask=is_real)
+        tl.store(out + place, tl.sum(mine[None, :] * directions, 1), mask=is_real)
 
 
 @triton.jit
@@ -101,10 +106,8 @@ def sum_of_entries(
 ):  # fmt: skip
     """Add values times rows of W_dec, of a list's entries from begin to end."""
     for start in range(begin, end, EACH):
-        e = start + tl.arange(0, EACH)
-        is_real = e < end
-        column = tl.load(columns + own * CAPACITY + e, mask=is_real, other=0).to(tl.int64)
-        value = tl.load(values + own * CAPACITY + e, mask=is_real, other=0.0)
+        place, is_real, column = entries_of(columns, own, start, end, CAPACITY, EACH)
+        value = tl.load(values + place, mask=is_real, other=0.0)
         directions = rows_at(W_dec, column, at, is_real, inside, width)
         total += tl.sum(value[:, None] * directions, 0)
     return total
