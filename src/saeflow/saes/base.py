@@ -65,7 +65,7 @@ class SAE(Usable):
             has_room = room(x, self.room) is not None  # then selections read bfloat16 as it is
             pre_acts = self.latent_scores(x) if has_room else self.pre_activations(x)
             is_rounded = torch.is_autocast_enabled(x.device.type)
-            margin = self.margin(x) if is_rounded and self.reads_margin else 0.0
+            margin = self.margin(x, is_rounded=is_rounded)
             chosen = self.select(pre_acts, condition, margin)
         selected = self.gather(x, chosen, is_rounded)
         active = self.activate_selected(selected, condition)
@@ -108,8 +108,10 @@ class SAE(Usable):
         x_hat = self.sum_over_latents(decode_sparse(latents, W_dec)) + b_dec
         return (fwd.target - x_hat).square().sum(1)
 
-    def margin(self, x: Tensor) -> Tensor:
-        """() how far `pre_activations(x)` of lower precision may lie from exact ones."""
+    def margin(self, x: Tensor, *, is_rounded: bool) -> Tensor | float:
+        """() how far `pre_activations(x)` may lie from exact ones; 0.0 where they are exact, or `select` does not ask."""
+        if not (is_rounded and self.reads_margin):
+            return 0.0
         inputs, matrix, _, centre = self.factors(x)
         return rounding(inputs - centre, matrix)
 
