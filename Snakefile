@@ -11,6 +11,7 @@ resource_scopes:
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/streams.smk"
 include: "workflow/rules/sources.smk"
 include: "workflow/rules/stores.smk"
 include: "workflow/rules/complexity.smk"

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from saeflow.config import load_params
+from saeflow.config import load_params, validate
 from saeflow.errors import UserError
 from saeflow.needs import Needs, Rates, as_text, count_passes, one_pass
+from saeflow.needs.ways import ways
 from saeflow.plan import Plan
 from saeflow.sources import hub
 
@@ -97,13 +98,19 @@ def test_presets_are_planned_without_the_hub(
 
 
 @pytest.mark.parametrize(
-    "name", ["synthetic", "synthetic-windows", "sparsemax-text", "softsae-vision"]
+    "name",
+    ["synthetic", "synthetic-windows", "synthetic-stream", "sparsemax-text", "softsae-vision"],
 )
 def test_as_many_jobs_are_counted_as_snakemake_starts(name: str, tmp_path: Path) -> None:
     params = SYNTHETIC if "synthetic" in name else load_params(ROOT / f"presets/{name}.yaml")
-    if name == "synthetic-windows":
+    if name.startswith("synthetic-"):
         params = copy.deepcopy(params)
         params["stores"]["synthetic"]["window_rows"] = 4096
+    if name == "synthetic-stream":
+        params["stores"]["synthetic"]["keep_windows"] = 2
+        params["complexity"] = {}
+        params["figures"]["names"] = ["fvu_l0"]
+        del params["saes"]["adaptive-k"]
     project = Project(tmp_path, params)
     needs = needs_of(load_params(tmp_path / "params.yaml"))
     started = project.run("snakemake", "--cores", "2", "-n", "--quiet", "rules", "all")
@@ -127,8 +134,10 @@ def test_tokenising_and_the_disk_of_merging_are_counted() -> None:
     assert prepare.hours * 3600 == pytest.approx(expected, rel=1e-3)
     rows = store["train_rows"] + store["evaluation_rows"]
     row = 3 * 576 * 2  # three hook points, bfloat16
-    assert needs.merging_disk() == extract.disk == rows * row
-    assert f"{(needs.disk + 242e6) / 1e9:.1f} GB with stores of one window" in as_text(needs)
+    results = sum(need.disk for need in needs.steps())
+    assert extract.disk == rows * row
+    assert needs.peak() - results == pytest.approx(rows * row)
+    assert f"{(results + 242e6) / 1e9:.1f} GB" in line_of(as_text(needs), "kept whole")
 
 
 @pytest.mark.parametrize(
@@ -138,12 +147,67 @@ def test_the_disk_peaks_at_the_results_and_one_window(dtype: str, row: int) -> N
     params = load_params(ROOT / "params.yaml")
     params["stores"]["smollm2"] |= {"dtype": dtype, "window_rows": 20000}
     needs = needs_of(params)
-    assert needs.merging_disk() == (60000 / 3 + 10000) * row
-    assert needs.merging_disk(10) == (60000 / 10 + 10000) * row
-    text = as_text(needs, free=needs.disk)
-    assert f"{(needs.disk + needs.merging_disk()) / 1e9:.1f} GB with the windows of these" in text
-    assert "too little for these parameters. 10 windows do not fit either." in text
-    assert "is enough for these" in as_text(needs, free=10 * needs.disk)
+    results = sum(need.disk for need in needs.steps())
+    assert needs.peak() - results == pytest.approx((60000 / 3 + 10000) * row)
+    assert f"{needs.peak() / 1e9:.1f} GB" in line_of(as_text(needs), "of these parameters")
+
+
+def line_of(text: str, start: str) -> str:
+    (line,) = (line for line in text.splitlines() if line.startswith(start))
+    return line
+
+
+def test_the_cheapest_way_that_fits_the_disk_is_named() -> None:
+    """A store of 1e6 rows of 32 float32, whose SAE sees them twice; the row's 128 bytes by hand."""
+    params = copy.deepcopy(SYNTHETIC)
+    params["complexity"] = {}
+    params["saes"] = {"topk": params["saes"]["topk"]}
+    params["training"]["tokens"] = 2_000_000
+    params["stores"]["synthetic"] |= {"train_rows": 1_000_000, "evaluation_rows": 10_000}
+    params["figures"]["names"] = ["fvu_l0"]
+    needs = needs_of(validate(params))
+    train, held_out = 1_000_000 * 128, 10_000 * 128
+    rest = needs.peak() - 2 * (train + held_out)  # inputs and weights
+    kept, windowed, streamed = (way.needs for way in ways(needs))
+    assert kept.peak() == needs.peak()
+    assert windowed.peak() == pytest.approx(rest + 1.1 * train + 2 * held_out)
+    assert streamed.peak() == pytest.approx(rest + 0.3 * train + 2 * held_out)
+    assert kept.hours() < windowed.hours() < streamed.hours()
+    for free, name in [
+        (kept.peak(), "kept whole"), (kept.peak() - 1, "windowed"), (windowed.peak() - 1, "streamed"),
+    ]:  # fmt: skip
+        assert f"The cheapest way that fits: {name}." in as_text(needs, free=free)
+    text = as_text(needs, free=streamed.peak() - 1)
+    assert "too little for these parameters. None fits." in text
+    assert line_of(text, "streamed, 2 of 10 windows")
+
+
+def test_a_source_whose_rows_are_read_after_training_is_not_streamed() -> None:
+    needs = needs_of(validate(copy.deepcopy(SYNTHETIC)))  # with a complexity probe
+    _, windowed, streamed = ways(needs)
+    assert streamed.needs.peak() == windowed.needs.peak()
+    assert "synthetic cannot be streamed: complexity.count, whose probe" in as_text(needs)
+
+
+def test_a_stream_keeps_so_many_windows_and_extracts_again_for_a_second_pass() -> None:
+    params = load_params(ROOT / "params.yaml")
+    params["stores"]["synthetic"] |= {"window_rows": 8000, "keep_windows": 2}  # 10 windows
+    row = 4 * params["sources"]["synthetic"]["d_in"]
+    kept = needs_of(load_params(ROOT / "params.yaml"))
+    needs = needs_of(params)
+    (extract,) = (
+        need for need in needs.steps() if need.step == "extract" and need.what.startswith("synthetic: ")
+    )  # fmt: skip
+    (before,) = (
+        need for need in kept.steps() if need.step == "extract" and need.what == extract.what
+    )
+    assert extract.disk == 10000 * row
+    assert before.disk == 90000 * row
+    tokens = max(r.training.tokens for r in needs.plan.runs.values() if r.source == "synthetic")
+    windows = -(-tokens * 10 // 80000)  # of all epochs
+    again = (extract.hours - before.hours) * 3600 - needs.rates.job_s * (extract.jobs - before.jobs)
+    writing = 2 * row / needs.rates.store_write_gb_s / 1e9
+    assert again == pytest.approx(writing * (windows - 10) * 8000, rel=1e-3)
 
 
 def test_a_group_is_one_job_of_training_and_one_of_evaluation(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from saeflow.config import load_params, validate
 from saeflow.errors import UserError
 from saeflow.files import parse_json
+from saeflow.plan import Plan
 from saeflow.preflight import (
     check_inputs,
     check_saes,
@@ -20,6 +21,8 @@ from saeflow.preflight import (
     take_results,
     warnings,
 )
+
+from .workflow.conftest import SYNTHETIC
 
 ROOT = Path(__file__).parents[1]
 PARAMS = load_params(ROOT / "params.yaml")
@@ -59,6 +62,12 @@ def test_the_shipped_parameters_pass() -> None:
             "stores.smollm2.window_rows: expected at most train_rows (60000), found 60001",
         ),
         ("stores/smollm2/window_rows", 126, "expected at least the 127 rows of a context"),
+        (
+            "stores/smollm2/keep_windows",
+            2,
+            "stores.smollm2.keep_windows: expected a training split of several",
+        ),
+        ("stores/smollm2/keep_windows", "all", "expected a training split of several windows"),
         (
             "stores/scenes/window_rows",
             1000,
@@ -194,3 +203,32 @@ def test_a_file_without_the_column_is_refused_before_the_first_job(tmp_path: Pat
         check_inputs(plan)
     paths[1].write_text(json.dumps({"text": "words"}) + "\n")
     check_inputs(plan)
+
+
+@pytest.mark.parametrize("keep", [1, 0, "most", True, 2.5])
+def test_a_stream_keeps_two_windows_at_least(keep: Any) -> None:
+    with pytest.raises(UserError, match=r"stores\.synthetic\.keep_windows: "):
+        changed("stores/synthetic/keep_windows", keep)
+
+
+def test_what_reads_rows_of_windows_that_are_gone_is_refused() -> None:
+    """A stream serves SAEs and baselines; PCA is left out with a warning."""
+    params: Any = copy.deepcopy(PARAMS)
+    params["stores"]["smollm2"] |= {"window_rows": 20000, "keep_windows": 2}
+    with pytest.raises(UserError) as refused:
+        checked_plan(params)
+    assert len(refused.value.lines) == 1
+    assert str(refused.value).startswith(
+        "stores.smollm2.keep_windows: expected nothing that reads rows"
+    )
+    params["stores"]["smollm2"]["keep_windows"] = "all"
+    assert not any("keep_windows" in line for line in warnings(checked_plan(params)))
+    readers = Plan(PARAMS).readers_of_rows("smollm2")
+    for kind in ("complexity.", "saes.", "evaluation.interpretability.runs with "):
+        assert any(reader.startswith(kind) for reader in readers)
+    alone: Any = copy.deepcopy(SYNTHETIC)
+    alone["complexity"] = {}
+    del alone["saes"]["adaptive-k"]
+    alone["stores"]["synthetic"] |= {"window_rows": 5000, "keep_windows": 2}
+    alone["figures"]["names"] = ["fvu_l0"]
+    assert "PCA baselines of synthetic are left out" in warnings(checked_plan(validate(alone)))[0]

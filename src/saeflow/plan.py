@@ -2,11 +2,11 @@
 
 import itertools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
-from saeflow.config import ImportConfig, SAEConfig, expand_runs, imports, n_windows
+from saeflow.config import ImportConfig, SAEConfig, draw_of, expand_runs, imports, n_windows
 from saeflow.sources import SourceKind, kind_of
 
 
@@ -198,6 +198,32 @@ class Plan:
     def windows(self, source: str, split: str) -> int:
         """Number of windows that a split of a source is cut into."""
         return n_windows(self.params["stores"][source], split)
+
+    def goes_by_window(self, source: str) -> bool:
+        """Tell whether SAEs of a source are trained on one window after the other."""
+        return self.params["stores"][source]["keep_windows"] is not None
+
+    def is_streamed(self, source: str) -> bool:
+        """Tell whether windows of a source's training split are deleted once SAEs were trained on them."""
+        return isinstance(self.params["stores"][source]["keep_windows"], int)
+
+    def readers_of_rows(self, source: str) -> list[str]:
+        """Name all that reads rows of a source's training split when training is over, which a stream cannot serve."""
+        interpreted = [name for name in self.interpreted if self.evaluated[name].source == source]
+        guided = [run.entry for run in self.runs.values() if run.source == source and run.guide]
+        return [
+            *(f"complexity.{name}, whose probe is fitted to them" for on, _, name in self.probes if on == source),
+            *(f"saes.{entry}, whose k is found on them (mean_l0_of)" for entry in guided),
+            *(f"evaluation.interpretability.runs with {name}" for name in interpreted),
+        ]  # fmt: skip
+
+    def draws(self, source: str, runs: Iterable[str]) -> int:
+        """Number of draws of windows that runs of a streamed source are trained on, see `draw_of`."""
+        store, found = self.params["stores"][source], [0]
+        for name in runs:
+            training = self.runs[name].training
+            found.append(1 + draw_of(training.steps - 1, training.batch_size, store))
+        return max(found)
 
     def scoring(self, complexity: str) -> dict[str, Any]:
         chosen = self.params["complexity"][complexity]

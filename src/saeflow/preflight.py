@@ -40,6 +40,7 @@ def checked_plan(params: Mapping[str, Any]) -> Plan:
     for source in plan.sources:
         _check_rows(plan, source)
         _check_windows(plan, source)
+        _check_stream(plan, source)
         _check_leaks(plan, source)
     _check_budgets(plan)
     return plan
@@ -83,13 +84,19 @@ _MANY_PASSES = 10
 
 
 def warnings(plan: Plan) -> list[str]:
-    """Yield warnings of what is allowed and seldom meant: trainings that read the same rows again and again."""
+    """Yield warnings of what is allowed and seldom meant: baselines without rows, trainings that read rows again and again."""
     found: dict[tuple[str, int, int], list[str]] = {}
     for run in plan.runs.values():
         rows = plan.rows(run.source)["train"]
         if run.training.tokens > _MANY_PASSES * rows:
             found.setdefault((run.source, rows, run.training.tokens), []).append(run.entry)
-    return [
+    without = [
+        f"stores.{source}.keep_windows: the PCA baselines of {source} are left out, since the rows of its training split are "
+        "deleted. keep_windows all keeps them."
+        for source in plan.sources
+        if plan.is_streamed(source) and plan.params["evaluation"]["pca_ranks"]
+    ]
+    return without + [
         f"{', '.join(f'saes.{entry}' for entry in dict.fromkeys(entries))}: training passes {tokens / rows:,.0f} times "
         f"over the {rows:,} rows of stores.{source}.train_rows (tokens {tokens:,}). More rows may serve better."
         for (source, rows, tokens), entries in found.items()
@@ -211,6 +218,24 @@ def _check_windows(plan: Plan, source: str) -> None:
         raise UserError(
             f"{where}: expected windows of at least one batch ({max(of_runs)} rows), found {windows} windows of "
             f"{rows // windows} rows (window_rows {store['window_rows']}). Raise it."
+        )
+
+
+def _check_stream(plan: Plan, source: str) -> None:
+    """Refuse what reads the training split of a stream after training, when its windows are gone."""
+    where = f"stores.{source}.keep_windows"
+    if not plan.goes_by_window(source):
+        return
+    if "train" not in plan.splits(source) or plan.windows(source, "train") == 1:
+        raise UserError(
+            f"{where}: expected a training split of several windows, found one. Set window_rows, or keep_windows to null."
+        )
+    if not plan.is_streamed(source):
+        return
+    if readers := plan.readers_of_rows(source):
+        raise UserError(
+            f"{where}: expected nothing that reads rows of the training split after training, when its windows are gone, found "
+            f"{readers[0]}. Take it out, or set keep_windows to all."
         )
 
 

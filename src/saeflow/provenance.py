@@ -44,9 +44,9 @@ VERSIONED = (
     "torch", "transformers", "tokenizers", "datasets", "numpy", "scipy", "pandas", "zarr",
     "numcodecs", "safetensors", "matplotlib",
 )  # fmt: skip
-PARTIAL, READY = ".partial", ".ready"
+PARTIAL, READY, STREAM = ".partial", ".ready", ".stream"
 _NO_TIME = {"duration_s": 0.0, "job_duration_s": 0.0}
-_UNFINISHED = (PARTIAL, READY, ".parts", ".windows", ".groups")
+_UNFINISHED = (PARTIAL, READY, STREAM, ".parts", ".windows", ".groups")
 _JOB_FILE = "job.json"
 
 
@@ -60,6 +60,8 @@ class Job:
     """Extra facts for the record, such as the content digest of a store."""
     share: float = 1.0
     """Share of the time, if one process makes several results at once."""
+    before_s: float = 0.0
+    """Seconds that earlier jobs spent on the result."""
 
 
 def record_path(result: Path) -> Path:
@@ -181,6 +183,11 @@ def partial_of(result: Path) -> Path:
     return result.with_name(result.name + PARTIAL)
 
 
+def stream_of(result: Path) -> Path:
+    """Return the folder in which training leaves an SAE's state between two windows of a stream."""
+    return result.with_name(result.name + STREAM)
+
+
 @contextmanager
 def job(
     result: Path,
@@ -236,7 +243,10 @@ def job(
     job_file.unlink(missing_ok=True)
     outputs = folder_digests(partial)
     took = time.time() - started
-    times = {"duration_s": round(took * running.share, 2), "job_duration_s": round(took, 2)}
+    times = {
+        "duration_s": round(took * running.share + running.before_s, 2),
+        "job_duration_s": round(took + running.before_s, 2),
+    }
     details = times | running.details
     _write_record(partial / RECORD, outputs, identity, key, device, started, details)
     replace_folder(partial, result)

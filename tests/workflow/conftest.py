@@ -1,11 +1,13 @@
 """A copy of the project with a tiny parameter file, in which the real workflow runs."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,43 @@ class Project:
             for name, content in found.items()
             if content
         }
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes of all files below a folder, each counted once however many names it has."""
+    sizes = {}
+    for place, _, names in os.walk(folder):  # passes over folders that are deleted meanwhile
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                status = os.stat(Path(place, name))
+                sizes[status.st_ino] = status.st_size
+    return sum(sizes.values())
+
+
+class Watch(threading.Thread):
+    """Watches the bytes below a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(daemon=True)
+        self.folder, self.peak, self.ended = folder, 0, threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.02):
+            self.peak = max(self.peak, on_disk(self.folder))
+
+    def end(self) -> int:
+        self.ended.set()
+        self.join()
+        return self.peak
+
+
+def kill(process: "subprocess.Popen[bytes]", seconds: float) -> None:
+    """Kill a whole run after some seconds, if it has not ended."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def job_counts(text: str) -> dict[str, int]:

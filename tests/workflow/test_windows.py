@@ -1,11 +1,6 @@
 """The real workflow with a store of several windows: how much disk it takes, what a kill leaves, what is refused."""
 
-import contextlib
 import copy
-import os
-import signal
-import subprocess
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +8,7 @@ import pytest
 
 from saeflow.stores import open_store
 
-from .conftest import SYNTHETIC, Project
+from .conftest import SYNTHETIC, Project, Watch, kill, on_disk
 
 pytestmark = pytest.mark.workflow
 WINDOWS = 4
@@ -24,34 +19,6 @@ def windowed(**store: Any) -> dict[str, Any]:
     params["stores"]["synthetic"] |= {"window_rows": 5000, "block_contexts": 4, **store}
     params["runtime"]["extraction_jobs"] = 1
     return params
-
-
-def on_disk(folder: Path) -> int:
-    """Bytes of all files below a folder, each counted once however many names it has."""
-    sizes = {}
-    for place, _, names in os.walk(folder):  # passes over folders that are deleted meanwhile
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                status = os.stat(Path(place, name))
-                sizes[status.st_ino] = status.st_size
-    return sum(sizes.values())
-
-
-class Watch(threading.Thread):
-    """Watches the bytes below a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(daemon=True)
-        self.folder, self.peak, self.ended = folder, 0, threading.Event()
-
-    def run(self) -> None:
-        while not self.ended.wait(0.02):
-            self.peak = max(self.peak, on_disk(self.folder))
-
-    def end(self) -> int:
-        self.ended.set()
-        self.join()
-        return self.peak
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +51,62 @@ def test_jobs_and_kills_change_no_digest(done: Project, tmp_path: Path) -> None:
     params["runtime"]["extraction_jobs"] = 2
     project = Project(tmp_path, params)
     for seconds in (9, 7):
-        process = project.start("snakemake", "--cores", "2", "extract")
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        kill(project.start("snakemake", "--cores", "2", "extract"), seconds)
         project.run("snakemake", "--unlock")
     project.snakemake("extract")
     assert project.contents() == done.contents()
+
+
+def trained(keep: Any) -> dict[str, Any]:
+    """Two SAEs of other batch sizes and budgets, on the windows of an epoch and a quarter."""
+    params = windowed(keep_windows=keep)
+    params["complexity"] = {}
+    topk = params["saes"]["topk"] | {"options": {"k": 8}}
+    relu = params["saes"]["relu"] | {"batch_size": 300, "tokens": 12000, "options": {"l1": 0.5}}
+    params["saes"] = {"topk": topk, "relu": relu}
+    params["training"]["tokens"] = 25000
+    params["figures"]["names"] = ["fvu_l0"]
+    params["runtime"]["saes_per_job"] = 8
+    return params
+
+
+def saes(project: Project) -> dict[str, Any]:
+    return {name: found for name, found in project.contents().items() if "/saes/" in name}
+
+
+def test_a_killed_stream_gives_the_saes_of_the_kept_windows(done: Project, tmp_path: Path) -> None:
+    done.write(trained("all"))
+    assert "extract_part" not in done.todo("train")  # the store is the one that is there
+    done.snakemake("train")
+    project = Project(tmp_path, trained(2))
+    folder = project.folder / "results/stores/synthetic"
+    folder.mkdir(parents=True)
+    watch = Watch(folder)
+    watch.start()
+    for seconds in (14, 18):
+        kill(project.start("snakemake", "--cores", "2", "train"), seconds)
+        project.run("snakemake", "--unlock")
+    project.snakemake("train")
+    peak, left = watch.end(), on_disk(folder)
+    assert saes(project) == saes(done)
+    assert len(saes(done)) == 2
+    # activations, context, position, true features of the rows of a window; two windows and the parts of one
+    window = 5000 * (32 * 4 + 8 + 4 + 6 * (4 + 4))
+    assert peak < 3.5 * window + left
+    assert [path.name for path in folder.iterdir()] == ["train"]
+    assert left < window  # no row of the training split is left
+    assert project.todo("train") == {}
+    (sae,) = (name for name in saes(project) if "/topk/" in name)
+    measured = sae.replace("/saes/", "/evaluations/")
+    project.snakemake(f"{measured}/provenance.json")
+    assert not list((project.folder / "results").rglob("*.stream"))
+    assert not list((project.folder / "results/saes.groups").glob("*"))
+    assert "are as they were made" in project.run("saeflow", "verify")
+    params = trained(2)
+    params["saes"]["further"] = params["saes"]["topk"] | {"options": {"k": 4}}
+    params["runtime"]["saes_per_job"] = 1
+    project.write(params)
+    again = project.todo(
+        "train"
+    )  # a further SAE needs the windows again, and nothing else is made anew
+    assert again == {"extract_part": 5, "merge_window": 5, "train_window": 5, "train_sae": 1}

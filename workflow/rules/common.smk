@@ -87,6 +87,7 @@ onstart:
     except UserError as error:
         print(*(f"error: {line}" for line in error.lines), sep="\n", file=sys.stderr)
         sys.exit(2)
+    delete_what_streams_left()
     # An output of a stage that DVC knows, also where no entry of `complexity` fills it.
     Path("results/complexity").mkdir(parents=True, exist_ok=True)
     # File times decide nothing here, but Snakemake fails a job whose input seems to be from the future: what was
@@ -136,7 +137,12 @@ INPUTS = records(
         *(jobs.labelled(source, name) for source in plan.sources for name in plan.labelled(source)),
     ]
 )
-STORES = records(jobs.store(*one) for one in plan.splits_of_sources())
+# The training split of a stream comes to be while SAEs are trained.
+STORES = records(
+    jobs.store(source, split)
+    for source, split in plan.splits_of_sources()
+    if split == "evaluation" or not plan.is_streamed(source)
+)
 SAES = records(map(jobs.sae, plan.evaluated))
 PAGES = records(map(jobs.latents, plan.pages))
 FIGURES = records(map(jobs.figure, config["figures"]["names"]))
@@ -165,17 +171,6 @@ def parts(source, split, window):
     return [f"{folder}/{part}-of-{count}" for part in range(count)]
 
 
-def windows(source, split, count):
-    """The first so many windows of a split, merged and temporary like parts."""
-    return [f"results/stores/{source}/{split}.windows/{window}" for window in range(count)]
-
-
-def merged_from(source, split):
-    """The folders that the store of a split is made from: its parts, or its windows where there are several."""
-    count = plan.windows(source, split)
-    return parts(source, split, 0) if count == 1 else windows(source, split, count)
-
-
 def launcher():
     """What starts training: python, or torchrun for several processes."""
     ranks = config["runtime"]["ranks"]["count"]
@@ -185,7 +180,11 @@ def launcher():
 
 
 # SAEs of one store that one job trains, and that one job evaluates: see saeflow.jobs.groups.
-TRAINED = Groups([jobs.sae(run) for run in runs] for runs in plan.training_groups)
+TRAINED = Groups(
+    [jobs.sae(run) for run in runs]
+    for runs in plan.training_groups
+    if not plan.is_streamed(plan.runs[runs[0]].source)
+)
 EVALUATED = Groups([jobs.evaluation(run) for run in runs] for runs in plan.evaluation_groups)
 
 

@@ -2,7 +2,9 @@
 
 Expects results/stores/SOURCE/train (and the probes of results/complexity that runs use); leaves
 results/saes/RUN with weights, config and steps.csv. A job that is killed goes on from its last checkpoints
-when it is started again. How many SAEs a job trains changes no result and no key (saeflow.jobs.groups).
+when it is started again. How many SAEs a job trains changes no result and no key (saeflow.jobs.groups). SAEs of a stream
+(stores.NAME.keep_windows) are trained on one window after the other, a job each, from checkpoint to checkpoint in
+results/saes/RUN.stream; an SAE's own job writes the result after the last window.
 """
 
 
@@ -26,10 +28,33 @@ rule train_group:
         f"{launcher()} -m saeflow train {{params.task:q}} --ahead --threads {{threads}} 2>&1 | tee {{log}}"
 
 
+rule train_window:
+    input:
+        before=lambda w: trained_on(w.group, int(w.window) - 1) if int(w.window) else [],
+        window=lambda w: window(source_of(w.group), "train", w.window),
+        first=lambda w: facts(source_of(w.group), "train", 0),
+    output:
+        temp(touch("results/saes.groups/{group}.{window}.done")),
+    log:
+        "logs/train_window/{group}_{window}.log",
+    benchmark:
+        "logs/benchmarks/train_window/{group}_{window}.tsv"
+    conda:
+        environment("train")
+    threads: threads("train")
+    resources:
+        gpu=gpus(),
+    params:
+        task=lambda w: task(*STREAMED.members[w.group]),
+    shell:
+        f"{launcher()} -m saeflow train {{params.task:q}} --window {{input.window}} --first {{input.first}}"
+        " --threads {threads} 2>&1 | tee {log}"
+
+
 rule train_sae:
     input:
         lambda w: jobs.sae(w.run).inputs,
-        group=lambda w: done_of("results/saes.groups", TRAINED, jobs.sae(w.run)),
+        group=lambda w: trained_before(jobs.sae(w.run)),
     output:
         weights="results/saes/{run}/weights.safetensors",
         config="results/saes/{run}/config.json",

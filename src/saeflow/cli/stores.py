@@ -23,6 +23,7 @@ from saeflow.cli.arguments import (
 )
 from saeflow.config import n_windows
 from saeflow.errors import UserError
+from saeflow.files import read_json, write_json
 from saeflow.jobs import read_task
 
 StoreJson = Annotated[
@@ -88,7 +89,7 @@ def merge(
 
     A split of several windows is put together window by window (--window), then of its windows.
     """
-    from saeflow.stores import finalise, join
+    from saeflow.stores import join
 
     folders = list(parts or [])
     if task.startswith("{"):
@@ -105,33 +106,67 @@ def merge(
             f"{asked.out}: expected a TASK or --name, and the folders that `extract` wrote, found "
             f"{'no name' if folders else 'no folder'}."
         )
-    for part in folders:
-        provenance.check(part)
-    windows = n_windows(layout, chosen)
-    if window is None and windows > 1:
-        _check_windows(asked, folders, windows)
+    if window is not None or n_windows(layout, chosen) == 1:
+        _merge(asked, folders, window, out)
+    elif layout.get("is_streamed"):
+        _remember(asked, folders)
+    else:
+        _check_windows(asked, folders)
         with job_of(asked, "merge") as job:
             job.details["content"] = join(folders, values["hook_points"], job.path)
-        return
+
+
+def _merge(asked: jobs.Task, parts: list[Path], window: int | None, out: Path | None) -> None:
+    """Merge the parts of a split, or of a window of it into its own folder, with the window's facts beside it."""
+    from saeflow.stores import finalise, window_facts
+
+    values, layout, split = (asked.params[key] for key in ("source", "store", "split"))
+    made, windows = asked, n_windows(layout, split)
     if window is not None:
         if out is None or window >= windows:
             raise UserError(
                 f"--window: expected a window below {windows} and its folder as --out, found {window} and {out}."
             )
-        asked = replace(asked, out=out, params=asked.params | {"window": window})
-    with job_of(asked, "merge") as job:
+        made = replace(asked, out=out, params=asked.params | {"window": window})
+    for part in parts:
+        provenance.check(part)
+    with job_of(made, "merge") as job:
         made_from = {path.name: provenance.read_record(path)["digest"] for path in asked.inputs}
-        contents = finalise(
-            folders, called, values, chosen, layout, made_from, job.path, window or 0
+        job.details["content"] = finalise(
+            parts, asked.params["name"], values, split, layout, made_from, job.path, window or 0
         )
-        job.details["content"] = contents
+    if out is not None and window is not None:
+        facts = window_facts(out, values["hook_points"])
+        write_json(out.with_name(f"{out.name}.json"), {"key": asked.key, "facts": facts})
 
 
-def _check_windows(asked: jobs.Task, folders: list[Path], windows: int) -> None:
+def _remember(asked: jobs.Task, facts: list[Path]) -> None:
+    """Make the store of a stream: what is known of its windows, which are gone."""
+    from saeflow.stores import remember
+
+    _check_count(asked, facts)
+    found = [read_json(path) for path in facts]
+    for path, one in zip(facts, found, strict=True):
+        if one["key"] != asked.key:
+            raise UserError(
+                f"{path}: expected a window of {asked.out}, found one of other parameters or code. Delete it and run the "
+                "extraction again."
+            )
+    with job_of(asked, "merge") as job:
+        job.details["content"] = remember([one["facts"] for one in found], job.path)
+
+
+def _check_count(asked: jobs.Task, windows: list[Path]) -> None:
+    expected = n_windows(asked.params["store"], asked.params["split"])
+    if len(windows) != expected:
+        raise UserError(f"{asked.out}: expected its {expected} windows, found {len(windows)}.")
+
+
+def _check_windows(asked: jobs.Task, folders: list[Path]) -> None:
     """Refuse folders that are not the windows of a split, each once and in order, made as the split is to be."""
-    if len(folders) != windows:
-        raise UserError(f"{asked.out}: expected its {windows} windows, found {len(folders)}.")
+    _check_count(asked, folders)
     for number, folder in enumerate(folders):
+        provenance.check(folder)
         record = provenance.read_record(folder)
         if record["params"] != asked.params | {"window": number} or record["key"] != asked.key:
             raise UserError(

@@ -1,28 +1,48 @@
 """The job that trains SAEs."""
 
 import os
+import shutil
+import time
 from contextlib import ExitStack
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from saeflow import jobs, provenance
 from saeflow.cli.arguments import Ahead, RuntimeJson, Tasks, Threads, is_made, machine_of, placed
 from saeflow.config import SAEConfig
 from saeflow.errors import UserError
+from saeflow.files import read_json
+
+Wanted = list[tuple[jobs.Task, SAEConfig]]
 
 
-def train(tasks: Tasks, runtime: RuntimeJson, threads: Threads, ahead: Ahead = False) -> None:
+def train(
+    tasks: Tasks,
+    runtime: RuntimeJson,
+    threads: Threads,
+    ahead: Ahead = False,
+    window: Annotated[
+        Path | None,
+        typer.Option(
+            help="Go on with training on this window alone, whose folder is named by the draw's number, and leave a checkpoint."
+        ),
+    ] = None,
+    first: Annotated[
+        Path | None, typer.Option(help="With --window: the facts of the first window, as JSON.")
+    ] = None,
+) -> None:
     """Train SAEs on one store, one or several in one pass over its batches."""
     asked = jobs.read_tasks(tasks)
     configs = [SAEConfig.from_dict(task.params["run"]) for task in asked]
     if len({(config.source, config.hook_point) for config in configs}) > 1:
         raise UserError("TASKS: expected runs of one store, found several. Train them one by one.")
     is_first = os.environ.get("RANK", "0") == "0"
-    is_there = [is_first and is_made(task, ahead=ahead) for task in asked]
+    is_there = [is_first and is_made(task, ahead=ahead or window is not None) for task in asked]
     if all(is_there) and os.environ.get("WORLD_SIZE", "1") == "1":
         return  # without waiting for torch: most jobs only take what their group has trained
     from saeflow.saes import Ranks
-    from saeflow.stores import open_store
-    from saeflow.training import train_group
 
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of torchrun
     machine = machine_of(runtime, max(1, threads // here))
@@ -35,10 +55,29 @@ def train(tasks: Tasks, runtime: RuntimeJson, threads: Threads, ahead: Ahead = F
     ]
     if not wanted:
         return
+    if window is None:
+        _train(wanted, machine, ranks)
+    else:
+        _train_on(window, first, wanted, machine, ranks)
+
+
+def _train(wanted: Wanted, machine: dict[str, Any], ranks: Any) -> None:
+    """Train SAEs to their end; those of a stream were trained on its last window."""
+    from saeflow.stores import WindowByWindow, open_store
+    from saeflow.training import train_group
+    from saeflow.training.between_windows import taken_over
+
+    is_first = ranks.rank == 0
     if is_first and machine.get("saes_per_job") == 1:  # there are no groups, or none any more
         for task, _ in wanted:
             provenance.take_unfinished(task.out)
-    reader = open_store(asked[0].one("train") / f"{configs[0].hook_point}.zarr")
+    asked, config = wanted[0]
+    store = open_store(asked.one("train") / f"{config.hook_point}.zarr")
+    reader: Any = store
+    if store.has_rows and asked.params.get("by_window"):
+        reader = WindowByWindow(store)
+        for size in _batch_sizes(wanted):
+            reader.log(size)
     with ExitStack() as stack:
         making: list[provenance.Job] = []
         for task, config in wanted if is_first else ():
@@ -54,14 +93,65 @@ def train(tasks: Tasks, runtime: RuntimeJson, threads: Threads, ahead: Ahead = F
                 checked=not making,  # one check serves all
             )
             making.append(stack.enter_context(job))
+        if not store.has_rows:
+            for made, (task, _) in zip(making, wanted, strict=False):
+                seconds = taken_over(provenance.stream_of(task.out), task.key, made.path)
+                made.before_s = sum(seconds.values())
         ranks.wait()  # for the folders
         trained = [
-            (_with_k(config, task, reader), provenance.partial_of(task.out), task.optional("probe"))
+            (_with_k(config, task, store), provenance.partial_of(task.out), task.optional("probe"))
             for task, config in wanted
         ]
         found = train_group(reader, trained, machine, ranks)
         for made, one in zip(making, found, strict=False):
             made.details["content"], made.share = one.content, one.share
+    for task, _ in wanted if is_first else ():
+        shutil.rmtree(provenance.stream_of(task.out), ignore_errors=True)
+
+
+def _train_on(
+    window: Path, first: Path | None, wanted: Wanted, machine: dict[str, Any], ranks: Any
+) -> None:
+    """Go on with training on one window of a stream, from checkpoint to checkpoint."""
+    from saeflow.training import train_part
+    from saeflow.training.between_windows import add_seconds, open_state
+
+    drawn, began = _drawn(window, first, wanted[0][1].hook_point), time.monotonic()
+    for size in _batch_sizes(wanted):
+        drawn.log(size)
+    states = [provenance.stream_of(task.out) for task, _ in wanted]
+    if ranks.rank == 0:
+        for state, (task, _) in zip(states, wanted, strict=True):
+            open_state(state, task.key)
+    ranks.wait()  # for the folders
+    runs = [(config, state, None) for state, (_, config) in zip(states, wanted, strict=True)]
+    shares = train_part(drawn, runs, machine, ranks)
+    if ranks.rank == 0:
+        for state, share in zip(states, shares, strict=True):
+            add_seconds(state, int(window.name), share * (time.monotonic() - began))
+
+
+def _drawn(window: Path, first: Path | None, hook_point: str) -> Any:
+    """Open a window for training."""
+    from saeflow.stores import DrawnWindow, open_store
+
+    if first is None or not window.name.isdigit():
+        raise UserError(
+            f"--window: expected a folder whose name is a number, and --first, found {window} and {first}."
+        )
+    provenance.check(window)
+    facts = read_json(first)
+    if facts["key"] != provenance.read_record(window)["key"]:
+        raise UserError(
+            f"{first}: expected facts of the store that {window} is a window of, found those of another. Delete the folder "
+            f"{window.parent}, and run the workflow again."
+        )
+    store = open_store(window / f"{hook_point}.zarr")
+    return DrawnWindow(store, int(window.name), facts["facts"][hook_point])
+
+
+def _batch_sizes(wanted: Wanted) -> list[int]:
+    return sorted({config.training.batch_size for _, config in wanted})
 
 
 def _with_k(config: SAEConfig, task: jobs.Task, store: Any) -> SAEConfig:

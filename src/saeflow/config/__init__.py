@@ -14,7 +14,7 @@ from saeflow.config.runs import (
     imports,
 )
 from saeflow.config.schema import CARRIED, ROOT
-from saeflow.config.windows import contexts_of, n_windows
+from saeflow.config.windows import contexts_of, draw_of, n_windows, steps_of
 from saeflow.config.yaml_file import read_yaml
 
 __all__ = [
@@ -28,11 +28,13 @@ __all__ = [
     "TrainingConfig",
     "check_params",
     "contexts_of",
+    "draw_of",
     "expand_runs",
     "imports",
     "load_params",
     "n_windows",
     "read_yaml",
     "scorer_file",
+    "steps_of",
     "validate",
 ]

@@ -22,3 +22,20 @@ def n_windows(store: Mapping[str, Any], split: str) -> int:
 def contexts_of(window: int, windows: int, contexts: int) -> range:
     """Contexts of a window: all windows are equally large, by one context at most."""
     return range(window * contexts // windows, (window + 1) * contexts // windows)
+
+
+def draw_of(step: int, batch_size: int, store: Mapping[str, Any]) -> int:
+    """Number of the draw that a step's batch comes from, where training goes window by window.
+
+    Draws count the windows of all epochs: with n windows, draw d is window d mod n in epoch d // n. A step belongs to the
+    draw that its first row would lie in if every window held its share of `train_rows`, so that the parameters alone say
+    which steps a draw has.
+    """
+    return step * batch_size * n_windows(store, "train") // int(store["train_rows"])
+
+
+def steps_of(draw: int, batch_size: int, store: Mapping[str, Any]) -> range:
+    """Steps whose batches come from a draw."""
+    each = batch_size * n_windows(store, "train")
+    first, after = (-(-number * int(store["train_rows"]) // each) for number in (draw, draw + 1))
+    return range(first, after)

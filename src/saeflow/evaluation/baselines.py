@@ -133,11 +133,17 @@ def principal_components(store: Any, batch_size: int, device: str) -> tuple[Tens
 def baselines(store: Any, ranks: list[int], batch_size: int, device: str) -> list[Baseline]:
     """Identity, mean and a PCA per rank, of one training store.
 
-    A rank that is not below the store's width is left out (it would be the identity); the log says
-    so.
+    A rank that is not below the store's width is left out (it would be the identity), and PCA of a store
+    whose rows are gone; the log says so.
     """
     found: list[Baseline] = [Identity(store.d_in), Mean(store.mean)]
     fitting = sorted({rank for rank in ranks if rank < store.d_in})
+    if fitting and not store.has_rows:
+        logger.warning(
+            "%s: PCA is left out: its windows were deleted after training (stores.NAME.keep_windows)",
+            store.path,
+        )
+        return found
     if left_out := sorted(set(ranks) - set(fitting)):
         logger.info("%s: PCA ranks %s left out, its width is %d", store.path, left_out, store.d_in)
     if fitting:

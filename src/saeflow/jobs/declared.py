@@ -93,9 +93,12 @@ class Jobs:
     @_once
     def store(self, source: str, split: str) -> Job:
         apart = {"train": {"evaluation_rows"}, "evaluation": {"train_rows", "window_rows"}}[split]
+        apart.add("keep_windows")  # how many are kept changes no row
         if self.plan.windows(source, split) == 1:
             apart.add("window_rows")
         layout = {k: v for k, v in self.params["stores"][source].items() if k not in apart}
+        if split == "train" and self.plan.is_streamed(source):
+            layout["is_streamed"] = True
         return self._job(
             command="merge",
             result=f"stores/{source}/{split}",
@@ -149,13 +152,16 @@ class Jobs:
             reads["probe"] = self.probe(config.source, config.hook_point, complexity)
         if config.guide:
             reads["guide"] = self.sae(config.guide)
+        by_window = {"by_window": True} if self.plan.goes_by_window(config.source) else {}
         return self._job(
             command="train",
             result=f"saes/{run}",
-            params={"run": asdict(config), "precision": self.params["runtime"]["precision"]},
+            params={
+                "run": asdict(config), "precision": self.params["runtime"]["precision"], **by_window,
+            },
             reads=reads,
             choices=self._variants(run),
-        )
+        )  # fmt: skip
 
     # Evaluation
 

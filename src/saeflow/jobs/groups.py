@@ -21,15 +21,15 @@ class Groups:
     """The groups of one step's jobs.
 
     Args:
-        groups: the jobs of each; one of a single job is no group.
+        groups: the jobs of each; one of fewer jobs than `least` is no group.
     """
 
-    def __init__(self, groups: Iterable[Sequence[Job]]) -> None:
+    def __init__(self, groups: Iterable[Sequence[Job]], least: int = 2) -> None:
         self.members: dict[str, list[Job]] = {}
         """The jobs of each group, by the group's name."""
         self._of: dict[str, str] = {}
         for jobs in groups:
-            if len(jobs) > 1:
+            if len(jobs) >= least:
                 name = json_digest([job.key for job in jobs])[:16]
                 self.members[name] = list(jobs)
                 self._of |= {job.result: name for job in jobs}

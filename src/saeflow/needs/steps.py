@@ -60,23 +60,31 @@ class Needs:
         what = f"tables, {_count(len(figures), 'figure')}, the report"
         yield Need("draw", what, jobs, 0, _PROCESS, jobs * self.rates.job_s / 3600)
 
-    @property
-    def disk(self) -> float:
-        """Bytes of all results."""
-        return sum(need.disk for need in self.steps())
+    def hours(self) -> float:
+        """Hours of all jobs, one after the other."""
+        return sum(need.hours for need in self.steps())
 
-    def merging_disk(self, windows: int | None = None) -> float:
-        """Bytes beside all results while a window of the largest source is merged.
-
-        Args:
-            windows: of every training split; None: as many as the parameters say.
-        """
-        found = []
+    def peak(self) -> float:
+        """Bytes of the disk at the worst moment: all that is kept, and a window of the largest source that is merged."""
+        found = sum(need.disk for need in self.steps() if need.step != "extract")
+        merging = []
         for source in self.plan.sources:
             rows, row = self.plan.rows(source), self._row_bytes(source)
-            count = windows or self.plan.windows(source, "train")
-            found.append(row * (rows.get("train", 0) / count + rows["evaluation"]))
-        return max(found, default=0)
+            windows = self.plan.windows(source, "train")
+            window = row * rows.get("train", 0) / windows
+            kept = windows
+            if self.plan.is_streamed(source):
+                kept = min(windows, self.plan.params["stores"][source]["keep_windows"])
+            found += row * rows["evaluation"] + kept * window
+            merging.append(window + row * rows["evaluation"])
+        return found + max(merging, default=0)
+
+    def _passes_over(self, source: str) -> float:
+        """Times that the training split is extracted: of a stream, once for every epoch."""
+        if not self.plan.is_streamed(source):
+            return 1
+        runs = (run.name for run in self.plan.runs.values() if run.source == source)
+        return max(1, self.plan.draws(source, runs) / self.plan.windows(source, "train"))
 
     def _row_bytes(self, source: str) -> int:
         """Bytes of a row in the stores of all hook points of a source."""
@@ -102,12 +110,17 @@ class Needs:
         )  # fmt: skip
         rows, width = sum(splits.values()), sum(one.widths.values())
         disk = rows * self._row_bytes(source)
-        seconds = contexts * one.flops / self.rates.forward_gflops / 1e9
-        seconds += 2 * disk / self.rates.store_write_gb_s / 1e9
+        passes = self._passes_over(source)
+        share = (splits.get("train", 0) * passes + splits["evaluation"]) / rows
+        seconds = share * contexts * one.flops / self.rates.forward_gflops / 1e9
+        seconds += share * 2 * disk / self.rates.store_write_gb_s / 1e9
+        if self.plan.is_streamed(source):
+            disk = splits["evaluation"] * self._row_bytes(source)
         jobs = 0
         for split in splits:
             windows = self.plan.windows(source, split)
-            jobs += windows * (self.plan.params["runtime"]["extraction_jobs"] + 1)  # and the merge
+            made = round(windows * passes) if split == "train" else windows
+            jobs += made * (self.plan.params["runtime"]["extraction_jobs"] + 1)  # and the merge
             jobs += windows > 1  # they are put together
         block = store["block_contexts"] * one.rows * width * FLOAT
         batch = params.get("forward_batch", 1) * one.rows * max(one.widths.values()) * FLOAT * 20
@@ -150,7 +163,11 @@ class Needs:
 
     def _training(self, source: str, hook_point: str) -> Need:
         runs, width = self._of_store(source, hook_point), self.passes[source].widths[hook_point]
-        jobs = self._groups_of(f"{source}/{hook_point}/", self.plan.training_groups)
+        place = f"{source}/{hook_point}/"
+        jobs = self._groups_of(place, self.plan.training_groups)
+        if self.plan.is_streamed(source):  # a job each window, and one that ends it
+            groups = [one for one in self.plan.training_groups if one[0].startswith(place)]
+            jobs += sum(self.plan.draws(source, group) for group in groups)
         row_bytes = _row_bytes(self.plan.params["stores"][source]["dtype"], width)
         ranks = self.plan.params["runtime"]["ranks"]
         disk = memory = seconds = 0.0

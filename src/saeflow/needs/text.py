@@ -1,13 +1,11 @@
-"""Needs as a table for a terminal."""
+"""Needs as tables for a terminal."""
 
 from saeflow.needs.steps import Need, Needs
-
-MANY_WINDOWS = 10
-"""Windows of a store, beside which one window more is little."""
+from saeflow.needs.ways import not_streamed, ways
 
 
 def as_text(*needs: Needs, free: float | None = None) -> str:
-    """A table of the steps and their sum, for a terminal.
+    """A table of the steps and their sum, and one of the ways to hold the stores, for a terminal.
 
     Args:
         needs: of the same parameters, on one machine or several.
@@ -29,40 +27,49 @@ def as_text(*needs: Needs, free: float | None = None) -> str:
         need = alike[0]
         row = (need.step, need.what, f"{need.jobs:,}", _bytes(need.disk), _bytes(need.memory))
         lines.append((*row, *(_time(one.hours) for one in alike)))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    table = [
-        "  ".join(
-            cell.ljust(width) if column < 2 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    ]
-    first = needs[0]
-    peaks = [first.disk + first.merging_disk(count) for count in (None, 1, MANY_WINDOWS)]
-    ways = [
-        f"{_bytes(peaks[0])} with the windows of these parameters",
-        f"{_bytes(peaks[1])} with stores of one window",
-        f"{_bytes(peaks[2])} with {MANY_WINDOWS} windows of each (stores.NAME.window_rows)",
-    ]
-    is_windowed = first.merging_disk() != first.merging_disk(1)
-    notes = [f"Disk at the peak: {'; '.join(ways[not is_windowed :])}."]
-    if free is not None:
-        fits = peaks[0] <= free
-        hint = (
-            ""
-            if fits
-            else f" {MANY_WINDOWS} windows {'fit' if peaks[2] <= free else 'do not fit either'}."
-        )
-        notes.append(
-            f"Free disk here: {_bytes(free)}, which is {'enough' if fits else 'too little'} for these parameters.{hint}"
-        )
+    notes = []
     for one in needs:
         assumed = ", ".join(one.rates.arithmetic)
         notes.append(
             f"At the rates of: {one.rates.machine}."
             + (f" Arithmetic, not measured: {assumed}." if assumed else "")
         )
-    return "\n".join([*table, "", *notes])
+    return "\n".join([*_table(lines, left=2), "", *_of_ways(needs, times, free), "", *notes])
+
+
+def _of_ways(needs: tuple[Needs, ...], times: list[str], free: float | None) -> list[str]:
+    """Lines on the disk at the peak and the time of each way to hold the stores."""
+    peaks, hours = {}, {}
+    lines = [("stores", "disk at the peak", *times)]
+    own = needs[0].peak()
+    lines.append(("of these parameters", _bytes(own), *(_time(one.hours()) for one in needs)))
+    for each in zip(*map(ways, needs), strict=True):
+        way = each[0]
+        peaks[way.name], hours[way.name] = way.needs.peak(), way.needs.hours()
+        row = (_bytes(peaks[way.name]), *(_time(one.needs.hours()) for one in each))
+        lines.append((way.label, *row))
+    notes = [
+        f"{source} cannot be streamed: {reader} reads rows when training is over."
+        for source, reader in not_streamed(needs[0]).items()
+    ]
+    if free is not None:
+        fitting = sorted((hours[name], name) for name in peaks if peaks[name] <= free)
+        verdict = "enough" if own <= free else "too little"
+        cheapest = f"The cheapest way that fits: {fitting[0][1]}." if fitting else "None fits."
+        notes.append(f"Free disk here: {_bytes(free)}, {verdict} for these parameters. {cheapest}")
+    return [*_table(lines, left=1), *notes]
+
+
+def _table(lines: list[tuple[str, ...]], left: int) -> list[str]:
+    """Lines of cells as text; so many columns from the left begin at the left."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
 
 
 def _bytes(number: float) -> str:

@@ -3,6 +3,10 @@
 from saeflow.stores.blocks import write_part
 from saeflow.stores.merge import finalise
 from saeflow.stores.reader import Store, check_compatible, open_store, verify
-from saeflow.stores.windows import join
+from saeflow.stores.stream import DrawnWindow, WindowByWindow
+from saeflow.stores.windows import join, remember, window_facts
 
-__all__ = ["Store", "check_compatible", "finalise", "join", "open_store", "verify", "write_part"]
+__all__ = [
+    "DrawnWindow", "Store", "WindowByWindow", "check_compatible", "finalise", "join", "open_store", "remember", "verify",
+    "window_facts", "write_part",
+]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -43,12 +43,14 @@ class Store:
         dtype: of the tensors it gives: float32 (also of int8), float16 or bfloat16.
         mean: (d_in,) float64, the mean row.
         scale: sqrt(mean ||x||^2 / d_in); rows divided by it have mean squared norm d_in.
+        has_rows: whether they are on the disk.
         median_norm: of all rows that were extracted, those dropped for their norm included.
         model: digest of the model that made the rows, None where none did.
         targets: None: rows are their own targets in training.
     """
 
     targets = None
+    has_rows = True
 
     def __init__(self, path: Path, attrs: dict[str, Any], arrays: Mapping[str, Array]) -> None:
         self.path = path
@@ -159,6 +161,33 @@ class Store:
             yield start, self.read(start, min(start + batch_size, self.rows))
 
 
+class Gone(Store):
+    """A store whose windows were deleted once SAEs were trained on them: its attributes are there, and no row is."""
+
+    has_rows = False
+
+    def _refuse(self) -> NoReturn:
+        raise UserError(
+            f"{self.path}: expected rows, found a store whose windows were deleted after training "
+            f"(stores.{self.attrs['source']}.keep_windows). Set keep_windows to all, or read the evaluation split."
+        )
+
+    def _stored(self, start: int, stop: int) -> np.ndarray:
+        self._refuse()
+
+    def column(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        self._refuse()
+
+    def batches(
+        self, batch_size: int, seed: int, start_batch: int = 0, *, pin: bool = False
+    ) -> Iterator[Batch]:
+        self._refuse()
+
+    def last_rows(self) -> Any:
+        """The store itself, which has no batches of them either: an SAE that is trained to its end asks for none."""
+        return self
+
+
 class Rows:
     """Rows (n, d_in) in memory, with a store's `batches`."""
 
@@ -201,6 +230,8 @@ def open_store(path: Path | str) -> Store:
     names = attrs.get("arrays")
     if not isinstance(names, dict) or metadata_digest(path, attrs) != attrs.get("metadata_digest"):
         raise damaged(group, "metadata of this store that were changed since")
+    if attrs.get("has_rows") is False:
+        return Gone(path, attrs, {})
     if attrs["format_version"] == WINDOWS_VERSION:
         return Store(path, attrs, _joined(path, attrs))
     arrays = {name: ShardedReader.open(path / name) for name in names}
@@ -237,7 +268,10 @@ def verify(path: Path | str) -> str:
         UserError: naming the file, and the rows, that are not as they were written.
     """
     store = open_store(path)
-    if "windows" in store.attrs:
+    if isinstance(store, Gone):
+        digests = [window["content_digest"] for window in store.attrs["windows"]]
+        found = windows_digest(store.attrs, digests)
+    elif "windows" in store.attrs:
         numbers = range(len(store.attrs["windows"]))
         found = windows_digest(
             store.attrs, [verify(store.path / window_name(number)) for number in numbers]

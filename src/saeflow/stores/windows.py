@@ -43,19 +43,46 @@ def join(windows: Sequence[Path], hook_points: Sequence[str], folder: Path) -> d
     Returns:
         The content digest of each hook point's store.
     """
-    digests = {}
     for hook_point in hook_points:
         store = folder / f"{hook_point}{SUFFIX}"
-        zarr.create_group(store)
         for number, window in enumerate(windows):
             _link(window / store.name, store / window_name(number))
-        of_windows = [
-            read_json(store / window_name(number) / "zarr.json")["attributes"]
-            for number in range(len(windows))
-        ]
-        attributes = joined_attributes(of_windows)
+    return _describe([window_facts(window, hook_points) for window in windows], folder)
+
+
+def window_facts(window: Path, hook_points: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Attributes of a window's store of each hook point."""
+    return {
+        hook_point: read_json(window / f"{hook_point}{SUFFIX}" / "zarr.json")["attributes"]
+        for hook_point in hook_points
+    }
+
+
+def remember(windows: Sequence[Mapping[str, Mapping[str, Any]]], folder: Path) -> dict[str, str]:
+    """Write what is known of a split whose windows are gone: a store without rows per hook point.
+
+    Args:
+        windows: of each window in order, its `window_facts`.
+        folder: existing folder to write `HOOK_POINT.zarr` into.
+
+    Returns:
+        The content digest of each hook point's store, that of the same windows if they were kept.
+    """
+    return _describe(windows, folder, has_rows=False)
+
+
+def _describe(
+    windows: Sequence[Mapping[str, Mapping[str, Any]]], folder: Path, *, has_rows: bool = True
+) -> dict[str, str]:
+    digests = {}
+    for hook_point in windows[0]:
+        attributes = joined_attributes([window[hook_point] for window in windows])
+        if not has_rows:
+            attributes["has_rows"] = False
+        store = folder / f"{hook_point}{SUFFIX}"
+        group = zarr.create_group(store)
         attributes["metadata_digest"] = metadata_digest(store, attributes)
-        zarr.open_group(store, mode="r+").attrs.put(attributes)
+        group.attrs.put(attributes)
         digests[hook_point] = str(attributes["content_digest"])
     return digests
 

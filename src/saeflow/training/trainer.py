@@ -73,22 +73,51 @@ def train_group(
     Returns:
         Of each run, its content digests and its share of the time.
     """
-    keep_freed_memory()
-    ranks = ranks or Ranks()
-    runs = [Run(store, config, runtime, folder, probe, ranks) for config, folder, probe in wanted]
-    try:
-        with stop_signals() as stopped:
-            advance(runs, stopped)
-    finally:
-        for run in runs:
-            if run.live is not None:
-                run.live.close()
+    runs = _advanced(store, wanted, runtime, ranks)
     parts = shares([run.clock for run in runs])
     return [Trained(run.finish(), part) for run, part in zip(runs, parts, strict=True)]
 
 
+def train_part(
+    store: Batches,
+    wanted: Sequence[tuple[SAEConfig, Path, Path | None]],
+    runtime: Mapping[str, Any],
+    ranks: Ranks | None = None,
+) -> list[float]:
+    """Train several SAEs as far as the store's batches go, and leave a checkpoint of each; otherwise as `train_group`.
+
+    Returns:
+        Of each run, its share of the time.
+    """
+    runs = _advanced(store, wanted, runtime, ranks)
+    for run in runs:
+        run.checkpoint()
+    return shares([run.clock for run in runs])
+
+
+def _advanced(
+    store: Batches,
+    wanted: Sequence[tuple[SAEConfig, Path, Path | None]],
+    runtime: Mapping[str, Any],
+    ranks: Ranks | None,
+) -> list[Run]:
+    """Runs after all steps that the store has batches for."""
+    keep_freed_memory()
+    ranks = ranks or Ranks()
+    runs = [Run(store, config, runtime, folder, probe, ranks) for config, folder, probe in wanted]
+    try:
+        if left := [run for run in runs if run.step < run.total]:
+            with stop_signals() as stopped:
+                advance(left, stopped)
+    finally:
+        for run in runs:
+            if run.live is not None:
+                run.live.close()
+    return runs
+
+
 def advance(runs: Sequence[Run], stopped: Sequence[int] = ()) -> None:
-    """Take all steps that are left, every batch once.
+    """Take all steps that are left and that there are batches for, every batch once.
 
     Args:
         runs: of one store.
@@ -106,7 +135,9 @@ def advance(runs: Sequence[Run], stopped: Sequence[int] = ()) -> None:
         with closing(sharing[0].raw_batches(numbers.start)) as batches:
             for number in progress(numbers, f"training {names}", "step"):
                 began = time.monotonic()
-                batch = next(batches)
+                batch = next(batches, None)
+                if batch is None:  # the last of this window
+                    break
                 taking = sum(run.step == number < run.total for run in sharing)
                 waited = (time.monotonic() - began) / max(1, taking)
                 for unit in together:
