@@ -2,7 +2,8 @@
 
     make torture                               # about an hour
     python benchmarks/torture.py --kills 3 --inputs 500 --seed 1 --no-tests --out FOLDER
-    python benchmarks/torture.py --kills 0     # the inputs alone, beside the last table of faults
+    python benchmarks/torture.py --kills 0     # the rest, beside the last table of faults
+    python benchmarks/torture.py --kills 0 --inputs 0      # a stream of windows alone
 
 A fault is survived when the run that follows ends with the results of an undisturbed one, or when one clear
 line names the file at fault; anything else is printed, and gives exit code 1. Faults are drawn from the seed;
@@ -38,7 +39,7 @@ from saeflow.files import file_digest
 
 LONGEST_WAIT_S = 10.0
 STAGES = {
-    "extraction": "results/stores/**/*.partial", "training": "results/saes/**/*.partial",
+    "a stream": "results/saes/**/*.stream", "extraction": "results/stores/**/*.partial", "training": "results/saes/**/*.partial",
     "evaluation": "results/evaluations/**/*.partial", "drawing": "results/figures/*.partial",
 }  # fmt: skip
 # Files by kind, and a result whose making reads them.
@@ -95,6 +96,18 @@ def parameters() -> dict[str, Any]:
     return params
 
 
+def streamed() -> dict[str, Any]:
+    """A small run whose SAEs are trained on a stream of four windows, an epoch and a quarter."""
+    params = parameters()
+    params["complexity"] = {}
+    params["saes"] = {name: SYNTHETIC["saes"][name] for name in ("topk", "relu")}
+    params["stores"]["synthetic"] |= {"window_rows": 5000, "keep_windows": 2}
+    params["figures"]["names"] = ["fvu_l0", "training"]
+    params["training"]["tokens"] = 25_000
+    params["runtime"] |= {"extraction_jobs": 1, "saes_per_job": 8}
+    return params
+
+
 def outcome(project: Project) -> dict[str, Any]:
     """Content digests of stores and SAEs, and the bytes of tables and figures but for the speeds."""
     found = project.contents()
@@ -125,10 +138,10 @@ def end(process: "subprocess.Popen[bytes]", how: signal.Signals) -> None:
 
 
 class Campaign:
-    """All faults, from one seed, against the results of one undisturbed run."""
+    """All faults, from one seed, against the results of one undisturbed run of some parameters."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, seed: int, params: dict[str, Any]) -> None:
+        self.folder, self.params = folder, params
         self.rng = random.Random(seed)
         self.score = Score()
         self.undisturbed = self.project("undisturbed")
@@ -143,7 +156,7 @@ class Campaign:
         if folder.exists():
             return self.disturbed
         folder.mkdir()
-        self.disturbed = Project(folder, parameters())
+        self.disturbed = Project(folder, self.params)
         return self.disturbed
 
     def failure(self, project: Project) -> str | None:
@@ -350,6 +363,7 @@ def last_tables(folder: Path) -> dict[str, pd.DataFrame]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Faults of every kind, and what survived them.")
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs; the rest goes with them")
+    parser.add_argument("--stream-kills", type=int, default=30, help="SIGKILLs of a stream")
     parser.add_argument("--inputs", type=int, default=20_000, help="inputs changed at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-tests", action="store_true", help="leave out what has tests")
@@ -359,6 +373,7 @@ def main() -> None:
     for title, made in (
         ("Inputs", lambda: changed_inputs(chosen.inputs, chosen.seed) if chosen.inputs else None),
         ("Faults", lambda: faults(chosen) if chosen.kills else None),
+        ("Kills of a stream", lambda: kills_of_a_stream(chosen) if chosen.stream_kills else None),
     ):
         started = time.monotonic()
         if (score := made()) is None:
@@ -382,7 +397,7 @@ def faults(chosen: argparse.Namespace) -> Score:
     """The campaign of faults."""
     tenth = max(1, chosen.kills // 10)
     with tempfile.TemporaryDirectory() as folder:
-        campaign = Campaign(Path(folder), chosen.seed)
+        campaign = Campaign(Path(folder), chosen.seed, parameters())
         campaign.rot(max(1, chosen.kills // 30))
         campaign.checkpoints()
         campaign.two_at_once()
@@ -393,6 +408,14 @@ def faults(chosen: argparse.Namespace) -> Score:
         campaign.signals(signal.SIGKILL, chosen.kills)
         if not chosen.no_tests:
             campaign.tests()
+    return campaign.score
+
+
+def kills_of_a_stream(chosen: argparse.Namespace) -> Score:
+    """SIGKILLs while SAEs are trained on a stream of windows."""
+    with tempfile.TemporaryDirectory() as folder:
+        campaign = Campaign(Path(folder), chosen.seed, streamed())
+        campaign.signals(signal.SIGKILL, chosen.stream_kills)
     return campaign.score
 
 

@@ -17,6 +17,7 @@ def test_a_few_faults_of_every_kind_are_survived(tmp_path: Path) -> None:
         sys.executable,
         "benchmarks/torture.py",
         "--kills=3",
+        "--stream-kills=2",
         "--inputs=0",
         "--seed=1",
         "--no-tests",
