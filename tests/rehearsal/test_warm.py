@@ -1,9 +1,14 @@
 """A job in a forked child behaves as one in a process of its own: arguments, folder, environment, streams, exit code."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,7 @@ import pytest
 from saeflow.config import ROOT
 from saeflow.rehearsal.warm import warm_python
 
-pytestmark = [pytest.mark.workflow, pytest.mark.heavy]
+pytestmark = pytest.mark.workflow
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +84,64 @@ def test_anything_but_saeflow_is_run_by_python_itself(python: Path) -> None:
     assert run(python, "-c", "import sys; print(sys.argv); sys.exit(3)", "x") == (
         3, "['-c', 'x']\n", ""
     )  # fmt: skip
+
+
+def jobs_in(folder: Path) -> list[int]:
+    """Processes that work in a folder."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended meanwhile, or another user's
+            if (process / "cwd").readlink() == folder:
+                found.append(int(process.name))
+    return found
+
+
+@contextmanager
+def waiting(python: Path, folder: Path) -> "Iterator[subprocess.Popen[bytes]]":
+    """A command that waits for its parameters, with its client."""
+    command = [python, "-m", "saeflow", "validate", "--params", "/dev/stdin"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=folder, **pipes) as client:  # type: ignore[call-overload]
+        try:
+            until(lambda: len(jobs_in(folder)) == 2)
+            yield client
+        finally:
+            client.kill()
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_job_ends_with_its_client(python: Path, tmp_path: Path) -> None:
+    """Snakemake and a scheduler kill what they started."""
+    with waiting(python, tmp_path) as client:
+        client.kill()
+        until(lambda: not jobs_in(tmp_path))
+
+
+def test_a_client_s_signals_reach_its_job(python: Path, tmp_path: Path) -> None:
+    with waiting(python, tmp_path) as client:
+        client.send_signal(signal.SIGINT)
+        assert client.wait() != 0
+        assert b"KeyboardInterrupt" in client.stderr.read()  # type: ignore[union-attr]
+        assert not jobs_in(tmp_path)
+
+
+def test_jobs_end_with_the_process_that_serves_them(tmp_path: Path) -> None:
+    """A rehearsal that is killed leaves no process behind."""
+    code = (
+        "import os, time; from saeflow.rehearsal.warm import warm_python\n"
+        "with warm_python(os.environ): print('ready', flush=True); time.sleep(600)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"ready\n"
+        assert len(jobs_in(tmp_path)) == 2
+        owner.kill()
+        until(lambda: not jobs_in(tmp_path))

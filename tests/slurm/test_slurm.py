@@ -48,7 +48,7 @@ def checkpoints(project: Project) -> list[Path]:
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The whole small workflow, run locally."""
-    project = Project(tmp_path_factory.mktemp("local"), small())
+    project = Project(tmp_path_factory.mktemp("local"), small(), cold=True)
     project.snakemake("all")
     return project
 
@@ -56,7 +56,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A longer training, run locally: what the disturbed ones must give."""
-    project = Project(tmp_path_factory.mktemp("trained"), small(LONG))
+    project = Project(tmp_path_factory.mktemp("trained"), small(LONG), cold=True)
     project.snakemake("train")
     return project
 
@@ -64,7 +64,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Project:
 @pytest.fixture
 def extracted(trained: Project, tmp_path: Path) -> Project:
     """A project with stores and no SAE."""
-    project = Project(tmp_path, small(LONG))
+    project = Project(tmp_path, small(LONG), cold=True)
     project.snakemake("extract")
     return project
 
@@ -81,7 +81,7 @@ def test_the_whole_workflow_as_the_guide_says(
     commands = re.findall(r"snakemake -[^`#\n]* (?:all|inputs)\b", guide)
     fetch, dry_run, run = commands
     assert len(looks) >= 3
-    project = Project(tmp_path, small())
+    project = Project(tmp_path, small(), cold=True)
     edited_profile(project.folder / "workflow" / "profiles" / "slurm")
     before = len(submitted())
     for command in (*looks, fetch, dry_run):
@@ -126,7 +126,7 @@ def test_a_job_over_its_time_goes_on_from_its_checkpoint(cluster: Cluster, tmp_p
     """SLURM ends jobs a while after their minute is over; the SIGTERM makes a checkpoint."""
     params = small(16_000_000)
     params["runtime"]["checkpoint_every_s"] = 1e6  # none but the signal's
-    project = Project(tmp_path, params)
+    project = Project(tmp_path, params, cold=True)
     project.snakemake("extract")
     before = len(submitted())
     process = project.start(
@@ -140,7 +140,7 @@ def test_a_job_over_its_time_goes_on_from_its_checkpoint(cluster: Cluster, tmp_p
     logs = "\n".join(path.read_text() for path in project.folder.glob("logs/train_sae/**/*.log"))
     assert "going on from" in logs
     (tmp_path / "undisturbed").mkdir()
-    undisturbed = Project(tmp_path / "undisturbed", params)
+    undisturbed = Project(tmp_path / "undisturbed", params, cold=True)
     assert undisturbed.start("snakemake", "--cores", "2", "train").wait(2000) == 0
     assert saes(project) == saes(undisturbed)
 

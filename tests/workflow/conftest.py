@@ -1,5 +1,6 @@
 """A copy of the project with a tiny parameter file, in which the real workflow runs."""
 
+import atexit
 import contextlib
 import json
 import os
@@ -8,21 +9,37 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from saeflow.rehearsal.warm import warm_python
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 600
 
 
-class Project:
-    """A checkout of its own: commands run in it, with this environment's programs."""
+@cache
+def programs() -> str:
+    """A folder with a `python` that has imported what jobs need: see saeflow.rehearsal.warm."""
+    python = warm_python(os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    atexit.register(python.__exit__, None, None, None)
+    return str(python.__enter__())
 
-    def __init__(self, folder: Path, params: dict[str, Any]) -> None:
-        self.folder = folder
+
+class Project:
+    """A checkout of its own: commands run in it, with this environment's programs.
+
+    Args:
+        cold: start a Python for each job, as a user's run does. Elsewhere jobs are forked from a process that has imported
+            this checkout's package already, which saves most of a small job's time.
+    """
+
+    def __init__(self, folder: Path, params: dict[str, Any], *, cold: bool = False) -> None:
+        self.folder, self.cold = folder, cold
         for name in ("Snakefile", "dvc.yaml", "requirements.lock", ".gitignore", ".dvcignore"):
             shutil.copy(ROOT / name, folder / name)
         for name in ("workflow", "profiles", "src", "envs", ".dvc"):
@@ -39,7 +56,8 @@ class Project:
     def environment(self) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         source = str(self.folder / "src")
-        return os.environ | {"PATH": path, "PYTHONPATH": source, "DVC_NO_ANALYTICS": "1"}
+        own = {"PATH": path, "PYTHONPATH": source, "DVC_NO_ANALYTICS": "1"}
+        return os.environ | own | ({} if self.cold else {"SAEFLOW_PROGRAMS": programs()})
 
     def run(self, *command: str, code: int | None = 0) -> str:
         """Run a command to its end; its output, stdout and stderr together."""

@@ -36,8 +36,8 @@ def test_every_step_runs_in_its_own_environment(
     programs = install(tmp_path / "conda")
     for name in ("conda", "plain"):
         (tmp_path / f"run-{name}").mkdir()
-    project = Project(tmp_path / "run-conda", PARAMS)
-    plain = Project(tmp_path / "run-plain", PARAMS)
+    project = Project(tmp_path / "run-conda", PARAMS, cold=True)
+    plain = Project(tmp_path / "run-plain", PARAMS, cold=True)
     plain.snakemake("all")
     monkeypatch.setenv("PATH", f"{programs}:{project.environment['PATH']}")
     project.snakemake("--use-conda", "all")

@@ -53,7 +53,7 @@ def assert_clean(project: Project) -> None:
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A git repository with DVC in which `dvc repro` ran twice: k = 8, then k = 12 beside it."""
-    project = Project(tmp_path_factory.mktemp("dvc"), PARAMS)
+    project = Project(tmp_path_factory.mktemp("dvc"), PARAMS, cold=True)
     git(project, "init", "-q")
     commit(project, "code")
     first_run = project.run("dvc", "repro")

@@ -20,7 +20,7 @@ pytestmark = [
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Any]:
     """A project whose results lie on a tmpfs, and a function that sets its size in KiB."""
-    project = Project(tmp_path, SYNTHETIC)
+    project = Project(tmp_path, SYNTHETIC, cold=True)
     results = project.folder / "results"
     results.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o"]

@@ -273,7 +273,7 @@ def kill_all(process: Any) -> None:
 def test_killed_runs_end_with_the_digests_of_an_undisturbed_one(
     done: Project, tmp_path: Path
 ) -> None:
-    project = Project(tmp_path, SYNTHETIC)
+    project = Project(tmp_path, SYNTHETIC, cold=True)
     results = project.folder / "results"
     process = project.start("snakemake", "--cores", "2", "train")
     wait_for(lambda: list(results.glob("stores/synthetic/train.parts/*/*.partial/*/*.safetensors")))

@@ -125,7 +125,7 @@ def test_a_layer_the_model_does_not_have_stops_before_the_first_job(done: Projec
 
 
 def test_interrupting_leaves_nothing_half_written(done: Project, tmp_path: Path) -> None:
-    project = Project(tmp_path, PARAMS)
+    project = Project(tmp_path, PARAMS, cold=True)
     for name in GIVEN:
         (project.folder / name).symlink_to(done.folder / name)
     process = project.start("snakemake", "--cores", "2", "extract")

@@ -49,7 +49,7 @@ def test_windows_are_put_together_and_nothing_else_is_left(done: Project) -> Non
 def test_jobs_and_kills_change_no_digest(done: Project, tmp_path: Path) -> None:
     params = windowed()
     params["runtime"]["extraction_jobs"] = 2
-    project = Project(tmp_path, params)
+    project = Project(tmp_path, params, cold=True)
     for seconds in (9, 7):
         kill(project.start("snakemake", "--cores", "2", "extract"), seconds)
         project.run("snakemake", "--unlock")

@@ -10,6 +10,8 @@ import importlib
 import json
 import os
 import runpy
+import select
+import signal
 import socket
 import subprocess
 import sys
@@ -30,16 +32,20 @@ _MOST = 1 << 23
 """Bytes of a job's arguments and environment at most."""
 
 CLIENT = """#!{python} -IS
-import json, os, socket, sys
+import json, os, signal, socket, sys
 
 arguments = sys.argv[1:]
 if arguments[:2] != ["-m", "saeflow"]:
     os.execv({python!r}, [{python!r}, *arguments])
 job = {{"arguments": arguments[2:], "folder": os.getcwd(), "environment": dict(os.environ)}}
 message = json.dumps(job).encode()
+received, sent = os.pipe()
+for number in (signal.SIGINT, signal.SIGTERM):
+    if signal.getsignal(number) is not signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: os.write(sent, bytes([number])))
 with socket.socket(socket.AF_UNIX) as server:
     server.connect({address!r})
-    socket.send_fds(server, [len(message).to_bytes(8, "big")], [0, 1, 2])
+    socket.send_fds(server, [len(message).to_bytes(8, "big")], [0, 1, 2, received])
     server.sendall(message)
     code = server.recv(1)
 if not code:
@@ -62,44 +68,65 @@ def warm_python(environment: Mapping[str, str]) -> Iterator[Path]:
         client.chmod(0o755)
         code = "import sys; from saeflow.rehearsal.warm import serve; serve(sys.argv[1])"
         command = [sys.executable, "-c", code, str(address)]
-        with subprocess.Popen(command, env=dict(environment), stdout=subprocess.PIPE) as server:
+        with subprocess.Popen(
+            command,
+            env=dict(environment),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C reaches jobs through their clients
+        ) as server:
             try:
                 assert server.stdout is not None
                 if server.stdout.readline() != _READY:
-                    raise RuntimeError(
-                        "the process that runs the jobs of a rehearsal did not start"
-                    )
+                    raise RuntimeError("the process that runs jobs did not start")
                 yield client.parent
             finally:
                 server.terminate()
 
 
 def serve(address: str) -> None:
-    """Import what jobs need, then run each job that is asked for in a child."""
+    """Import what jobs need, then run each job that is asked for in a child, until standard input is closed."""
     for name in IMPORTED:
         importlib.import_module(name)
+    jobs: dict[int, int] = {}  # process of each job, by the pipe that its client holds open
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
         listening.listen(64)
         sys.stdout.buffer.write(_READY)
         sys.stdout.flush()
         while True:
-            connection, _ = listening.accept()
-            with contextlib.suppress(ChildProcessError):  # there is none
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
-            if os.fork() == 0:
-                listening.close()
-                _run(connection)
-            connection.close()
+            ready, _, _ = select.select([listening.fileno(), sys.stdin.fileno(), *jobs], [], [])
+            if sys.stdin.fileno() in ready:
+                return
+            for pipe in jobs.keys() & ready:
+                _follow(jobs, pipe)
+            if listening.fileno() in ready:
+                connection, _ = listening.accept()
+                head, streams, _, _ = socket.recv_fds(connection, 8, 4)
+                if len(streams) == 4:  # else its client has gone
+                    *streams, pipe = streams
+                    if (process := os.fork()) == 0:
+                        listening.close()
+                        _run(connection, int.from_bytes(head, "big"), streams)
+                    jobs[pipe] = process
+                for stream in streams:
+                    os.close(stream)
+                connection.close()
 
 
-def _run(connection: socket.socket) -> None:
-    """Be the job that a client asks for, and tell it the exit code."""
-    code = 1
+def _follow(jobs: dict[int, int], pipe: int) -> None:
+    """Give a job the signal that its client got; where the client has gone, end the job."""
+    number = os.read(pipe, 1)
+    os.kill(jobs[pipe], number[0] if number else signal.SIGKILL)
+    if not number:
+        os.waitpid(jobs.pop(pipe), 0)
+        os.close(pipe)
+
+
+def _run(connection: socket.socket, length: int, streams: list[int]) -> None:
+    """Be the job of a client whose message has `length` bytes, and tell it the exit code."""
+    code, message = 1, b""
     try:
-        head, streams, _, _ = socket.recv_fds(connection, 8, 3)
-        length, message = int.from_bytes(head, "big"), b""
         while len(message) < length <= _MOST and (part := connection.recv(length - len(message))):
             message += part
         job = json.loads(message)
