@@ -32,7 +32,7 @@ demo: setup
 	snakemake --cores $(CORES) all
 	@echo "The report: $(CURDIR)/results/report.html"
 
-# The demo with three seeds of every SAE: error bars on every point; about 26 minutes on 2 idle cores.
+# The demo with three seeds of every SAE: error bars on every point.
 full: setup
 	snakemake --cores $(CORES) all --config 'seeds=[0,1,2]'
 	@echo "The report: $(CURDIR)/results/report.html"

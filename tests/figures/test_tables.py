@@ -118,13 +118,15 @@ def test_what_is_wrong_with_a_table_is_said_in_one_line(tables: Path, tmp_path: 
             load_tables(tmp_path)
 
 
-def test_labels_name_sizes_and_seeds_only_where_there_are_several() -> None:
+def test_labels_name_entries_sizes_and_seeds_only_where_there_are_several() -> None:
     lines = [
-        ("soft-topk", "d64-k8", 64, 8, 0), ("soft-topk", "d128-k8", 128, 8, 0),
-        ("soft-topk", "d128-k8", 128, 8, 1), ("adaptive-k", "d64-k_max30", 64, None, 0),
+        ("soft_topk", "world-soft-topk", "d64-k8", 64, 8, 0), ("soft_topk", "world-soft-topk", "d128-k8", 128, 8, 0),
+        ("soft_topk", "world-soft-topk", "d128-k8", 128, 8, 1), ("adaptive_k", "adaptive-k", "d64-k_max30", 64, None, 0),
+        ("topk", "topk", "d64-k8", 64, 8, 0), ("topk", "world-wide", "d64-k8", 64, 8, 0),
     ]  # fmt: skip
-    rows = pd.DataFrame(lines, columns=["entry", "setting", "d_sae", "k", "seed"])
+    columns = ["variant", "entry", "setting", "d_sae", "k", "seed"]
+    rows = pd.DataFrame(lines, columns=columns).assign(source="world")
     assert entry_labels(rows) == [
-        "soft-topk, 64 latents, k = 8", "soft-topk, 128 latents, k = 8, seed 0",
-        "soft-topk, 128 latents, k = 8, seed 1", "adaptive-k, k_max = 30",
+        "SoftSAE, 64 latents, k = 8", "SoftSAE, 128 latents, k = 8, seed 0", "SoftSAE, 128 latents, k = 8, seed 1",
+        "AdaptiveK, k_max = 30", "TopK, k = 8", "TopK (wide), k = 8",
     ]  # fmt: skip

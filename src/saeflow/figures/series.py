@@ -66,10 +66,14 @@ def _own_name(row: pd.Series) -> str:
     return "" if name == variant else name.removeprefix(f"{variant}-")
 
 
+def _entry_name(row: pd.Series, chosen: style.Look, entries: int) -> str:
+    """Return the name of a look; where several entries have it, with what this entry's name adds to the variant's."""
+    own = _own_name(row) if entries > 1 else ""
+    return f"{chosen.label} ({own})" if own else chosen.label
+
+
 def _label(row: pd.Series, twins: list[pd.Series], chosen: style.Look) -> str:
-    parts = [chosen.label]
-    if _own_name(row) and len({twin["entry"] for twin in twins}) > 1:
-        parts = [f"{chosen.label} ({_own_name(row)})"]
+    parts = [_entry_name(row, chosen, len({twin["entry"] for twin in twins}))]
     if len({twin["d_sae"] for twin in twins}) > 1:
         parts.append(f"{row['d_sae']:g} latents")
     same = [
@@ -97,14 +101,21 @@ def each_setting(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def entry_labels(rows: pd.DataFrame) -> list[str]:
-    """A label for each row: its entry and setting; its size and seed too, where the entry or setting has several."""
+    """A label for each row: its variant and setting, and what tells it from the others: entry, size, seed."""
+    looks = [style.look(row["variant"], row["entry"]) for _, row in rows.iterrows()]
+    entries = {
+        look: {e for e, same in zip(rows["entry"], looks, strict=True) if same == look}
+        for look in looks
+    }
     sizes = rows.groupby("entry")["d_sae"].transform("nunique")
     has_seeds = rows.duplicated(["entry", "setting"], keep=False)
     labels = []
-    for (_, row), n_sizes, several in zip(rows.iterrows(), sizes, has_seeds, strict=True):
+    for (_, row), look, n_sizes, several in zip(
+        rows.iterrows(), looks, sizes, has_seeds, strict=True
+    ):
         size = f"{row['d_sae']:,.0f} latents" if n_sizes > 1 else ""
         seed = f"seed {row['seed']:g}" if several else ""
-        parts = [str(row["entry"]), size, setting_label(row), seed]
+        parts = [_entry_name(row, look, len(entries[look])), size, setting_label(row), seed]
         labels.append(", ".join(filter(None, parts)))
     return labels
 
