@@ -95,7 +95,9 @@ def test_an_entry_given_by_hand_has_the_defaults_of_a_parameter_file(
         ([], "--source: expected object, found []."),
     ],
 )  # fmt: skip
+@pytest.mark.parametrize("command", ["prepare", "fetch"])
 def test_a_mistake_in_an_entry_given_by_hand_is_one_line(
+    command: str,
     entry: Any,
     wrong: str,
     tmp_path: Path,
@@ -103,8 +105,33 @@ def test_a_mistake_in_an_entry_given_by_hand_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "by_hand"
-    command = ("prepare", "--source", json.dumps(entry), "--rows", '{"train": 256}')
-    assert run(monkeypatch, *command, "--folder", folder) == 2
+    rest = {"prepare": ("--rows", '{"train": 256}', "--folder"), "fetch": ("--out",)}[command]
+    assert run(monkeypatch, command, "--source", json.dumps(entry), *rest, folder) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {wrong}")
+    assert len(said.splitlines()) == 1
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (("fetch", "--source", json.dumps(SOURCE), "--out"), "--source: expected a source with a model, found synthetic."),
+        (("prepare", "--source", json.dumps(SOURCE), "--rows", '{"test": 9}', "--folder"), "--rows: unknown key test. Known keys: "),
+        (("prepare", "--source", json.dumps(SOURCE), "--rows", '{"train": "9x"}', "--folder"), "--rows.train: expected integer, found '9x'."),
+        (("prepare", "--source", json.dumps(SOURCE), "--rows", "{}", "--folder"), "--rows: "),
+        (("prepare", "--source", json.dumps(SOURCE), "--rows", "[]", "--folder"), "--rows: expected object, found []."),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_other_options_is_one_line(
+    arguments: tuple[str, ...],
+    wrong: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = tmp_path / "by_hand"
+    assert run(monkeypatch, *arguments, folder) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {wrong}")
     assert len(said.splitlines()) == 1
@@ -114,7 +141,7 @@ def test_a_mistake_in_an_entry_given_by_hand_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "missing"),
     [
-        (("fetch",), "--model, --out"),
+        (("fetch",), "--source, --out"),
         (("prepare", "--source", "{}", "--rows", "{}"), "--folder"),
         (("label", "--labelled", "{}", "--folder", "x"), "--out"),
         (("extract", "--threads", "1", "--out", "x", "--store", "{}"), "--source, --folder"),
