@@ -18,6 +18,8 @@ from saeflow.saes import SAE, build
 from .test_variants import CASES
 
 B, D_IN, D_SAE = 64, 4, 8192  # all else is small beside (B, D_SAE)
+INTERPRETED = 32, 2, 2048
+"""The same of the hot soft top-k, whose kernels Triton interprets."""
 
 
 class Held(TorchDispatchMode):
@@ -42,18 +44,18 @@ class Held(TorchDispatchMode):
         return out
 
 
-def peak(step: Callable[[], object]) -> float:
-    """Return the most that a step held at once of what it made, in float32 tensors (B, D_SAE)."""
+def peak(step: Callable[[], object], b: int = B, d_sae: int = D_SAE) -> float:
+    """Return the most that a step held at once of what it made, in float32 tensors (b, d_sae)."""
     with Held() as held:
         step()
-    return held.most / (B * D_SAE * 4)
+    return held.most / (b * d_sae * 4)
 
 
-def made(variant: str, position: float, **changes: Any) -> SAE:
+def made(variant: str, d_in: int, d_sae: int, position: float, **changes: Any) -> SAE:
     options = next(options for name, options in CASES.values() if name == variant)
-    sae = build(variant, D_IN, D_SAE, {**options, **changes}).train()
+    sae = build(variant, d_in, d_sae, {**options, **changes}).train()
     generator = torch.Generator().manual_seed(0)
-    sae.initialise(Batch.of(torch.randn(64, D_IN, generator=generator)), generator)
+    sae.initialise(Batch.of(torch.randn(64, d_in, generator=generator)), generator)
     sae.begin_step(round(position * 100), 100)
     return sae
 
@@ -76,13 +78,14 @@ def test_a_dense_step_holds_three_tensors_of_its_scores_size(
 ) -> None:
     monkeypatch.setattr(native, "is_on", False)
     monkeypatch.setattr(sparse, "is_padded", True)
-    monkeypatch.setitem(rows.BLOCK, "cpu", D_SAE)  # a row at a time
     variant, position, changes = DENSE[case]
+    b, d_in, d_sae = INTERPRETED if variant == "soft_topk" else (B, D_IN, D_SAE)
+    monkeypatch.setitem(rows.BLOCK, "cpu", d_sae)  # a row at a time
     if variant == "soft_topk":
         monkeypatch.setenv("TRITON_INTERPRET", "1")  # there is no plain form
-    sae = made(variant, position, **changes)
-    x = torch.randn(B, D_IN, generator=torch.Generator().manual_seed(1))
-    dead = torch.zeros(D_SAE, dtype=torch.bool)
+    sae = made(variant, d_in, d_sae, position, **changes)
+    x = torch.randn(b, d_in, generator=torch.Generator().manual_seed(1))
+    dead = torch.zeros(d_sae, dtype=torch.bool)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, precision == "bf16"):
@@ -94,7 +97,7 @@ def test_a_dense_step_holds_three_tensors_of_its_scores_size(
         sae.end_step(fwd)
 
     step()  # gradients and copies of weights are there from now on
-    held = peak(step)
+    held = peak(step, b, d_sae)
     # The gate's latents are decoded beside the others: two tensors and their gradients, and the scores.
     most = 5 if variant == "gated" else 3
     most = most / 2 if precision == "bf16" else most
