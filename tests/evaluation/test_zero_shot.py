@@ -99,7 +99,9 @@ def official(model: Any, pixels: Tensor, block: int, change: Any) -> Tensor:
     return found / found.norm(dim=1, keepdim=True)
 
 
-def plain_accuracies(folder: Path, sae: TopK, block: int) -> dict[tuple[str, str, int], float]:
+def plain_accuracies(
+    folder: Path, sae: TopK, block: int
+) -> dict[tuple[str, str, int], tuple[float, float]]:
     """Each protocol the slow way: image by image, one dense forward pass a setting."""
     model: Any = load_model(folder / "model", "cpu")
     preprocessing = load_preprocessing(folder / "model")
@@ -153,7 +155,9 @@ def plain_accuracies(folder: Path, sae: TopK, block: int) -> dict[tuple[str, str
                     image = official(model, pixels[None], block, lambda x, h=x_hat: h[None])[0]
                     right.setdefault(int(label), []).append(int((image @ text.T).argmax()) == label)
                 accuracy = float(np.mean([np.mean(held) for held in right.values()]))
-                results[protocol, concepts, n] = accuracy
+                sizes = [len(held) for held in top] if protocol == "paper" else [len(union)]
+                kept = np.mean(sizes) if concepts == "on" else D_SAE - np.mean(sizes)
+                results[protocol, concepts, n] = accuracy, float(kept)
     return results
 
 
@@ -162,16 +166,19 @@ def test_every_setting_is_what_a_plain_loop_finds(folder: Path, sae: TopK) -> No
     lines = found.tables["classification"]
     expected = plain_accuracies(folder, sae, 1)
     got = {
-        (line["protocol"], line["concepts"], line["n"]): line["accuracy"]
+        (line["protocol"], line["concepts"], line["n"]): (line["accuracy"], line["kept"])
         for line in lines
         if line["labels"] == "true" and line["n"] != "all"
     }
     assert got.keys() == expected.keys()
-    for key, value in expected.items():
-        assert got[key] == pytest.approx(value, abs=1.01 / 42), (
+    for key, (accuracy, kept) in expected.items():
+        assert got[key][0] == pytest.approx(accuracy, abs=1.01 / 42), (
             key
         )  # ties of float sums may turn one
-    assert np.mean([abs(got[key] - expected[key]) for key in got]) < 0.005
+        assert got[key][1] == pytest.approx(kept)
+    assert np.mean([abs(got[key][0] - expected[key][0]) for key in got]) < 0.005
+    (whole,) = (line for line in lines if line["n"] == "all")
+    assert whole["kept"] == D_SAE
 
 
 @pytest.mark.parametrize(

@@ -98,15 +98,24 @@ class Bench:
         shared = {"set": "shapes", "classes": 20, "images": 400, "clean_accuracy": 0.95}
         for n in (1, 5, 10, 50):
             for protocol in ("paper", "leak_free"):
+                kept = min(n * (11 if protocol == "leak_free" else 1), ids["d_sae"])
                 for labels, concepts in (("true", "on"), ("true", "off"), ("permuted", "on")):
                     known = {"protocol": protocol, "labels": labels, "concepts": concepts, "n": n}
                     accuracy = (
                         0.05 if labels == "permuted" else (1 - math.exp(-n / 9)) * 0.9 / quality
                     )
                     self.extra["classification"].append(
-                        {**ids, **shared, **known, "accuracy": accuracy / 1.2, "l0": n / 2}
+                        {
+                            **ids,
+                            **shared,
+                            **known,
+                            "accuracy": accuracy / 1.2,
+                            "kept": kept,
+                            "l0": n / 2,
+                        }
                     )
         whole = {"protocol": "all", "labels": "true", "concepts": "on", "n": "all", "accuracy": 0.7}
+        whole["kept"] = ids["d_sae"]
         self.extra["classification"].append({**ids, **shared, **whole})
         for image in range(40):
             varies = 0 if ids["variant"] == "topk" else image % 7

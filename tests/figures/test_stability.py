@@ -19,7 +19,7 @@ def test_every_setting_with_two_seeds_has_a_line(tables: Path) -> None:
     labels = [text.get_text() for ax in drawing.figure.axes for text in ax.get_yticklabels()]
     settings = loaded.stability[["source", "entry", "setting"]].drop_duplicates()
     assert len(labels) == len(settings) == 2 * 4 * 4
-    assert labels[:2] == ["relu, l1 = 0.1", "relu, l1 = 0.5"]
+    assert labels[:2] == ["ReLU, l1 = 0.1", "ReLU, l1 = 0.5"]
     points = [x for ax in drawing.figure.axes for line in ax.lines for x in line.get_xdata()]
     assert sorted(points) == pytest.approx(sorted(drawing.data["value"]))
 

@@ -223,6 +223,10 @@ TABLES: dict[str, Table] = {
             "concepts": _word("on: only the chosen concepts; off: all but these."),
             "n": _word("Number of most frequent concepts chosen for each class, or all."),
             "accuracy": _number("Accuracy, mean over classes.", "share"),
+            "kept": _number(
+                "Concepts that an image may use: under leak_free the union of all classes' choices, under paper those of its own class, mean "
+                "over classes.", label="concepts kept"
+            ),
             "l0": _number("Mean number of latents left on.", "per token", "L0"),
         },
     ),

@@ -112,7 +112,7 @@ class ZeroShot:
                 rows = sets.rows_of(parts)
                 flat = sae.forward(rows.reshape(-1, rows.shape[-1])).reshape(rows.shape)
                 whole.add(sets.embed_rows(parts, flat).cpu() @ text.t(), parts["labels"].cpu())
-            return [_line(shared, Setting("all", "true", "on", None), whole, None)]
+            return [_line(shared, Setting("all", "true", "on", None), whole)]
         with tempfile.TemporaryDirectory() as temporary:
             spool = Path(temporary)
             ranks = rank(sets, sae, name, n_classes, spool)
@@ -136,11 +136,13 @@ class ZeroShot:
                     x_hat = part if setting.concepts == "on" else full - part + nothing
                     scores[setting].add(self._scores(parts, x_hat, rows, text), own)
                     sizes[setting] += float(left.sum())
-        lines = [_line(shared, Setting("all", "true", "on", None), whole, None)]
+        lines = [_line(shared, Setting("all", "true", "on", None), whole, kept=ranks.d_sae)]
         n_tokens = known["test_images"] * tokens
-        lines += [
-            _line(shared, setting, scores[setting], sizes[setting] / n_tokens) for setting in found
-        ]
+        for setting, mask in found.items():
+            chosen = float(mask.sum(dim=1).float().mean())
+            left_on = chosen if setting.concepts == "on" else ranks.d_sae - chosen
+            l0 = sizes[setting] / n_tokens
+            lines.append(_line(shared, setting, scores[setting], kept=left_on, l0=l0))
         return lines
 
     def _scores(
@@ -182,7 +184,12 @@ class ZeroShot:
 
 
 def _line(
-    shared: Mapping[str, Any], setting: Setting, score: Accuracy, per_token: float | None
+    shared: Mapping[str, Any],
+    setting: Setting,
+    score: Accuracy,
+    *,
+    kept: float | None = None,
+    l0: float | None = None,
 ) -> dict[str, Any]:
     return {
         **shared,
@@ -191,7 +198,8 @@ def _line(
         "concepts": setting.concepts,
         "n": "all" if setting.n is None else setting.n,
         "accuracy": score.mean(),
-        "l0": per_token,
+        "kept": kept,
+        "l0": l0,
     }
 
 

@@ -1,18 +1,24 @@
-"""Zero-shot classification through an SAE's few most frequent concepts, bars per number of concepts."""
+"""Zero-shot classification through an SAE's few most frequent concepts, against how many concepts are left on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pandas as pd
 
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
 from saeflow.figures.figure import Drawing, Figure
 from saeflow.figures.needs import LABELLED
-from saeflow.figures.series import each_setting, series_of, setting_label
+from saeflow.figures.series import (
+    Places,
+    each_setting,
+    places_of,
+    series_of,
+    setting_label,
+    stroke,
+)
 from saeflow.tables import compare
 from saeflow.tables.load import Tables
 
@@ -26,16 +32,16 @@ PROTOCOLS = {
 }
 _PANEL_HEIGHT = 1.9  # inches; less where so many panels would not fit on a page
 _BELOW = 0.55  # inches, of the legend
+_FAINT = 0.5
 
 
 def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
-    """Accuracy with only the top n concepts left on, one row of panels per source and labelled set.
+    """Accuracy against the concepts left on, a point for each n of COUNTS; a row of panels per source and labelled set.
 
     Raises:
         UserError: no SAE was classified through.
     """
     from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
 
     rows = tables.classification[compare.is_sae(tables.classification)]
     rows = rows[(rows["concepts"] == "on")]
@@ -50,47 +56,46 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     figure = style.new_figure(style.TEXT_WIDTH, height * len(groups) + _BELOW)
     axes = figure.subplots(len(groups), 2, squeeze=False, sharex="col", sharey="row")
     legend: dict[str, Any] = {}
+    places = places_of(tables)
     for line, (key, held) in zip(axes, groups, strict=True):
-        series = _series(held)
+        series = _series(held, places)
         for ax, (protocol, title) in zip(line, PROTOCOLS.items(), strict=True):
-            for place, (label, color, own) in enumerate(series):
-                _bars(ax, own, color, protocol, place, len(series))
-                legend.setdefault(label, Patch(color=color))
+            for label, drawn, own in series:
+                legend.setdefault(label, _curve(ax, own, drawn, protocol))
             clean = held["clean_accuracy"].iloc[0]
             chance = 1 / held["classes"].iloc[0]
             ax.axhline(clean, color=style.INK, lw=0.8, ls="--")
             ax.axhline(chance, color=style.INK, lw=0.8, ls=":")
-            ax.set_xticks(range(len(COUNTS)), COUNTS)
+            ax.set_xscale("log")
             ax.set_ylim(0, 1)
-            ax.grid(True, axis="y")
+            ax.grid(True)
             ax.set_title(
                 f"{key[2]} ({title})" if len(groups) == 1 else f"{key[0]}, {key[2]} ({title})"
             )
         line[0].set_ylabel("accuracy")
     for ax in axes[-1]:
-        ax.set_xlabel("concepts left on (n)")
+        ax.set_xlabel("concepts kept")
     legend["the model as it is"] = Line2D([], [], color=style.INK, lw=0.8, ls="--")
     legend["chance"] = Line2D([], [], color=style.INK, lw=0.8, ls=":")
-    legend["permuted labels"] = Line2D([], [], color=style.INK, ls="none", marker="_", ms=5)
+    legend["permuted labels"] = Line2D([], [], color=style.INK, lw=0.6, alpha=_FAINT)
     figure.legend(legend.values(), legend, loc="outside lower center", ncols=4)
     sets = captions.listed(
         f"{key[2]} ({held['images'].iloc[0]:.0f} images of {held['classes'].iloc[0]:.0f} classes)"
         for key, held in groups
     )
     caption = (
-        f"Zero-shot accuracy, mean over classes, with only n concepts left on in every token: {sets}. "
-        "Leak-free: each class's n most frequent concepts are chosen on training images, and every image "
-        "keeps the union of all classes' choices. Paper: chosen on the classified images themselves "
-        "(activations above 0.2), and each image keeps those of its own true class. Horizontal ticks: the "
-        "same with permuted labels, where only a mask that gives the label away can be above chance. "
-        "all: the whole reconstruction. "
+        f"Zero-shot accuracy, mean over classes, with only a few concepts left on in every token: {sets}. Points from left to "
+        f"right: the n = {captions.listed(COUNTS[:-1])} most frequent concepts of each class, and all concepts. Leak-free: they are "
+        "chosen on training images, and every image keeps the union of all classes' choices. Paper: chosen on the classified images "
+        "themselves (activations above 0.2), and each image keeps those of its own true class. Faint: the same with permuted "
+        "labels, where only a mask that gives the label away can be above chance. "
         f"{captions.budget_sentence(tables.wide[tables.wide['run'].isin(rows['run'])])}"
     )
     return Drawing(figure, rows.reset_index(drop=True), caption)
 
 
-def _series(held: pd.DataFrame) -> list[tuple[str, Any, pd.DataFrame]]:
-    """Label, colour and rows of each setting; settings of one variant are shades of its colour."""
+def _series(held: pd.DataFrame, places: Places) -> list[tuple[str, dict[str, Any], pd.DataFrame]]:
+    """Label, stroke and rows of each setting; settings of one variant are shades of its colour."""
     found = [
         (one, len(settings), rows)
         for one in series_of(held)
@@ -103,28 +108,27 @@ def _series(held: pd.DataFrame) -> list[tuple[str, Any, pd.DataFrame]]:
         twins = [j for j, look in enumerate(looks) if look == one.look]
         color = style.shades(one.look.color, len(twins))[twins.index(i)]
         label = one.label + (f", {setting_label(rows.iloc[0])}" if count > 1 else "")
-        drawn.append((label, color, rows))
+        drawn.append((label, stroke(one, places) | {"color": color}, rows))
     return drawn
 
 
-def _bars(ax: Axes, rows: pd.DataFrame, color: Any, protocol: str, place: int, count: int) -> None:
-    width = 0.84 / count
-    offset = (place - (count - 1) / 2) * width
-    for x, n in enumerate(COUNTS):
-        own = rows[rows["n"] == n]
-        whole = own[own["protocol"] == "all"]
-        true = own[(own["protocol"] == protocol) & (own["labels"] == "true")]
-        values = (whole if n == "all" else true)["accuracy"].to_numpy()
-        if not len(values):
-            continue
-        ax.bar(x + offset, values.mean(), width * 0.92, color=color)
-        if len(values) > 1:
-            ax.errorbar(x + offset, values.mean(), np.std(values, ddof=1), color=style.INK, lw=0.7)
-        permuted = own[(own["protocol"] == protocol) & (own["labels"] == "permuted")]
-        if len(permuted):
-            ax.plot(
-                x + offset, permuted["accuracy"].mean(), color=style.INK, marker="_", ms=4, mew=0.8
-            )
+def _curve(ax: Axes, rows: pd.DataFrame, drawn: Mapping[str, Any], protocol: str) -> Any:
+    """Draw the means over seeds, with the standard deviation where there are several; return the curve."""
+    chosen = rows[rows["protocol"] == protocol]
+    true = pd.concat([chosen[chosen["labels"] == "true"], rows[rows["protocol"] == "all"]])
+    permuted = chosen[chosen["labels"] == "permuted"]
+    kept, accuracy, spread = _points(true)
+    (curve,) = ax.plot(kept, accuracy, **drawn)
+    ax.errorbar(kept, accuracy, spread, fmt="none", color=drawn["color"], capsize=1.4)
+    ax.plot(*_points(permuted)[:2], color=drawn["color"], lw=0.6, alpha=_FAINT, zorder=1)
+    return curve
+
+
+def _points(rows: pd.DataFrame) -> tuple[Any, Any, Any]:
+    """Concepts kept, accuracy and its spread over seeds, for each n in order."""
+    ordered = rows.assign(n=pd.Categorical(rows["n"], COUNTS))
+    by_n = ordered.groupby("n", observed=True)
+    return by_n["kept"].mean(), by_n["accuracy"].mean(), by_n["accuracy"].std()
 
 
 FIGURE = Figure(
