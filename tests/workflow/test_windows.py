@@ -78,7 +78,7 @@ def test_a_killed_stream_gives_the_saes_of_the_kept_windows(done: Project, tmp_p
     done.write(trained("all"))
     assert "extract_part" not in done.todo("train")  # the store is the one that is there
     done.snakemake("train")
-    project = Project(tmp_path, trained(2))
+    project = Project(tmp_path, trained(2), cold=True)
     folder = project.folder / "results/stores/synthetic"
     folder.mkdir(parents=True)
     watch = Watch(folder)
