@@ -7,7 +7,8 @@ Synthetic worlds of equal mean number of active features: constant in one and va
 row grows with its number; varying at norms that tell nothing of it on average (balanced) or at all (equal); and constant at norms
 that vary (rescaled). Every SAE is trained at several settings of its sparsity, with several seeds; the table shows the
 setting whose mean L0 is nearest to the true mean. `oracle` is TopK told each row's true number, in
-training and in use; `NAME-paper` has the weights of its paper, in the units of its paper; `shuffled k`,
+training and in use; `NAME-paper` has the weights of its paper, in the units of its paper; `topk-all` is HierarchicalTopK
+and `batch_topk-pool` Sampled-SAE; `shuffled k`,
 `k by norm` and `mean k` are the trained SAE with its own k permuted over the rows, handed out by the rank of their norms, or
 replaced by its mean. Written to
 benchmarks/results/truth.md, .csv, .svg and .png, or under another name.
@@ -139,7 +140,7 @@ class Oracle(TopK):
 
 
 def variant_of(name: str) -> str:
-    return "topk" if name == "oracle" else name.removesuffix("-paper")
+    return "topk" if name == "oracle" else name.partition("-")[0]
 
 
 def train_sae(data: Data, name: str, options: Mapping[str, Any], seed: int) -> SAE:
@@ -199,7 +200,7 @@ def measure(sae: SAE, data: Data, latents: Tensor, k_hat: Tensor | None) -> dict
     x = data.held_out[:, : data.d_in]
     rebuilt = Reconstruction(x.double().mean(0))
     rebuilt.add(x, sae.decode(latents))
-    recovery = Recovery(data.features, sae.directions())
+    recovery = Recovery(data.features, sae.directions(), is_signed=sae.is_signed)
     recovery.add(latents, data.true_indices, k_hat, x.double().norm(dim=1))
     metrics = {"fvu": rebuilt.metrics()["fvu"], **recovery.metrics()}
     return {**metrics, "l0_mean": float((latents != 0).sum(1).double().mean())}
@@ -270,7 +271,8 @@ def look_of(name: str) -> Look:
     if name == "oracle":
         return Look("Oracle k", "#222222", "d")
     known = look(variant_of(name))
-    return replace(known, label=f"{known.label}, paper") if name.endswith("-paper") else known
+    setting = name.partition("-")[2]
+    return replace(known, label=f"{known.label}, {setting}") if setting else known
 
 
 def draw_calibration(rows: pd.DataFrame, file: str) -> None:

@@ -51,6 +51,20 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
     "topk": [TOPK],
     "batch_topk": [BATCH_TOPK],
     "matryoshka": [{**BATCH_TOPK, "groups": {"fractions": [0.125, 0.25]}}],
+    "topk-all": [{**TOPK, "budgets": "all"}],
+    "batch_topk-pool": [{**BATCH_TOPK, "pool": 8.0}],
+    "abs_topk": [TOPK],
+    "top_afa": [
+        {"afa_weight": weight, "auxk_weight": 0.03125} for weight in (1 / 128, 1 / 32, 1 / 16, 0.25)
+    ],
+    "matching_pursuit": [
+        {
+            "residual_threshold": threshold,
+            "max_iterations": 3 * MEAN_L0,
+            "stop_on_duplicate_support": True,
+        }
+        for threshold in (1.5, 2.5, 3.5)
+    ],
     "relu": [{"l1": l1, "l1_schedule": WARM} for l1 in (3.0, 4.0)],
     "gated": [{"l1": l1, "l1_schedule": WARM} for l1 in (4.0, 6.0)],
     "p_anneal": [
@@ -114,6 +128,6 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
         }
     ],
 }
-"""Options by SAE, one or more settings each; `NAME-paper` is of the variant NAME."""
+"""Options by SAE, one or more settings each; `NAME-...` is of the variant NAME."""
 SCALES = {"soft_topk-paper": "unit", "adaptive_k-paper": "raw"}
 """Input scales that are not TRAINING's: those that the released code of a paper trains in."""

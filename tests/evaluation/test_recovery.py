@@ -57,6 +57,16 @@ def test_a_flipped_direction_counts_for_mcc_only() -> None:
     assert got["matched_feature_cosine"] == pytest.approx(0)
 
 
+def test_a_flipped_direction_of_a_signed_latent_is_found() -> None:
+    recovery = Recovery(torch.eye(3), -torch.eye(3)[[1, 2, 0]], is_signed=True)
+    got = recovery.metrics_of_dictionary()
+    assert got["matched_feature_cosine"] == got["features_found"] == 1
+    assert recovery.matching.latent.tolist() == [2, 0, 1]
+    directions = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
+    both = [Recovery(unit_rows(6, 5, 0), directions, is_signed=s).chance for s in (False, True)]
+    assert both[0] < both[1] < 1
+
+
 def test_half_a_dictionary_is_half_recovered() -> None:
     got = Recovery(torch.eye(4), torch.eye(4)[:2]).metrics_of_dictionary()
     assert got["matched_feature_cosine"] == pytest.approx(0.5)  # over the true features

@@ -2,7 +2,8 @@
 
 JOBS is a JSON list of {do, library, folder, ...}: `save` writes an SAE of random weights as the library does,
 with rows x and the library's own latents and reconstructions of them (expected.safetensors); `apply` loads one
-and writes what it makes of rows that are there (x.safetensors).
+and writes what it makes of rows that are there (x.safetensors); `encode` gives SAELens's SAE of a kind weights that are
+there (weights.safetensors) and writes the same.
 """
 
 import json
@@ -58,6 +59,21 @@ def dictionary_learning_sae(kind):
             return dictionary.JumpReluAutoEncoder(D_IN, D_SAE)
 
 
+def with_weights(kind, options, folder):
+    from sae_lens.saes.abstopk_sae import AbsTopKSAE, AbsTopKSAEConfig
+    from sae_lens.saes.matching_pursuit_sae import MatchingPursuitSAE, MatchingPursuitSAEConfig
+
+    made, config = {
+        "abs_topk": (AbsTopKSAE, AbsTopKSAEConfig),
+        "matching_pursuit": (MatchingPursuitSAE, MatchingPursuitSAEConfig),
+    }[kind]
+    sae = made(config(d_in=D_IN, d_sae=D_SAE, **options))
+    weights = load_file(folder / "weights.safetensors")
+    names = [name for name, _ in sae.named_parameters()]
+    sae.load_state_dict({name: weights[name] for name in names})
+    return sae
+
+
 def load(library, folder):
     if library == "saelens":
         from sae_lens import SAE
@@ -107,7 +123,10 @@ def main(jobs):
             x = torch.randn(ROWS, D_IN) * 2
         else:
             x = load_file(folder / "x.safetensors")["x"]
-        sae = load(job["library"], folder)
+        if job["do"] == "encode":
+            sae = with_weights(job["kind"], job["options"], folder)
+        else:
+            sae = load(job["library"], folder)
         latents = encode(sae, x)
         found = {"x": x, "latents": latents, "x_hat": sae.decode(latents)}
         save_file(

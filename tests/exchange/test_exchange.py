@@ -37,7 +37,7 @@ OURS: dict[str, dict[str, Any]] = {
     "gated": {"l1": 0.1, "l1_schedule": CONSTANT},
 }  # fmt: skip
 STATED = {
-    **OURS, "soft_topk": {"k": 5}, "adaptive_k": {"complexity": "scores", "k_min": 2, "k_max": 10},
+    **OURS, "abs_topk": {"k": 5}, "soft_topk": {"k": 5}, "adaptive_k": {"complexity": "scores", "k_min": 2, "k_max": 10},
     "entmax": {"alpha": 1.5},
 }  # fmt: skip
 THEIRS = {
@@ -109,6 +109,44 @@ def traded(foreign: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
     foreign(folder, jobs)
     return folder
+
+
+PURSUIT = {"residual_threshold": 2.0, "max_iterations": None, "stop_on_duplicate_support": True}
+ENCODERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "abs_topk": ("abs_topk", TOPK, {"k": 5, "rescale_acts_by_decoder_norm": False}),
+    "matching_pursuit": ("matching_pursuit", PURSUIT, PURSUIT),
+    "matching_pursuit that may repeat": (
+        "matching_pursuit",
+        PURSUIT | {"stop_on_duplicate_support": False, "max_iterations": 7},
+        PURSUIT | {"stop_on_duplicate_support": False, "max_iterations": 7},
+    ),
+    "matching_pursuit without a threshold": (
+        "matching_pursuit", PURSUIT | {"residual_threshold": 0.0}, PURSUIT | {"residual_threshold": 0.0},
+    ),
+}  # fmt: skip
+"""By case: variant, its options, and those of SAELens's SAE of the same name."""
+
+
+def test_encoders_of_saelens_give_the_latents_of_ours(foreign: Any, tmp_path: Path) -> None:
+    jobs, ours = [], {}
+    for seed, (case, (variant, options, theirs)) in enumerate(ENCODERS.items()):
+        torch.manual_seed(seed)
+        folder = tmp_path / case
+        folder.mkdir()
+        sae = ours[case] = build(variant, D_IN, D_SAE, options).eval()
+        with torch.no_grad():
+            for parameter in sae.parameters():
+                parameter.copy_(torch.randn_like(parameter) * 0.4)
+            sae.W_dec /= sae.W_dec.norm(dim=1, keepdim=True)
+        weights = {name: part.detach().contiguous() for name, part in sae.named_parameters()}
+        save_file(weights, folder / "weights.safetensors")
+        save_file({"x": rows()}, folder / "x.safetensors")
+        jobs.append({"do": "encode", "kind": variant, "options": theirs, "folder": folder})
+    foreign(tmp_path, jobs)
+    for case, sae in ours.items():
+        there = load_file(tmp_path / case / "expected.safetensors")
+        same(sae, there["latents"], there["x_hat"], there["x"])
+        assert len(set((there["latents"] != 0).sum(1).tolist())) > 1 or case == "abs_topk"
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -278,7 +316,7 @@ def test_every_variant_is_written_or_refused_in_one_line(
         assert list((tmp_path / "out").iterdir())
         return
     with pytest.raises(
-        UserError, match=r"found one that chooses its latents by input\. Take --library hub"
+        UserError, match=r"found one that chooses its latents otherwise\. Take --library hub"
     ):
         export_sae(tmp_path / "sae", library, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())

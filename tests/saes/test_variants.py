@@ -18,6 +18,7 @@ from saeflow.config.variants import with_defaults
 from saeflow.errors import UserError
 from saeflow.saes import SAE, VARIANTS, build, load, read_config, save
 from saeflow.saes.adaptive_k import AdaptiveK
+from saeflow.saes.top_afa import reaching
 
 D_IN, D_SAE, BATCH = 12, 40, 32
 CONSTANT = {"kind": "constant"}
@@ -40,6 +41,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "relu", {"l1": 0.3, "l1_schedule": CONSTANT, "loss": "norm_weighted", "initialisation": "unit"}
     ),
     "topk": ("topk", TOPK),
+    "abs_topk": ("abs_topk", TOPK),
+    "abs_topk-powers": ("abs_topk", {**TOPK, "budgets": "powers"}),
+    "topk-all": ("topk", {**TOPK, "budgets": "all"}),
+    "topk-powers": ("topk", {**TOPK, "budgets": "powers"}),
+    "batch_topk-pool": ("batch_topk", {**TOPK, "threshold_start_step": 0, "pool": 2.6}),
+    "top_afa": ("top_afa", {"afa_weight": 0.3, "auxk_weight": 1 / 32}),
+    "matching_pursuit": (
+        "matching_pursuit",
+        {"residual_threshold": 0.5, "max_iterations": 5, "stop_on_duplicate_support": True},
+    ),
+    "matching_pursuit-repeats": (
+        "matching_pursuit",
+        {"residual_threshold": 0.2, "max_iterations": 9, "stop_on_duplicate_support": False},
+    ),
     "batch_topk": ("batch_topk", {**TOPK, "threshold_start_step": 0}),
     "matryoshka": (
         "matryoshka",
@@ -117,11 +132,13 @@ def linear(x: Tensor, p: Named) -> Tensor:
     return (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
 
 
-def auxk(x: Tensor, x_hat: Tensor, pre_acts: Tensor, p: Named, dead: Tensor) -> Tensor:
+def auxk(
+    x: Tensor, x_hat: Tensor, pre_acts: Tensor, p: Named, dead: Tensor, *, is_signed: bool = False
+) -> Tensor:
     """The normalised error of the residual, from the largest dead pre-activations."""
-    of_dead = F.relu(pre_acts[:, dead])
-    chosen = of_dead.topk(D_IN // 2, dim=1)
-    rebuilt = torch.zeros_like(of_dead).scatter(1, chosen.indices, chosen.values)
+    of_dead = pre_acts[:, dead] if is_signed else F.relu(pre_acts[:, dead])
+    chosen = of_dead.abs().topk(D_IN // 2, dim=1).indices
+    rebuilt = torch.zeros_like(of_dead).scatter(1, chosen, of_dead.gather(1, chosen))
     fixed = (x - x_hat).detach()
     error = (fixed - rebuilt @ p["W_dec"][dead]).square().sum()
     return error / (fixed - fixed.mean(0)).square().sum()
@@ -193,10 +210,59 @@ def plain_p_anneal(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
     return squared(x, latents @ p["W_dec"] + p["b_dec"]) + 0.3 * penalty
 
 
+BUDGETS = {"k": [5], "all": [1, 2, 3, 4, 5], "powers": [1, 2, 4, 5]}
+
+
 def plain_topk(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
     pre_acts = linear(x, p)
-    mask = largest(pre_acts, torch.full((len(x),), 5))
-    return with_auxk(x, F.relu(pre_acts) * mask, pre_acts, p, dead)
+    errors = []
+    for budget in BUDGETS[options.get("budgets", "k")]:
+        latents = F.relu(pre_acts) * largest(pre_acts, torch.full((len(x),), budget))
+        x_hat = latents @ p["W_dec"] + p["b_dec"]
+        errors.append(squared(x, x_hat))
+    return sum(errors) / len(errors) + auxk(x, x_hat, pre_acts, p, dead) / 32
+
+
+def plain_abs_topk(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
+    pre_acts = linear(x, p)
+    errors = []
+    for budget in BUDGETS[options.get("budgets", "k")]:
+        latents = pre_acts * largest(pre_acts.abs(), torch.full((len(x),), budget))
+        x_hat = latents @ p["W_dec"] + p["b_dec"]
+        errors.append(squared(x, x_hat))
+    error = sum(errors) / len(errors)
+    return error + auxk(x, x_hat, pre_acts, p, dead, is_signed=True) / 32
+
+
+def plain_top_afa(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
+    """Every k is tried in turn."""
+    pre_acts = linear(x, p)
+    v = F.relu(pre_acts)
+    lengths = [(v * largest(v, torch.full((len(x),), k))).norm(dim=1) for k in range(1, D_SAE + 1)]
+    away = (torch.stack(lengths).detach() - (x - p["b_dec"]).norm(dim=1).detach()).abs()
+    best = torch.tensor([int(np.flatnonzero(a <= a.min() + 1e-9)[0]) + 1 for a in away.T.numpy()])
+    latents = v * largest(v, best)
+    x_hat = latents @ p["W_dec"] + p["b_dec"]
+    afa = (latents.norm(dim=1) - x.norm(dim=1)).square().mean()
+    error = (x - x_hat).square().mean()
+    return error + 0.3 * afa + auxk(x, x_hat, pre_acts, p, dead) / 32
+
+
+def plain_matching_pursuit(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
+    """One row after the other, with plain autograd through all steps."""
+    x_hats = []
+    for row in x - p["b_dec"]:
+        left, seen = row, set()
+        for _ in range(options["max_iterations"]):
+            with torch.no_grad():
+                pick = int((p["W_dec"] @ left).argmax())
+            left = left - F.relu(left @ p["W_dec"][pick]) * p["W_dec"][pick]
+            is_repeat = pick in seen and options["stop_on_duplicate_support"]
+            if is_repeat or float(left.detach().norm()) < options["residual_threshold"]:
+                break
+            seen.add(pick)
+        x_hats.append(row - left + p["b_dec"])
+    return squared(x, torch.stack(x_hats))
 
 
 def batch_mask(pre_acts: Tensor) -> Tensor:
@@ -205,7 +271,12 @@ def batch_mask(pre_acts: Tensor) -> Tensor:
 
 def plain_batch_topk(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
     pre_acts = linear(x, p)
-    return with_auxk(x, F.relu(pre_acts) * batch_mask(pre_acts), pre_acts, p, dead)
+    if options.get("pool") is None:
+        return with_auxk(x, F.relu(pre_acts) * batch_mask(pre_acts), pre_acts, p, dead)
+    norms = F.relu(pre_acts).norm(dim=0)  # 13 = 2.6 * 5 latents have the largest
+    pool = (norms >= norms.sort().values[-13]).double()
+    mask = batch_mask(pre_acts - 1e9 * (1 - pool).detach())
+    return with_auxk(x, F.relu(pre_acts) * mask, pre_acts, p, dead)
 
 
 def plain_matryoshka(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
@@ -307,16 +378,19 @@ def plain_attention(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
 
 
 PLAIN_LOSS = {
+    "abs_topk": plain_abs_topk,
     "adaptive_k": plain_adaptive_k,
     "batch_topk": plain_batch_topk,
     "entmax": plain_attention,
     "gated": plain_gated,
     "jumprelu": plain_jumprelu,
+    "matching_pursuit": plain_matching_pursuit,
     "matryoshka": plain_matryoshka,
     "p_anneal": plain_p_anneal,
     "relu": plain_relu,
     "soft_topk": plain_soft_topk,
     "sparsemax": plain_attention,
+    "top_afa": plain_top_afa,
     "topk": plain_topk,
 }
 
@@ -378,7 +452,7 @@ class TestEveryVariant:
         sae = build(variant, D_IN, D_SAE, options)
         sae.initialise(Batch.of(x), torch.Generator().manual_seed(0))
         torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
-        if options.get("architecture") == "shared":
+        if sae.W_enc is None:
             assert torch.equal(sae.directions(), sae.W_dec)
             return
         assert torch.equal(sae.W_enc, sae.W_dec.t())
@@ -508,16 +582,19 @@ class TestEveryVariant:
 @pytest.mark.parametrize(
     ("variant", "stated"),
     [
+        ("abs_topk", {"k": 5}),
         ("adaptive_k", {"complexity": "labels", "k_max": 30}),
         ("batch_topk", {"k": 5}),
         ("entmax", {"alpha": 1.5}),
         ("gated", {"l1": 0.3}),
         ("jumprelu", {"l0_weight": 0.3}),
+        ("matching_pursuit", {}),
         ("matryoshka", {"k": 5}),
         ("p_anneal", {"l1": 0.3, "anneal_start": 0.1}),
         ("relu", {"l1": 0.3}),
         ("soft_topk", {"k": 5, "k_max": 10}),
         ("sparsemax", {}),
+        ("top_afa", {}),
         ("topk", {"k": 5}),
     ],
 )
@@ -551,6 +628,43 @@ def test_a_k_that_is_not_whole_is_refused() -> None:
 def test_an_unknown_variant_is_refused() -> None:
     with pytest.raises(UserError, match="topq"):
         build("topq", D_IN, D_SAE, {})
+
+
+def test_abs_topk_keeps_the_k_of_largest_size_with_their_signs(x: Tensor) -> None:
+    sae = make("abs_topk", x)
+    arrays = {name: p.detach().numpy().astype(np.float64) for name, p in sae.named_parameters()}
+    scores = (x.numpy() - arrays["b_dec"]) @ arrays["W_enc"] + arrays["b_enc"]
+    latents = sae.encode(x).detach().numpy()
+    for row, found in zip(scores, latents, strict=True):
+        order = np.argsort(-np.abs(row), kind="stable")[:5]
+        assert set(np.flatnonzero(found)) == set(order)
+        np.testing.assert_allclose(found[order], row[order], rtol=1e-4, atol=1e-5)
+    assert (latents < 0).any()
+
+
+def test_the_k_of_top_afa_is_nearest_to_the_norm_of_the_input(x: Tensor) -> None:
+    sae = make("top_afa", x).eval()
+    positive = encode_by_hand(sae, x)
+    norms = np.linalg.norm(x.numpy() - sae.b_dec.detach().numpy(), axis=1)
+    k = sae.allowed_k(x)
+    assert k is not None
+    assert len(set(k.tolist())) > 3
+    for row, norm, found, latents in zip(positive, norms, k.tolist(), sae.encode(x), strict=True):
+        lengths = np.sqrt(np.cumsum(np.sort(row)[::-1] ** 2))
+        away = np.abs(lengths - norm)
+        assert away[found - 1] <= away.min() + 1e-5
+        assert int((latents != 0).sum()) == min(found, int((row > 0).sum()))
+
+
+def test_top_afa_has_at_least_one_latent_and_the_fewest_of_equal_ones() -> None:
+    active = torch.tensor([[3.0, 4.0, 0.0, 0.0], [3.0, 4.0, 0.0, 12.0], [0.0, 0.0, 0.0, 0.0]])
+    chosen = reaching(active, torch.tensor([5.1, 0.0, 1.0]))
+    expected = [
+        [True, True, False, False],
+        [False, False, False, True],
+        [True, False, False, False],
+    ]
+    assert chosen.tolist() == expected
 
 
 def encode_by_hand(sae: SAE, x: Tensor) -> np.ndarray:

@@ -23,6 +23,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "form": "per_token", "complexity": "labels", "k_min": 2, "k_max": 20, "steepness": 6.0,
         "phase_ratio": 0.9, "probe_weight": 0.05, "l1": 0.005, "alpha": None, "auxk_weight": 1 / 32,
     },
+    "abs_topk": {"k": 3, "k_schedule": CONSTANT, "auxk_weight": 1 / 32},
+    "top_afa": {"afa_weight": 1 / 32, "auxk_weight": 1 / 32},
     "topk": {
         "k": 3,
         "k_schedule": {"kind": "linear", "from": 12, "until": 0.3},
@@ -37,6 +39,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "l0_weight": 1.0, "l0_schedule": WARM, "target_l0": 3.0,
         "target_schedule": {"kind": "linear", "from": 12, "until": 0.3}, "threshold": 0.3,
         "bandwidth": 0.5,
+    },
+    "matching_pursuit": {
+        "residual_threshold": 0.8, "max_iterations": 6, "stop_on_duplicate_support": True
     },
     "matryoshka": {
         "k": 3, "k_schedule": CONSTANT, "auxk_weight": 1 / 32, "threshold_start_step": 5,

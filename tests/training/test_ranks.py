@@ -15,7 +15,7 @@ from .conftest import OPTIONS, Samples
 from .on_ranks import BREAKS_AT, EVERY_STEP, QUIET, acting_as_gpu, breaks, setting
 
 SPLITS = ("batch", "latents")
-UNDIVIDED = ("soft_topk", "sparsemax", "entmax")
+UNDIVIDED = ("top_afa", "matching_pursuit", "soft_topk", "sparsemax", "entmax")
 FIRST_STEPS = 10
 
 

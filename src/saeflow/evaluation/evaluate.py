@@ -14,6 +14,7 @@ from saeflow.evaluation.baselines import baselines
 from saeflow.evaluation.by_dimension import PerRow
 from saeflow.evaluation.contexts import ContextMeans
 from saeflow.evaluation.controls import Controls
+from saeflow.evaluation.decoder_projection import DecoderProjection
 from saeflow.evaluation.dimension import DIMENSIONS
 from saeflow.evaluation.images import PerGroup, PerImage, write_cards
 from saeflow.evaluation.intervals import UNIT, PerUnit, interval_lines
@@ -44,12 +45,14 @@ def observers(setup: Setup, sae: Any, *, is_trained: bool) -> list[Observer]:
     rows, settings = setup.rows, setup.settings
     found: list[Observer] = []
     if is_trained and (features := setup.inputs.true_features) is not None:
-        found.append(Recovery(torch.from_numpy(features), sae.directions()))
+        found.append(
+            Recovery(torch.from_numpy(features), sae.directions(), is_signed=sae.is_signed)
+        )
     if groups := setup.inputs.row_groups:
         means = {name: rows.at(positions).statistics for name, positions in groups.items()}
         found.append(PerGroup(groups, means))
     if is_trained:
-        found.append(_per_context(setup))
+        found += [_per_context(setup), DecoderProjection(sae, rows.statistics.rows)]
     if (bootstrap := settings.get("bootstrap")) is not None:
         per_unit = PerUnit(setup.inputs.units("evaluation"), bootstrap)
         found += [per_unit, Controls(sae, rows, per_unit, bootstrap)]

@@ -73,16 +73,19 @@ class Recovery:
     Args:
         features: (n_features, d_in) true dictionary.
         directions: (d_sae, d_in) decoder of the SAE.
+        is_signed: whether latents may be negative, so that one stands for a direction and its opposite: then signs
+            of cosines do not count.
     """
 
-    def __init__(self, features: Tensor, directions: Tensor) -> None:
+    def __init__(self, features: Tensor, directions: Tensor, *, is_signed: bool = False) -> None:
         similarity = cosines(features, directions)
-        self.matching = match(similarity)
         absolute = match(np.abs(similarity))
+        self.matching = absolute if is_signed else match(similarity)
         self.mcc = float(absolute.cosine.sum() / min(similarity.shape))
         generator = torch.Generator().manual_seed(_CHANCE_SEED)
         random = torch.randn(directions.shape, generator=generator, dtype=torch.float64)
-        self.chance = float(match(cosines(features, random)).cosine.mean())
+        by_chance = cosines(features, random)
+        self.chance = float(match(np.abs(by_chance) if is_signed else by_chance).cosine.mean())
         self.rows = self.hits = self.fired = self.present = 0
         self.l0_pairs: Counter[tuple[int, int]] = Counter()
         self.k_pairs: Counter[tuple[int, int]] = Counter()

@@ -101,7 +101,7 @@ def plain_of(sae: SAE) -> Plain:
     """
     with torch.no_grad():
         match sae:
-            case TopK():
+            case TopK() if not sae.is_signed:
                 return Plain("topk", **affine(sae), k=int(sae.k))
             case BatchTopK():
                 threshold = sae.threshold.cpu().expand(sae.d_sae).clone()
@@ -115,7 +115,7 @@ def plain_of(sae: SAE) -> Plain:
                 return Plain("relu", **affine(sae))
     raise UserError(
         f"{type(sae).__name__}: expected a variant that other libraries know (relu, p_anneal, topk, batch_topk, "
-        "matryoshka, jumprelu, gated), found one that chooses its latents by input. Take --library hub, which holds "
+        "matryoshka, jumprelu, gated), found one that chooses its latents otherwise. Take --library hub, which holds "
         "any variant, or for soft_topk and adaptive_k give --store to calibrate a threshold on."
     )
 

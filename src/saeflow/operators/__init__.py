@@ -5,6 +5,7 @@ from saeflow.operators.batch_topk import batch_topk, batch_topk_sparse
 from saeflow.operators.entmax import entmax, entmax_of, entmax_sparse
 from saeflow.operators.geometric_median import geometric_median
 from saeflow.operators.jumprelu import jumprelu, step
+from saeflow.operators.matching_pursuit import matching_pursuit
 from saeflow.operators.pre_acts import lowered, perceptron, pre_acts, rounding
 from saeflow.operators.products import (
     decode_columns,
@@ -37,6 +38,7 @@ __all__ = [
     "keep_largest",
     "keep_topk",
     "lowered",
+    "matching_pursuit",
     "perceptron",
     "pre_acts",
     "residual_share",

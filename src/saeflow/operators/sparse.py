@@ -76,13 +76,20 @@ class SparseLatents:
         return offsets, torch.empty(count, dtype=torch.int64), torch.empty(count)
 
     @staticmethod
-    def from_mask(values: Tensor, mask: Tensor) -> "SparseLatents":
-        """Entries of values (B, d_sae) where the mask (B, d_sae) is true, differentiable."""
+    def from_mask(values: Tensor, mask: Tensor, most: int | None = None) -> "SparseLatents":
+        """Entries of values (B, d_sae) where the mask (B, d_sae) is true, differentiable.
+
+        Args:
+            most: see `room`; then the values are constants.
+        """
         if values.ndim != 2 or mask.shape != values.shape or mask.dtype != torch.bool:
             raise ValueError(
                 f"expected values (B, d_sae) and a bool mask of that shape, got "
                 f"{tuple(values.shape)} and {mask.dtype} {tuple(mask.shape)}"
             )
+        if (capacity := room(values, most)) is not None:
+            spare = spare_for(len(values))
+            return SparseLatents.of(Lists.from_mask(values, mask, capacity, spare))
         flat = positions(mask)
         return SparseLatents.from_positions(flat, values.reshape(-1)[flat], *values.shape)
 
@@ -228,6 +235,10 @@ class SparseLatents:
             return self.with_values(matrix.reshape(-1)[self.flat])
         return self.with_values(self.values.to(matrix.dtype))
 
+    def at(self, matrix: Tensor) -> "SparseLatents":
+        """The same entries with the values that a matrix (B, d_sae) has there, without gradient."""
+        return self.with_values(matrix.detach().reshape(-1)[self.flat].to(self.values.dtype))
+
     def map_rows(self, operator: Callable[[Tensor], Tensor]) -> "SparseLatents":
         """Apply a row operator that gives absent entries (-inf) the value 0, such as sparsemax.
 
@@ -282,6 +293,13 @@ class SparseLatents:
     def total(self, numbers: Tensor) -> Tensor:
         """Return the sum of a number (count,) for each entry."""
         return (numbers if self.lists is None else numbers.where(self.is_real, 0)).sum()
+
+    def row_sums(self, numbers: Tensor) -> Tensor:
+        """Return the sum (B,) over each row of a number (count,) for each entry, with gradient."""
+        if self.lists is None:
+            return numbers.new_zeros(len(self)).index_add(0, self.rows, numbers)
+        real = numbers.where(self.is_real, 0).view_as(self.lists.columns)
+        return self.lists.of_rows(real.sum(1))
 
     def cut_rows(self) -> Tensor:
         """() int64: rows that have more entries than their room, and lost some."""

@@ -155,13 +155,14 @@ class SAE(Usable):
                 acts = self.gather_columns(fwd, columns)
             else:
                 acts = fwd.pre_acts.index_select(1, columns)
-            active = acts.relu()
+            sizes = self.ranked(acts).relu()
             if len(columns) > k_aux:
-                active = keep_topk(active, k_aux)
-            e_hat = active @ self.W_dec.index_select(0, columns)
+                sizes = keep_topk(sizes, k_aux)
+            e_hat = self.with_signs(sizes, acts) @ self.W_dec.index_select(0, columns)
         else:
-            chosen = select_auxk(fwd.pre_acts.detach(), dead, k_aux)
+            chosen = select_auxk(self.ranked(fwd.pre_acts.detach()), dead, k_aux)
             chosen = self.largest_of_rows(chosen, k_aux)
+            chosen = chosen.at(fwd.pre_acts) if self.is_signed else chosen
             chosen = (
                 self.gather(fwd.x, chosen, fwd.is_rounded)
                 if fwd.is_sparse
@@ -179,20 +180,32 @@ class SAE(Usable):
         fwd.dead = number.where(number > count, 0)
         if 2 * count > self.d_sae:
             fwd.dead = number.new_zeros(())  # lists have room for the chosen ones of any number
-            chosen = select_auxk(fwd.pre_acts.detach(), dead, k_aux, k_aux)
+            chosen = select_auxk(self.ranked(fwd.pre_acts.detach()), dead, k_aux, k_aux)
+            chosen = chosen.at(fwd.pre_acts) if self.is_signed else chosen
             beside = fwd.selected if isinstance(fwd.selected, SparseLatents) else None
             chosen = self.gather(fwd.x, chosen, fwd.is_rounded, beside)
-            e_hat = decode_sparse(chosen.relu(), self.W_dec)
+            chosen = chosen if self.is_signed else chosen.relu()
+            e_hat = decode_sparse(chosen, self.W_dec)
         else:
             if count == 0:
                 return self.W_dec.new_zeros(())
             columns = first_of(dead, count)
-            active = self.gather_columns(fwd, columns).where(dead[columns], 0).relu()
+            acts = self.gather_columns(fwd, columns).where(dead[columns], 0)
+            sizes = self.ranked(acts).relu()
             if count > k_aux:
-                active = keep_largest(active, k_aux)
+                sizes = keep_largest(sizes, k_aux)
+            active = self.with_signs(sizes, acts)
             e_hat = decode_columns(active, self.W_dec, columns, is_rounded=fwd.is_rounded)
         share = residual_share(fwd.residual, e_hat, self.sum_over_rows)
         return share.where(dead.any(), 0)
+
+    def ranked(self, acts: Tensor) -> Tensor:
+        """Return what AuxK ranks pre-activations by; those that are not above 0 reconstruct nothing."""
+        return acts.abs() if self.is_signed else acts
+
+    def with_signs(self, sizes: Tensor, acts: Tensor) -> Tensor:
+        """Return sizes of pre-activations with the signs that these have."""
+        return sizes * acts.detach().sign() if self.is_signed else sizes
 
     @torch.no_grad()
     def project_grad(self) -> None:

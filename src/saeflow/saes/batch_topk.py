@@ -12,14 +12,14 @@ from saeflow.operators import SparseLatents, batch_topk, batch_topk_sparse
 from saeflow.saes.base import SAE
 from saeflow.saes.forward import Forward
 from saeflow.saes.schedules import Moving, make_schedule
-from saeflow.saes.topk import TopKOptions
+from saeflow.saes.topk import KOptions, ranks_of
 
 MOST = 2  # times k, latents of one input: a GPU makes room for these, and for rows with more some spare
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchTopKOptions(TopKOptions):
-    """Options of `batch_topk`: those of `topk`, with k the mean over a batch, and of the threshold in use."""
+class BatchTopKOptions(KOptions):
+    """Options of `batch_topk`: k, which is the mean over a batch, and those of the threshold in use."""
 
     threshold_start_step: int = option(
         "Step from which batches count for the threshold in use.", default=1000, unit="steps", low=0
@@ -28,6 +28,13 @@ class BatchTopKOptions(TopKOptions):
         "Start of the running mean behind the threshold: unbiased weighs its batches alike while they are few; "
         "first_batch takes the first batch's minimum and moves from it as slowly as later (dictionary_learning).",
         default="unbiased",
+    )
+    pool: float | None = option(
+        "Times k latents that a batch of training may use, those of largest norm over the batch (Sampled-SAE, "
+        "arXiv:2508.21324, scored by the L2 norm); null for all.",
+        default=None,
+        low=1,
+        high=1e9,
     )
 
 
@@ -56,6 +63,8 @@ class BatchTopK(SAE):
         self.threshold_start_step = options.threshold_start_step
         self.threshold_start = options.threshold_start
         self.threshold_decay = 0.999
+        self.pool = options.pool
+        self.divides_latents = self.pool is None  # else the largest of all norms are needed
         self.register_buffer("threshold", torch.zeros(()))
         self.register_buffer("threshold_weight", torch.zeros(()))
 
@@ -75,8 +84,20 @@ class BatchTopK(SAE):
 
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         if self.training:
-            return batch_topk(pre_acts.relu(), self.k)
+            return batch_topk(self.pooled(pre_acts, 0.0).relu(), self.k)
         return pre_acts * (pre_acts > self.threshold)
+
+    def pooled(self, pre_acts: Tensor, left_out: float) -> Tensor:
+        """Return pre-activations (B, d_sae) with a number in the place of those of latents that are not in the pool."""
+        if self.pool is None:
+            return pre_acts
+        with torch.no_grad():
+            active = pre_acts.to(self.W_dec.dtype).relu()
+            squares = self.sum_over_rows(active.square().sum(0))
+            size = self.moved("k", torch.float64) * self.pool
+            places = ranks_of(squares[None])[0]
+            is_out = places >= size.round() if isinstance(size, Tensor) else places >= round(size)
+        return pre_acts.masked_fill(is_out, left_out)
 
     @property
     def reads_margin(self) -> bool:
@@ -87,7 +108,7 @@ class BatchTopK(SAE):
     ) -> SparseLatents:
         if self.training:
             k = self.share_of_batch(self.moved("k", torch.float64))
-            chosen = batch_topk_sparse(pre_acts, k, self.room)
+            chosen = batch_topk_sparse(self.pooled(pre_acts, -torch.inf), k, self.room)
             return self.largest_of_batch(chosen, self.k)
         return SparseLatents.from_above(pre_acts, self.threshold, self.room)
 

@@ -59,6 +59,7 @@ class Contract(Totals):
     of_latents: tuple[str, ...] = ("W_enc", "b_enc", "W_dec")
     """Parameters and buffers with an entry for each latent, along the last dimension of `W_enc` and the
     first of the others."""
+    is_signed = False  # whether latents may be negative; AuxK then chooses by size and keeps signs
     divides_latents = True  # whether its latents may be divided among ranks
     takes_own_targets = True
     """Targets may be other than inputs: `W_enc` alone reads inputs, so that `fold` can change their units."""
@@ -100,7 +101,7 @@ class Contract(Totals):
     # The nonlinearity.
 
     def condition(self, x: Tensor) -> Tensor | None:
-        """(B,) what the variant decides from each input, with gradient."""
+        """(B,) what the variant decides from each input, with gradient; (B, d_in) where `activate` reads it whole."""
         return None
 
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:

@@ -28,7 +28,7 @@ class Forward:
 
     Attributes:
         batch: inputs (B, d_in) and targets (B, d_out), scaled.
-        condition: (B,) what the variant decides from each input.
+        condition: (B,) what the variant decides from each input, see `Contract.condition`.
         pre_acts: (B, d_sae); without gradient on the sparse path.
         selected: (B, d_sae) pre-activations with gradient: the selected ones, on the dense path all.
         latents: (B, d_sae).

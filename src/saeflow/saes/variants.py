@@ -4,30 +4,36 @@ from collections.abc import Mapping
 from typing import Any
 
 from saeflow.errors import UserError
+from saeflow.saes.abs_topk import AbsTopK
 from saeflow.saes.adaptive_k import AdaptiveK
 from saeflow.saes.base import SAE
 from saeflow.saes.batch_topk import BatchTopK
 from saeflow.saes.entmax import Entmax
 from saeflow.saes.gated import Gated
 from saeflow.saes.jumprelu import JumpReLU
+from saeflow.saes.matching_pursuit import MatchingPursuit
 from saeflow.saes.matryoshka import Matryoshka
 from saeflow.saes.p_anneal import PAnneal
 from saeflow.saes.relu import ReLU
 from saeflow.saes.soft_topk import SoftTopK
 from saeflow.saes.sparsemax import Sparsemax
+from saeflow.saes.top_afa import TopAFA
 from saeflow.saes.topk import TopK
 
 VARIANTS: dict[str, type[SAE]] = {
+    "abs_topk": AbsTopK,
     "adaptive_k": AdaptiveK,
     "batch_topk": BatchTopK,
     "entmax": Entmax,
     "gated": Gated,
     "jumprelu": JumpReLU,
+    "matching_pursuit": MatchingPursuit,
     "matryoshka": Matryoshka,
     "p_anneal": PAnneal,
     "relu": ReLU,
     "soft_topk": SoftTopK,
     "sparsemax": Sparsemax,
+    "top_afa": TopAFA,
     "topk": TopK,
 }
 """`saeflow.config.variants` reads this table without importing it: the options of NAME are NAMEOptions of the same file."""

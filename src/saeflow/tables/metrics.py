@@ -175,6 +175,15 @@ METRICS: dict[str, Metric] = {
         label="dense", definition="Share of the latents that fire on more than 10 % of the evaluated rows.", unit="%",
         axis="dense latents (share)", bounds=_SHARE, better="lower", summary="mean", printed=True, percent=True,
     ),
+    "decoder_projection": Metric(
+        label="decoder projection",
+        definition=(
+            "The value that d_sae / 4 projections (x - b_dec) . d per row exceed, d the decoder's directions with length 1, over "
+            "at most 4096 evenly spaced rows, divided by the root mean of |x - m|^2. Of SAEs of one size that differ in L0, the "
+            "one of least projection has the right L0, by this proxy; absent where fewer are positive."
+        ),
+        source="Chanin & Garriga-Alonso 2025, arXiv 2508.16560", bounds=_POSITIVE, better="lower", summary="mean",
+    ),
     "ce_clean": Metric(
         label="clean CE", definition="Mean cross-entropy of the next token, the model as it is.", unit=_PER_TOKEN,
         bounds=_POSITIVE, summary="mean",

@@ -15,7 +15,8 @@ RANDOM_DECODER = "random-decoder"
 _LABELS = {
     "relu": "ReLU", "gated": "Gated", "jumprelu": "JumpReLU", "p_anneal": "P-anneal", "topk": "TopK",
     "batch_topk": "BatchTopK", "matryoshka": "Matryoshka", "soft_topk": "SoftSAE", "adaptive_k": "AdaptiveK",
-    "sparsemax": "Sparsemax", "entmax": "Entmax", RANDOM_DECODER: "Random decoder", "pca": "PCA", "mean": "Mean",
+    "sparsemax": "Sparsemax", "entmax": "Entmax", "top_afa": "Top-AFA", "abs_topk": "AbsTopK",
+    "matching_pursuit": "Matching pursuit", RANDOM_DECODER: "Random decoder", "pca": "PCA", "mean": "Mean",
     "identity": "Identity",
 }  # fmt: skip
 
