@@ -35,8 +35,8 @@ CHANGES: dict[str, dict[str, Any]] = {
 DENSE = ("matching_pursuit",)
 """Variants whose choice takes more than a row's scores, so that no step of theirs is sparse."""
 
-CHOOSE = ("adaptive_k", "soft_topk")
-"""Variants that decide a k for each input before its scores."""
+COUNTED = ("top_afa", "matching_pursuit")
+"""Variants whose scores decide how many latents an input has, beside what they read of it first."""
 
 
 class Planted:
@@ -80,7 +80,15 @@ def last_steps(variant: str, precision: str, folder: Path) -> tuple[float, float
         run.step += 1
         losses.append(float(terms["loss"]))
         counts.append(
-            float((fwd.condition if variant in CHOOSE else fwd.l0()).detach().float().mean())
+            float(
+                (
+                    fwd.l0()
+                    if fwd.condition is None or variant in COUNTED
+                    else fwd.condition.detach()
+                )
+                .float()
+                .mean()
+            )
         )
     return sum(losses[-LAST:]) / LAST, sum(counts[-LAST:]) / LAST, fwd.is_sparse
 
