@@ -62,6 +62,8 @@ def test_baselines_of_synthetic_data_have_no_recovery(results: Path, tmp_path: P
 class Oracle(torch.nn.Module):
     """The true dictionary as an SAE, with the true coefficients found by lookup."""
 
+    is_signed, b_dec = False, None
+
     def __init__(self, features: torch.Tensor) -> None:
         super().__init__()
         self.W_dec = torch.nn.Parameter(features.flip(0))
