@@ -66,7 +66,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
             chance = 1 / held["classes"].iloc[0]
             ax.axhline(clean, color=style.INK, lw=0.8, ls="--")
             ax.axhline(chance, color=style.INK, lw=0.8, ls=":")
-            ax.set_xscale("log")
+            kept = rows["kept"][rows["protocol"].isin([protocol, "all"])]
+            style.log_axis(ax, "x", kept[kept > 0].min() / 1.2, kept.max() * 1.2)
             ax.set_ylim(0, 1)
             ax.grid(True)
             ax.set_title(
@@ -118,7 +119,7 @@ def _curve(ax: Axes, rows: pd.DataFrame, drawn: Mapping[str, Any], protocol: str
     true = pd.concat([chosen[chosen["labels"] == "true"], rows[rows["protocol"] == "all"]])
     permuted = chosen[chosen["labels"] == "permuted"]
     kept, accuracy, spread = _points(true)
-    (curve,) = ax.plot(kept, accuracy, **drawn)
+    (curve,) = ax.plot(kept, accuracy, ms=3.5, **drawn)
     ax.errorbar(kept, accuracy, spread, fmt="none", color=drawn["color"], capsize=1.4)
     ax.plot(*_points(permuted)[:2], color=drawn["color"], lw=0.6, alpha=_FAINT, zorder=1)
     return curve
