@@ -3,8 +3,8 @@
     python benchmarks/scale.py                     # 5 M rows in ten windows
     python benchmarks/scale.py --rows 500000 --out FOLDER
 
-Each way is the whole workflow up to trained SAEs, in a folder of its own, on synthetic activations. Batches of a store that is
-not trained window by window hold rows of all windows, so that its SAEs are others.
+Each way is the whole workflow up to trained SAEs, in a folder of its own, on synthetic activations. A store of one window is
+shuffled as a whole, so that its SAEs are others.
 """
 
 import argparse
@@ -24,12 +24,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "workflow"))
 from conftest import SYNTHETIC, Project, Watch, on_disk
 
 WINDOWS = 10
-KEPT = "kept in ten windows, trained window by window (keep_windows: all)"
+WINDOWED = "ten windows, kept (keep_windows: all)"
 WAYS: dict[str, dict[str, Any]] = {
-    "kept whole": {},
-    "kept in ten windows (window_rows)": {"window_rows": True},
-    KEPT: {"window_rows": True, "keep_windows": "all"},
-    "streamed in ten windows (keep_windows: 2)": {"window_rows": True, "keep_windows": 2},
+    "one window": {},
+    WINDOWED: {"window_rows": True, "keep_windows": "all"},
+    "ten windows, streamed (keep_windows: 2)": {"window_rows": True, "keep_windows": 2},
 }
 
 
@@ -86,7 +85,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             found[name] = measure(Path(folder), chosen.rows, way)
         print(name, found[name], flush=True)
-    whole, expected = found[KEPT]["left"], found[KEPT]["saes"]
+    whole, expected = found[WINDOWED]["left"], found[WINDOWED]["saes"]
     rows = [
         {
             "store": name,
@@ -105,6 +104,7 @@ def main() -> None:
         "Synthetic rows of width 32 in float32 with their columns (188 bytes a row); the disk is that of results/stores. Two SAEs "
         "of 128 latents in one pass. Every job of the workflow starts Python, which is most of the time of small windows.",
         chosen.out,
+        f"scale.py --rows {chosen.rows}",
     )
 
 

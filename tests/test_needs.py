@@ -157,15 +157,19 @@ def line_of(text: str, start: str) -> str:
     return line
 
 
-def test_the_cheapest_way_that_fits_the_disk_is_named() -> None:
-    """A store of 1e6 rows of 32 float32, whose SAE sees them twice; the row's 128 bytes by hand."""
+def streamable() -> dict[str, Any]:
+    """A store of 1e6 rows of 32 float32, 128 bytes a row, whose SAE sees them twice."""
     params = copy.deepcopy(SYNTHETIC)
     params["complexity"] = {}
     params["saes"] = {"topk": params["saes"]["topk"]}
     params["training"]["tokens"] = 2_000_000
     params["stores"]["synthetic"] |= {"train_rows": 1_000_000, "evaluation_rows": 10_000}
     params["figures"]["names"] = ["fvu_l0"]
-    needs = needs_of(validate(params))
+    return params
+
+
+def test_the_cheapest_way_that_fits_the_disk_is_named() -> None:
+    needs = needs_of(validate(streamable()))
     train, held_out = 1_000_000 * 128, 10_000 * 128
     rest = needs.peak() - 2 * (train + held_out)  # inputs and weights
     kept, windowed, streamed = (way.needs for way in ways(needs))
@@ -190,24 +194,19 @@ def test_a_source_whose_rows_are_read_after_training_is_not_streamed() -> None:
 
 
 def test_a_stream_keeps_so_many_windows_and_extracts_again_for_a_second_pass() -> None:
-    params = load_params(ROOT / "params.yaml")
-    params["stores"]["synthetic"] |= {"window_rows": 8000, "keep_windows": 2}  # 10 windows
-    row = 4 * params["sources"]["synthetic"]["d_in"]
-    kept = needs_of(load_params(ROOT / "params.yaml"))
-    needs = needs_of(params)
-    (extract,) = (
-        need for need in needs.steps() if need.step == "extract" and need.what.startswith("synthetic: ")
-    )  # fmt: skip
-    (before,) = (
-        need for need in kept.steps() if need.step == "extract" and need.what == extract.what
+    params = streamable()
+    kept = needs_of(validate(params))
+    params["stores"]["synthetic"] |= {"window_rows": 100_000, "keep_windows": 2}  # 10 windows
+    params["training"]["tokens"] = 1_250_000  # 13 draws
+    needs = needs_of(validate(params))
+    extract, before = (
+        next(need for need in one.steps() if need.step == "extract") for one in (needs, kept)
     )
-    assert extract.disk == 10000 * row
-    assert before.disk == 90000 * row
-    tokens = max(r.training.tokens for r in needs.plan.runs.values() if r.source == "synthetic")
-    windows = -(-tokens * 10 // 80000)  # of all epochs
+    assert extract.disk == 10_000 * 128
+    assert before.disk == 1_010_000 * 128
     again = (extract.hours - before.hours) * 3600 - needs.rates.job_s * (extract.jobs - before.jobs)
-    writing = 2 * row / needs.rates.store_write_gb_s / 1e9
-    assert again == pytest.approx(writing * (windows - 10) * 8000, rel=1e-3)
+    writing = 2 * 128 / needs.rates.store_write_gb_s / 1e9  # to blocks and to the store
+    assert again == pytest.approx(writing * 300_000, rel=1e-3)
 
 
 def test_a_group_is_one_job_of_training_and_one_of_evaluation(tmp_path: Path) -> None:
