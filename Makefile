@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -
 QUIET := --disable-pip-version-check -q --progress-bar off
 PIP := $(BIN)/python -m pip install $(QUIET)
 
-.PHONY: setup demo full rehearse test test-heavy test-all versions check docs bench bench-gpu torture truth
+.PHONY: setup demo full rehearse test test-heavy test-all versions check docs site bench bench-gpu torture truth
 
 setup: .venv/ready
 
@@ -53,6 +53,15 @@ docs: setup
 	python docs/tree.py
 	saeflow parameters --markdown > docs/parameters.md
 	python -m saeflow.tables docs/tables.md
+
+# The site of the documentation, site/index.html, in an environment of its own. A broken link is an error.
+site: .venv-site/ready
+	NO_MKDOCS_2_WARNING=1 .venv-site/bin/mkdocs build --strict --quiet
+
+.venv-site/ready: docs/requirements.txt
+	$(PYTHON) -m venv .venv-site
+	.venv-site/bin/python -m pip install $(QUIET) --require-hashes --no-deps -r docs/requirements.txt
+	@touch $@
 
 # A file's tests run in one process: what its fixtures make, a whole workflow in some, is made once.
 test: check

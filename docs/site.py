@@ -1,0 +1,44 @@
+"""Pages of the documentation's site from outside of docs/, which mkdocs.yml runs as a hook.
+
+README, CONTRIBUTING, CHANGELOG and the benchmarks' tables stand where a repository has them. The site has them beside the
+pages of docs/, so links between both are written as they are there.
+"""
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+FROM_ROOT = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "CONTRIBUTING.md",
+    "CHANGELOG.md": "CHANGELOG.md",
+}
+LINK = re.compile(r"(\]\()([^)#:\s]+)(#[^)\s]*)?(?=\))")
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages from outside of docs/."""
+    from mkdocs.structure.files import File
+
+    results = (ROOT / "benchmarks/results").glob("*.md")
+    for path in [*map(ROOT.joinpath, FROM_ROOT), *sorted(results)]:
+        name = path.relative_to(ROOT).as_posix()
+        files.append(File.generated(config, FROM_ROOT.get(name, name), abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Write links between the repository's files as links between the site's pages."""
+    uri = page.file.src_uri
+    own = {page: name for name, page in FROM_ROOT.items()}.get(uri)
+    place = own or (uri if uri.startswith("benchmarks/") else f"docs/{uri}")
+
+    def on_site(link: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(place), link[2]))
+        target = FROM_ROOT.get(target, target.removeprefix("docs/"))
+        written = posixpath.relpath(target, posixpath.dirname(uri) or ".")
+        return f"{link[1]}{written}{link[3] or ''}"
+
+    return LINK.sub(on_site, markdown)
