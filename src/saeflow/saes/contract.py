@@ -42,8 +42,10 @@ class Contract(Totals):
             `b_dec` is no longer a point among the inputs.
 
     Attributes:
-        W_enc (d_in, d_sae), b_enc (d_sae), W_dec (d_sae, d_out; row i is the direction of latent i,
-        unit norm), b_dec (d_out). `W_enc.t()` is contiguous.
+        W_enc: (d_in, d_sae); `W_enc.t()` is contiguous.
+        b_enc: (d_sae).
+        W_dec: (d_sae, d_out); row i is the direction of latent i, unit norm.
+        b_dec: (d_out).
     """
 
     # What a variant declares.
