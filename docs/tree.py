@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs/architecture.md"
 PATTERNS = (
-    "Snakefile", "dvc.yaml", "params.yaml", "workflow/**/*.smk", "workflow/**/*.yaml", "profiles/**/*.yaml",
+    "Snakefile", "dvc.yaml", "params.yaml", "workflow/Snakefile", "workflow/**/*.smk", "workflow/**/*.yaml", "profiles/**/*.yaml",
     "src/saeflow/**/*.py", "src/saeflow/**/*.j2", "src/saeflow/**/*.yaml", "benchmarks/*.py",
 )  # fmt: skip
 START, END = "<!-- tree: made by docs/tree.py -->", "<!-- end of tree -->"

@@ -12,8 +12,12 @@ import snakemake.persistence.file
 from snakemake.settings.types import DeploymentMethod
 from snakemake.utils import listfiles
 
-# A checkout holds the package beside the Snakefile; an installed package holds the Snakefile, and Python finds it.
-package = Path(workflow.basedir) / "src"
+# A checkout holds the package beside its Snakefile; an installed package holds the Snakefile, and a workflow that
+# takes this one as a module has neither: Python finds the package.
+project = Path(workflow.basedir)
+if not (project / "src").is_dir() and (project.parent / "src/saeflow").is_dir():
+    project = project.parent  # workflow/Snakefile
+package = project / "src"
 if package.is_dir():
     sys.path.insert(0, str(package))
 
@@ -21,6 +25,7 @@ from saeflow.config import check_params
 from saeflow.device import has_gpu
 from saeflow.errors import UserError
 from saeflow.failures import failures
+from saeflow.figures import find
 from saeflow.jobs import Groups, Jobs, arguments, tasks
 from saeflow.jobs.code import Kept, package_code
 from saeflow.preflight import (
@@ -39,7 +44,8 @@ if "{" in os.getcwd():
     snakemake.persistence.file.listfiles = lambda path: listfiles(os.path.relpath(path))
 
 try:
-    parameter_files = workflow.overwrite_configfiles or ["params.yaml"]
+    # Of a command, of this project, or of the workflow that took this one as a module (config/README.md).
+    parameter_files = workflow.configfiles
     config.update(check_params(config, parameter_files))
     plan = checked_plan(config)
     check_targets(plan, sys.argv[1:])  # Snakemake tells the targets later, as an exception
@@ -150,7 +156,7 @@ FIGURES = records(map(jobs.figure, config["figures"]["names"]))
 
 def environment(name):
     """The file of a conda environment, whose path Snakemake reads as a pattern of wildcards."""
-    path = str(Path(workflow.basedir, "envs", f"{name}.yaml"))
+    path = str(project / "envs" / f"{name}.yaml")
     return path.replace("{", "{{").replace("}", "}}")
 
 
