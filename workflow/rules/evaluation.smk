@@ -127,7 +127,12 @@ rule show_latents:
     input:
         lambda w: jobs.latents(w.run).inputs,
     output:
-        page="results/evaluations/latents/{run}/latents.html",
+        page=report(
+            "results/evaluations/latents/{run}/latents.html",
+            caption="../report/latents.rst",
+            category="Latents",
+            labels={"SAE": "{run}"},
+        ),
         record="results/evaluations/latents/{run}/provenance.json",
     log:
         "logs/show_latents/{run}.log",

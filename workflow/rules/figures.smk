@@ -11,17 +11,14 @@ rule draw_figure:
     output:
         svg=report(
             "results/figures/{figure}/{figure}.svg",
+            caption="../report/caption.rst",
             category="Figures",
-            labels={"figure": "{figure}", "what": "picture"},
+            labels=lambda w: {"figure": find(w.figure).title},
         ),
         pdf="results/figures/{figure}/{figure}.pdf",
         png="results/figures/{figure}/{figure}.png",
         csv="results/figures/{figure}/{figure}.csv",
-        caption=report(
-            "results/figures/{figure}/caption.md",
-            category="Figures",
-            labels={"figure": "{figure}", "what": "caption"},
-        ),
+        caption="results/figures/{figure}/caption.md",
         record="results/figures/{figure}/provenance.json",
     log:
         "logs/draw_figure/{figure}.log",
@@ -41,16 +38,13 @@ rule write_table:
     output:
         md=report(
             "results/figures/{table}/{table}.md",
+            caption="../report/caption.rst",
             category="Tables",
-            labels={"table": "{table}", "what": "table"},
+            labels=lambda w: {"table": find(w.table).title},
         ),
         tex="results/figures/{table}/{table}.tex",
         csv="results/figures/{table}/{table}.csv",
-        caption=report(
-            "results/figures/{table}/caption.md",
-            category="Tables",
-            labels={"table": "{table}", "what": "caption"},
-        ),
+        caption="results/figures/{table}/caption.md",
         record="results/figures/{table}/provenance.json",
     log:
         "logs/write_table/{table}.log",
@@ -68,7 +62,12 @@ rule write_report:
     input:
         jobs.report().inputs,
     output:
-        html=report("results/report.html", category="Report"),
+        html=report(
+            "results/report.html",
+            caption="../report/report.rst",
+            category="Report",
+            labels={"page": "report.html"},
+        ),
         record="results/report.html.provenance.json",
     log:
         "logs/write_report.log",
