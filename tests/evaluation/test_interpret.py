@@ -30,7 +30,7 @@ SETTINGS: dict[str, Any] = {
     "rows": 500, "probing": {"k": [1, 2, 5], "rows": 200, "seed": 0},
     "detection": {
         "scorer": "tokens", "latents": 6, "examples": 8, "windows": 5, "before": 3, "after": 1,
-        "threshold": 0.7, "seed": 0,
+        "threshold": 0.7, "seed": 0, "judge": None,
     },
     "absorption": None,
 }  # fmt: skip

@@ -120,7 +120,7 @@ def interpret_(task: Task, runtime: RuntimeJson, threads: Threads) -> None:
     with job_of(asked, "interpret", external=external, device=machine["device"]) as job:
         sae = asked.one("sae")
         config, setup = _setup(asked, sae, machine["device"])
-        interpret(load(sae), config, setup, settings, job.path)
+        job.details |= interpret(load(sae), config, setup, settings, job.path)
 
 
 def baselines(task: Task, runtime: RuntimeJson, threads: Threads) -> None:

@@ -168,6 +168,12 @@ def _check_shown(params: Mapping[str, Any]) -> Iterator[str]:
         scorer_file(probed)
     except UserError as error:
         yield str(error)
+    detection = probed.get("detection") or {"scorer": "tokens", "judge": None}
+    if (detection["scorer"] == "judge") != (detection["judge"] is not None):
+        yield (
+            f"{SCORER}: expected judge where evaluation.interpretability.detection.judge is given, and only there, found "
+            f"{detection['scorer']!r}. Give both or neither."
+        )
     pages = evaluation.get("latents") or {"runs": []}
     known = {run.name for run in runs} | {one.name for one in imports(params)}
     for where, name in [

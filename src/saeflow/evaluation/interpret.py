@@ -12,10 +12,12 @@ from scipy import sparse
 
 from saeflow.evaluation.absorption import absorb
 from saeflow.evaluation.detection import Scorer, Text, detect, scorer_of
+from saeflow.evaluation.judge import Judge
 from saeflow.evaluation.probing import Rows, probe
 from saeflow.evaluation.rows import EvaluatedRows
 from saeflow.evaluation.setup import Setup
 from saeflow.evaluation.tasks import asked, tasks
+from saeflow.files import write_json
 from saeflow.tables.evaluations import write_of_run
 
 logger = logging.getLogger(__name__)
@@ -30,7 +32,7 @@ def interpret(
     settings: Mapping[str, Any],
     folder: Path,
     scorer: Scorer | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Write probing.csv, detection.csv and absorption.csv of one trained SAE.
 
     Args:
@@ -41,13 +43,20 @@ def interpret(
         folder: written.
         scorer: takes the place of the one that settings name.
 
+    Returns:
+        Facts for the record: `judge`, what a language model was asked, where one was.
+
     Raises:
         UserError: the SAE was trained on other activations, the scorer cannot be used, or absorption not be measured.
     """
     setup.check_fits(config)
     detection = settings["detection"]
+    judge = None
     if detection is not None and scorer is None:
-        scorer = scorer_of(detection["scorer"])
+        if detection["judge"] is not None:
+            scorer = judge = Judge(detection["judge"], folder / "replies.jsonl")
+        else:
+            scorer = scorer_of(detection["scorer"])
     sae = sae.to(setup.device).eval()
     splits = {"train": replace(setup.rows, store=setup.train), "evaluation": setup.rows}
     known = {split: setup.inputs.known(split) for split in splits}
@@ -70,12 +79,18 @@ def interpret(
         )  # fmt: skip
         found = detect(train, test, detection, scorer)
     write_of_run(folder, "detection", config, found)
+    if judge is not None:
+        latents_of = [str(line["latent"]) for line in found]
+        write_json(
+            folder / "explanations.json", dict(zip(latents_of, judge.explanations, strict=True))
+        )
     spelling = settings["absorption"]
     has_words = spelling is not None and setup.kind.has_tokens
     lines_of_letters = absorb(sae, setup, spelling) if has_words else []
     write_of_run(folder, "absorption", config, lines_of_letters)
     questions = len({line["task"] for line in lines})
     logger.info("%s: %d questions, %d latents", config["name"], questions, len(found))
+    return {} if judge is None else {"judge": judge.facts()}
 
 
 def _probed(

@@ -264,7 +264,11 @@ def _scale_evaluation(evaluation: dict[str, Any]) -> None:
             node = (node or {}).get(name)
         if node and isinstance(node.get(last), int):
             node[last] = min(node[last], most)
-    absorption = (evaluation.get("interpretability") or {}).get("absorption")
+    interpretability = evaluation.get("interpretability") or {}
+    detection = interpretability.get("detection") or {}
+    if detection.get("judge") is not None:  # a rehearsal asks no server
+        detection |= {"scorer": "tokens", "judge": None}
+    absorption = interpretability.get("absorption")
     if absorption:  # thresholds that a model without knowledge of letters cannot reach
         absorption |= {"min_probe_f1": 0.0, "min_letters": 1}
     if evaluation["dimension"]:
