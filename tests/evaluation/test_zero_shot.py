@@ -12,7 +12,7 @@ from transformers import CLIPModel
 
 from saeflow.batch import Batch
 from saeflow.errors import UserError
-from saeflow.evaluation.in_model.vision import ZeroShot, write_clean
+from saeflow.evaluation.in_model.vision import ZeroShot, nearest_texts, write_clean
 from saeflow.evaluation.zero_shot.accuracy import Accuracy
 from saeflow.evaluation.zero_shot.class_texts import class_features, text_features
 from saeflow.evaluation.zero_shot.top_n import COUNTS, top_concepts
@@ -264,8 +264,23 @@ def test_concepts_are_named_by_what_their_direction_does(folder: Path) -> None:
     with torch.no_grad():
         planted.W_dec.copy_(text - text.mean(0))
     found = opened.name_latents(planted, np.array([1, 0]))
-    assert [name for name, _ in found] == ["a ring", "a red object"]
-    assert all(cosine > 0.3 for _, cosine in found)
+    assert [near.text for near in found] == ["a ring", "a red object"]
+    assert all(near.cosine > 0.3 for near in found)
+
+
+def test_what_chance_reaches_is_what_random_directions_reach() -> None:
+    """Of random changes 5 % are above the level, and a change towards one of the texts is far above it."""
+    generator = torch.Generator().manual_seed(1)
+    texts = torch.randn(40, 64, generator=generator) * torch.linspace(0.1, 3, 64)
+    texts -= texts.mean(0)
+    random = torch.randn(400, 64, generator=generator)
+    changes = torch.nn.functional.normalize(torch.cat([random, texts + 0.2 * random[:40]]), dim=1)
+    found = nearest_texts(changes, [str(i) for i in range(40)], texts)
+    above = np.mean([near.cosine > near.shuffled for near in found[:400]])
+    assert 0.01 <= above <= 0.1
+    planted = found[400:]
+    assert [near.text for near in planted] == [str(i) for i in range(40)]
+    assert all(near.cosine > near.shuffled for near in planted)
 
 
 def test_without_labelled_sets_there_is_nothing_to_classify(folder: Path, sae: TopK) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from saeflow.evaluation.in_model import InModelResult
+from saeflow.evaluation.in_model import InModelResult, NearText
 from saeflow.sources import Block, Inputs, SourceKind
 from saeflow.sources.base import Column
 from saeflow.sources.kinds import InModel
@@ -93,7 +93,7 @@ class Loudness:
         difference = heard - torch.tensor(self.clean["loudness"])
         return InModelResult({"loudness_error": float(difference.abs().mean())})
 
-    def name_latents(self, sae: Any, latents: np.ndarray) -> list[tuple[str, float]]:
+    def name_latents(self, sae: Any, latents: np.ndarray) -> list[NearText]:
         return []
 
 

@@ -182,7 +182,7 @@ class Bench:
             save_file(arrays, folder / run / "cards.safetensors")
             card = {
                 "images": [3, 1, 2], "histogram": [9, 4, 1], "edges": [0, 1, 2, 3], "firing_rate": 0.02,
-                "prompt": "a <b>red</b> object", "prompt_cosine": 0.5, "on_objects": 0.9,
+                "prompt": "a <b>red</b> object", "prompt_cosine": 0.5, "prompt_shuffled": 0.4, "on_objects": 0.9,
             }  # fmt: skip
             spread = 0 if "/topk/" in run else 1
             facts = {

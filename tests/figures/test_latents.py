@@ -1,6 +1,7 @@
 """The page of latent cards in a real browser: what it shows, sorts and finds, and that it runs nothing else."""
 
 import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -120,11 +121,15 @@ def test_images_are_shown_under_their_masks(tmp_path: Path) -> None:
     known = {
         name: part for name, part in arrays().items() if name not in ("token", "raised", "lowered")
     }
+    known["position"] = np.full((M, EXAMPLES), 3, np.int32)
+    known["position"][live()[0]] = [4, 0]  # the last patch, and the class token
     path = tmp_path / "latents.html"
     told = {key: value for key, value in facts().items() if key not in ("strings", "before")}
-    write_page(
-        known, {**told, "pictures": lambda context: b"picture %d" % context, "grid": [2, 2]}, path
-    )
+    told |= {
+        "pictures": lambda context: b"picture %d" % context, "titles": lambda context: f"{EVIL} {context}",
+        "grid": [2, 2], "first": 1,
+    }  # fmt: skip
+    write_page(known, told, path)
     html = document(path, tmp_path / "profile", fragment=f"#q={live()[0]}")
     import base64
 
@@ -133,6 +138,16 @@ def test_images_are_shown_under_their_masks(tmp_path: Path) -> None:
         b"picture %d" % context for context in known["context"][live()[0]]
     ]
     assert len(re.findall("<i[ >]", html)) == EXAMPLES * WINDOW
+    first = known["context"][live()[0]]
+    assert re.findall(r'class="title">(.*?)</div>', html) == [
+        f"{escape(EVIL, quote=False)} {one}" for one in first
+    ]
+    assert "<title>run" not in html
+    cells = re.findall(r"<i( [^>]*)?>", html)
+    assert ['class="at"' in cell for cell in cells] == [False, False, False, True, *[False] * 4]
+    values = re.findall(r"<span>[\d.]+( row 2, column 2| CLS)</span>", html)
+    assert values == [" row 2, column 2", " CLS"]
+    assert "stands for the whole image" in html
     assert "grid-template-columns: repeat(2, 1fr)" in html
 
 

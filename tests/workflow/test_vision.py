@@ -98,6 +98,7 @@ def test_cards_show_where_concepts_fire(done: Project) -> None:
     store = saeflow.open_store(folder / "stores/scenes/evaluation/vision.blocks.0.resid_post.zarr")
     page = (folder / "evaluations/latents" / RUN / "latents.html").read_text()
     assert "64 latents on" in page
+    assert "stands for the whole image" in page
     sae = saeflow.load(folder / "saes" / RUN)
     with torch.no_grad():
         latents = sae.encode(store.read(0, store.rows).float()).numpy()

@@ -13,6 +13,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from saeflow.evaluation.contexts import ContextMeans
+from saeflow.evaluation.in_model import NearText
 from saeflow.evaluation.measure import Result, Seen
 from saeflow.evaluation.reconstruction import Reconstruction
 from saeflow.evaluation.rows import EvaluatedRows, RowStatistics
@@ -99,7 +100,7 @@ def write_cards(
     per_image: PerImage,
     fired: np.ndarray,
     images: ImageInputs,
-    name: Callable[[np.ndarray], list[tuple[str, float]]],
+    name: Callable[[np.ndarray], list[NearText]],
     settings: Mapping[str, Any],
     folder: Path,
 ) -> None:
@@ -110,7 +111,7 @@ def write_cards(
         per_image: of a first pass.
         fired: (d_sae,) rows on which each latent fired in it.
         images: of the split.
-        name: nearest text and its cosine of some latents; nothing where there are no texts.
+        name: nearest text of some latents; nothing where there are no texts.
         settings: `concepts`, `images` and `among` of evaluation.concept_cards.
         folder: written: cards.safetensors and cards.json.
     """
@@ -153,7 +154,7 @@ def write_cards(
             card["on_objects"] = float((strength * on).sum() / max(strength.sum(), 1e-12))
         card["firing_rate"] = float(fired[latent] / n_rows)
         if names:
-            card["prompt"], card["prompt_cosine"] = names[number]
+            card["prompt"], card["prompt_cosine"], card["prompt_shuffled"] = names[number]
     strongest = [_strongest(kept[number], grid) for number in range(len(shown))]
     arrays |= {
         "shown_pixels": _small(pixels[shown]),

@@ -79,10 +79,12 @@ def _of_words(sae: Any, setup: Setup) -> tuple[dict[str, np.ndarray] | None, dic
 
 
 def _of_images(images: ImageInputs) -> dict[str, Any]:
-    """Pictures and the grid of patches that a page shows of each."""
+    """Pictures with their classes, and the grid of patches that a page shows of each."""
     grid = images.grid if images.first else (1, 1)
-    pictures = partial(_png, images.pixels)
-    return {"unit": "tokens of images", "pictures": pictures, "grid": list(grid)}
+    return {
+        "unit": "tokens of images", "pictures": partial(_png, images.pixels), "titles": images.title,
+        "grid": list(grid), "first": images.first,
+    }  # fmt: skip
 
 
 def _png(pixels: np.ndarray, image: int) -> bytes:

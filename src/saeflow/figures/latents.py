@@ -12,6 +12,10 @@ import numpy as np
 from saeflow.figures.report import template, with_script
 from saeflow.files import atomic_file
 
+_OF_PATCHES = (
+    " A frame is around the patch where the latent is strongest. CLS: it is strongest on the class token, which "
+    "stands for the whole image and has no place in it."
+)
 _KINDS = {"uint8": "u1", "uint32": "u4", "float32": "f4"}
 
 
@@ -21,7 +25,9 @@ def write_page(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], out: 
     Args:
         arrays: what `write_latents` found.
         facts: run, d_sae, unit (what a row is) and bins, lowest of the histogram; of text strings (by token id)
-            and before (tokens of an example before its strongest); mark, printed in the head, where there is one; of images pictures (PNG, by context) and grid (patches down and across).
+            and before (tokens of an example before its strongest); mark, printed in the head, where there is one; of
+            images pictures (PNG) and titles (class), by context, grid (patches down and across) and first (position
+            of the first patch).
         out: written: one HTML file.
     """
     packed, header = _packed(arrays, facts)
@@ -33,8 +39,9 @@ def write_page(arrays: Mapping[str, np.ndarray], facts: Mapping[str, Any], out: 
             f"{facts['d_sae']:,} latents on {int(arrays['rows'][0]):,} held-out {facts['unit']}. Each card shows "
             "where the latent is strongest, one example a context, with its activation as colour; how strong it "
             "is where it fires; and the latents whose decoder rows point most alike."
+            f"{_OF_PATCHES if facts.get('first') else ''}"
         ),
-        "search": "latent number" if "pictures" in facts else "token or latent number",
+        "search": "class or latent number" if "pictures" in facts else "token or latent number",
     }
     data = base64.b64encode(gzip.compress(_joined(packed, header), mtime=0)).decode()
     page = render(facts=shown, data=data, script_hash="SCRIPT")
@@ -62,7 +69,11 @@ def _packed(
     if "pictures" in facts:
         contexts, (packed["image"],) = _listed([arrays["context"]])
         pictures = [base64.b64encode(facts["pictures"](context)).decode() for context in contexts]
-        return packed, header | {"images": pictures, "grid": facts["grid"]}
+        packed["position"] = np.maximum(arrays["position"], 0).astype(np.uint32)
+        titles = [facts["titles"](context) for context in contexts]
+        return packed, header | {
+            "images": pictures, "titles": titles, "grid": facts["grid"], "first": facts["first"],
+        }  # fmt: skip
     names = ["token", *(name for name in ("raised", "lowered") if name in arrays)]
     tokens, places = _listed([arrays[name] for name in names])
     packed |= dict(zip(names, places, strict=True))

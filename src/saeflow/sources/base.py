@@ -80,6 +80,8 @@ class ImageInputs:
         grid: patches down and across.
         first: position of the first patch.
         patches: patches of an image that the stores hold; 1 where a row stands for the whole image.
+        labels: (images,) class of each, -1 for none.
+        classes: names of the classes; empty where they have none.
     """
 
     pixels: np.ndarray
@@ -87,6 +89,15 @@ class ImageInputs:
     grid: tuple[int, int]
     first: int
     patches: int
+    labels: np.ndarray
+    classes: tuple[str, ...]
+
+    def title(self, image: int) -> str:
+        """Return the name of an image's class, its number where it has no name, nothing where there is no class."""
+        label = int(self.labels[image])
+        if label < 0:
+            return ""
+        return self.classes[label] if self.classes else f"class {label}"
 
 
 class Inputs:

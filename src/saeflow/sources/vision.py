@@ -227,6 +227,8 @@ class VisionInputs(Inputs):
             grid=grid,
             first=1 if holds_patches else 0,
             patches=grid[0] * grid[1] if holds_patches else 1,
+            labels=np.load(self.folder / "evaluation_labels.npy", mmap_mode="r"),
+            classes=tuple(image_facts(self.folder)["classes"] or ()),
         )
 
 

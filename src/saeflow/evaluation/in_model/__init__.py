@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,6 +19,20 @@ from saeflow.sources import kind_of
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class NearText(NamedTuple):
+    """The text that a latent is nearest to.
+
+    Attributes:
+        text: itself.
+        cosine: with what the latent does.
+        shuffled: the cosine that the nearest of as many shuffled texts stays below in 95 % of the shuffles.
+    """
+
+    text: str
+    cosine: float
+    shuffled: float
 
 
 @dataclass(frozen=True)
@@ -59,8 +73,8 @@ class ModelInTheLoop(Protocol):
         """
         ...
 
-    def name_latents(self, sae: Any, latents: np.ndarray) -> list[tuple[str, float]]:
-        """The nearest text of each of some latents (n,), and its cosine; nothing where there are no texts."""
+    def name_latents(self, sae: Any, latents: np.ndarray) -> list[NearText]:
+        """The nearest text of each of some latents (n,); nothing where there are no texts."""
         ...
 
 

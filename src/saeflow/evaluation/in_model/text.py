@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from saeflow.errors import UserError
-from saeflow.evaluation.in_model import InModelResult
+from saeflow.evaluation.in_model import InModelResult, NearText
 from saeflow.evaluation.in_model.token_losses import (
     clean_expectations,
     linear_head,
@@ -281,7 +281,7 @@ class NextTokens:
         sums = self.sums(sae.forward)
         return InModelResult(self.metrics(sums), by_unit(sums, self.units), np.unique(self.units))
 
-    def name_latents(self, sae: Any, latents: np.ndarray) -> list[tuple[str, float]]:
+    def name_latents(self, sae: Any, latents: np.ndarray) -> list[NearText]:
         """Nothing: next tokens give no text to compare latents with."""
         return []
 

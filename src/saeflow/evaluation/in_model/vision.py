@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from saeflow.evaluation.in_model import InModelResult
+from saeflow.evaluation.in_model import InModelResult, NearText
 from saeflow.evaluation.measure import Lines
 from saeflow.evaluation.zero_shot import LabelledSets, write_labelled
 from saeflow.evaluation.zero_shot.accuracy import Accuracy
 from saeflow.evaluation.zero_shot.class_texts import unit
 from saeflow.evaluation.zero_shot.top_n import Setting, kept, masks, rank, spooled
+
+_SHUFFLES, _CHANCE = 100, 0.95
 
 
 def write_clean(
@@ -150,7 +152,7 @@ class ZeroShot:
     ) -> Tensor:
         return self.sets.embed_rows(parts, flat.reshape(rows.shape)).cpu() @ text.t()
 
-    def name_latents(self, sae: Any, latents: np.ndarray) -> list[tuple[str, float]]:
+    def name_latents(self, sae: Any, latents: np.ndarray) -> list[NearText]:
         """Compare what some concepts add to image embeddings with texts.
 
         To every token of some test images the concept's direction is added, as long as these tokens are on
@@ -162,7 +164,7 @@ class ZeroShot:
             latents: (n,) numbers of the concepts.
 
         Returns:
-            The nearest text of each, and its cosine; nothing without labelled sets.
+            The nearest text of each; nothing without labelled sets.
         """
         names, text = self.sets.prompts()
         sets = list(self.sets.summary["sets"])
@@ -171,16 +173,40 @@ class ZeroShot:
         parts = next(self.sets.batches(sets[0], "test"))
         rows = self.sets.rows_of(parts)
         length = torch.linalg.vector_norm(rows, dim=-1).mean()
-        centred = unit(text - text.mean(0))
-        found = []
+        centred = text - text.mean(0)
+        changes = []
         with torch.inference_mode():
             base = unit(self.sets.embed_rows(parts, rows))
             for direction in sae.directions()[torch.as_tensor(latents, device=rows.device)]:
                 step = direction / direction.norm().clamp(min=1e-12) * length
-                change = (unit(self.sets.embed_rows(parts, rows + step)) - base).mean(0)
-                near = unit(change[None]).cpu() @ centred.t()
-                found.append((names[int(near.argmax())], float(near.max())))
-        return found
+                changes.append((unit(self.sets.embed_rows(parts, rows + step)) - base).mean(0))
+            return nearest_texts(unit(torch.stack(changes)).cpu(), names, centred)
+
+
+def nearest_texts(changes: Tensor, names: Sequence[str], texts: Tensor) -> list[NearText]:
+    """Find the nearest text of each change, and the cosine that chance reaches.
+
+    A shuffle gives every dimension's values to the texts in another order: each dimension keeps its values, and no text
+    its meaning.
+
+    Args:
+        changes: (n, d) unit rows.
+        names: of the texts.
+        texts: (texts, d), less their mean.
+    """
+    cosines, numbers = (changes @ unit(texts).t()).max(1)
+    generator = torch.Generator().manual_seed(0)
+    chance = []
+    for _ in range(_SHUFFLES):
+        order = torch.rand(texts.shape, generator=generator).argsort(0)
+        chance.append((changes @ unit(texts.gather(0, order)).t()).amax(1))
+    levels = torch.stack(chance).quantile(_CHANCE, dim=0)
+    return [
+        NearText(names[number], cosine, level)
+        for number, cosine, level in zip(
+            numbers.tolist(), cosines.tolist(), levels.tolist(), strict=True
+        )
+    ]
 
 
 def _line(

@@ -65,9 +65,11 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         "Concept cards. Each line is one concept: the evaluation images it fires on most, faded where it "
         "fires little and outlined where it fires above half of its largest activation shown, and the histogram of its "
         "activations that are not 0 (logarithmic counts). Title: variant, number of the latent, on how many tokens "
-        "it fires, how much of its activation lies on objects, and the nearest of some texts, by what adding the concept's direction does to image embeddings. "
+        "it fires, how much of its activation lies on objects, and the nearest of some texts with its cosine, by what adding the concept's "
+        "direction does to image embeddings. The class token (CLS), which stands for the whole image, is no part of the masks. "
         "Chosen without looking: the largest sums of squared activations, among concepts that fire on at most "
         "10 % of all tokens and, where they fire, on at most a quarter of an image."
+        + _named(cards)
         + _covered(runs)
     )
     return Drawing(figure, pd.DataFrame(data), caption)
@@ -102,7 +104,23 @@ def _title(pictures: Pictures, card: Mapping[str, Any]) -> str:
     text = f"{pictures.label} {card['latent']}, fires {100 * card['firing_rate']:.2g} %"
     if "on_objects" in card:
         text += f", {100 * card['on_objects']:.0f} % on objects"
-    return text + (f": {card['prompt']} ({card['prompt_cosine']:.2f})" if "prompt" in card else "")
+    return text + (f": {card['prompt']} ({card['prompt_cosine']:.2f})" if _is_named(card) else "")
+
+
+def _is_named(card: Mapping[str, Any]) -> bool:
+    """A text is shown only where it is nearer than shuffled texts come."""
+    return "prompt" in card and card["prompt_cosine"] > card["prompt_shuffled"]
+
+
+def _named(cards: list[tuple[Pictures, int]]) -> str:
+    shown = [pictures.facts["concepts"][number] for pictures, number in cards]
+    compared = sum("prompt" in card for card in shown)
+    if not compared:
+        return ""
+    return (
+        " A text stands only where its cosine is above what the nearest of as many shuffled texts reaches in 95 % of the "
+        f"shuffles: {sum(map(_is_named, shown))} of {compared} concepts."
+    )
 
 
 def _histogram(ax: Axes, card: Mapping[str, Any], color: str) -> None:
