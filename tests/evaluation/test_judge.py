@@ -213,7 +213,7 @@ def test_latents_of_a_model_are_judged(text: Any, server: Server, tmp_path: Path
     assert lines
     assert found["judge"]["requests"] == 2 * len(lines)
     explanations = json.loads((tmp_path / "explanations.json").read_text())
-    assert list(explanations) == [line["latent"] for line in lines]
+    assert set(explanations) == {line["latent"] for line in lines}
     assert all(one.startswith("fires on ") for one in explanations.values())
     for line, body in zip(lines, server.seen[1::2], strict=True):
         explanation, _, windows = body["messages"][1]["content"].partition("\n\n")

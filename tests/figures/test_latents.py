@@ -145,8 +145,8 @@ def test_images_are_shown_under_their_masks(tmp_path: Path) -> None:
     assert "<title>run" not in html
     cells = re.findall(r"<i( [^>]*)?>", html)
     assert ['class="at"' in cell for cell in cells] == [False, False, False, True, *[False] * 4]
-    values = re.findall(r"<span>[\d.]+( row 2, column 2| CLS)</span>", html)
-    assert values == [" row 2, column 2", " CLS"]
+    values = re.findall(r"<span>[\d.]+(, row 2, column 2|, CLS)</span>", html)
+    assert values == [", row 2, column 2", ", CLS"]
     assert "stands for the whole image" in html
     assert "grid-template-columns: repeat(2, 1fr)" in html
 
