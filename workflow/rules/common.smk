@@ -21,7 +21,7 @@ package = project / "src"
 if package.is_dir():
     sys.path.insert(0, str(package))
 
-from saeflow.config import check_params
+from saeflow.config import ROOT, check_params
 from saeflow.device import has_gpu
 from saeflow.errors import UserError
 from saeflow.failures import failures
@@ -156,7 +156,7 @@ FIGURES = records(map(jobs.figure, config["figures"]["names"]))
 
 def environment(name):
     """The file of a conda environment, whose path Snakemake reads as a pattern of wildcards."""
-    path = str(project / "envs" / f"{name}.yaml")
+    path = str(ROOT / "envs" / f"{name}.yaml")
     return path.replace("{", "{{").replace("}", "}}")
 
 
