@@ -15,15 +15,29 @@ FROM_ROOT = {
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "CHANGELOG.md": "CHANGELOG.md",
 }
+RESULTS = ROOT / "benchmarks/results"
 LINK = re.compile(r"(\]\()([^)#:\s]+)(#[^)\s]*)?(?=\))")
+
+
+def on_config(config: Any) -> Any:
+    """Add a section with the benchmarks' tables, each by its heading."""
+    pages = [
+        {
+            path.read_text(encoding="utf-8")
+            .partition("\n")[0]
+            .removeprefix("# "): path.relative_to(ROOT).as_posix()
+        }
+        for path in sorted(RESULTS.glob("*.md"))
+    ]
+    config["nav"].insert(-1, {"Benchmarks": pages})
+    return config
 
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages from outside of docs/."""
     from mkdocs.structure.files import File
 
-    results = (ROOT / "benchmarks/results").glob("*.md")
-    for path in [*map(ROOT.joinpath, FROM_ROOT), *sorted(results)]:
+    for path in [*map(ROOT.joinpath, FROM_ROOT), *sorted(RESULTS.glob("*.md"))]:
         name = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, FROM_ROOT.get(name, name), abs_src_path=str(path)))
     return files
