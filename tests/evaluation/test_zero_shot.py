@@ -269,7 +269,7 @@ def test_concepts_are_named_by_what_their_direction_does(folder: Path) -> None:
 
 
 def test_what_chance_reaches_is_what_random_directions_reach() -> None:
-    """Of random changes 5 % are above the level, and a change towards one of the texts is far above it."""
+    """5 % of random changes are above the level, and a change towards one of the texts is far above it."""
     generator = torch.Generator().manual_seed(1)
     texts = torch.randn(40, 64, generator=generator) * torch.linspace(0.1, 3, 64)
     texts -= texts.mean(0)
