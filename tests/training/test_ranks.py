@@ -18,7 +18,7 @@ SPLITS = ("batch", "latents")
 UNDIVIDED = ("top_afa", "matching_pursuit", "soft_topk", "sparsemax", "entmax")
 FIRST_STEPS = 10
 ATOL = {"top_afa": 5e-3}
-"""Of weights, 2e-4 for others: where two numbers of latents reach the norm alike, rounding decides, and the step differs."""
+"""Tolerance of weights, 2e-4 for others: where two numbers of latents reach the norm alike, rounding decides, and the step differs."""
 
 
 @pytest.fixture(autouse=True)
