@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from saeflow.sources.architectures import architecture
 
 FAMILIES = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 BLOCKS = 4
@@ -19,7 +21,8 @@ _TINY: list[tuple[int, str]] = [
     "out_hidden_size output_hidden_size vision_output_dim word_embed_proj_dim lru_width embed_dim audio_embed_dim "
     "input_embedding_size output_embedding_size embedding_size mm_embed_dim projector_input_dim projector_output_dim "
     "output_proj_dims adapter_in_dim projection_hidden_dim projector_hidden_size adapter_out_dim"),
-    (BLOCKS, "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks"),
+    (BLOCKS, "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers encoder_layers "
+    "num_encoder_layers num_blocks"),
     (2 * WIDTH, "mamba_d_ssm max_position_embeddings n_positions max_seq_len max_target_positions "
     "max_source_positions num_position_embeddings position_embedding_size mm_posemb_size"),
     (48, "intermediate_size decoder_ffn_dim encoder_ffn_dim ffn_dim dff d_inner dim_ff feed_forward_size ffn_hidden_size "
@@ -37,7 +40,7 @@ _TINY: list[tuple[int, str]] = [
     "linear_num_value_heads linear_num_heads mamba_n_heads mamba_num_heads n_mamba_heads centroid_intermediate_top_k "
     "num_experts num_local_experts n_routed_experts moe_num_experts zero_expert_num"),
     (2, "num_key_value_heads kv_n_heads num_kv_heads swa_num_key_value_heads linear_num_key_heads index_n_heads "
-    "num_experts_per_tok moe_topk moe_k moe_top_k top_k_experts n_group topk_group encoder_layers num_encoder_layers "
+    "num_experts_per_tok moe_topk moe_k moe_top_k top_k_experts n_group topk_group "
     "depth conf_num_hidden_layers o_groups num_global_layers"),
     (1, "first_k_dense_replace num_dense_layers n_groups mamba_n_groups"),
 ]  # fmt: skip
@@ -126,9 +129,10 @@ def _cut(values: Any) -> list[Any]:
 
 
 def tiny_family(name: str) -> Any:
-    """A real model with random weights, large enough to tell its parts from noise."""
+    """A real model with random weights, large enough to tell its parts from noise, in the class that saeflow loads it with."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(name))
+    config = tiny_config(name)
+    model = architecture(config).from_config(config)
     for parameter in model.parameters():
         if parameter.ndim >= 2 and parameter.is_floating_point():
             torch.nn.init.normal_(parameter, std=0.1)

@@ -34,25 +34,28 @@ its hook points. Before a model's first activation is stored, the same proof run
 work.
 
 - **blocks**: what a block adds to the residual stream. Sequential: attention, then MLP; parallel: both at once; mixer:
-  a state space, recurrence or convolution; other: an output that is no sum, so that it has `resid_pre` and `resid_post` alone.
+  a state space, recurrence or convolution; attn + mlp + other: a third part beside both; other alone: an output that is no
+  sum, so that it has `resid_pre` and `resid_post` alone.
 - **places**: what `blocks.N.PLACE` can name. All families that work have `resid_pre` and `resid_post`.
 - **next**: block outputs that are the next block's input, bit for bit.
-- **sum**: blocks whose output is the sum of their input and of what their parts add.
+- **sum**: blocks whose output is the sum of their input and of what their parts add. Where the model multiplies the stream
+  by weights or norms of its own (Doge, Gemma 4, BERT), these are in the sum, and `attn_out` and `mlp_out` are what is added.
 - **library**: blocks whose input (Mamba: output) is one of transformers' own `hidden_states`, bit for bit.
 - **identity**: hook points at which the clean activation spliced in gives the model's own logits (so the cross-entropy is
   unchanged), and zeros others.
 
 A place that a family lacks, and any other module, can be named by its path: `module.model.layers.7.mlp.output`.
 
-Three kinds of models beside these are found and proved in the same way, each by tests at tiny size:
+Four kinds of models beside these are found and proved in the same way, each by tests at tiny size:
 
 - **image towers** (`vision.blocks.N.PLACE`): CLIP, SigLIP, ViT, DINOv2 with and without registers (`tests/sources/test_towers.py`);
-- **models of images and text**: the language part of Gemma 3, LLaVA, Qwen2-VL and Qwen2.5-VL as a causal language model, and the
-  towers of Gemma 3 and LLaVA. The towers of Qwen-VL take patches of images of any size and are refused, and so is Llama 4's, whose
-  input has another name and whose CLS token stands last (`tests/sources/test_wrappers.py`);
-- **encoders**: BERT, DistilBERT, ModernBERT, T5's encoder. They predict no next tokens: cross-entropy is not measured, and the report
-  says why (`tests/evaluation/test_without_predictions.py`). Of encoder-decoders with a causal language model in the list below
-  (BART's family), the decoder alone is run, without an encoder's output.
+- **models of images and text**: the language part of Gemma 3, LLaVA, Llama 4, Qwen2-VL and Qwen2.5-VL as a causal language model,
+  and the towers of Gemma 3 and LLaVA, with their own preprocessing. The towers of Qwen-VL, which take patches of images of any
+  size in an order of their own, and of Llama 4, which takes tiles, are refused (`tests/sources/test_wrappers.py`);
+- **encoders**: BERT, DistilBERT, ModernBERT. They predict no next tokens: cross-entropy is not measured, and the tables and the
+  report say why (`tests/evaluation/test_without_predictions.py`);
+- **encoder-decoders of texts**: T5, BART and the families like it are run as their encoder alone, and the record says so. The
+  decoder's activations depend on a second text, which a source of texts does not have.
 
 | family | blocks | places besides resid_pre, resid_post | next | sum | library | identity |
 |---|---|---|---|---|---|---|

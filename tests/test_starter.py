@@ -21,6 +21,7 @@ from saeflow.sources.clip_training import clip_config, make_tokenizer, save_clip
 from saeflow.starter import Asked, write_first
 
 from .sources.fake_hub import NAME, SHA, serving
+from .sources.test_towers import saved
 from .workflow.test_text import make_model
 
 DOCUMENTS = list(pydoc_data.topics.topics.values())
@@ -97,6 +98,37 @@ def test_images_of_a_folder(clip: Path, tmp_path: Path) -> None:
     prepare_inputs(source, wanted, clip, tmp_path / "inputs")
 
 
+@pytest.mark.parametrize(
+    ("name", "tokens", "rows"),
+    [
+        ("siglip", "patches", 16),
+        ("dinov2_with_registers", "patches", 16),
+        ("dinov2", "all", 17),
+        ("vit", "all", 17),
+    ],
+)
+def test_an_images_rows_are_those_that_its_tower_has(
+    name: str, tokens: str, rows: int, tmp_path: Path
+) -> None:
+    """DINOv2 is released for larger images than its preprocessing gives: the rows are those of the crop."""
+    sizes = {"image_size": 64} if name == "dinov2" else {}
+    local = saved(name, tmp_path / "tower", **sizes)
+    random = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for number in range(60):
+        pixels = random.integers(0, 255, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.png")
+    write_first(Asked(str(local), images=tmp_path / "images"), tmp_path / "mine")
+    params = load_params(tmp_path / "mine/params.yaml")
+    checked_plan(params)
+    source, store = params["sources"]["tower"], params["stores"]["tower"]
+    assert source["tokens"] == tokens
+    assert store["train_rows"] + store["evaluation_rows"] == 60 * rows
+    (tmp_path / "inputs").mkdir()
+    wanted = {split: store[f"{split}_rows"] for split in ("train", "evaluation")}
+    prepare_inputs(source, wanted, local, tmp_path / "inputs")
+
+
 def test_a_model_of_the_hub_is_pinned_at_its_newest_commit(model: Path, tmp_path: Path) -> None:
     with serving(model, "none", "") as address:
         environment = os.environ | {
@@ -129,7 +161,7 @@ def test_what_cannot_be_used_is_one_line_and_nothing_is_written(
     cases = [
         (Asked(own), "expected one of --text, --images and --dataset, found none"),
         (Asked(own, text=(text,), dataset="a/b"), "found 2"),
-        (Asked(own, images=text), "expected CLIP for --images"),
+        (Asked(own, images=text), "expected a model of images for --images"),
         (Asked(str(clip), text=(text,)), "expected a language model for --text"),
         (Asked("./nowhere", text=(text,)), "expected a folder that save_pretrained wrote"),
         (Asked(own, text=(tmp_path / "nothing.txt",)), "no such file or folder"),

@@ -23,8 +23,9 @@ from saeflow.shapes import config_shape
 from saeflow.sources import hub
 from saeflow.sources.documents import check_files, is_evaluation, read_documents
 from saeflow.sources.images import read_images
-from saeflow.sources.layouts import check_shape
+from saeflow.sources.layouts import EMBEDDING, check_shape
 from saeflow.sources.models import FILES, config_in
+from saeflow.sources.text import found_token
 from saeflow.sources.text_files import COMPRESSED
 from saeflow.sources.tokenizers import load_tokenizer
 
@@ -79,7 +80,11 @@ class _Model:
     n_blocks: int
     width: int
     length: int
-    """Tokens of a context, or of an image."""
+    """Tokens of a context, or rows of an image."""
+    tokens: str
+    """`tokens` of a source of images."""
+    predicts: bool
+    """It is made to predict next tokens."""
 
 
 def write_first(asked: Asked, folder: Path) -> str:
@@ -94,21 +99,16 @@ def write_first(asked: Asked, folder: Path) -> str:
     path = folder / PARAMS
     if path.exists():
         raise UserError(f"{path}: it is there already. Edit it, or give another folder.")
-    model = _model(asked.model)
-    _check_kind(asked, model)
-    default = (
-        f"vision.blocks.{max(0, model.n_blocks - 2)}.resid_post"
-        if model.is_image
-        else f"blocks.{2 * model.n_blocks // 3}.resid_post"
-    )
-    hook_point = asked.hook_point or default
+    model = _model(asked)
+    of_images = f"vision.blocks.{max(0, model.n_blocks - 2)}.resid_post"
+    of_text = f"blocks.{2 * model.n_blocks // 3}.resid_post"
+    hook_point = asked.hook_point or (of_images if model.is_image else of_text)
     check_shape(config_shape(model.folder / "config.json"), [hook_point], asked.model)
     source = _source(asked, model, hook_point)
     most, whole = _fitting(source, model, folder)
     contexts = _contexts(source, whole, model, most)
     text = _written(source, model, contexts, most)
-    values = validate(yaml.safe_load(text))
-    plan = Plan(values)
+    plan = Plan(validate(yaml.safe_load(text)))
     with atomic_file(path) as staged:
         staged.write_text(text, encoding="utf-8")
     return (
@@ -120,51 +120,65 @@ def write_first(asked: Asked, folder: Path) -> str:
 # The model.
 
 
-def _model(asked: str) -> _Model:
+def _model(asked: Asked) -> _Model:
     """Facts of the model, from its folder or the hub."""
-    local = Path(asked)
+    local, named = Path(asked.model), asked.model
     if local.is_dir():
         entry: dict[str, Any] = {"folder": str(local.resolve())}
         folder = local
-    elif local.exists() or asked.startswith((".", "/", "~")) or asked.count("/") != 1:
+    elif local.exists() or named.startswith((".", "/", "~")) or named.count("/") != 1:
         raise UserError(
-            f"--model: expected a folder that save_pretrained wrote, or OWNER/NAME of the hub, found {asked}. Fix it."
+            f"--model: expected a folder that save_pretrained wrote, or OWNER/NAME of the hub, found {named}. Fix it."
         )
     else:
-        name, _, revision = asked.partition("@")
+        name, _, revision = named.partition("@")
         revision = revision or hub.newest_commit(name, "model")
         entry = {"hub": name, "revision": revision}
         folder = hub.config_file(name, revision).parent
-    from saeflow.sources.architectures import image_part
+    from saeflow.sources.architectures import image_part, predicts_tokens
 
     shape = config_shape(folder / "config.json")
     config = config_in(folder)
-    is_image = shape.is_of_images
-    part = image_part(config) if is_image else config.get_text_config()
+    part = image_part(config)
+    is_image = shape.is_of_images or (asked.images is not None and part is not config)
+    _check_kind(asked, is_image)
+    tokens = ""
     if is_image:
-        length = (part.image_size // part.patch_size) ** 2 + 1
+        if "hub" in entry:
+            hub.snapshot(entry["hub"], entry["revision"], list(_TOKENIZER))
+        tokens, length = _rows_of_images(folder, asked.hook_point)
     else:
+        part = config.get_text_config()
         length = min(_CONTEXT_LENGTH, getattr(part, "max_position_embeddings", _CONTEXT_LENGTH))
-    name = re.sub("[^a-z0-9]+", "-", asked.partition("@")[0].rstrip("/").rpartition("/")[2].lower())
+    name = re.sub("[^a-z0-9]+", "-", named.partition("@")[0].rstrip("/").rpartition("/")[2].lower())
+    n_blocks = shape.n_blocks if is_image == shape.is_of_images else None
     return _Model(
-        entry, folder, name.strip("-")[:60] or "model", is_image, shape.n_blocks or int(part.num_hidden_layers), int(part.hidden_size), length
+        entry, folder, name.strip("-")[:60] or "model", is_image, n_blocks or int(part.num_hidden_layers),
+        int(part.hidden_size), length, tokens, not is_image and predicts_tokens(config),
     )  # fmt: skip
 
 
-def _check_kind(asked: Asked, model: _Model) -> None:
-    given = [bool(asked.text), asked.images is not None, bool(asked.dataset)]
-    if sum(given) != 1:
+def _rows_of_images(folder: Path, hook_point: str) -> tuple[str, int]:
+    """`tokens` that fit a model (patches alone where no CLS token, or registers, stand before them), and rows of an image."""
+    from saeflow.sources.preprocessing import load_preprocessing
+    from saeflow.sources.vision import rows_per_context
+
+    found = load_preprocessing(folder)
+    tokens = "cls" if hook_point == EMBEDDING else "all" if found.prefix == 1 else "patches"
+    return tokens, rows_per_context({"tokens": tokens}, found)
+
+
+def _check_kind(asked: Asked, is_image: bool) -> None:
+    given = sum([bool(asked.text), asked.images is not None, bool(asked.dataset)])
+    if given != 1:
         raise UserError(
-            f"init: expected one of --text, --images and --dataset, found {sum(given) or 'none'}. Give one."
+            f"init: expected one of --text, --images and --dataset, found {given or 'none'}. Give one."
         )
-    if asked.text and model.is_image:
-        raise UserError(
-            f"--model: expected a language model for --text, found CLIP: {asked.model}."
-        )
-    if asked.images and not model.is_image:
-        raise UserError(
-            f"--model: expected CLIP for --images, found a language model: {asked.model}."
-        )
+    kinds = ("a language model", "a model of images")
+    if (asked.text and is_image) or (asked.images and not is_image):
+        expected, found = kinds if asked.text else kinds[::-1]
+        option = "--text" if asked.text else "--images"
+        raise UserError(f"--model: expected {expected} for {option}, found {found}: {asked.model}.")
 
 
 # The data.
@@ -175,15 +189,15 @@ def _source(asked: Asked, model: _Model, hook_point: str) -> dict[str, Any]:
     source: dict[str, Any] = {
         "kind": "vision" if model.is_image else "text",
         "model": dict(model.entry),
+        "hook_points": [hook_point],
     }
-    source["hook_points"] = [hook_point]
     if model.is_image:
         source["images"] = (
             {"folder": str(asked.images.resolve())}
             if asked.images
             else _dataset(asked, "image_column")
         )
-        source["tokens"] = "all"
+        source["tokens"] = model.tokens
         return source
     if asked.dataset:
         source["text"] = _dataset(asked, "column")
@@ -248,11 +262,11 @@ def _contexts(
         if "hub" in model.entry:
             hub.snapshot(model.entry["hub"], model.entry["revision"], list(_TOKENIZER))
         tokenizer: Any = load_tokenizer(model.folder)
-        if tokenizer.eos_token_id is None:
+        if found_token(tokenizer, "eos") is None:
             raise UserError(
                 f"--model: its tokenizer has no EOS token, which separates documents: {model.entry}."
             )
-        if tokenizer.bos_token_id is None:
+        if found_token(tokenizer, "bos") is None:
             source["prepend_bos"] = False
         length = model.length - source.get("prepend_bos", True)
         most_of_one = whole["contexts_per_document"] or math.inf
@@ -374,7 +388,7 @@ def _written(
         k=ks[len(ks) // 2],
         threshold=tokens // batch // 2,
         ce="" if model.is_image else f"\n  ce_contexts: {min(_CE_CONTEXTS, evaluation // each)}",
-        figures="fvu_l0, controls" if model.is_image else "fvu_l0, ce_l0, controls",
+        figures="fvu_l0, ce_l0, controls" if model.predicts else "fvu_l0, controls",
     )
 
 

@@ -26,10 +26,13 @@ SOME = {
     "bert": ("sequential", EVERY),
     "bloom": ("sequential", EVERY),
     "cohere": ("parallel", NO_MIDDLE),
+    "dbrx": ("sequential", EVERY),
     "deepseek_v3": ("sequential", EVERY),
+    "doge": ("sequential", EVERY),
     "falcon": ("parallel", NO_MIDDLE),
     "falcon_h1": ("attn + mlp + mixer", NO_MIDDLE),
     "gemma2": ("sequential", EVERY),
+    "gemma4_text": ("attn + mlp + other", EVERY),
     "gptj": ("parallel", NO_MIDDLE),
     "granite": ("sequential", EVERY),
     "mamba": ("mixer", ["resid_pre", "resid_post"]),
@@ -38,9 +41,12 @@ SOME = {
     "opt": ("sequential", EVERY),
     "phi": ("parallel", NO_MIDDLE),
     "phi3": ("sequential", EVERY),
+    "xlstm": ("mlp + mixer", ["resid_pre", "resid_mid", "mlp_in", "mlp_out", "resid_post"]),
 }
 """By the models' papers: one after the other (BERT with norms of the sums, Gemma 2 with norms before and after, DeepSeek with
-groups of experts), side by side, Falcon-H1 with a state space beside attention, or neither attention nor MLP."""
+groups of experts, Doge with weights of the residual stream), side by side, Falcon-H1 with a state space beside attention,
+Gemma 4 with a gate of each block's own embeddings after the MLP, xLSTM with a recurrence in place of attention, or neither
+attention nor MLP."""
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -52,6 +58,29 @@ def test_a_familys_hook_points_are_proved(name: str) -> None:
     assert proof.places == places
     assert (proof.linked, proof.sums, proof.hidden_states) == (BLOCKS - 1, BLOCKS, BLOCKS)
     assert proof.identities == BLOCKS * len(places)
+
+
+def test_a_weighted_residual_stream_is_the_models_own() -> None:
+    """Doge multiplies the stream by a vector before each sum, Gemma 4 its block's output by a number: as they are written."""
+    for name in ("doge", "gemma4_text"):
+        model = tiny_family(name)
+        for i, block in enumerate(model.model.layers):
+            for weight in ("input_residual", "post_attention_residual", "layer_scalar"):
+                if hasattr(block, weight):
+                    getattr(block, weight).uniform_(0.5, 2)
+            points = [f"blocks.{i}.{place}" for place in PLACES]
+            pre, _, attention, middle, _, mlp, post = capture(model, points, IDS).values()
+            if name == "doge":
+                expected = block.input_residual * pre + attention
+                whole = block.post_attention_residual * expected + mlp
+                torch.testing.assert_close(post, whole, rtol=1e-5, atol=1e-5)
+            else:
+                expected = pre + attention
+                with splice(model, f"blocks.{i}.mlp_out", torch.zeros_like):
+                    without = capture(model, points[-1:], IDS)[points[-1]]
+                assert not torch.allclose(without, post, atol=1e-3)
+            torch.testing.assert_close(middle, expected, rtol=1e-5, atol=1e-5)
+        assert prove(model).sums == BLOCKS
 
 
 def test_a_model_without_attention_says_what_it_has() -> None:

@@ -59,7 +59,14 @@ def export_sae(
     about: dict[str, Any] = {
         key: config[key] for key in ("name", "source", "hook_point") if key in config
     }
-    about |= theirs(config.get("hook_point", ""))
+    names = theirs(config.get("hook_point", ""))
+    if not names and "hook_point" in config:
+        logger.warning(
+            "%s: other libraries have no name for its hook point; the config says hook_point: %s, which they do not read.",
+            sae,
+            config["hook_point"],
+        )
+    about |= names
     trained = load(sae)
     cost: dict[str, Any] = {}
     try:

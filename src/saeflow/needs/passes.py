@@ -60,15 +60,16 @@ def one_pass(source: Mapping[str, Any], name: str, results: Path) -> Pass:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils.flop_counter import FlopCounterMode
+    from transformers.initialization import no_init_weights
 
     from saeflow.sources.architectures import architecture
     from saeflow.sources.hook_points import capture
     from saeflow.sources.layouts import VISION
-    from saeflow.sources.structure import image_output, structure_of
+    from saeflow.sources.structure import image_output, no_cache, structure_of
 
     config = _config(source["model"], name, results)
     image = None
-    with FakeTensorMode():  # shapes only, no memory
+    with FakeTensorMode(), no_init_weights():  # shapes only, no memory
         # Eager: its products are counted.
         model = architecture(config).from_config(config, attn_implementation="eager").eval()
         if "images" in source:
@@ -80,7 +81,7 @@ def one_pass(source: Mapping[str, Any], name: str, results: Path) -> Pass:
         with FlopCounterMode(display=False) as counter:
             found = capture(model, source["hook_points"], inputs)
         with torch.no_grad(), FlopCounterMode(display=False) as whole:
-            model(inputs, use_cache=False) if image is None else image_output(model, inputs)
+            model(inputs, **no_cache(model)) if image is None else image_output(model, inputs)
     widths = {point: x.shape[-1] for point, x in found.items()}
     positions = next(iter(found.values())).shape[1] if next(iter(found.values())).ndim > 2 else 1
     rows = positions - bool(source.get("skip_first"))

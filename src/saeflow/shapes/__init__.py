@@ -3,7 +3,7 @@
 import functools
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +28,8 @@ class Shape:
     """Blocks of its language part, or of a model of images its tower; None where config.json does not say under a known name."""
     is_of_images: bool = False
     """It has an image tower, and no language part that predicts tokens."""
+    n_positions: int | None = field(default=None, compare=False)
+    """Tokens of the longest context of its language part; None where config.json does not say."""
 
 
 SHAPES = Path(__file__).with_name("shapes.yaml")
@@ -145,10 +147,16 @@ def _shape_of(config: Any) -> Shape | None:
     if not isinstance(part, dict):
         return None
     n_blocks = next((part[key] for key in _DEPTHS if isinstance(part.get(key), int)), None)
-    return Shape(model_type, n_blocks, is_of_images)
+    longest = part.get("max_position_embeddings")
+    if longest is None and "n_embd" in part:  # GPT-2 and its like; T5's n_positions limits nothing
+        longest = part.get("n_positions")
+    n_positions = longest if isinstance(longest, int) else None
+    return Shape(model_type, n_blocks, is_of_images, n_positions)
 
 
-_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers")
+_DEPTHS = (
+    "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers",
+)  # fmt: skip
 
 
 def has_images_alone(config: Mapping[str, Any]) -> bool:

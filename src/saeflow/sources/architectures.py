@@ -6,11 +6,31 @@ from torch import nn
 from transformers import PreTrainedModel
 
 
+class _Encoder:
+    """The encoder of an encoder-decoder whose family has no class for it (BART, Marian, Pegasus), as an automatic class."""
+
+    @staticmethod
+    def from_config(config: Any, **settings: Any) -> Any:
+        """The encoder with random weights."""
+        from transformers import AutoModel
+
+        return AutoModel.from_config(config, **settings).get_encoder()
+
+    @staticmethod
+    def from_pretrained(folder: Any, **settings: Any) -> tuple[Any, dict[str, Any]]:
+        """The encoder of a saved model, and what the library says of loading the whole (`output_loading_info`)."""
+        from transformers import AutoModel
+
+        model, info = AutoModel.from_pretrained(folder, **settings)
+        return model.get_encoder(), info
+
+
 def architecture(config: Any) -> Any:
     """The automatic class that a configuration's model is built and loaded by.
 
-    A causal language model where the family has one, then a model of images and text that predicts tokens, then the
-    encoder of an encoder-decoder, then the family's bare model.
+    The encoder of an encoder-decoder of texts, whose decoder's activations depend on a second text; else a causal
+    language model where the family has one, then a model of images and text that predicts tokens, then an encoder, then
+    the family's bare model.
     """
     from transformers import (
         AutoModel,
@@ -19,17 +39,38 @@ def architecture(config: Any) -> Any:
         AutoModelForTextEncoding,
     )
 
+    known = type(config)
+    if config.is_encoder_decoder and known not in AutoModelForImageTextToText._model_mapping:
+        if known in AutoModelForTextEncoding._model_mapping:
+            return AutoModelForTextEncoding
+        if known in AutoModel._model_mapping:
+            whole = AutoModel._model_mapping[known]
+            if whole.main_input_name == "input_ids":
+                return _Encoder
     for kind in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForTextEncoding):
-        if type(config) in kind._model_mapping:
+        if known in kind._model_mapping:
             return kind
     return AutoModel
 
 
+def predicts_tokens(config: Any) -> bool:
+    """Tell whether a configuration is of a model made to predict next tokens; a loaded one is tried (`no_predictions`)."""
+    from transformers import AutoModelForMaskedLM
+
+    fills_gaps = type(config) in AutoModelForMaskedLM._model_mapping
+    return architecture(config).__name__ in (
+        "AutoModelForCausalLM", "AutoModelForImageTextToText",
+    ) and not (fills_gaps and not getattr(config, "is_decoder", False))  # fmt: skip
+
+
 def part_of(config: Any) -> dict[str, str]:
     """A note for the record where not all of a configuration's model is run."""
-    from transformers import AutoModelForCausalLM
-
-    if config.is_encoder_decoder and architecture(config) is AutoModelForCausalLM:
+    if not config.is_encoder_decoder:
+        return {}
+    name = architecture(config).__name__
+    if name in ("_Encoder", "AutoModelForTextEncoding"):
+        return {"model": "its encoder alone is run"}
+    if name == "AutoModelForCausalLM":
         return {"model": "its decoder alone is run, without an encoder's output"}
     return {}
 

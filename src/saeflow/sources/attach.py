@@ -36,6 +36,8 @@ def attach(
         x = x if place.scale == 1 else x * place.scale
         # A model spread over several devices gives a block its input on the device of the one before.
         base = before["stream"].to(x.device) if place.adds else None
+        if base is not None and place.weight:
+            base = base * weight_at(model, place.weight).to(base.device)
         new = visit(x if base is None else base + x)
         if new is None:
             return None
@@ -95,6 +97,13 @@ def attach(
     else:
         handles.callback(module.register_forward_hook(visit_output).remove)
     return handles
+
+
+def weight_at(model: nn.Module, path: str) -> Tensor:
+    """A parameter or buffer of a model."""
+    where, _, name = path.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(where), name)
+    return found
 
 
 @contextmanager

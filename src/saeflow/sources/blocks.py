@@ -31,6 +31,7 @@ class Place:
     changed: bool = False  # the model overwrites the tensor later
     flat: bool = False  # (batch x position, d_in)
     adds: bool = False  # the activation is the block's input and this
+    weight: str = ""  # of `adds`: path of the weight that multiplies the block's input
     stream: "Place | None" = None  # the block's input, where shape or value of it are needed
 
 
@@ -42,7 +43,7 @@ class Block:
     places: dict[str, Place] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
     kind: str = ""
-    """sequential, parallel, or what adds instead of attention and MLP."""
+    """sequential, parallel, or what adds instead of attention and MLP alone."""
     sum_of: "Expression | None" = None
     """The output as a sum; None where it is none."""
     length: int = 0
@@ -51,11 +52,12 @@ class Block:
 
 @dataclass(frozen=True)
 class Expression:
-    """A residual stream in terms of places: `scale` times a place, a norm of a sum, or a sum."""
+    """A residual stream in terms of places: `scale` times a place, a norm or a weight times a sum, or a sum."""
 
     scale: float
     place: Place | None = None  # None for the block's input
     norm: str = ""
+    weight: str = ""  # path of a parameter or buffer
     terms: "tuple[Expression, ...]" = ()
 
 
@@ -144,6 +146,11 @@ class _Terms:
             part = self.walk(inputs[0])
             if part and (part[1] or node not in self.given):
                 return _scaled(part[0], node.factor), part[1]
+        if node.operator == "mul" and len(inputs) == 2:
+            for one, other in (inputs, inputs[::-1]):
+                part = self.walk(one) if other.origin.weight else None
+                if part and part[1]:
+                    return Expression(1.0, weight=other.origin.weight, terms=(part[0],)), True
         norm = self.normed.get(node)
         if norm is not None and norm.first_input:
             part = self.walk(norm.first_input[1])
@@ -177,14 +184,11 @@ class _Terms:
             for call in self.calls
             if has_matrix(call.module)
             and any(_is_inside(one, call.path) for one in reached - stream)
+            and not any(_is_inside(one, call.path) for one in stream)
         ]
-        depth = self.run.path.count(".") + 1
-        found = [call for call in inside if call.path.count(".") == depth]
-        if not found:  # parts in lists of their own (T5), which may hold the sum too
-            alone = [c for c in inside if not any(_is_inside(one, c.path) for one in stream)]
-            least = min((call.path.count(".") for call in alone), default=0)
-            found = [call for call in alone if call.path.count(".") == least]
-        return Branch(sorted(found, key=lambda call: call.started), reached & stream)
+        found = [c for c in inside if not any(c.path.startswith(f"{o.path}.") for o in inside)]
+        own = {one for one in reached - stream if _is_inside(one, self.run.path)}
+        return Branch(sorted(found, key=lambda call: call.started), reached & stream, own)
 
 
 @dataclass(frozen=True)
@@ -192,9 +196,11 @@ class Branch:
     """The way from the residual stream to what a part of a block adds to it."""
 
     calls: list[Call]
-    """Calls of the block's parts with matrices, in their order."""
+    """The outermost calls of parts with matrices that hold none of the residual stream's sums, in their order."""
     taken: set[Node]
     """Nodes at which it leaves the residual stream."""
+    nodes: set[Node]
+    """Nodes of the block on it."""
 
 
 def _is_inside(node: Node, path: str) -> bool:
@@ -204,16 +210,16 @@ def _is_inside(node: Node, path: str) -> bool:
 def _scaled(one: Expression, factor: float) -> Expression:
     if factor == 1:
         return one
-    return Expression(one.scale * factor, one.place, one.norm, one.terms)
+    return replace(one, scale=one.scale * factor)
 
 
 def leaves(one: Expression, factor: float = 1.0) -> Iterator[Expression]:
-    """The terms of a sum, each with its whole factor; norms are passed through."""
+    """The terms of a sum, each with its whole factor; norms and weights are passed through."""
     factor *= one.scale
     if not one.terms:
         yield Expression(factor, one.place)
     for term in one.terms:
-        yield from leaves(term, 1.0 if one.norm else factor)
+        yield from leaves(term, 1.0 if one.norm or one.weight else factor)
 
 
 def block_of(trace: Trace, run: Call) -> Block:
@@ -229,12 +235,22 @@ def block_of(trace: Trace, run: Call) -> Block:
                 block.missing[place] = why
         block.kind = "other"
         return block
-    found: dict[str, list[tuple[Expression, Branch]]] = {"attn": [], "mlp": [], "mixer": []}
+    found: dict[str, list[tuple[Expression, Branch]]] = {
+        "attn": [], "mlp": [], "mixer": [], "other": [],
+    }  # fmt: skip
     for term in leaves(terms.sum):
         if term.place is None:
             continue
         branch = terms.branch(terms.leaves[term.place])
-        found[_role(trace, branch.calls, run.path)].append((term, branch))
+        found[_role(trace, branch, run.path)].append((term, branch))
+    plain = [one for one in found["attn"] if not _is_named_mlp(one[1].calls, run.path)]
+    if len(plain) == 1:  # Inkling 2 has an attention over blocks before its MLP
+        found["other"] = [one for one in found["attn"] if one not in plain]
+        found["attn"] = plain
+    named = [one for one in found["mlp"] if _is_named_mlp(one[1].calls, run.path)]
+    if len(named) == 1:
+        found["other"] += [one for one in found["mlp"] if one not in named]
+        found["mlp"] = named
     for role in ("attn", "mlp"):
         others = [
             b.calls[-1].path.removeprefix(run.path + ".")
@@ -290,16 +306,26 @@ def _middle(
         elif (
             len(wanted) == 1
             and len(list(leaves(one))) == 2
-            and all(t.scale == 1 for t in leaves(one) if t.place is None)
+            and (found_weight := _of_start(one)) is not None
         ):
             term = next(t for t in leaves(one) if t.place is not None)
             assert term.place is not None
             stream = block.places["resid_pre"]
             block.places["resid_mid"] = replace(
-                term.place, scale=term.scale, adds=True, stream=stream
+                term.place, scale=term.scale, adds=True, stream=stream, weight=found_weight
             )
     if "resid_mid" in block.places:
         del block.missing["resid_mid"]
+
+
+def _of_start(one: Expression) -> str | None:
+    """The weight of the block's input in its sum with one part, "" where it is 1; None where another is meant."""
+    starts = [t for t in one.terms if all(leaf.place is None for leaf in leaves(t))]
+    if one.scale != 1 or one.norm or one.weight or len(starts) != 1:
+        return None
+    (start,) = starts
+    inner = start.terms[0] if start.weight and not start.norm else start
+    return start.weight if not inner.terms and start.scale == inner.scale == 1 else None
 
 
 def _plain(place: Place) -> tuple[str, Any]:
@@ -307,6 +333,10 @@ def _plain(place: Place) -> tuple[str, Any]:
 
 
 _ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
+_MLP = re.compile(r"mlp|ffn|feed_?forward|moe|expert", re.IGNORECASE)
+_MLP_CLASS = re.compile(
+    r"(MLP|FFN|FeedForward|MoE|Experts)$"
+)  # after the family's name, which may be JetMoe
 _MIXES = (
     "convolution",
     "conv1d",
@@ -319,9 +349,12 @@ _MIXES = (
 )
 
 
-def _role(trace: Trace, branch: list[Call], block: str) -> str:
+def _role(trace: Trace, branch: Branch, block: str) -> str:
     """attn, mlp, or mixer for what mixes positions otherwise (state spaces, convolutions)."""
-    own = [node for node in trace.nodes if any(_is_inside(node, call.path) for call in branch)]
+    calls = branch.calls
+    own = branch.nodes | {
+        node for node in trace.nodes if any(_is_inside(node, call.path) for call in calls)
+    }
     if any(
         "scaled_dot_product" in node.operator
         or (
@@ -332,13 +365,28 @@ def _role(trace: Trace, branch: list[Call], block: str) -> str:
         for node in own
     ):
         return "attn"
-    names = [call.path.removeprefix(block) + " " + type(call.module).__name__ for call in branch]
+    names = [call.path.removeprefix(block) + " " + type(call.module).__name__ for call in calls]
     if any(_ATTENTION.search(name) for name in names):
         return "attn"
+    if _is_named_mlp(calls, block):
+        return "mlp"
     return "mixer" if any(_mixes(node) for node in own) else "mlp"
 
 
+def _is_named_mlp(calls: list[Call], block: str) -> bool:
+    """Tell whether a part's path or class says that it is an MLP; it may hold a convolution too (Inkling, RWKV)."""
+    return any(
+        _MLP.search(call.path.removeprefix(block)) or _MLP_CLASS.search(type(call.module).__name__)
+        for call in calls
+    )
+
+
 def _mixes(node: Node) -> bool:
-    """Tell whether an operator mixes positions; a mask does if it is square, those of routers are positions x experts."""
+    """Tell whether an operator mixes positions; a mask does if it is square, those of routers are positions x experts.
+
+    A recurrence that goes step by step puts its steps together at the end.
+    """
+    if node.operator in ("cat", "stack") and len(node.inputs) == LENGTH:
+        return True
     is_square = len(node.shape) > 1 and node.shape[-1] == node.shape[-2]
     return node.operator in _MIXES and (node.operator != "masked_fill" or is_square)

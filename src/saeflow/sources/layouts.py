@@ -127,7 +127,7 @@ def check_shape(shape: Shape, hook_points: Iterable[str], model: str) -> None:
             )
 
 
-def check_hook_points(name: str, source: Mapping[str, Any], folder: Path) -> None:
+def check_hook_points(name: str, source: Mapping[str, Any], folder: Path) -> Shape | None:
     """Check a source's hook points as far as can be told without weights or network.
 
     A hub model that was never downloaded, and is not in shapes.yaml, is checked when it is fetched.
@@ -137,6 +137,9 @@ def check_hook_points(name: str, source: Mapping[str, Any], folder: Path) -> Non
         source: its parameters, with `model` and `hook_points`.
         folder: results/sources/NAME, which may hold the fetched model.
 
+    Returns:
+        The model's shape, where it is known.
+
     Raises:
         UserError: a hook point that the model lacks or a damaged model file.
     """
@@ -144,3 +147,4 @@ def check_hook_points(name: str, source: Mapping[str, Any], folder: Path) -> Non
     shape = known_shape(source["model"]) or fetched_shape(source["model"], folder / "model")
     if shape is not None:
         check_shape(shape, map(str, points), f"sources.{name}")
+    return shape

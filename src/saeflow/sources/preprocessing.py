@@ -1,7 +1,7 @@
 """From an upright RGB image to what an image model takes, as the model's own Hugging Face processor would do it.
 
 Resizing and cropping are done once, to uint8 pixels; rescaling and normalising each time the model runs. Settings
-that the processors of CLIP, SigLIP, ViT and BiT (DINOv2's) do not have are refused.
+that the processors of CLIP, SigLIP, ViT, BiT (DINOv2's) and Gemma 3 without its crops do not have are refused.
 """
 
 import math
@@ -17,7 +17,7 @@ from saeflow.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-_KINDS = ("CLIP", "Siglip", "ViT", "Bit")
+_KINDS = ("CLIP", "Siglip", "ViT", "Bit", "Gemma3")
 """Families of processors that do the same with other defaults: resize, crop, rescale, normalise, in that order."""
 _ENDINGS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
 _SETTINGS = {
@@ -26,7 +26,7 @@ _SETTINGS = {
 }  # fmt: skip
 _WITHOUT_EFFECT = {
     "_image_processor_type", "_processor_class", "_valid_processor_keys", "device", "disable_grouping",
-    "feature_extractor_type", "image_processor_type", "input_data_format", "processor_class", "return_tensors",
+    "feature_extractor_type", "image_processor_type", "image_seq_length", "input_data_format", "processor_class", "return_tensors",
 }  # fmt: skip
 _BILINEAR = 2
 _FILTERS = range(6)

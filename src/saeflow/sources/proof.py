@@ -15,12 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from saeflow.errors import UserError
-from saeflow.sources.attach import attach
+from saeflow.sources.attach import attach, weight_at
 from saeflow.sources.blocks import Block, Expression, Place, leaves
 from saeflow.sources.heads import has_head, logits
 from saeflow.sources.hook_points import block_input_of, capture, run_from
+from saeflow.sources.hub import last_line
 from saeflow.sources.layouts import PLACES, VISION, HookPoint
 from saeflow.sources.structure import (
     ImageTower,
@@ -99,6 +101,63 @@ def prove(model: Any, hook_points: Sequence[str] | None = None, tower: str = "")
     kinds = Counter(block.kind for block in blocks)
     identities = 0 if expected is None else len(hook_points)
     return Proof(kinds, places, linked, sums, equal, identities)
+
+
+class _Rows(TorchDispatchMode):
+    """While it is open, a table that is asked for a row it does not have is an error, on a GPU as on a CPU."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name, rows = func._schema.name, None
+        if name == "aten::embedding":
+            rows, asked = len(args[0]), args[1]
+        elif name in ("aten::gather", "aten::index_select"):
+            rows, asked = args[0].shape[args[1]], args[2]
+        if rows is not None and int(asked.max()) >= rows:
+            raise IndexError(f"row {int(asked.max())} of {rows} is asked for")
+        return func(*args, **(kwargs or {}))
+
+
+def prove_with_context(model: Any, hook_points: Sequence[str], length: int) -> Proof:
+    """Prove a language model's hook points, and that it takes contexts of a length, the same after short ones.
+
+    Args:
+        model: in evaluation mode.
+        hook_points: of its language part.
+        length: tokens of a context, which may be more than the model's learned positions.
+
+    Raises:
+        UserError: see `prove`; it does not take so many tokens, or the few tokens of the proof changed it (BigBird turns
+            its sparse attention off for good).
+    """
+    before = _one_context(model, hook_points, length)
+    proof = prove(model, hook_points)
+    after = _one_context(model, hook_points, length)
+    for name, found in after.items():
+        if not _close(found, before[name], float(before[name].abs().max())):
+            raise UserError(
+                f"{type(model).__name__}: expected the same activations at {name} of a context of {length} tokens before and "
+                f"after one of {_LENGTH}, found them up to {float((found - before[name]).abs().max()):.2g} apart. Set "
+                "context_length so that the model runs the same on both, or give another model."
+            )
+    return proof
+
+
+def _one_context(model: Any, hook_points: Sequence[str], length: int) -> dict[str, Tensor]:
+    """Activations at some hook points of one context of random tokens."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(_SEED))
+    try:
+        with _Rows():
+            return capture(model, hook_points, ids.to(model.device))
+    except (IndexError, RuntimeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"context_length: {type(model).__name__} does not take a context of {length} tokens ({last_line(str(error))}). "
+            "Lower it, or give another model."
+        ) from error
 
 
 def _structure(model: Any, hook_points: Sequence[str] | None, tower: str) -> Structure:
@@ -200,6 +259,7 @@ def _is_sum(
         if one.terms:
             x = torch.stack([value(term).reshape(stream.shape) for term in one.terms]).sum(0)
             x = model.get_submodule(one.norm)(x) if one.norm else x
+            x = x * weight_at(model, one.weight).to(x.device) if one.weight else x
         else:
             x = (stream if one.place is None else given[one.place]).to(found.device)
         return x * one.scale

@@ -41,8 +41,10 @@ _OF_ENCODERS = {"bos": "cls", "eos": "sep"}
 
 
 def check(name: str, params: Mapping[str, Any], folder: Path) -> None:
-    """Check hook points as far as they can be told before the model is fetched, and the text's encoding."""
-    check_hook_points(name, params, folder)
+    """Check hook points and length as far as they can be told before the model is fetched, and the text's encoding."""
+    shape = check_hook_points(name, params, folder)
+    if shape is not None and "context_length" in params:
+        check_length(int(params["context_length"]), shape.n_positions, f"sources.{name}.")
     if encoding := params.get("text", {}).get("encoding"):
         check_encoding(encoding)
 
@@ -97,9 +99,9 @@ def prepare_inputs(
     tokenizer: Any = load_tokenizer(model)
     length = int(params["context_length"])
     config = load_config(model)
-    _check_model(config, length)
-    bos = [_special(tokenizer, "bos")] if params["prepend_bos"] else []
-    eos = _special(tokenizer, "eos")
+    check_length(length, getattr(config, "max_position_embeddings", None))
+    bos = [special_token(tokenizer, "bos")] if params["prepend_bos"] else []
+    eos = special_token(tokenizer, "eos")
     wanted = {split: math.ceil(n / rows_per_context(params)) for split, n in rows.items()}
     run = params["shared_run"] if len(wanted) == 2 else None
     packers = {split: Packer(folder, split, n, length, bos) for split, n in wanted.items()}
@@ -116,9 +118,9 @@ def prepare_inputs(
         encoded = tokenizer(texts, add_special_tokens=False, verbose=False)
         for (number, split, document), ids in zip(batch, encoded["input_ids"], strict=True):
             tokens = np.array([*ids, eos], dtype=np.int32)
-            if tokens.max() >= config.vocab_size:
+            if (most_id := max([int(tokens.max()), *bos])) >= config.vocab_size:
                 raise UserError(
-                    f"{model}: the tokenizer gives id {tokens.max()}, the model knows ids below "
+                    f"{model}: the tokenizer gives id {most_id}, the model knows ids below "
                     f"{config.vocab_size}. Use the tokenizer that belongs to the model."
                 )
             if tokens_of_one is not None:
@@ -167,24 +169,38 @@ def _some_of(tokens: np.ndarray, most: int, seed: tuple[int, int]) -> np.ndarray
     return np.append(tokens[start : start + most - 1], tokens[-1])
 
 
-def _check_model(config: Any, length: int) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
+def check_length(length: int, limit: int | None, where: str = "") -> None:
+    """Check that contexts are not longer than a model's positions, where these are known.
+
+    Raises:
+        UserError: they are.
+    """
     if limit is not None and length > limit:
         raise UserError(
-            f"context_length: expected at most {limit} (the model's positions), found {length}. Lower it."
+            f"{where}context_length: expected at most {limit} (the model's positions), found {length}. Lower it."
         )
 
 
-def _special(tokenizer: Any, name: str) -> int:
-    """The token that begins or ends a text; of encoders such as BERT the one that they have in its place."""
-    token = getattr(tokenizer, f"{name}_token_id")
-    token = getattr(tokenizer, f"{_OF_ENCODERS[name]}_token_id") if token is None else token
+def special_token(tokenizer: Any, name: str) -> int:
+    """The token that begins ("bos") or ends ("eos") a text; of encoders such as BERT the one that they have in its place.
+
+    Raises:
+        UserError: the tokenizer has neither.
+    """
+    token = found_token(tokenizer, name)
     if token is None:
         hint = (
             "set prepend_bos: false" if name == "bos" else "choose a model whose tokenizer has one"
         )
         raise UserError(f"tokenizer: it has no {name.upper()} token; {hint}.")
-    return int(token)
+    return token
+
+
+def found_token(tokenizer: Any, name: str) -> int | None:
+    """`special_token`, None where the tokenizer has none."""
+    token = getattr(tokenizer, f"{name}_token_id")
+    token = getattr(tokenizer, f"{_OF_ENCODERS[name]}_token_id") if token is None else token
+    return None if token is None else int(token)
 
 
 def _batches(
@@ -225,12 +241,14 @@ class TextSource(ModelSource):
 
     def __init__(self, params: Mapping[str, Any], folder: Path, device: str) -> None:
         super().__init__(params, folder, device, positions(params), rows_per_context(params))
+        self.context_length = int(params["context_length"])
 
     def prove(self, model: "nn.Module") -> None:
-        """Compare sums, neighbours, hidden states and logits of a few tokens."""
-        from saeflow.sources.proof import prove
+        """Compare sums, neighbours, hidden states and logits of a few tokens, and run one whole context."""
+        from saeflow.sources.proof import prove_with_context
 
-        logger.info("hook points proved: %s", prove(model, self.hook_points))
+        proof = prove_with_context(model, self.hook_points, self.context_length)
+        logger.info("hook points proved: %s", proof)
 
     def model_input(self, inputs: "Tensor") -> "Tensor":
         """(n, context_length) token ids."""

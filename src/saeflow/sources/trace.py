@@ -7,6 +7,7 @@ that it ends in. Values play no part: fake tensors (shapes alone) are enough.
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ class Node:
     module: str = ""  # path of the innermost module that ran
     shape: tuple[int, ...] = ()
     changed: bool = False  # the tensor was overwritten later
+    weight: str = ""  # path, if it is a parameter or buffer of the model
 
     @property
     def origin(self) -> "Node":
@@ -112,6 +114,8 @@ class Trace(TorchDispatchMode):
     def watching(self, model: nn.Module) -> Iterator[None]:
         """While the context is open, the model's modules tell when they run."""
         open_calls: list[Call] = []
+        for path, weight in chain(model.named_parameters(), model.named_buffers()):
+            self.node(weight).weight = path
 
         def before(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
             self._paths.append(path)

@@ -65,8 +65,8 @@ def collect(
     for name, text in {
         "classification.md": classification_markdown(rows["classification"]),
         "classification.tex": classification_latex(rows["classification"]),
-        "summary.md": summary_markdown(rows["summary"]),
-        "summary.tex": summary_latex(rows["summary"]),
+        "summary.md": summary_markdown(rows["summary"], rows["unmeasured"]),
+        "summary.tex": summary_latex(rows["summary"], rows["unmeasured"]),
     }.items():
         write_text(folder / name, text)
     _copy_cards(folders, folder / CARDS)

@@ -65,7 +65,7 @@ def load_tables(folder: Path) -> Tables:
     kinds = _kinds(options)
     read: dict[str, pd.DataFrame] = {"options": options}
     for name, table in TABLES.items():
-        if name in ("options", "summary"):
+        if name in ("options", "summary", "unmeasured"):
             continue
         path = folder / f"{name}.csv"
         read[name] = _of_runs(path, table, kinds) if "run" in table.columns else _read(path, table)

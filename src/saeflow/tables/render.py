@@ -136,10 +136,21 @@ def best(lines: Sequence[Mapping[str, str]], name: str) -> set[int]:
     return {number for number, mean in means.items() if metric.text(mean) == metric.text(wanted)}
 
 
-def note(lines: Sequence[Mapping[str, str]]) -> str:
-    """Say which rows a panel's numbers are of, and what ± means."""
+def note(lines: Sequence[Mapping[str, str]], unmeasured: Iterable[Mapping[str, str]] = ()) -> str:
+    """Say which rows a panel's numbers are of, what is not measured and why, and what ± means.
+
+    Args:
+        lines: of the table `summary`.
+        unmeasured: rows of the table of that name, of any panels.
+    """
     policies = dict.fromkeys(policy_note(line) for line in lines if line["rows"])
-    parts = [*policies]
+    panel = [lines[0][name] for name in PANEL]
+    missing = dict.fromkeys(
+        f"{row['what'].capitalize()} is not measured: {row['why']}."
+        for row in unmeasured
+        if [row[name] for name in PANEL] == panel
+    )
+    parts = [*policies, *missing]
     if any(line.get(f"{name}_sd") for line in lines for name in printed()):
         parts.append("Means over seeds, ± one sample standard deviation.")
     if any(best(lines, name) for name in shown(lines)):
@@ -147,9 +158,10 @@ def note(lines: Sequence[Mapping[str, str]]) -> str:
     return " ".join(parts)
 
 
-def _summaries(lines: Iterable[Row]) -> list[tuple[str, Printed]]:
+def _summaries(lines: Iterable[Row], unmeasured: Iterable[Row]) -> list[tuple[str, Printed]]:
     """Return title and table of each panel."""
     found = []
+    missing = list(unmeasured)
     for (source, hook_point, on), held in panels(lines).items():
         title = f"{source}{'' if on == source else f' on {on}'}, {hook_point}"
         names = shown(held)
@@ -166,7 +178,7 @@ def _summaries(lines: Iterable[Row]) -> list[tuple[str, Printed]]:
             for column, name in enumerate(names)
             for number in best(held, name)
         )
-        caption = f"{title}. {note(held)}"
+        caption = f"{title}. {note(held, missing)}"
         found.append((title, Printed(head, len(_WORDS), body, caption, rule, strong)))
     return found
 
@@ -178,17 +190,17 @@ def _words(line: Row, several: bool) -> list[str]:
     return [setting if column == "setting" else line[column] for column in _WORDS]
 
 
-def summary_markdown(lines: Iterable[Row]) -> str:
-    """Return the summary as one Markdown table per panel, with its row policy."""
+def summary_markdown(lines: Iterable[Row], unmeasured: Iterable[Row] = ()) -> str:
+    """Return the summary as one Markdown table per panel, with its row policy and what is not measured."""
     return "\n".join(
         f"## {title}\n\n{table.markdown()}\n\n{table.caption.removeprefix(f'{title}. ')}\n"
-        for title, table in _summaries(lines)
+        for title, table in _summaries(lines, unmeasured)
     )
 
 
-def summary_latex(lines: Iterable[Row]) -> str:
+def summary_latex(lines: Iterable[Row], unmeasured: Iterable[Row] = ()) -> str:
     """Return the summary as one booktabs table per panel."""
-    return "\n".join(table.latex() for _, table in _summaries(lines))
+    return "\n".join(table.latex() for _, table in _summaries(lines, unmeasured))
 
 
 def classification_markdown(rows: Iterable[Row]) -> str:

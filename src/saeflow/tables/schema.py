@@ -283,6 +283,13 @@ TABLES: dict[str, Table] = {
             "difference_high": _number("Upper bound of this interval."),
         },
     ),
+    "unmeasured": Table(
+        about="A row per measurement of a run on one source, and quantity that its model does not have.", job="evaluate",
+        columns=MEASURED_IDS | {
+            "what": _word("The quantity, such as cross-entropy."),
+            "why": _word("Why it is not measured."),
+        },
+    ),
     "stability": Table(
         about="A row per setting, pair of seeds and metric.", job="stability",
         columns={name: column for name, column in IDS.items() if name not in ("run", "seed")} | {

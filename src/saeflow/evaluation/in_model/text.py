@@ -275,9 +275,10 @@ class NextTokens:
         return whole
 
     def measure(self, sae: Any, *, is_trained: bool) -> InModelResult:
-        """Cross-entropy and KL with an SAE's or a baseline's reconstructions in the model; nothing without predictions."""
+        """Cross-entropy and KL with an SAE's or a baseline's reconstructions in the model; without predictions, why not."""
         if not self.is_measured:
-            return InModelResult({})
+            line = {"what": "cross-entropy", "why": self.summary["why_not"]}
+            return InModelResult({}, tables={"unmeasured": [line]})
         sums = self.sums(sae.forward)
         return InModelResult(self.metrics(sums), by_unit(sums, self.units), np.unique(self.units))
 

@@ -57,7 +57,7 @@ def write_report(
         headline=sentences(loaded),
         sources=sources(found),
         saes=saes(found),
-        sections=sections(summary),
+        sections=sections(summary, read_csv(tables / "unmeasured.csv")),
         figures=numbered([shown_figure(folder, out.parent) for folder in figures]),
         script_hash="SCRIPT",
         pages=[

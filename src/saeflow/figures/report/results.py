@@ -13,11 +13,12 @@ from saeflow.tables.runs import is_baseline, setting_words
 from saeflow.tables.schema import label
 
 
-def sections(summary: Sequence[Row]) -> list[dict[str, Any]]:
+def sections(summary: Sequence[Row], unmeasured: Sequence[Row]) -> list[dict[str, Any]]:
     """Return what the page shows of each panel.
 
     Args:
         summary: lines of the table `summary`.
+        unmeasured: rows of the table of that name.
     """
     sections = []
     for panel, lines in panels(summary).items():
@@ -35,7 +36,7 @@ def sections(summary: Sequence[Row]) -> list[dict[str, Any]]:
                     _line(line, names, [number in found for found in strong])
                     for number, line in enumerate(ordered)
                 ],
-                "note": note(lines),
+                "note": note(lines, unmeasured),
             }
         )
     return sections
