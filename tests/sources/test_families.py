@@ -15,7 +15,7 @@ from saeflow.sources.heads import logits, no_predictions
 from saeflow.sources.hook_points import capture, hook, run_from, splice
 from saeflow.sources.layouts import PLACES
 from saeflow.sources.models import fetch_model, load_model
-from saeflow.sources.proof import prove
+from saeflow.sources.proof import prove, prove_with_context
 
 from .toy import toy
 
@@ -161,6 +161,37 @@ def test_modules_are_named_by_their_path() -> None:
     assert torch.equal(found[names[2]][:, 0], seen["out"][1][:, 0])
     assert torch.equal(found[names[3]], by_hand(model)["blocks.1.resid_post"])
     assert prove(model, names[:2]).identities == 2
+
+
+def test_a_router_is_read_position_by_position() -> None:
+    """It takes and gives (batch x position, width)."""
+    model = tiny_family("qwen2_moe")
+    point = "module.model.layers.1.mlp.gate.output"
+    seen: list[Tensor] = []
+    handle = model.model.layers[1].mlp.gate.register_forward_hook(
+        lambda _, args, out: seen.append(out[0])
+    )
+    model(IDS)
+    handle.remove()
+    found = capture(model, [point], IDS)[point]
+    assert found.shape[:2] == IDS.shape
+    assert torch.equal(found, seen[0].reshape(found.shape))
+    assert prove(model, [point]).identities == 1
+    with splice(model, point, lambda x: x.flip(1).flip(1)):
+        assert torch.equal(model(IDS).logits, model(IDS).logits)
+
+
+def test_what_a_fused_kernel_does_not_run_is_named() -> None:
+    """Without one, weights of attention are no activations of positions either."""
+    model, point = tiny_family("gpt2"), "module.transformer.h.1.attn.attn_dropout.output"
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UserError, match=r"attn_dropout.output: the module does not run \(a fused"):
+        capture(model, [point], IDS)
+    model.set_attn_implementation("eager")
+    with pytest.raises(
+        UserError, match=r"expected a tensor \(batch, position, width\), found \(1, 4"
+    ):
+        prove_with_context(model, [point], 12)
 
 
 @pytest.mark.parametrize(

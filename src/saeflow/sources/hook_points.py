@@ -16,13 +16,7 @@ from saeflow.errors import UserError
 from saeflow.shapes import Shape
 from saeflow.sources.attach import Visit, attach, forward_of
 from saeflow.sources.blocks import Place
-from saeflow.sources.layouts import (
-    PLACES,
-    VISION,
-    HookPoint,
-    check_hook_points,
-    check_shape,
-)
+from saeflow.sources.layouts import PLACES, VISION, HookPoint, check_hook_points, check_shape
 from saeflow.sources.structure import (
     body_of,
     image_output,
@@ -120,8 +114,28 @@ def block_input_of(model: nn.Module, hook_point: str) -> str | None:
 
 
 def _attach(model: nn.Module, point: HookPoint, visit: Visit) -> ExitStack:
-    """Register `visit` at a hook point; closing the result takes it away."""
-    return attach(model, _place(model, point), visit, str(point))
+    """Register `visit` at a hook point; closing the result takes it away.
+
+    What a module of a language model gives as (batch x position, d_in), as routers do, is seen by context.
+    """
+    if not point.module or point.tower:
+        return attach(model, _place(model, point), visit, str(point))
+    contexts: list[int] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
+        contexts[:] = next(x for x in given if isinstance(x, Tensor)).shape[:2]
+
+    def see(x: Tensor) -> Tensor | None:
+        if x.ndim != 2 or len(x) != contexts[0] * contexts[1]:
+            return visit(x)
+        new = visit(x.reshape(*contexts, -1))
+        return None if new is None else new.reshape(x.shape)
+
+    hooks = attach(model, _place(model, point), see, str(point))
+    for one in {model, decoder_of(model)}:
+        hooks.callback(one.register_forward_pre_hook(note, with_kwargs=True).remove)
+    return hooks
 
 
 def _run(model: nn.Module, tower: str, inputs: Tensor) -> Tensor:

@@ -106,6 +106,9 @@ def prove(model: Any, hook_points: Sequence[str] | None = None, tower: str = "")
 class _Rows(TorchDispatchMode):
     """While it is open, a table that is asked for a row it does not have is an error, on a GPU as on a CPU."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -132,6 +135,12 @@ def prove_with_context(model: Any, hook_points: Sequence[str], length: int) -> P
             its sparse attention off for good).
     """
     before = _one_context(model, hook_points, length)
+    for name, found in before.items():
+        if found.ndim != 3 or found.shape[:2] != (1, length):
+            raise UserError(
+                f"{type(model).__name__}: {name}: expected a tensor (batch, position, width), found {tuple(found.shape)} of 1 x "
+                f"{length} tokens. Name another module."
+            )
     proof = prove(model, hook_points)
     after = _one_context(model, hook_points, length)
     for name, found in after.items():
