@@ -163,35 +163,35 @@ def test_modules_are_named_by_their_path() -> None:
     assert prove(model, names[:2]).identities == 2
 
 
-def test_a_router_is_read_position_by_position() -> None:
-    """It takes and gives (batch x position, width)."""
+def test_what_has_no_axis_of_positions_is_read_by_context() -> None:
+    """A mixture's router and shared expert take and give (batch x position, width)."""
     model = tiny_family("qwen2_moe")
-    point = "module.model.layers.1.mlp.gate.output"
+    point = "module.model.layers.1.mlp.shared_expert.output"
     seen: list[Tensor] = []
-    handle = model.model.layers[1].mlp.gate.register_forward_hook(
-        lambda _, args, out: seen.append(out[0])
+    handle = model.model.layers[1].mlp.shared_expert.register_forward_hook(
+        lambda _, args, out: seen.append(out)
     )
     model(IDS)
     handle.remove()
+    assert seen[0].ndim == 2
     found = capture(model, [point], IDS)[point]
-    assert found.shape[:2] == IDS.shape
-    assert torch.equal(found, seen[0].reshape(found.shape))
+    assert torch.equal(found, seen[0].reshape(*IDS.shape, -1))
     assert prove(model, [point]).identities == 1
-    with splice(model, point, lambda x: x.flip(1).flip(1)):
-        assert torch.equal(model(IDS).logits, model(IDS).logits)
+    with pytest.raises(UserError, match=r"gate\.output, found the same: nothing reads what it"):
+        prove(model, ["module.model.layers.1.mlp.gate.output"])
 
 
 def test_what_a_fused_kernel_does_not_run_is_named() -> None:
-    """Without one, weights of attention are no activations of positions either."""
     model, point = tiny_family("gpt2"), "module.transformer.h.1.attn.attn_dropout.output"
-    model.set_attn_implementation("sdpa")
     with pytest.raises(UserError, match=r"attn_dropout.output: the module does not run \(a fused"):
         capture(model, [point], IDS)
-    model.set_attn_implementation("eager")
+
+
+def test_what_is_no_activation_of_positions_is_not_stored() -> None:
     with pytest.raises(
-        UserError, match=r"expected a tensor \(batch, position, width\), found \(1, 4"
+        UserError, match=r"expected a tensor \(batch, position, width\), found \(1, 1"
     ):
-        prove_with_context(model, [point], 12)
+        prove_with_context(toy(), ["module.trunk.stages.1.look.output.1"], 12)
 
 
 @pytest.mark.parametrize(
