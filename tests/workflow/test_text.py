@@ -248,7 +248,7 @@ def test_snakemakes_own_report_holds_figures_with_captions(done: Project) -> Non
     page = (done.folder / "held.html").read_text()
     for name in PARAMS["figures"]["names"]:
         caption = (done.folder / f"results/figures/{name}/caption.md").read_text()
-        first = re.match(r"[\w ,]{15,60}", caption)
+        first = re.match(r"[\w ,:]{15,60}", caption)
         assert first is not None, caption
         assert first[0] in page, name
     for category in ("Figures", "Tables", "Latents", "Report"):
