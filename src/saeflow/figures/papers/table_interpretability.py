@@ -1,4 +1,4 @@
-"""Table of interpretability: the share of latents that a simple model of text predicts, and sparse probes."""
+"""Table of interpretability: the share of latents whose firing a scorer predicts from text, and sparse probes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -30,16 +30,16 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
         by_k.add_prefix("probe_k").rename(columns=lambda name: name.removesuffix(".0"))
     )
     caption = (
-        "Detection: from windows of training text on which a latent fires and others, naive Bayes on the marked token and the one "
-        "before it says of held-out windows whether it fires (balanced accuracy and AUC, mean over the sampled latents; shuffled: with "
-        "shuffled answers). interpretable: share of the judged latents at or above the threshold. probe: accuracy of sparse "
+        "Detection: from windows of training text on which a latent fires and others, a scorer says of held-out windows whether it fires "
+        "(balanced accuracy and AUC, mean over the sampled latents; shuffled: with shuffled answers). The scorer is naive Bayes on the "
+        "marked token and the one before it, unless evaluation.interpretability.detection.scorer names another. interpretable: share of the judged latents at or above the threshold. probe: accuracy of sparse "
         f"probes with k latents, mean over questions. {captions.budget_sentence(shown)}"
     )
     return PaperTable(ordered(data.reset_index(), keys), caption)
 
 
 FIGURE = TableFigure(
-    title="Latents that a simple model predicts",
+    title="Latents whose firing is predicted from text",
     draw=draw,
     columns={"judged": Column(definition="Latents that are judged.", kind="count")},
     needs=Need(
