@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ def waiting(python: Path, folder: Path) -> "Iterator[subprocess.Popen[bytes]]":
     """A command that waits for its parameters, with its client."""
     command = [python, "-m", "saeflow", "validate", "--params", "/dev/stdin"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, cwd=folder, **pipes) as client:  # type: ignore[call-overload]
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # even where these tests ignore it
+    with subprocess.Popen(command, cwd=folder, preexec_fn=heed, **pipes) as client:  # type: ignore[call-overload]
         try:
             until(lambda: len(jobs_in(folder)) == 2)
             yield client

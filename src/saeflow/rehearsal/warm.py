@@ -88,6 +88,8 @@ def serve(address: str) -> None:
     """Import what jobs need, then run each job that is asked for in a child, until standard input is closed."""
     for name in IMPORTED:
         importlib.import_module(name)
+    # A job gets the signals that its client passes on, whatever the process that serves it was started with.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     jobs: dict[int, int] = {}  # process of each job, by the pipe that its client holds open
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(address)
