@@ -5,6 +5,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib.container import ErrorbarContainer
 
@@ -135,7 +136,7 @@ def test_a_figure_without_rows_says_what_to_change(make_tables: Maker, tmp_path:
 
 
 def test_one_seed_of_one_setting_can_be_drawn(make_tables: Maker, tmp_path: Path) -> None:
-    entries = [("topk", "topk", 1.0, (16,))]
+    entries = [("topk", "topk", 1.0, (22,))]
     loaded = load_tables(make_tables(tmp_path, panels=[TEXT], entries=entries, seeds=1))
     with style.context():
         drawing = FIGURES["fvu_l0"].draw(loaded, STRICT)
@@ -148,6 +149,15 @@ def test_one_seed_of_one_setting_can_be_drawn(make_tables: Maker, tmp_path: Path
     topk = drawing.data[drawing.data["entry"] == "topk"].iloc[0]
     assert pytest.approx(topk["high"] - topk["low"]) in heights  # 0.9 and 1.1 times the value
     assert drawing.figure.get_size_inches()[0] == style.COLUMN_WIDTH
+    ax = drawing.figure.axes[0]
+    bottom, top = ax.get_ylim()
+    assert bottom <= topk["low"] < topk["high"] <= top
+    pca = drawing.data[drawing.data["variant"] == "pca"].sort_values("l0_mean")
+    ends = ax.get_xlim()
+    assert not pca["l0_mean"].between(*ends).any()  # only their line is on the panel
+    crossing = np.interp(np.log(ends), np.log(pca["l0_mean"]), pca["fvu"])
+    assert (bottom <= crossing).all()
+    assert (crossing <= top).all()
 
 
 def test_error_bars_of_a_figure_mean_one_thing(make_tables: Maker, tmp_path: Path) -> None:

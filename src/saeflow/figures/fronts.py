@@ -268,6 +268,26 @@ def _is_logarithmic(rows: pd.DataFrame, metric: str) -> bool:
     )
 
 
+def _drawn(rows: pd.DataFrame, metric: str) -> np.ndarray:
+    """A metric's values with the bounds of their intervals."""
+    columns = [metric, *(name for name in ("low", "high") if name in rows)]
+    values: np.ndarray = rows[columns].to_numpy(dtype=float)
+    finite: np.ndarray = values[np.isfinite(values)]
+    return finite
+
+
+def _crossing(rows: pd.DataFrame, metric: str, low: float, high: float) -> np.ndarray:
+    """Where the lines of baselines enter and leave the span of L0: their points may all lie outside."""
+    found: list[float] = []
+    for _, line in rows[~compare.is_sae(rows) & (rows["l0_mean"] > 0)].groupby("entry"):
+        points = line.dropna(subset=[metric]).groupby("l0_mean")[metric].mean()
+        ends = [
+            end for end in (low, high) if len(points) and points.index[0] <= end <= points.index[-1]
+        ]
+        found += [float(np.interp(np.log(end), np.log(points.index), points)) for end in ends]
+    return np.array(found)
+
+
 def _scale(ax: Axes, rows: pd.DataFrame, metric: str, of_truth: bool, is_logarithmic: bool) -> None:
     """Axes that hold every SAE, and of the baselines what lies at the SAEs' L0."""
     low, high, visible = _visible(rows)
@@ -275,7 +295,9 @@ def _scale(ax: Axes, rows: pd.DataFrame, metric: str, of_truth: bool, is_logarit
     if of_truth:
         ax.set_ylim(0, 1.03)
         return
-    bottom, top = float(visible[metric].min()), float(visible[metric].max())
+    held = np.concatenate([_drawn(visible, metric), _crossing(rows, metric, low, high)])
+    held = held[held > 0] if is_logarithmic else held
+    bottom, top = float(held.min()), float(held.max())
     if is_logarithmic:
         style.log_axis(ax, "y", bottom / 1.25, top * 1.25)
     else:
