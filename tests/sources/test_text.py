@@ -169,8 +169,11 @@ def test_a_document_gives_no_more_contexts_than_are_allowed(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     rows = {"train": 600, "evaluation": 100}
-    prepare(params | {"contexts_per_document": most}, folder, **rows)
+    read = prepare(params | {"contexts_per_document": most}, folder, **rows)
     given = [text for text in documents if text]
+    sizes = [len(tokenizer.encode(text, add_special_tokens=False)) + 1 for text in given]
+    beyond = read["left_out"][f"tokens beyond contexts_per_document: {most}"]
+    assert 0 < beyond <= sum(max(0, size - most * 15) for size in sizes)  # of those that it took
     for split in rows:
         tokens = np.load(folder / "inputs" / f"{split}.npy")[:, 1:].ravel()
         of = np.load(folder / "inputs" / f"{split}_documents.npy")

@@ -87,7 +87,7 @@ def prepare_inputs(
 
     Returns:
         What was read, for the record: `files`, of each file (or data set) the documents and tokens that were packed;
-        `left_out`, how many documents by the reason; `splits`, of each split the contexts, their documents and tokens
+        `left_out`, how many documents (or tokens of long ones) by the reason; `splits`, of each split the contexts, their documents and tokens
         and how many contexts were left out for a `shared_run`.
 
     Raises:
@@ -123,7 +123,10 @@ def prepare_inputs(
                     f"{model}: the tokenizer gives id {most_id}, the model knows ids below "
                     f"{config.vocab_size}. Use the tokenizer that belongs to the model."
                 )
-            if tokens_of_one is not None:
+            if tokens_of_one is not None and len(tokens) > tokens_of_one:
+                left_out[f"tokens beyond contexts_per_document: {most}"] += (
+                    len(tokens) - tokens_of_one
+                )
                 tokens = _some_of(tokens, tokens_of_one, (params["seed"], number))
             packers[split].add(Piece(number, document.file, tokens))
         if time.monotonic() - logged > _LOG_EVERY_S:
@@ -162,9 +165,7 @@ def prepare_inputs(
 
 
 def _some_of(tokens: np.ndarray, most: int, seed: tuple[int, int]) -> np.ndarray:
-    """At most so many tokens of a document, from a random place, with its EOS at their end."""
-    if len(tokens) <= most:
-        return tokens
+    """Return so many tokens of a longer document, from a random place, with its EOS at their end."""
     start = int(np.random.default_rng(seed).integers(len(tokens) - most + 1))
     return np.append(tokens[start : start + most - 1], tokens[-1])
 
