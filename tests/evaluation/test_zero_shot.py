@@ -209,6 +209,18 @@ def test_an_identity_leaves_the_accuracy_alone(folder: Path, hook_point: str) ->
     assert [line["n"] for line in lines] == ["all"]
 
 
+def test_a_tokenizer_without_padding_gives_the_same_texts(folder: Path) -> None:
+    model: Any = CLIPModel.from_pretrained(folder / "model")
+    padded, bare = load_tokenizer(folder / "model"), load_tokenizer(folder / "model")
+    bare.pad_token = None
+    texts = ["a red circle", "six objects on a grey background", "a cross"]
+    one, other = (class_features(model, each, texts, TEMPLATES) for each in (padded, bare))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    model.config.model_type = "siglip"
+    with pytest.raises(UserError, match="expected a tokenizer with a padding token"):
+        class_features(model, bare, texts, TEMPLATES)
+
+
 def test_patches_alone_leave_the_cls_token_as_it_is(folder: Path) -> None:
     sets = loop(folder, "vision.blocks.1.resid_post", "patches").sets
     parts = next(sets.batches("ones", "test"))

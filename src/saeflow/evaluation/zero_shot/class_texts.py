@@ -21,7 +21,7 @@ def text_features(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     """Unit text embeddings (prompts, d_embedding) float32 on the CPU.
 
     Raises:
-        UserError: the model has no text tower.
+        UserError: the model has no text tower, or its texts are padded and the tokenizer has nothing for it.
     """
     if not hasattr(model, "get_text_features"):
         raise UserError(
@@ -32,11 +32,19 @@ def text_features(model: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
     length = model.config.text_config.max_position_embeddings
     # As transformers' zero-shot pipeline does: SigLIP reads its last position, and was trained with all of them.
     padding = "max_length" if model.config.model_type == "siglip" else True
+    at_once = _TEXTS_AT_ONCE
+    if tokenizer.pad_token is None:
+        if padding == "max_length":
+            raise UserError(
+                f"{tokenizer.name_or_path}: expected a tokenizer with a padding token, which SigLIP reads, found none. Set "
+                "pad_token in its tokenizer_config.json."
+            )
+        padding, at_once = False, 1  # one text alone needs none
     device = next(model.parameters()).device
     with torch.inference_mode():
-        for start in range(0, len(prompts), _TEXTS_AT_ONCE):
+        for start in range(0, len(prompts), at_once):
             given = tokenizer(
-                list(prompts[start : start + _TEXTS_AT_ONCE]),
+                list(prompts[start : start + at_once]),
                 padding=padding, truncation=True, max_length=length, return_tensors="pt",
             ).to(device)  # fmt: skip
             features = model.get_text_features(**given).pooler_output.float().cpu()
