@@ -39,4 +39,4 @@ def test_settings_of_several_sizes_can_be_told_apart(make_tables: Maker, tmp_pat
         (ax,) = FIGURES["stability"].draw(loaded, STRICT).figure.axes
     labels = [text.get_text() for text in ax.get_yticklabels()]
     assert len(set(labels)) == len(labels)
-    assert "topk, 2,304 latents, k = 8" in labels
+    assert "TopK, 2,304 latents, k = 8" in labels

@@ -12,7 +12,7 @@ from saeflow.figures import captions, style
 from saeflow.figures.figure import Drawing, Figure
 from saeflow.figures.needs import Need
 from saeflow.figures.series import entry_labels
-from saeflow.tables import compare
+from saeflow.tables import compare, verdict
 from saeflow.tables.load import Tables
 from saeflow.tables.numbers import natural
 
@@ -67,9 +67,10 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         "activations' norms, by the mean k, or by one threshold on the activations with equally many active in all. Right of the line the control is "
         "worse. Bars are 95 % bootstrap intervals of the paired difference, over documents, images or samples. "
         f"Of {rows['run'].nunique()} SAEs, a control is worse by more than its interval: {counted}. "
-        f"{captions.budget_sentence(runs)} {captions.rows_sentence(runs)}"
+        f"{captions.budget_sentence(runs)} {captions.rows_sentence(runs)} "
+        + " ".join(verdict.uninformed_sentence(tables))
     )
-    return Drawing(figure, rows.drop(columns=["setting", "series", "trained"]), caption)
+    return Drawing(figure, rows.drop(columns=["setting", "series", "trained"]), caption.strip())
 
 
 def _relative(table: pd.DataFrame) -> pd.DataFrame:

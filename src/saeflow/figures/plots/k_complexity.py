@@ -14,7 +14,7 @@ from saeflow.figures import captions, style
 from saeflow.figures.figure import Drawing, Figure
 from saeflow.figures.needs import Need
 from saeflow.figures.series import Series, each_setting, in_order, places_of, series_of, stroke
-from saeflow.tables import compare
+from saeflow.tables import compare, verdict
 from saeflow.tables.load import Tables
 
 if TYPE_CHECKING:
@@ -75,9 +75,9 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         "are the variants that choose k by input, darker shades for more active latents. Rank correlations over contexts "
         f"are {_span(found['spearman'])} for {len(found)} settings and scores, and {_span(found['partial'])} given the "
         "mean norm of a context's activations. "
-        f"{captions.budget_sentence(shown)}"
+        f"{captions.budget_sentence(shown)} " + " ".join(verdict.uninformed_sentence(tables))
     )
-    return Drawing(figure, data, caption)
+    return Drawing(figure, data, caption.strip())
 
 
 def _span(values: pd.Series) -> str:

@@ -12,7 +12,7 @@ from saeflow.figures import captions, style
 from saeflow.figures.figure import Drawing, Figure
 from saeflow.figures.needs import Asked, Need
 from saeflow.figures.series import entry_labels
-from saeflow.tables import compare
+from saeflow.tables import compare, verdict
 from saeflow.tables.load import Tables
 from saeflow.tables.metrics import BETWEEN_SEEDS
 from saeflow.tables.numbers import natural
@@ -78,9 +78,10 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         "matched one to one (Hungarian), over all latents, dead ones too, and over those that fire on an "
         "evaluated row; Spearman correlation between the seeds of the number of active latents per input "
         "(L0) and of the k that the SAE allows, where they vary. A point for each pair of seeds. "
-        f"{captions.budget_sentence(shown)} {captions.rows_sentence(shown)}"
+        f"{captions.budget_sentence(shown)} {captions.rows_sentence(shown)} "
+        + " ".join(verdict.uninformed_sentence(tables))
     )
-    return Drawing(figure, rows.reset_index(drop=True), caption)
+    return Drawing(figure, rows.reset_index(drop=True), caption.strip())
 
 
 def _panel(ax: Axes, rows: pd.DataFrame) -> None:
