@@ -95,7 +95,8 @@ def test_scores_are_of_the_own_sources_contexts(one: Path, two: Path) -> None:
 
 
 def test_the_report_has_a_table_for_each(two: Path) -> None:
-    titles = [section["title"] for section in sections(read_csv(two / "summary.csv"))]
+    given = (read_csv(two / f"{name}.csv") for name in ("summary", "unmeasured"))
+    titles = [section["title"] for section in sections(*given)]
     assert titles[:2] == [f"{TEXT[0]}, {TEXT[1]}", f"{TEXT[0]} on {OTHER}, {TEXT[1]}"]
     assert titles[2:] == [SYNTHETIC[0], f"{SYNTHETIC[0]} on {OTHER}"]
 

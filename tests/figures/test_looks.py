@@ -261,7 +261,7 @@ def test_concepts_of_many_labelled_sets_fit_a_page(make_tables: Maker, tmp_path:
         figure.draw_without_rendering()
     assert figure.get_size_inches()[1] <= style.PAGE_HEIGHT
     assert len(figure.axes) == 22
-    assert [ax.get_xlabel() for ax in figure.axes] == [""] * 20 + ["concepts left on (n)"] * 2
+    assert [ax.get_xlabel() for ax in figure.axes] == [""] * 20 + ["concepts kept"] * 2
     assert all(ax.get_window_extent().height > 0.3 * figure.dpi for ax in figure.axes)
 
 
