@@ -13,14 +13,14 @@ import pytest
 from typer.testing import CliRunner
 
 from saeflow.cli import app
-from saeflow.config import ROOT, read_yaml
+from saeflow.config import ROOT, load_params
 from saeflow.errors import UserError
 from saeflow.jobs import Groups, Jobs, arguments, read_task, read_tasks, tasks
 from saeflow.jobs.code import Kept, package_code
 from saeflow.local_files import content_digests
 from saeflow.plan import Plan
 
-PARAMS = read_yaml(ROOT / "params.yaml")
+PARAMS = load_params(ROOT / "params.yaml")
 
 
 PACKAGE = Kept(package_code(), None)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from saeflow.config import ROOT, read_yaml, scorer_file
+from saeflow.config import ROOT, load_params, scorer_file
 from saeflow.errors import UserError
 from saeflow.evaluation.detection import SCORERS, Window, scorer_of
 from saeflow.jobs import Jobs
@@ -36,7 +36,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def with_scorer(name: str) -> dict:
-    params = read_yaml(ROOT / "params.yaml")
+    params = load_params(ROOT / "params.yaml")
     params["evaluation"]["interpretability"]["detection"]["scorer"] = name
     return params
 

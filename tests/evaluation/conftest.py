@@ -43,6 +43,8 @@ EVALUATION = {
 class MemoryStore:
     """The reading side of a store, over an array."""
 
+    has_rows = True
+
     def __init__(self, x: np.ndarray, **columns: np.ndarray) -> None:
         self.x, self.columns, self.path = torch.tensor(x, dtype=torch.float32), columns, Path("m")
         self.rows, self.d_in = self.x.shape

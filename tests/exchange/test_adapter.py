@@ -35,6 +35,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"l1": 0.1, "l1_schedule": CONSTANT, "p_end": 0.2, "p_updates": 10, "anneal_start": 0.5},
     ),
     "topk": ("topk", TOPK),
+    "abs_topk": ("abs_topk", TOPK),
+    "top_afa": ("top_afa", {"afa_weight": 0.1, "auxk_weight": 0.0}),
+    "matching_pursuit": ("matching_pursuit", {"residual_threshold": 0.5, "max_iterations": 4}),
     "batch_topk": ("batch_topk", BATCH),
     "matryoshka": ("matryoshka", {**BATCH, "groups": {"fractions": [0.25, 0.25]}}),
     "jumprelu": (

@@ -90,12 +90,12 @@ def test_a_source_that_takes_anothers_model_takes_what_is_to_be_known_of_it(
     assert not (taken / "provenance.json").exists()
 
 
-def test_a_decoder_without_its_encoder_is_to_be_known(tmp_path: Path, out: Path) -> None:
+def test_an_encoder_without_its_decoder_is_to_be_known(tmp_path: Path, out: Path) -> None:
     sizes = {"vocab_size": 61, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
              "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}  # fmt: skip
     BartForConditionalGeneration(BartConfig(**sizes)).save_pretrained(tmp_path / "bart")
     notes = fetch_model({"folder": str(tmp_path / "bart")}, ["blocks.0.mlp_out"], out)
-    assert notes == {"model": "its decoder alone is run, without an encoder's output"}
+    assert notes == {"model": "its encoder alone is run"}
 
 
 def test_the_files_of_a_folder_are_its_provenance(local: Path) -> None:

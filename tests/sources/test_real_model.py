@@ -61,4 +61,6 @@ def test_smollm2_comes_out_of_its_wheel_and_predicts_english(tmp_path: Path) -> 
         "blocks.10.mlp_out": (8 * 127, 576),
     }
     norms = block.activations["blocks.19.resid_post"].norm(dim=1)
-    assert norms.max() < 10 * norms.median()  # the first position, 100 times larger, is left out
+    # Each context's first position, 50 times larger, is left out; few other tokens are as large, which depends on the text,
+    # and so on the version of Python.
+    assert int((norms > 10 * norms.median()).sum()) < 8
