@@ -277,7 +277,7 @@ def _drawn(rows: pd.DataFrame, metric: str) -> np.ndarray:
 
 
 def _crossing(rows: pd.DataFrame, metric: str, low: float, high: float) -> np.ndarray:
-    """Where the lines of baselines enter and leave the span of L0: their points may all lie outside."""
+    """Values at which lines of baselines enter and leave the span of L0; their points may all lie outside."""
     found: list[float] = []
     for _, line in rows[~compare.is_sae(rows) & (rows["l0_mean"] > 0)].groupby("entry"):
         points = line.dropna(subset=[metric]).groupby("l0_mean")[metric].mean()
