@@ -95,6 +95,10 @@ def _explain(error: Any) -> str:
             return f"{where}: expected one of {_choices(error)}, found {found}."
         case "const":
             return f"{where}: expected {error.validator_value!r}, found {found}."
+        case "pattern" if "description" in error.schema:
+            return (
+                f"{where}: expected {error.schema['description'].removesuffix('.')}; found {found}."
+            )
         case _:
-            hint = error.schema.get("description", "")
+            hint = error.schema.get("description", "").removesuffix(".")
             return f"{where}: {error.message}" + (f" ({hint})" if hint else "") + "."
