@@ -130,7 +130,8 @@ def newest_commit(name: str, kind: str) -> str:
     from huggingface_hub import HfApi
 
     advice = f"Fix the name, or give {name}@COMMIT, where the hub's cache holds it."
-    with hub_errors(f"{name}: the hub does not tell its newest commit", advice):
+    what = f"{name}: there is no such folder here, and the hub does not tell the newest commit of a {kind} of this name"
+    with hub_errors(what, advice):
         return str(HfApi().repo_info(name, repo_type=kind).sha)
 
 
