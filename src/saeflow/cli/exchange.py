@@ -38,6 +38,7 @@ def export(
     with provenance.job(out, name="export", inputs=inputs, params=params) as job:
         cost = export_sae(sae, library, job.path, held_out, evaluation)
         job.details["calibrated"] = cost or None
+    typer.echo(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}")
     if cost:
         typer.echo(
             f"one threshold, {cost['threshold']:.4g}, in the place of a k for each input: FVU {cost['fvu_own']:.4f} "
