@@ -172,7 +172,11 @@ def test_shipped_parameters_are_valid(path: Path) -> None:
             "sources.smollm2.model.revision",
         ),
         ("sources/smollm2/text", {"files": ["nowhere.txt"], "column": "text"}, "nowhere.txt"),
-        ("sources/smollm2/hook_points", ["blocks.x.resid"], "sources.smollm2.hook_points.0: expected blocks.N.PLACE"),
+        (
+            "sources/smollm2/hook_points",
+            ["blocks.x.resid"],
+            "sources.smollm2.hook_points.0: expected blocks.N.PLACE",
+        ),
         ("stores/smollm2/shard_rows", 1000, "expected a multiple of chunk_rows"),
         ("stores/smollm2/block_contexts", 3, "expected a multiple of the source's forward_batch"),
         ("stores/smollm2", ..., "expected an entry for source 'smollm2'"),
