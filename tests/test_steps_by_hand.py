@@ -31,6 +31,15 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     return int(stopped.value.code or 0)
 
 
+def assert_refused_in_one_line(
+    capsys: pytest.CaptureFixture[str], wrong: str, folder: Path
+) -> None:
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {wrong}")
+    assert len(said.splitlines()) == 1
+    assert not folder.exists()
+
+
 def task(out: Path, params: dict[str, Any], **reads: Path) -> str:
     shared = {"params": params, "reads": {role: str(path) for role, path in reads.items()}}
     job = {"out": str(out), "key": "", "params": {}, "reads": {}}
@@ -107,10 +116,7 @@ def test_a_mistake_in_an_entry_given_by_hand_is_one_line(
     folder = tmp_path / "by_hand"
     rest = {"prepare": ("--rows", '{"train": 256}', "--folder"), "fetch": ("--out",)}[command]
     assert run(monkeypatch, command, "--source", json.dumps(entry), *rest, folder) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {wrong}")
-    assert len(said.splitlines()) == 1
-    assert not folder.exists()
+    assert_refused_in_one_line(capsys, wrong, folder)
 
 
 @pytest.mark.parametrize(
@@ -132,10 +138,7 @@ def test_a_mistake_in_other_options_is_one_line(
 ) -> None:
     folder = tmp_path / "by_hand"
     assert run(monkeypatch, *arguments, folder) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: {wrong}")
-    assert len(said.splitlines()) == 1
-    assert not folder.exists()
+    assert_refused_in_one_line(capsys, wrong, folder)
 
 
 @pytest.mark.parametrize(

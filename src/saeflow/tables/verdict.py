@@ -136,17 +136,15 @@ def sentences(tables: Tables) -> str:
         held = rows[rows["rival_variant"] == control]
         if len(held):
             parts.append(f"Against themselves with {what}, {_counted(held)}.")
-    return " ".join([*parts, *uninformed_sentence(tables)])
+    return " ".join(filter(None, [*parts, uninformed_sentence(tables)]))
 
 
-def uninformed_sentence(tables: Tables) -> list[str]:
-    """Name in a sentence the SAEs of `uninformed`; nothing where there are none."""
+def uninformed_sentence(tables: Tables) -> str:
+    """Name in a sentence the SAEs of `uninformed`; empty where there are none."""
     known = sorted({f"{entry} on {source}" for source, _, entry in uninformed(tables)})
     if not known:
-        return []
-    return [
-        f"The k of {', '.join(known)} carries no information: its probe does not read its score."
-    ]
+        return ""
+    return f"The k of {', '.join(known)} carries no information: its probe does not read its score."
 
 
 def _counted(rows: pd.DataFrame) -> str:

@@ -67,8 +67,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         "activations' norms, by the mean k, or by one threshold on the activations with equally many active in all. Right of the line the control is "
         "worse. Bars are 95 % bootstrap intervals of the paired difference, over documents, images or samples. "
         f"Of {rows['run'].nunique()} SAEs, a control is worse by more than its interval: {counted}. "
-        f"{captions.budget_sentence(runs)} {captions.rows_sentence(runs)} "
-        + " ".join(verdict.uninformed_sentence(tables))
+        f"{captions.budget_sentence(runs)} {captions.rows_sentence(runs)} {verdict.uninformed_sentence(tables)}"
     )
     return Drawing(figure, rows.drop(columns=["setting", "series", "trained"]), caption.strip())
 

@@ -75,7 +75,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         "are the variants that choose k by input, darker shades for more active latents. Rank correlations over contexts "
         f"are {_span(found['spearman'])} for {len(found)} settings and scores, and {_span(found['partial'])} given the "
         "mean norm of a context's activations. "
-        f"{captions.budget_sentence(shown)} " + " ".join(verdict.uninformed_sentence(tables))
+        f"{captions.budget_sentence(shown)} {verdict.uninformed_sentence(tables)}"
     )
     return Drawing(figure, data, caption.strip())
 

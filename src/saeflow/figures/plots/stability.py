@@ -78,8 +78,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         "matched one to one (Hungarian), over all latents, dead ones too, and over those that fire on an "
         "evaluated row; Spearman correlation between the seeds of the number of active latents per input "
         "(L0) and of the k that the SAE allows, where they vary. A point for each pair of seeds. "
-        f"{captions.budget_sentence(shown)} {captions.rows_sentence(shown)} "
-        + " ".join(verdict.uninformed_sentence(tables))
+        f"{captions.budget_sentence(shown)} {captions.rows_sentence(shown)} {verdict.uninformed_sentence(tables)}"
     )
     return Drawing(figure, rows.reset_index(drop=True), caption.strip())
 
