@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import copy
 import datetime
+import itertools
 import json
 import os
 import random
@@ -25,11 +26,13 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from moments import LONGEST_WAIT_S, OF_WINDOWS, end, frozen
 from tables import RESULTS, write
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "workflow"))
@@ -37,11 +40,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "workflow"))
 from conftest import ROOT, SYNTHETIC, Project
 from saeflow.files import file_digest
 
-LONGEST_WAIT_S = 10.0
-STAGES = {
-    "a stream": "results/saes/**/*.stream", "extraction": "results/stores/**/*.partial", "training": "results/saes/**/*.partial",
-    "evaluation": "results/evaluations/**/*.partial", "drawing": "results/figures/*.partial",
-}  # fmt: skip
 # Files by kind, and a result whose making reads them.
 FILES = {
     "store chunk": ("stores/*/train/*.zarr/activations/c/**/*", "saes/*/*/topk/*"),
@@ -101,7 +99,9 @@ def streamed() -> dict[str, Any]:
     params = parameters()
     params["complexity"] = {}
     params["saes"] = {name: SYNTHETIC["saes"][name] for name in ("topk", "relu")}
-    params["stores"]["synthetic"] |= {"window_rows": 5000, "keep_windows": 2}
+    # Many files, so that the deletion of a window takes some time.
+    layout = {"window_rows": 5000, "keep_windows": 2, "chunk_rows": 64, "shard_rows": 64}
+    params["stores"]["synthetic"] |= layout
     params["figures"]["names"] = ["fvu_l0", "training"]
     params["training"]["tokens"] = 25_000
     params["runtime"] |= {"extraction_jobs": 1, "saes_per_job": 8}
@@ -118,23 +118,6 @@ def outcome(project: Project) -> dict[str, Any]:
         elif path.is_file() and path.name != "provenance.json":
             found[name] = file_digest(path)
     return found
-
-
-def stage(project: Project) -> str:
-    """Return the jobs under way when everything was ended."""
-    running = [name for name, pattern in STAGES.items() if any(project.folder.glob(pattern))]
-    return running[-1] if running else "between jobs"
-
-
-def end(process: "subprocess.Popen[bytes]", how: signal.Signals) -> None:
-    """Send a signal to a whole process group; what does not heed it in time is killed."""
-    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-        os.killpg(process.pid, how)
-        if how != signal.SIGKILL:
-            process.wait(60)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
 
 
 class Campaign:
@@ -180,21 +163,29 @@ class Campaign:
             return str(error)
         return self.failure(project)
 
-    def signals(self, how: signal.Signals, count: int) -> None:
-        """Signals at random moments; each run goes on from where the last one was ended."""
-        done = 0
+    def signals(
+        self, how: signal.Signals, count: int, aims: Iterable[str | None] = (None,)
+    ) -> None:
+        """Signals at random moments; each run goes on from where the last one was ended.
+
+        Args:
+            how: the signal.
+            count: of signals.
+            aims: jobs in which the moments lie, in turn; None for a moment of the whole run.
+        """
+        done, every = 0, itertools.cycle(aims)
         while done < count:
             project, kinds = self.project(), []
             while done < count:
                 project.run("snakemake", "--unlock")
                 process = project.start("snakemake", "--cores", "2", "all")
-                try:
-                    process.wait(self.rng.uniform(2.0, LONGEST_WAIT_S))
+                aim = next(every)
+                if (found := frozen(project, process, aim, self.rng)) is None:
                     break
-                except subprocess.TimeoutExpired:
-                    end(process, how)
+                end(process, how)
                 done += 1
-                kinds.append(f"{how.name} during {stage(project)}")
+                stage = aim if aim in found else next(iter(sorted(found)), "between jobs")
+                kinds.append(f"{how.name} during {stage}")
                 print(f"{done} of {count}: {kinds[-1]}", flush=True)
             failure = self.finish(project)
             for kind in kinds:
@@ -412,10 +403,10 @@ def faults(chosen: argparse.Namespace) -> Score:
 
 
 def kills_of_a_stream(chosen: argparse.Namespace) -> Score:
-    """SIGKILLs while SAEs are trained on a stream of windows."""
+    """SIGKILLs in each kind of job that makes, uses or deletes a window of a stream."""
     with tempfile.TemporaryDirectory() as folder:
         campaign = Campaign(Path(folder), chosen.seed, streamed())
-        campaign.signals(signal.SIGKILL, chosen.stream_kills)
+        campaign.signals(signal.SIGKILL, chosen.stream_kills, OF_WINDOWS)
     return campaign.score
 
 
