@@ -7,10 +7,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from saeflow import provenance
+from saeflow.cli import app
 from saeflow.errors import UserError
 from saeflow.files import atomic_file, replace_folder
+from saeflow.provenance import job, record_file
 from saeflow.trace import trace
 
 
@@ -158,6 +161,24 @@ def test_a_result_without_its_record_is_named(chain: Path) -> None:
     Path("results/store/provenance.json").unlink()
     with pytest.raises(UserError, match=r"results/store/a\.zarr/c0: expected provenance\.json"):
         provenance.results_under(Path("results"))
+
+
+def test_results_that_the_report_does_not_rest_on_are_named_by_verify(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tables, report = Path("results/tables"), Path("results/report.html")
+    figures = [Path("results/figures") / name for name in ("fvu_l0", "training")]
+    for result, read in ((tables, []), *((one, [tables]) for one in figures)):
+        with job(result, name="a", inputs=read) as running:
+            (running.path / "it.csv").write_text(result.name)
+    report.write_text("<p>")
+    record_file(report, name="report", inputs=[tables, figures[0]], params={})
+    for place, home in ((tmp_path, "results"), (tmp_path / "results", str(tmp_path / "results"))):
+        monkeypatch.chdir(place)
+        said = CliRunner().invoke(app, ["verify", home]).output
+        assert f"{home}/figures/training: left over, {home}/report.html does not rest on it" in said
+        assert "4 results are as they were made, 1 of them left over" in said
 
 
 def test_the_record_says_who_made_it(chain: Path) -> None:

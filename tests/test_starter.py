@@ -18,6 +18,7 @@ from saeflow.plan import Plan
 from saeflow.preflight import checked_plan
 from saeflow.sources import prepare_inputs
 from saeflow.sources.clip_training import clip_config, make_tokenizer, save_clip
+from saeflow.sources.documents import read_documents
 from saeflow.starter import Asked, write_first
 
 from .sources.fake_hub import NAME, SHA, serving
@@ -77,6 +78,16 @@ def test_the_file_is_short_valid_and_allowed_to_run(model: Path, tmp_path: Path)
     for run in plan.runs.values():
         assert run.training.steps >= 400
         assert run.training.lr_warmup_steps < run.training.steps / 10
+
+
+def test_the_encoding_of_a_text_is_asked_for_once(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "old.txt"
+    path.write_text("\n\n".join(f"{text} — déjà vu" for text in DOCUMENTS[:30]), encoding="cp1252")
+    write_first(Asked(str(model), text=(path,), encoding="cp1252"), tmp_path / "mine")
+    plan = checked_plan(load_params(tmp_path / "mine/params.yaml"))
+    (source,) = plan.params["sources"].values()
+    assert source["text"]["encoding"] == "cp1252"
+    assert any("déjà vu" in document.text for document in read_documents(source["text"]))
 
 
 def test_images_of_a_folder(clip: Path, tmp_path: Path) -> None:
@@ -157,6 +168,7 @@ def test_what_cannot_be_used_is_one_line_and_nothing_is_written(
     text = texts(tmp_path, 30)
     (tmp_path / "short.txt").write_text("Too short.")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "old.txt").write_text("é" * 9000, encoding="latin-1")
     own = str(model)
     cases = [
         (Asked(own), "expected one of --text, --images and --dataset, found none"),
@@ -169,6 +181,9 @@ def test_what_cannot_be_used_is_one_line_and_nothing_is_written(
         (Asked(own, text=(tmp_path / "short.txt",)), "to train on"),
         (Asked(own, text=(text,), hook_point="blocks.9.resid_post"), "4 blocks"),
         (Asked(own, text=(text,), hook_point="attic"), "found 'attic'"),
+        (Asked(own, dataset="a/b", encoding="latin-1"), "--encoding: expected --text"),
+        (Asked(own, text=(text,), encoding="latin-l"), "expected an encoding that Python knows"),
+        (Asked(own, text=(tmp_path / "old.txt",)), "Set text.encoding to the file's own"),
         (Asked(own, dataset=str(text)), "expected OWNER/NAME of the hub"),
     ]
     for asked, said in cases:

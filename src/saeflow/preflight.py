@@ -157,8 +157,22 @@ def check_targets(plan: Plan, targets: Iterable[str]) -> None:
 def take_results(files: Iterable[Path | str]) -> None:
     """Note that the results here are those of some parameter files.
 
+    Raises:
+        UserError: they are those of others, see `check_owner`.
+    """
+    names = check_owner(files)
+    OWNER.parent.mkdir(exist_ok=True)
+    write_json(OWNER, names)
+
+
+def check_owner(files: Iterable[Path | str]) -> list[str]:
+    """Check that the results here, if there are any, are those of some parameter files.
+
     Args:
         files: as snakemake was told them.
+
+    Returns:
+        Their paths from here.
 
     Raises:
         UserError: they are those of others: tables and the report would be replaced, old figures stay.
@@ -171,8 +185,7 @@ def take_results(files: Iterable[Path | str]) -> None:
             f"{', '.join(names)}. Give each file a folder of its own: add `--directory FOLDER`, or move results away. "
             f"(If the file was only renamed, delete {OWNER}.)"
         )
-    OWNER.parent.mkdir(exist_ok=True)
-    write_json(OWNER, names)
+    return names
 
 
 def _check_rows(plan: Plan, source: str) -> None:

@@ -26,7 +26,7 @@ from saeflow.sources.images import read_images
 from saeflow.sources.layouts import EMBEDDING, check_shape
 from saeflow.sources.models import FILES, config_in
 from saeflow.sources.text import found_token
-from saeflow.sources.text_files import COMPRESSED
+from saeflow.sources.text_files import COMPRESSED, check_encoding
 from saeflow.sources.tokenizers import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,8 @@ class Asked:
     dataset: str = ""
     column: str = ""
     hook_point: str = ""
+    encoding: str = ""
+    """Of files of text; empty: UTF-8, or what a byte order mark says."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,10 @@ def _check_kind(asked: Asked, is_image: bool) -> None:
         raise UserError(
             f"init: expected one of --text, --images and --dataset, found {given or 'none'}. Give one."
         )
+    if asked.encoding and not asked.text:
+        raise UserError(
+            "--encoding: expected --text, whose files it is of, found none. Leave it out."
+        )
     kinds = ("a language model", "a model of images")
     if (asked.text and is_image) or (asked.images and not is_image):
         expected, found = kinds if asked.text else kinds[::-1]
@@ -203,6 +209,9 @@ def _source(asked: Asked, model: _Model, hook_point: str) -> dict[str, Any]:
         source["text"] = _dataset(asked, "column")
     else:
         source["text"] = {"files": _files(asked.text), "column": asked.column or "text"}
+        if asked.encoding:
+            check_encoding(asked.encoding)
+            source["text"]["encoding"] = asked.encoding
         check_files(source["text"])
     source["context_length"] = model.length
     return source

@@ -44,6 +44,19 @@ def result_of(file: Path) -> Path:
     return root
 
 
+def rests_on(result: Path) -> set[Path]:
+    """Every result that a result of a results folder was made from, with itself, by the records that are there."""
+    home = result.parent.parent  # records name results from where jobs ran
+    found: set[Path] = set()
+    waiting = [result]
+    while waiting:
+        one = waiting.pop()
+        if one not in found and record_path(one).exists():
+            found.add(one)
+            waiting += [home / path for path in read_record(one)["inputs"]]
+    return found
+
+
 def trace(
     file: Path, external_digest: Callable[[str], str | None], seen: set[str] | None = None
 ) -> Iterator[Link]:

@@ -9,6 +9,7 @@ import pytest
 
 from saeflow.errors import UserError
 from saeflow.figures import TABLES, draw
+from saeflow.figures.figure import PaperTable
 from saeflow.tables.load import load_tables
 
 from .conftest import SYNTHETIC, TEXT, Maker
@@ -107,6 +108,9 @@ def test_the_guide_stands_above_what_it_guides(folder: Path) -> None:
     guide = f"{TEXT[0]}/{TEXT[1]}/relu/d2304-l10.1-seed0"
     assert data["l0_mean"].iloc[0] == pytest.approx(metric(folder, guide, "l0_mean"))
     assert data["k"].iloc[1] == 32
+    assert data["seed"].tolist() == [0, 0]
+    printed = TABLES["table_guided_k"].printed(PaperTable(data, "")).body
+    assert [line[list(data).index("seed")] for line in printed] == ["0", "0"]
 
 
 def test_cost_is_against_topk_of_the_same_size(folder: Path, tmp_path: Path) -> None:

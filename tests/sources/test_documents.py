@@ -248,6 +248,21 @@ def test_nulls_are_left_out_and_counted_in_every_format(
         assert left_out == {"null": 2}
 
 
+def test_files_without_a_document_are_counted_beside_good_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "good.txt").write_text("one")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.jsonl").write_text("\n\n")
+    pq.write_table(pa.table({"story": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    names = ("good.txt", "empty.txt", "blank.jsonl", "none.parquet")
+    left_out: Counter[str] = Counter()
+    found = list(read_documents(files(*map(tmp_path.joinpath, names)), left_out))
+    assert [document.text for document in found] == ["one"]
+    assert left_out == {"a file without any": 3}
+    assert f"3 documents: a file without any, left out; the first is {tmp_path}" in caplog.text
+
+
 def test_text_of_any_type_of_arrow_is_read(tmp_path: Path) -> None:
     kinds = [
         pa.string(),

@@ -145,6 +145,12 @@ def test_an_installed_package_has_the_workflow_and_the_same_keys(
 def test_the_exit_code_is_that_of_the_run(given: Path, tmp_path: Path) -> None:
     own = environment(ROOT / "src")
     assert "saeflow init" in saeflow(tmp_path, own, "run", code=2)
+    saeflow(tmp_path, own, "init", "mine", "--text", str(given / "own.txt"), "--model", str(given / "model"))  # fmt: skip
+    path = tmp_path / "mine/params.yaml"
+    path.write_text(path.read_text().replace(str(given / "own.txt"), "gone.txt"))
+    for command in ("validate", "plan"):  # hours of what would be refused help nobody
+        said = saeflow(tmp_path / "mine", own, command, code=2)
+        assert "text.files: no such file: gone.txt" in said
     (tmp_path / "params.yaml").write_text("sources: {}\n")
     said = saeflow(tmp_path, own, "run", code=2)
     assert "error: " in said

@@ -65,6 +65,8 @@ def test_another_parameter_file_gets_a_folder_of_its_own(tmp_path: Path) -> None
         "error: results: expected the parameter file that they were made from, params.yaml" in said
     )
     assert "add `--directory FOLDER`" in said
+    listed = project.snakemake(FIRST, "--configfile", "other.yaml", "-n", code=2)
+    assert "error: results: expected the parameter file that they were made from" in listed
     project.snakemake(FIRST, "--configfile", "other.yaml", "--directory", "elsewhere")
     assert (tmp_path / "elsewhere" / FIRST).exists()
     project.snakemake(FIRST, "--forceall")  # the first file's own

@@ -30,6 +30,7 @@ from saeflow.jobs import Groups, Jobs, arguments, tasks
 from saeflow.jobs.code import Kept, package_code
 from saeflow.preflight import (
     check_inputs,
+    check_owner,
     check_saes,
     check_targets,
     checked_plan,
@@ -48,6 +49,8 @@ try:
     parameter_files = workflow.configfiles
     config.update(check_params(config, parameter_files))
     plan = checked_plan(config)
+    if workflow.is_main_process:
+        check_owner(parameter_files)  # -n too: its list would be of the wrong results
     check_targets(plan, sys.argv[1:])  # Snakemake tells the targets later, as an exception
     jobs = Jobs(plan, Kept(package_code()))
     jobs.work_out_keys()

@@ -18,21 +18,10 @@ def validate(
     params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
     """Check a parameter file, and print what it asks for."""
-    from saeflow.preflight import (
-        check_inputs,
-        check_saes,
-        checked_plan,
-        device_problem,
-        warnings,
-    )
+    from saeflow.preflight import device_problem, warnings
 
-    values = load_params(params)
-    try:
-        plan = checked_plan(values)
-        check_inputs(plan)
-        check_saes(plan)
-    except UserError as error:
-        raise error.within(params) from None
+    plan = _checked(params)
+    values = plan.params
     for warning in warnings(plan):
         logging.getLogger(__name__).warning("%s: %s", params, warning)
     if problem := device_problem(values["runtime"]):  # the jobs may run on another machine
@@ -41,6 +30,20 @@ def validate(
         f"{params}: {len(plan.sources)} sources, {len(plan.stores)} stores, {len(plan.runs)} SAEs, "
         f"{len(values['figures']['names'])} figures."
     )
+
+
+def _checked(path: Path) -> Plan:
+    """The plan of a parameter file that a run would take."""
+    from saeflow.preflight import check_inputs, check_saes, checked_plan
+
+    values = load_params(path)
+    try:
+        plan = checked_plan(values)
+        check_inputs(plan)
+        check_saes(plan)
+    except UserError as error:
+        raise error.within(path) from None
+    return plan
 
 
 def parameters(
@@ -74,7 +77,7 @@ def plan(
 
     folder = ROOT / "benchmarks" / "results"
     machines = rates or [folder / "rates.yaml", folder / "rates-h200.yaml"]
-    planned = Plan(load_params(params))
+    planned = _checked(params)
     passes = count_passes(planned, results)
     needs = [Needs(planned, Rates.read(path), passes) for path in machines]
     here = next(path for path in (results, *results.absolute().parents) if path.exists())

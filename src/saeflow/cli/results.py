@@ -7,8 +7,11 @@ import typer
 
 from saeflow import provenance
 from saeflow.errors import UserError
-from saeflow.trace import result_of
+from saeflow.provenance import RECORD
+from saeflow.trace import rests_on, result_of
 from saeflow.trace import trace as walk
+
+REPORT = "report.html"
 
 
 def trace(
@@ -28,16 +31,24 @@ def verify(
         list[Path] | None, typer.Argument(help="Results; default: all of results/.")
     ] = None,
 ) -> None:
-    """Check every file of every result against its record, and read every store through."""
+    """Check every file of every result against its record, and read every store through.
+
+    Results that the report beside them does not rest on are named: parameters that are no longer there asked for them.
+    """
     from saeflow.stores import verify as verify_store
 
-    count = 0
+    count, left_over = 0, 0
     for root in results or [Path("results")]:
         if not root.exists():
             raise UserError(f"{root}: no such file or folder. Give a result, or run the workflow.")
+        within = rests_on(root / REPORT) if (root / f"{REPORT}.{RECORD}").exists() else None
         for result in provenance.results_under(root) or [result_of(root)]:
             provenance.check(result)
             for store in sorted(result.glob("*.zarr")):
                 verify_store(store)
             count += 1
-    typer.echo(f"{count} results are as they were made.")
+            if within is not None and result not in within:
+                left_over += 1
+                typer.echo(f"{result}: left over, {root / REPORT} does not rest on it.")
+    rest = f", {left_over} of them left over from other parameters" if left_over else ""
+    typer.echo(f"{count} results are as they were made{rest}.")

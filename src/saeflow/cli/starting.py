@@ -35,6 +35,12 @@ def init(
     column: Annotated[
         str, typer.Option(help="The column of text or images; default: text or image.")
     ] = "",
+    encoding: Annotated[
+        str,
+        typer.Option(
+            help="Of the files of text, such as latin-1; default: UTF-8, or what a byte order mark says."
+        ),
+    ] = "",
     hook_point: Annotated[
         str,
         typer.Option(
@@ -45,7 +51,7 @@ def init(
     """Write a short parameter file for your own model and data."""
     from saeflow.starter import Asked, write_first
 
-    asked = Asked(model, tuple(text or ()), images, dataset, column, hook_point)
+    asked = Asked(model, tuple(text or ()), images, dataset, column, hook_point, encoding)
     typer.echo(write_first(asked, folder))
     typer.echo(
         f"Next: cd {folder} && saeflow run. The report will be {folder / 'results/report.html'}."

@@ -42,13 +42,13 @@ class Cell(NamedTuple):
 
     file: str
     unit: str  # what is counted in the file: row, line, passage
-    number: int
+    number: int  # from 1 on; 0 stands for a file that holds none
     text: str | None
     share: float = 0.0  # of the file's content that was read for it, about
 
     @property
     def place(self) -> str:
-        return f"{self.file}, {self.unit} {self.number}"
+        return f"{self.file}, {self.unit} {self.number}" if self.number else self.file
 
 
 def read_documents(
@@ -105,7 +105,7 @@ def _only_text(cells: Iterable[Cell], left_out: Counter[str]) -> Iterator[Docume
     before = Counter(left_out)
     try:
         for cell in cells:
-            if reason := _no_document(cell.text):
+            if reason := _no_document(cell):
                 left_out[reason] += 1
                 first.setdefault(reason, cell.place)
                 continue
@@ -124,8 +124,11 @@ def _only_text(cells: Iterable[Cell], left_out: Counter[str]) -> Iterator[Docume
             logger.warning("text: %d documents: %s; the first is %s", number, what, first[what])
 
 
-def _no_document(text: str | None) -> str | None:
+def _no_document(cell: Cell) -> str | None:
     """Why a cell is left out; None where it is not."""
+    text = cell.text
+    if cell.number == 0:
+        return "a file without any"
     if text is None:
         return "null"
     if not text:
@@ -184,6 +187,13 @@ def check_files(text: Mapping[str, Any]) -> None:
 
 
 def _cells(path: Path, text: Mapping[str, Any]) -> Generator[Cell]:
+    """Cells of a file; of one that holds none, a cell that says so."""
+    cells = _cells_of(path, text)
+    yield next(cells, None) or Cell(str(path), "file", 0, "", 1.0)
+    yield from cells
+
+
+def _cells_of(path: Path, text: Mapping[str, Any]) -> Generator[Cell]:
     suffix = path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
     if suffix == ".parquet":
         return _parquet(path, text["column"])

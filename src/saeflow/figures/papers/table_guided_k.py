@@ -36,7 +36,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
                 "l0_mean": row["l0_mean"],
                 **{metric: row[metric] for metric in metrics},
             }
-            lines.append({**own, "role": "guide" if name == guide else "guided", **known})
+            role = {"role": "guide" if name == guide else "guided", "seed": int(row["seed"])}
+            lines.append({**own, **role, **known})
     caption = (
         "SAEs that find their own sparsity (guide), and TopK trained with k at the guide's mean L0 on training activations, rounded "
         f"(guided). {captions.budget_sentence(shown)}"
