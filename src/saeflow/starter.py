@@ -67,7 +67,7 @@ class Asked:
     column: str = ""
     hook_point: str = ""
     encoding: str = ""
-    """Of files of text; empty: UTF-8, or what a byte order mark says."""
+    """The encoding of files of text; where empty UTF-8, or what a byte order mark says."""
 
 
 @dataclass(frozen=True)
