@@ -104,9 +104,7 @@ def test_an_entry_given_by_hand_has_the_defaults_of_a_parameter_file(
         ([], "--source: expected object, found []."),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("command", ["prepare", "fetch"])
 def test_a_mistake_in_an_entry_given_by_hand_is_one_line(
-    command: str,
     entry: Any,
     wrong: str,
     tmp_path: Path,
@@ -114,15 +112,18 @@ def test_a_mistake_in_an_entry_given_by_hand_is_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     folder = tmp_path / "by_hand"
-    rest = {"prepare": ("--rows", '{"train": 256}', "--folder"), "fetch": ("--out",)}[command]
-    assert run(monkeypatch, command, "--source", json.dumps(entry), *rest, folder) == 2
+    command = ("prepare", "--source", json.dumps(entry), "--rows", '{"train": 256}')
+    assert run(monkeypatch, *command, "--folder", folder) == 2
     assert_refused_in_one_line(capsys, wrong, folder)
 
 
 @pytest.mark.parametrize(
     ("arguments", "wrong"),
     [
-        (("fetch", "--source", json.dumps(SOURCE), "--out"), "--source: expected a source with a model, found synthetic."),
+        (("fetch", "--model", "{}", "--out"), "--model: the key hook_points, model is missing"),
+        (("fetch", "--model", '{"model": {}, "hook_points": ["blocks.1.resid_post"]}', "--out"), "--model.model: "),
+        (("fetch", "--model", '{"model": {"folder": "x"}, "hook_points": ["block"]}', "--out"), "--model.hook_points"),
+        (("fetch", "--model", '{"model": {"folder": "x"}, "hook_points": []}', "--out"), "--model.hook_points"),
         (("prepare", "--source", json.dumps(SOURCE), "--rows", '{"test": 9}', "--folder"), "--rows: unknown key test. Known keys: "),
         (("prepare", "--source", json.dumps(SOURCE), "--rows", '{"train": "9x"}', "--folder"), "--rows.train: expected integer, found '9x'."),
         (("prepare", "--source", json.dumps(SOURCE), "--rows", "{}", "--folder"), "--rows: "),
@@ -144,7 +145,7 @@ def test_a_mistake_in_other_options_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "missing"),
     [
-        (("fetch",), "--source, --out"),
+        (("fetch",), "--model, --out"),
         (("prepare", "--source", "{}", "--rows", "{}"), "--folder"),
         (("label", "--labelled", "{}", "--folder", "x"), "--out"),
         (("extract", "--threads", "1", "--out", "x", "--store", "{}"), "--source, --folder"),

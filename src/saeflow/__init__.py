@@ -9,7 +9,7 @@ _PUBLIC = {
     "open_store": "saeflow.stores",
     "hook": "saeflow.sources.hook_points",
     "load_model": "saeflow.sources.models",
-    "load_tokenizer": "saeflow.sources.tokenizers",
+    "load_tokenizer": "saeflow.sources.models",
     **dict.fromkeys(("ablate", "add", "clamp", "scale"), "saeflow.saes.edits"),
 }
 __all__ = [

@@ -20,8 +20,8 @@ from saeflow.evaluation.probing import balanced
 from saeflow.files import write_json
 from saeflow.saes import load, read_config
 from saeflow.sources.base import Block
+from saeflow.sources.models import load_tokenizer
 from saeflow.sources.scenes import CLASSES
-from saeflow.sources.tokenizers import load_tokenizer
 from saeflow.stores import finalise, write_part
 
 from .conftest import EVALUATION, HOOK_POINT, STORE, setup_in, train_sae

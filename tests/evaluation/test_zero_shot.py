@@ -18,10 +18,9 @@ from saeflow.evaluation.zero_shot.class_texts import class_features, text_featur
 from saeflow.evaluation.zero_shot.top_n import COUNTS, top_concepts
 from saeflow.saes.topk import TopK, TopKOptions
 from saeflow.sources.labelled import prepare_labelled
-from saeflow.sources.models import fetch_model, load_model
+from saeflow.sources.models import fetch_model, load_model, load_tokenizer
 from saeflow.sources.pixels import image_facts
 from saeflow.sources.preprocessing import load_preprocessing, normalised
-from saeflow.sources.tokenizers import load_tokenizer
 
 WIDTH, D_SAE = 32, 48
 TRAINED = {

@@ -15,9 +15,8 @@ from saeflow.sources.decoding import as_rgb
 from saeflow.sources.documents import read_documents
 from saeflow.sources.hook_points import capture
 from saeflow.sources.images import read_images
-from saeflow.sources.models import load_model
+from saeflow.sources.models import load_model, load_tokenizer
 from saeflow.sources.preprocessing import load_preprocessing
-from saeflow.sources.tokenizers import load_tokenizer
 
 PIN = "0" * 40
 

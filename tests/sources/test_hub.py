@@ -31,17 +31,14 @@ main()
 
 def fetch(address: str, folder: Path) -> "subprocess.CompletedProcess[str]":
     """`saeflow fetch` from a hub at an address, with a cache of its own."""
-    source = {
-        "kind": "text", "model": {"hub": NAME, "revision": SHA}, "hook_points": ["blocks.1.resid_post"],
-        "text": {"bundled": "english"}, "evaluation_share": 0.1, "context_length": 8,
-    }  # fmt: skip
+    model = {"model": {"hub": NAME, "revision": SHA}, "hook_points": ["blocks.1.resid_post"]}
     environment = os.environ | {
         "HF_ENDPOINT": address, "HF_HOME": str(folder / "cache"), "HF_HUB_ETAG_TIMEOUT": "1",
         "HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0",
     }  # fmt: skip
     command = [sys.executable, "-c", IMPATIENT, "fetch", "--out", str(folder / "model")]
     return subprocess.run(
-        [*command, "--source", json.dumps(source)],
+        [*command, "--model", json.dumps(model)],
         env=environment, capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
 

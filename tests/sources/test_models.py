@@ -21,8 +21,15 @@ from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTok
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest, read_json
-from saeflow.sources.models import fetch_model, load_config, load_model, pinned, take_model
-from saeflow.sources.tokenizers import load_tokenizer, token_texts
+from saeflow.sources.models import (
+    fetch_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pinned,
+    take_model,
+)
+from saeflow.sources.tokenizers import token_texts
 
 from .conftest import tiny_model
 
@@ -547,7 +554,7 @@ from pathlib import Path
 from saeflow.errors import UserError
 from saeflow.sources import check_source
 from saeflow.sources.models import fetch_model, load_model
-from saeflow.sources.tokenizers import load_tokenizer
+from saeflow.sources.models import load_tokenizer
 out, hook_point = Path(sys.argv[1]), sys.argv[2]
 model = {"hub": "someone/tiny", "revision": sys.argv[3]}
 try:

@@ -50,7 +50,13 @@ Key = Annotated[str, typer.Option(help="The workflow's key of this job, for its 
 Out = Annotated[Path, typer.Option(help="Written: the result folder.")]
 RuntimeJson = Annotated[str, typer.Option(envvar="SAEFLOW_RUNTIME", help="`runtime`, as JSON.")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
-_ENTRIES = {"source": "source", "rows": "rows", "store": "store", "labelled": "labelled_set"}
+_ENTRIES = {
+    "model": "fetched",
+    "source": "source",
+    "rows": "rows",
+    "store": "store",
+    "labelled": "labelled_set",
+}
 """Options that hold JSON, each with its definition in the schema of the parameters."""
 
 

@@ -16,13 +16,14 @@ from saeflow.cli.arguments import (
     set_threads,
     stated,
 )
-from saeflow.errors import UserError
 from saeflow.jobs import read_task
 
 
 def fetch(
     task: TaskOrOptions = None,
-    source: SourceJson = None,
+    model: Annotated[
+        str | None, typer.Option(help="Without a TASK: `model` and `hook_points`, as JSON.")
+    ] = None,
     out: OutOrTask = None,
     threads: Threads = 1,
 ) -> None:
@@ -30,10 +31,8 @@ def fetch(
     from saeflow.sources.models import fetch_model, pinned, take_model
 
     if not task:
-        params, folder = stated(source=source, out=out)
-        if "model" not in params:
-            raise UserError(f"--source: expected a source with a model, found {params['kind']}.")
-        asked = jobs.Task(folder, "", {name: params[name] for name in ("model", "hook_points")}, {})
+        params, folder = stated(model=model, out=out)
+        asked = jobs.Task(folder, "", params, {})
     else:
         asked = read_task(task)
     chosen, hook_points = asked.params["model"], asked.params["hook_points"]

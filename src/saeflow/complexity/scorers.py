@@ -129,7 +129,7 @@ def _of_text(measure: Callable[[str, Mapping[str, Any]], float]) -> Callable[...
     def scorer(
         scoring: Mapping[str, Any], source: Mapping[str, Any], folder: Path, split: str, device: str
     ) -> Any:
-        from saeflow.sources.tokenizers import load_tokenizer
+        from saeflow.sources.models import load_tokenizer
 
         tokenizer: Any = load_tokenizer(folder / "model")
         tokens = _inputs(folder, split)

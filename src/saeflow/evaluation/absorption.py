@@ -21,7 +21,7 @@ from torch import Tensor
 
 from saeflow.evaluation.setup import Setup
 from saeflow.evaluation.spelling import LETTERS, activations, first_letter, prompts, words_of
-from saeflow.sources.tokenizers import load_tokenizer
+from saeflow.sources.models import load_tokenizer
 
 logger = logging.getLogger(__name__)
 

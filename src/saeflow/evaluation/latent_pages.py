@@ -60,8 +60,9 @@ def _of_words(sae: Any, setup: Setup) -> tuple[dict[str, np.ndarray] | None, dic
     """The logit lens where decoder rows reach the lm head, and how tokens read."""
     from saeflow.sources.heads import final_norm, has_head
     from saeflow.sources.hook_points import HookPoint
+    from saeflow.sources.models import load_tokenizer
     from saeflow.sources.structure import structure_of
-    from saeflow.sources.tokenizers import load_tokenizer, token_texts
+    from saeflow.sources.tokenizers import token_texts
 
     if setup.in_model is None or not setup.kind.has_tokens:
         raise UserError(

@@ -23,6 +23,7 @@ from saeflow.sources.loading import check_weights, one_line
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -345,6 +346,29 @@ def model_place(folder: Path | str) -> Path:
             f"{path}: expected the folder of a model, as results/sources/NAME/model, found {found}. Fix the path."
         )
     return path
+
+
+def load_tokenizer(folder: Path | str) -> "PreTrainedTokenizerBase":
+    """Load a fetched model's tokenizer.
+
+    Raises:
+        UserError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    folder = model_place(folder)
+    with (
+        pinned_files(folder, weights=False) as (local, files),
+        one_line(
+            f"{local}: the tokenizer cannot be loaded",
+            "Add the tokenizer's files (tokenizer.json) to the model's folder, as the installed libraries write them.",
+        ),
+    ):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            files, trust_remote_code=False, local_files_only=True
+        )
+        tokenizer.encode("a")  # some settings fail only when they are used
+    return tokenizer
 
 
 def config_in(local: Path) -> Any:

@@ -93,8 +93,7 @@ def prepare_inputs(
     Raises:
         UserError: too little text, or the tokenizer or model does not fit.
     """
-    from saeflow.sources.models import load_config
-    from saeflow.sources.tokenizers import load_tokenizer
+    from saeflow.sources.models import load_config, load_tokenizer
 
     tokenizer: Any = load_tokenizer(model)
     length = int(params["context_length"])
@@ -295,7 +294,8 @@ class TextInputs(Inputs):
 
     def known(self, split: str) -> dict[str, Any]:
         """`strings`: token id to text; where documents are of several kinds, `kinds` and `all_kinds`."""
-        from saeflow.sources.tokenizers import load_tokenizer, token_texts
+        from saeflow.sources.models import load_tokenizer
+        from saeflow.sources.tokenizers import token_texts
 
         known: dict[str, Any] = {"strings": token_texts(load_tokenizer(self.model))}
         kinds = document_kinds(self.params["text"])

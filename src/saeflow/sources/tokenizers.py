@@ -1,38 +1,8 @@
-"""Tokenizers of fetched models: loading them, and the text of a token."""
+"""The text of a tokenizer's tokens."""
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from saeflow.sources.loading import one_line
-from saeflow.sources.models import model_place, pinned_files
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-def load_tokenizer(folder: Path | str) -> "PreTrainedTokenizerBase":
-    """Load a fetched model's tokenizer.
-
-    Raises:
-        UserError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    folder = model_place(folder)
-    with (
-        pinned_files(folder, weights=False) as (local, files),
-        one_line(
-            f"{local}: the tokenizer cannot be loaded",
-            "Add the tokenizer's files (tokenizer.json) to the model's folder, as the installed libraries write them.",
-        ),
-    ):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            files, trust_remote_code=False, local_files_only=True
-        )
-        tokenizer.encode("a")  # some settings fail only when they are used
-    return tokenizer
+from typing import Any
 
 
 def token_texts(tokenizer: Any) -> Callable[[int], str]:

@@ -87,7 +87,7 @@ def tokenizer(rng: random.Random, folder: Path) -> None:
     """A changed tokenizer.json gives what the tokenizers library reads of it, or is refused."""
     from tokenizers import Tokenizer
 
-    from saeflow.sources.tokenizers import load_tokenizer
+    from saeflow.sources.models import load_tokenizer
 
     place = copied(language_model(), folder)
     name = rng.choice(["tokenizer.json", "tokenizer.json", "tokenizer_config.json"])

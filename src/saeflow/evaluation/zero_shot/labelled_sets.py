@@ -18,10 +18,9 @@ from saeflow.progress import progress
 from saeflow.sources.copies import Copies
 from saeflow.sources.hook_points import block_input_of, capture, resume_at, run_from
 from saeflow.sources.layouts import EMBEDDING
-from saeflow.sources.models import load_model
+from saeflow.sources.models import load_model, load_tokenizer
 from saeflow.sources.pixels import image_facts
 from saeflow.sources.preprocessing import load_preprocessing, normalised
-from saeflow.sources.tokenizers import load_tokenizer
 from saeflow.sources.vision import image_positions
 
 logger = logging.getLogger(__name__)
