@@ -10,11 +10,14 @@ setting whose mean L0 is nearest to the true mean. `oracle` is TopK told each ro
 training and in use; `NAME-paper` has the weights of its paper, in the units of its paper; `topk-all` is HierarchicalTopK
 and `batch_topk-pool` Sampled-SAE; `shuffled k`,
 `k by norm` and `mean k` are the trained SAE with its own k permuted over the rows, handed out by the rank of their norms, or
-replaced by its mean. Written to
+replaced by its mean. Each run is kept in benchmarks/results/truth_runs.jsonl by a key of its settings, and is
+computed again only with --again; the tables are of all kept runs of today's settings that are asked for, and say when
+and by which commit each was made. A run of earlier code is not thrown away by itself. Written to
 benchmarks/results/truth.md, .csv, .svg and .png, or under another name.
 """
 
 import argparse
+import dataclasses
 import itertools
 import math
 import sys
@@ -31,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import Ridge
 from tables import RESULTS, write
 from torch import Tensor
+from truth_runs import REFERENCE, keep, key_of, read, verdicts
 from truth_settings import (
     D_IN,
     D_SAE,
@@ -50,7 +54,7 @@ from truth_settings import (
 
 from saeflow.batch import Batch
 from saeflow.complexity.files import PROBE
-from saeflow.config import SAEConfig
+from saeflow.config import SAEConfig, TrainingConfig
 from saeflow.evaluation.controls import by_norm
 from saeflow.evaluation.reconstruction import Reconstruction
 from saeflow.evaluation.recovery import Recovery
@@ -143,9 +147,22 @@ def variant_of(name: str) -> str:
     return "topk" if name == "oracle" else name.partition("-")[0]
 
 
+def training_of(name: str) -> TrainingConfig:
+    """Return the budget of an SAE, in its own input scale."""
+    return replace(TRAINING, input_scale=SCALES.get(name, TRAINING.input_scale))
+
+
+def settings_of(law: str, name: str, options: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Return all that decides a run besides the code."""
+    return {
+        "source": {**SOURCE, **LAWS[law]}, "rows": ROWS, "d_sae": D_SAE, "sae": name, "options": options,
+        "seed": seed, "training": dataclasses.asdict(training_of(name)), "probe_rows": PROBE_ROWS,
+    }  # fmt: skip
+
+
 def train_sae(data: Data, name: str, options: Mapping[str, Any], seed: int) -> SAE:
     """Train one SAE with the trainer, folded to raw units."""
-    training = replace(TRAINING, input_scale=SCALES.get(name, TRAINING.input_scale))
+    training = training_of(name)
     variant = variant_of(name)
     config = SAEConfig(
         name=name, entry=name, variant=variant, source="truth", hook_point="features", d_sae=D_SAE,
@@ -212,31 +229,37 @@ def calibration(l0: Tensor, data: Data) -> dict[int, float]:
     return {int(c): float(l0[counts == c].double().mean()) for c in counts.unique()}
 
 
-def rows_of(law: str, data: Data, name: str, seeds: list[int]) -> Iterator[dict[str, Any]]:
-    """Every measurement of one SAE on one data set."""
-    settings = ENTRIES["topk" if name == "oracle" else name]
-    for number, options in enumerate(settings):
-        for seed in seeds:
-            sae = train_sae(data, name, options, seed)
-            with torch.inference_mode():
-                latents = sae.encode(data.held_out)
-                x = data.held_out[:, : data.d_in]
-                k_hat = sae.allowed_k(x)
-                ways = {"": (latents, k_hat)}
-                if k_hat is not None:
-                    k = k_hat.floor().long()
-                    order = torch.randperm(len(k), generator=torch.Generator().manual_seed(seed))
-                    mean = torch.full_like(k, round(float(k.double().mean())))
-                    placed = torch.from_numpy(by_norm(k.numpy(), x.double().norm(dim=1).numpy()))
-                    ways["shuffled k"] = (with_k(sae, x, k[order]), None)
-                    ways["k by norm"] = (with_k(sae, x, placed), None)
-                    ways["mean k"] = (with_k(sae, x, mean), None)
-                for control, (active, allowed) in ways.items():
-                    yield {
-                        "law": law, "sae": name, "control": control, "setting": number,
-                        "seed": seed, **measure(sae, data, active, allowed),
-                        "calibration": calibration((active != 0).sum(1), data),
-                    }  # fmt: skip
+def options_of(name: str) -> list[dict[str, Any]]:
+    """Return the settings of an SAE's options; the oracle has TopK's."""
+    return ENTRIES["topk" if name == "oracle" else name]
+
+
+def run(
+    law: str, data: Data, name: str, options: Mapping[str, Any], seed: int
+) -> list[dict[str, Any]]:
+    """Train one SAE and measure it: a row for the SAE as it is, and one for each control of its own k."""
+    sae = train_sae(data, name, options, seed)
+    with torch.inference_mode():
+        latents = sae.encode(data.held_out)
+        x = data.held_out[:, : data.d_in]
+        k_hat = sae.allowed_k(x)
+        ways = {"": (latents, k_hat)}
+        if k_hat is not None:
+            k = k_hat.floor().long()
+            order = torch.randperm(len(k), generator=torch.Generator().manual_seed(seed))
+            mean = torch.full_like(k, round(float(k.double().mean())))
+            placed = torch.from_numpy(by_norm(k.numpy(), x.double().norm(dim=1).numpy()))
+            ways["shuffled k"] = (with_k(sae, x, k[order]), None)
+            ways["k by norm"] = (with_k(sae, x, placed), None)
+            ways["mean k"] = (with_k(sae, x, mean), None)
+        return [
+            {
+                "law": law, "sae": name, "control": control, "seed": seed,
+                **measure(sae, data, active, allowed),
+                "calibration": calibration((active != 0).sum(1), data),
+            }
+            for control, (active, allowed) in ways.items()
+        ]  # fmt: skip
 
 
 METRICS = [
@@ -258,11 +281,15 @@ def summary(rows: pd.DataFrame, law: str) -> pd.DataFrame:
     """Means over the seeds, with the spread from the least to the largest."""
     lines = []
     for (name, control), group in rows[rows.law == law].groupby(["sae", "control"], sort=False):
-        line: dict[str, Any] = {"SAE": f"{name}, {control}" if control else name}
+        line: dict[str, Any] = {
+            "SAE": f"{name}, {control}" if control else name,
+            "setting": ", ".join(sorted(set(group.stated))) or "–",
+        }
         for metric in METRICS:
             values = group[metric].dropna() if metric in group else pd.Series(dtype=float)
             half = (values.max() - values.min()) / 2 if len(values) else 0.0
             line[metric] = f"{values.mean():.3f} ± {half:.3f}" if len(values) else "–"
+        line["made"] = ", ".join(sorted(set(group.made)))
         lines.append(line)
     return pd.DataFrame(lines)
 
@@ -284,6 +311,7 @@ def draw_calibration(rows: pd.DataFrame, file: str) -> None:
         ax.plot([1, MOST], [1, MOST], color="#BBBBBB", linewidth=0.8, zorder=0)
         for name, group in own.groupby("sae", sort=False):
             curves = pd.DataFrame(list(group.calibration)).mean()
+            curves.index = curves.index.astype(int)
             style = look_of(str(name))
             ax.plot(curves.index, curves, color=style.color, marker=style.marker, label=style.label)
         ax.set_xlabel("true active features")
@@ -300,33 +328,53 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), metavar="SEED")
     parser.add_argument("--laws", nargs="+", choices=list(LAWS), default=list(LAWS), metavar="LAW")
     parser.add_argument("--name", default="truth", help="of the files in benchmarks/results")
+    parser.add_argument("--again", action="store_true", help="compute runs that are kept already")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    found = []
-    for law in asked.laws:
-        for name in asked.saes:
-            data = draw(LAWS[law], with_count=name == "oracle")
-            for row in rows_of(law, data, name, asked.seeds):
-                found.append(row)
-                shown = {m: round(row[m], 3) for m in METRICS if m in row}
-                print(
-                    law,
-                    *(row[key] for key in ("sae", "setting", "seed", "control")),
-                    shown,
-                    flush=True,
-                )
-    rows = nearest(pd.DataFrame(found))
+    found, kept = [], read()
+    for law, name in itertools.product(asked.laws, asked.saes):
+        data = None
+        for number, options in enumerate(options_of(name)):
+            for seed in asked.seeds:
+                key = key_of(settings_of(law, name, options, seed))
+                if asked.again or key not in kept:
+                    data = data or draw(LAWS[law], with_count=name == "oracle")
+                    kept[key] = keep(key, run(law, data, name, options, seed))
+                made = f"{kept[key]['date']} {kept[key]['commit']}"
+                for row in kept[key]["rows"]:
+                    found.append(
+                        {**row, "setting": number, "stated": stated(name, number), "made": made}
+                    )
+                    shown = {m: round(row[m], 3) for m in METRICS if row.get(m) is not None}
+                    print(law, name, number, seed, row["control"], shown, flush=True)
+    every = pd.DataFrame(found)
+    rows = nearest(every)
     RESULTS.mkdir(exist_ok=True)
     if "varying" in asked.laws:
         draw_calibration(rows, asked.name)
+    tables = {}
+    for law in asked.laws:
+        if REFERENCE in asked.saes:
+            tables[f"World: {law}. Verdicts"] = verdicts(rows, every, law)
+        tables[f"World: {law}"] = summary(rows, law)
     write(
         asked.name,
-        {f"World: {law}": summary(rows, law) for law in asked.laws},
+        tables,
         f"{N_FEATURES} features in {D_IN} dimensions, {MEAN_L0} active in the mean (constant and rescaled: in every "
         f"row; varying, balanced and equal: uniform in 1..{MOST}), d_sae {D_SAE}, {TRAINING.tokens} rows of training, {ROWS['evaluation']} held out, "
-        f"{len(asked.seeds)} seeds (± half of their range).",
+        f"{len(asked.seeds)} seeds (± half of their range). Of several settings of an SAE the one whose mean L0 is nearest to the true mean; "
+        "no other choice was made from results, and every setting that was tried is in truth_settings.py. A verdict is of the difference in FVU, "
+        "paired by seed, with a 95 % interval by Student's t over the seeds: against BatchTopK at the same L0 (linear between BatchTopK's own settings) "
+        "and against the SAE with its own k's shuffled, handed out by norm, or replaced by their mean; below 0 is better. `made`: day and commit of the code.",
         command=" ".join(["truth.py", *sys.argv[1:]]),
     )
+
+
+def stated(name: str, number: int) -> str:
+    """Return the options of a setting by which it differs from the SAE's first one, or where it has one setting ''."""
+    settings = options_of(name)
+    differing = [key for key in settings[0] if any(s[key] != settings[0][key] for s in settings)]
+    return " ".join(f"{key} {settings[number][key]}" for key in differing)
 
 
 if __name__ == "__main__":

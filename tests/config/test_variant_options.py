@@ -38,7 +38,11 @@ class Options(VariantOptions):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "expected the options count, weight, word, perhaps, flag, schedule, found none"),
+        (
+            {},
+            "expected the options count, weight, word, perhaps, flag, schedule, orthogonality_weight, "
+            "orthogonality_chunk, found none",
+        ),
         ({"count": 1, "other": 2}, "expected the options .*, found count, other"),
         (7, "expected the options .*, found 7"),
         ({"count": 0}, r"count: expected 1\.\.8 \(d_sae\), found 0"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from saeflow.config.options import VariantOptions, options_schema, stated
+from saeflow.config.options import VariantOptions, fields_of, options_schema, stated
 from saeflow.config.schema import params_schema
 from saeflow.config.variants import variants
 from saeflow.errors import UserError
@@ -92,7 +92,7 @@ def options_of(variant: type[VariantOptions]) -> list[Key]:
             if field.default_factory is dataclasses.MISSING
             else _as_yaml(field.default_factory()),
         )
-        for field in dataclasses.fields(variant)
+        for field in fields_of(variant)
     ]
 
 

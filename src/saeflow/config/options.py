@@ -91,6 +91,21 @@ class VariantOptions:
     A field is of int, float, bool, str, None, a `Literal`, unions of these, or `Annotated` with a `Form`.
     """
 
+    orthogonality_weight: float = option(
+        "Weight of OrtSAE's penalty (arXiv:2509.22033) on similar decoder directions: the mean over latents of the square of "
+        "the largest cosine, where above 0, with another latent of the same chunk; 0 for none. The paper takes 0.25.",
+        default=0.0,
+        low=0,
+        high=1e30,
+    )
+    orthogonality_chunk: int = option(
+        "Latents of a chunk of that penalty; chunks are drawn anew in every step.",
+        default=8192,
+        unit="latents",
+        low=2,
+        high=COUNT_MAX,
+    )
+
     @classmethod
     def read(cls, values: Mapping[str, Any], d_sae: int) -> Self:
         """Options of an SAE of d_sae latents from plain values, defaults for those that are not stated.
@@ -98,7 +113,7 @@ class VariantOptions:
         Raises:
             UserError: an unknown or missing option, a value out of bounds, or values that do not fit each other.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
+        names = [field.name for field in fields_of(cls)]
         whole = {**defaults(cls), **values} if isinstance(values, Mapping) else {}
         if set(whole) != set(names):
             found = ", ".join(map(str, values)) if isinstance(values, Mapping) else repr(values)
@@ -127,6 +142,13 @@ class VariantOptions:
         yield from ()
 
 
+def fields_of(options: type[VariantOptions]) -> list["dataclasses.Field[Any]"]:
+    """Fields of a variant's options: its own, then those of every variant."""
+    common = dataclasses.fields(VariantOptions)
+    own = [field for field in dataclasses.fields(options) if field not in common]
+    return [*own, *common]
+
+
 def stated(field: "dataclasses.Field[Any]") -> Stated:
     """All that is stated of an option."""
     found = field.metadata["stated"]
@@ -138,14 +160,14 @@ def defaults(options: type[VariantOptions]) -> dict[str, Any]:
     """The default of every option that has one."""
     return {
         field.name: field.default_factory()
-        for field in dataclasses.fields(options)
+        for field in fields_of(options)
         if field.default_factory is not MISSING
     }
 
 
 def counts_of_latents(options: type[VariantOptions]) -> list[str]:
     """Names of the options that count latents, and of their schedules."""
-    return [field.name for field in dataclasses.fields(options) if stated(field).counts_latents]
+    return [field.name for field in fields_of(options) if stated(field).counts_latents]
 
 
 def numbers_of(name: str, value: Any) -> Iterator[tuple[str, float]]:
@@ -164,7 +186,7 @@ def options_schema(options: type[VariantOptions], *, is_swept: bool = False) -> 
         is_swept: each may also be a list of values, as in a parameter file.
     """
     properties = {}
-    for field in dataclasses.fields(options):
+    for field in fields_of(options):
         about = stated(field)
         one = _schema_of(field.type, about.bounds)
         if is_swept:
@@ -195,7 +217,7 @@ def _schema_of(kind: Any, bounds: Mapping[str, float]) -> dict[str, Any]:
 
 def _as_typed(options: type[VariantOptions], values: Mapping[str, Any]) -> dict[str, Any]:
     """Values, whole numbers as floats where the type has floats alone."""
-    kinds = {field.name: field.type for field in dataclasses.fields(options)}
+    kinds = {field.name: field.type for field in fields_of(options)}
     return {
         name: float(value)
         if type(value) is int and float in (kinds[name], *get_args(kinds[name]))

@@ -6,6 +6,7 @@ from saeflow.operators.entmax import entmax, entmax_of, entmax_sparse
 from saeflow.operators.geometric_median import geometric_median
 from saeflow.operators.jumprelu import jumprelu, step
 from saeflow.operators.matching_pursuit import matching_pursuit
+from saeflow.operators.orthogonality import orthogonality
 from saeflow.operators.pre_acts import lowered, perceptron, pre_acts, rounding
 from saeflow.operators.products import (
     decode_columns,
@@ -39,6 +40,7 @@ __all__ = [
     "keep_topk",
     "lowered",
     "matching_pursuit",
+    "orthogonality",
     "perceptron",
     "pre_acts",
     "residual_share",

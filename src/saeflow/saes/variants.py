@@ -56,4 +56,6 @@ def build(variant: str, d_in: int, d_sae: int, options: Mapping[str, Any]) -> SA
     except UserError as error:
         raise error.within(variant) from None
     made: SAE = of_variant(d_in, d_sae, read)
+    made.orthogonality_weight = read.orthogonality_weight
+    made.orthogonality_chunk = read.orthogonality_chunk
     return made

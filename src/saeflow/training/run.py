@@ -32,6 +32,7 @@ from saeflow.training.finite import NotFinite, Watch
 from saeflow.training.graphs import Replayed, capture_cuda
 from saeflow.training.live import Live
 from saeflow.training.optimizer import Optimizer
+from saeflow.training.orthogonality import Orthogonality
 from saeflow.training.rates import lr_factor, peak_lr, warm_up
 from saeflow.training.room import Lacking, Room
 from saeflow.training.rows import Batches, Shuffled, check_targets
@@ -95,6 +96,7 @@ class Run:
                 self.sae.initialise(next(batches).map(Tensor.cpu), generator)
         self.sae.join(self.ranks)
         self.sae.to(self.device).train()
+        self.orthogonality = Orthogonality.of(self.sae, config)
         self.watch = Watch(self.device)
         self.replayed: Replayed[Stepped] | None = None
         if self.device.type == "cuda" and self.ranks.size == 1:
@@ -172,6 +174,8 @@ class Run:
         if self.has_room:
             self.room.begin(self.step)
         self.sae.begin_step(self.step, self.total)
+        if self.orthogonality is not None:
+            self.orthogonality.begin(self.step)
         self.watch.begin(self.step)
         self.set_lr()
 
@@ -255,6 +259,8 @@ class Run:
         self.silent.add_(self.ranks.rows(fwd.x))
         self.silent.masked_fill_(self.ranks.any_row(fwd.fired()), 0)
         terms = self.sae.losses(fwd, self.dead)
+        if self.orthogonality is not None:
+            terms = terms | {"orthogonality": self.orthogonality.loss()}
         return {"loss": torch.stack(list(terms.values())).sum(), **terms}
 
     def learn(self, fwd: Forward, losses: Mapping[str, Tensor]) -> Stepped:
