@@ -188,7 +188,7 @@ def test_a_new_variant_is_one_file_and_its_line_in_the_table(with_toy: Path) -> 
     done = run(with_toy, "-m", "saeflow", "validate", "--params", "bad.yaml")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: bad.yaml: saes.toy.options: unknown key flor. Known keys: floor.",
+        "error: bad.yaml: saes.toy.options: unknown key flor. Known keys: floor, orthogonality_chunk, orthogonality_weight.",
         "error: bad.yaml: saes.toy.options.floor: -1 is less than the minimum of 0.",
     ]
 

@@ -20,6 +20,8 @@ STEPS, D_SAE, DEAD_AFTER = 40, 64, 500
 QUIET = {**RUNTIME, "checkpoint_every_s": 1e9}
 EVERY_STEP = {**RUNTIME, "checkpoint_every_s": 0}
 BREAKS_AT = 17
+PENALISED = "penalised"
+"""A TopK SAE with a penalty on similar directions, which no row of the batch decides."""
 
 
 @contextlib.contextmanager
@@ -34,6 +36,10 @@ def acting_as_gpu():
 
 
 def setting(variant):
+    if variant == PENALISED:
+        plain = setting("topk")
+        added = {"orthogonality_weight": 3.0, "orthogonality_chunk": 40}
+        return dataclasses.replace(plain, options={**plain.options, **added})
     found = config(variant, steps=STEPS, d_sae=D_SAE, dead_after_tokens=DEAD_AFTER)
     if variant != "soft_topk":
         return found
@@ -57,7 +63,7 @@ def main() -> None:
     root = Path(sys.argv[1])
     for split in ("batch", "latents"):
         ranks = Ranks.from_environment(split, "cpu")
-        for variant in OPTIONS:
+        for variant in (*OPTIONS, PENALISED):
             folder = root / split / variant
             try:
                 train_here(variant, folder, ranks, Samples(), QUIET)

@@ -12,7 +12,7 @@ from saeflow.training import train
 from saeflow.training.checkpoints import checkpoints, read_checkpoint
 
 from .conftest import OPTIONS, Samples
-from .on_ranks import BREAKS_AT, EVERY_STEP, QUIET, acting_as_gpu, breaks, setting
+from .on_ranks import BREAKS_AT, EVERY_STEP, PENALISED, QUIET, acting_as_gpu, breaks, setting
 
 SPLITS = ("batch", "latents")
 UNDIVIDED = ("top_afa", "matching_pursuit", "soft_topk", "sparsemax", "entmax")
@@ -77,6 +77,18 @@ def test_two_ranks_train_the_sae_of_one(
         return
     atol = ATOL.get(variant, 2e-4)
     assert_same_sae(together / split / variant, alone / variant, atol)
+
+
+def test_two_ranks_count_the_penalty_on_directions_once(together: Path, tmp_path: Path) -> None:
+    train(Samples(), setting(PENALISED), QUIET, tmp_path)
+    assert_same_sae(together / "batch" / PENALISED, tmp_path)
+
+
+def test_latents_with_a_penalty_on_directions_are_not_divided(together: Path) -> None:
+    refused = (together / "latents" / PENALISED / "refused").read_text()
+    assert refused.startswith(
+        "saes.topk.options.orthogonality_weight: expected 0 where runtime.ranks.split"
+    )
 
 
 @pytest.mark.parametrize("variant", OPTIONS)

@@ -62,6 +62,7 @@ def steps_of(folder: Path) -> list[dict[str, float]]:
     [
         ("topk", {}), ("batch_topk", {}), ("adaptive_k", {}), ("soft_topk", {}),
         ("soft_topk", {"hard_phase": "decoder"}), ("relu", {}), ("gated", {}),
+        ("batch_topk", {"orthogonality_weight": 3.0, "orthogonality_chunk": 10}),
     ],
 )  # fmt: skip
 def test_a_group_gets_what_runs_of_their_own_get(
