@@ -195,11 +195,14 @@ def test_a_new_variant_is_one_file_and_its_line_in_the_table(with_toy: Path) -> 
 
 def test_the_options_of_a_new_variant_are_described(with_toy: Path) -> None:
     done = run(with_toy, "-m", "saeflow", "parameters", "toy")
-    assert done.stdout.splitlines() == [
+    lines = done.stdout.splitlines()
+    assert lines[:3] == [
         "floor",
         "    Pre-activation at which a latent becomes active.",
         "    number at least 0; scaled activations; default 0.5",
     ]
+    every = [line for line in lines[3:] if not line.startswith(" ")]
+    assert every == ["orthogonality_weight", "orthogonality_chunk"]  # options of every variant
     page = run(
         with_toy, "-c", "from saeflow.config.describe import as_markdown; print(as_markdown())"
     )
