@@ -25,7 +25,7 @@ def by_definition(
 
 
 def gradient_by_hand(directions: np.ndarray, order: np.ndarray, size: int) -> np.ndarray:
-    """Of cos(a, b)^2 by a: 2 cos (b/|b| - cos a/|a|) / |a|."""
+    """Gradient of cos(a, b)^2 by a: 2 cos (b/|b| - cos a/|a|) / |a|."""
     gradient = np.zeros_like(directions)
     for i, j, cosine in by_definition(directions, order, size)[1]:
         for one, other in ((i, j), (j, i)):
