@@ -17,7 +17,10 @@ EXCHANGE = "exchange"
 """The libraries whose SAEs are traded, and those that take adapted ones, in one environment."""
 _EXCHANGED = (
     LIBRARIES["SAELens"], LIBRARIES["dictionary_learning"], "sae-bench==0.6.0", "sae-probes==0.4.2",
+    "neuronpedia==1.2.1",
 )  # fmt: skip
+_ALONE = {EXCHANGE: ("sae-dashboard==0.8.0",)}
+"""Packages without their dependencies, which contradict the others'; their formats need none."""
 BROKEN = {"dictionary_learning": ["torchvision"], EXCHANGE: ["torchvision"]}
 """Packages that a library's dependencies bring along, of another torch, and that it does not use."""
 
@@ -28,16 +31,22 @@ def environment(name: str) -> Path:
     folder = HERE / f".venv-{name}"
     python, ready = folder / "bin" / "python", folder / "ready"
     torch = importlib.metadata.version("torch").split("+")[0]
+    alone = _ALONE.get(name, ())
     wanted = f"torch=={torch} {packages}"
     # Several processes may ask at once (pytest's workers do); the first installs, the others wait for it.
     with FileLock(f"{folder}.lock"):
-        if ready.exists() and ready.read_text() == wanted:
+        whole = " ".join([wanted, *alone])
+        if ready.exists() and ready.read_text() == whole:
             return python
         sys.stderr.write(f"installing {packages}\n")
         pip = [python, "-m", "pip", "--disable-pip-version-check", "-q"]
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         subprocess.run([*pip, "install", "--progress-bar", "off", *wanted.split()], check=True)
+        if alone:
+            subprocess.run(
+                [*pip, "install", "--progress-bar", "off", "--no-deps", *alone], check=True
+            )
         for package in BROKEN.get(name, ()):
             subprocess.run([*pip, "uninstall", "-y", package], check=True)
-        ready.write_text(wanted)
+        ready.write_text(whole)
     return python

@@ -3,17 +3,41 @@
 JOBS is a JSON list of {do, library, folder, ...}: `save` writes an SAE of random weights as the library does,
 with rows x and the library's own latents and reconstructions of them (expected.safetensors); `apply` loads one
 and writes what it makes of rows that are there (x.safetensors); `encode` gives SAELens's SAE of a kind weights that are
-there (weights.safetensors) and writes the same.
+there (weights.safetensors) and writes the same; `read dashboards` passes latents through the classes of SAEDashboard and
+Neuronpedia's client.
 """
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
 D_IN, D_SAE, K, ROWS = 12, 40, 5, 64
+
+
+def read_dashboards(folder):
+    """Latents as the other libraries' own classes hold them, written down again."""
+    from neuronpedia.np_activation import Activation
+    from neuronpedia.np_feature import Feature, Logit
+    from sae_dashboard.neuronpedia.neuronpedia_dashboard import NeuronpediaDashboardBatch
+
+    def logits(found):
+        return None if found is None else [Logit(**one) for one in found]
+
+    def feature(told):
+        own = {"activations": [Activation(**one) for one in told["activations"]]}
+        own |= {name: logits(told[name]) for name in ("top_logits", "bottom_logits")}
+        return asdict(Feature(**told | own))
+
+    for path in sorted(Path(folder).glob("batch-*.json")):
+        batch = NeuronpediaDashboardBatch(**json.loads(path.read_text()))
+        path.with_suffix(".again").write_text(json.dumps(batch.to_dict()))
+    for path in sorted(Path(folder).glob("features-*.json")):
+        features = [feature(told) for told in json.loads(path.read_text())]
+        path.with_suffix(".again").write_text(json.dumps(features))
 
 
 def saelens_sae(kind):
@@ -117,6 +141,9 @@ def main(jobs):
     for seed, job in enumerate(jobs):
         torch.manual_seed(seed)
         folder = Path(job["folder"])
+        if job["do"] == "read dashboards":
+            read_dashboards(folder)
+            continue
         if job["do"] == "save":
             folder.mkdir(parents=True)
             save(job["library"], job["kind"], folder)

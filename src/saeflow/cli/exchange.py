@@ -15,8 +15,18 @@ Library = Annotated[str, typer.Option(help="saelens or dictionary_learning.")]
 
 
 def export(
-    sae: Annotated[Path, typer.Argument(help="Folder of a trained SAE.")],
-    library: Annotated[str, typer.Option(help="saelens, dictionary_learning, or hub.")],
+    sae: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of a trained SAE; for sae_dashboard and neuronpedia of its page of latent cards."
+        ),
+    ],
+    library: Annotated[
+        str,
+        typer.Option(
+            help="saelens, dictionary_learning, hub; latents: sae_dashboard, neuronpedia."
+        ),
+    ],
     out: Out,
     store: Annotated[
         Path | None,

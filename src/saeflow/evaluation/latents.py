@@ -225,10 +225,12 @@ def logit_lens(model: Any, norm: Any, directions: Tensor, count: int) -> dict[st
         count: tokens each way.
 
     Returns:
-        raised and lowered (d_sae, count) int32 token ids.
+        raised and lowered (d_sae, count) int32 token ids; raised_by and lowered_by, their logits' changes, float32.
     """
     head = model.get_output_embeddings()
-    found: dict[str, list[np.ndarray]] = {"raised": [], "lowered": []}
+    found: dict[str, list[np.ndarray]] = {
+        name: [] for name in ("raised", "raised_by", "lowered", "lowered_by")
+    }
     with torch.inference_mode():
         rows = directions.detach().to(head.weight.dtype)
         nothing = head(norm(torch.zeros_like(rows[:1])))
@@ -238,4 +240,5 @@ def logit_lens(model: Any, norm: Any, directions: Tensor, count: int) -> dict[st
             for name, largest in (("raised", True), ("lowered", False)):
                 top = scores.topk(count, dim=1, largest=largest)
                 found[name].append(top.indices.int().cpu().numpy())
+                found[f"{name}_by"].append(top.values.float().cpu().numpy())
     return {name: np.concatenate(parts) for name, parts in found.items()}

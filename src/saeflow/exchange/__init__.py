@@ -29,6 +29,8 @@ FORMATS: dict[str, ModuleType] = {
     "dictionary_learning": dictionary_learning,
 }
 HUB = "hub"
+DASHBOARDS = ("sae_dashboard", "neuronpedia")
+"""Formats of latents, written from a page of latent cards."""
 logger = logging.getLogger(__name__)
 
 
@@ -38,8 +40,8 @@ def export_sae(
     """Write a trained SAE as another library's files, or as a folder for the Hugging Face hub.
 
     Args:
-        sae: its folder.
-        library: one of FORMATS, or hub.
+        sae: its folder; for DASHBOARDS that of its page of latent cards.
+        library: one of FORMATS, hub, or one of DASHBOARDS.
         folder: an existing one that gets the files.
         store: held-out activations to calibrate a threshold on, for variants with a k for each input.
         evaluation: folder of the SAE's metrics, for the hub's model card.
@@ -54,6 +56,11 @@ def export_sae(
         from saeflow.exchange import hub
 
         hub.write(sae, evaluation, folder)
+        return {}
+    if library in DASHBOARDS:
+        from saeflow.exchange import dashboards
+
+        dashboards.write(sae, library, folder)
         return {}
     config = read_config(sae)
     about: dict[str, Any] = {
@@ -138,6 +145,6 @@ def check_import(folder: Path, library: str, hook_point: str) -> None:
 def _format(library: str) -> ModuleType:
     if library not in FORMATS:
         raise UserError(
-            f"library: expected one of {', '.join(FORMATS)} (to export: or {HUB}), found {library!r}."
+            f"library: expected one of {', '.join(FORMATS)} (to export: or {', '.join((HUB, *DASHBOARDS))}), found {library!r}."
         )
     return FORMATS[library]
