@@ -1,6 +1,7 @@
 """Latents in the formats of SAEDashboard and Neuronpedia, against the activations that they are of."""
 
 import json
+import pydoc_data.topics
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ class Made:
         with provenance.job(folder / "sae", name="train") as job:
             save(self.sae.state_dict(), job.path, CONFIG | {"hook_point": hook_point})
         with provenance.job(folder / "model", name="fetch") as job:
-            make_model(job.path, ["one two three four five six seven"] * 4)
+            make_model(job.path, list(pydoc_data.topics.topics.values()))
         with provenance.job(folder / "inputs", name="prepare", external={"own.txt": "0"}) as job:
             np.save(job.path / "evaluation.npy", self.tokens)
         read = [folder / name for name in ("sae", "model", "inputs")]
@@ -103,7 +104,9 @@ class Made:
             context, at = map(int, np.argwhere(z == value)[0])
             seen = slice(max(0, at - BEFORE), at + AFTER + 1)
             assert max(example["values"]) == pytest.approx(float(value), rel=1e-6)
-            assert example["values"] == pytest.approx(z[context, seen].tolist(), abs=z.max() / 255)
+            assert example["values"] == pytest.approx(
+                z[context, seen].tolist(), abs=float(z.max()) / 255
+            )
             assert len(example["tokens"]) == len(example["values"])
             if at <= BEFORE:
                 assert example["tokens"][0] == "<|endoftext|>"
