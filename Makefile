@@ -9,7 +9,7 @@ PYTEST := OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder -
 QUIET := --disable-pip-version-check -q --progress-bar off
 PIP := $(BIN)/python -m pip install $(QUIET)
 
-.PHONY: setup demo full rehearse test test-heavy test-all versions check docs site bench bench-gpu torture truth
+.PHONY: setup demo full rehearse test test-heavy test-all versions check docs tutorial site bench bench-gpu torture truth
 
 setup: .venv/ready
 
@@ -53,6 +53,10 @@ docs: setup
 	python docs/tree.py
 	saeflow parameters --markdown > docs/parameters.md
 	python -m saeflow.tables docs/tables.md
+
+# The outputs of docs/tutorial.ipynb, from a run of its own.
+tutorial: setup
+	python -m docs.notebook runs/tutorial
 
 # The site of the documentation, site/index.html, in an environment of its own. A broken link is an error.
 # (--quiet would drop the warnings that --strict counts.)

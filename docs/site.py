@@ -1,9 +1,10 @@
 """Pages of the documentation's site from outside of docs/, which mkdocs.yml runs as a hook.
 
 README, CONTRIBUTING, CHANGELOG and the benchmarks' tables stand where a repository has them. The site has them beside the
-pages of docs/, so links between both are written as they are there.
+pages of docs/, so links between both are written as they are there. The tutorial's notebook becomes a page.
 """
 
+import importlib.util
 import posixpath
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ FROM_ROOT = {
     "CHANGELOG.md": "CHANGELOG.md",
 }
 RESULTS = ROOT / "benchmarks/results"
+NOTEBOOK, TUTORIAL = "docs/tutorial.ipynb", "tutorial.md"
 LINK = re.compile(r"(\]\()([^)#:\s]+)(#[^)\s]*)?(?=\))")
 
 
@@ -40,7 +42,19 @@ def on_files(files: Any, config: Any) -> Any:
     for path in [*map(ROOT.joinpath, FROM_ROOT), *sorted(RESULTS.glob("*.md"))]:
         name = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, FROM_ROOT.get(name, name), abs_src_path=str(path)))
+    files.append(File.generated(config, TUTORIAL, content=tutorial()))
     return files
+
+
+def tutorial() -> str:
+    """Return the notebook as a page; MkDocs runs this file by its path, so that its neighbour is loaded by its own."""
+    spec = importlib.util.spec_from_file_location("notebook", ROOT / "docs/notebook.py")
+    assert spec is not None
+    assert spec.loader is not None
+    notebook = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(notebook)
+    page: str = notebook.markdown(notebook.read())
+    return page
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -51,7 +65,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
     def on_site(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(place), link[2]))
-        target = FROM_ROOT.get(target, target.removeprefix("docs/"))
+        target = {**FROM_ROOT, NOTEBOOK: TUTORIAL}.get(target, target.removeprefix("docs/"))
         written = posixpath.relpath(target, posixpath.dirname(uri) or ".")
         return f"{link[1]}{written}{link[3] or ''}"
 

@@ -9,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from docs.site import FROM_ROOT, on_config, on_page_markdown
+from docs.notebook import code_cells, read
+from docs.site import FROM_ROOT, TUTORIAL, on_config, on_page_markdown
 
 import saeflow
+from saeflow.config import check_params, expand_runs
 
 ROOT = Path(__file__).parents[1]
 SITE = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
@@ -30,7 +32,7 @@ def test_the_nav_names_each_page_once() -> None:
     pages = [path.relative_to(ROOT / "docs").as_posix() for path in ROOT.glob("docs/**/*.md")]
     results = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("benchmarks/results/*.md")]
     whole = on_config({"nav": [*SITE["nav"]]})["nav"]
-    assert sorted(in_nav(whole)) == sorted([*pages, *results, *FROM_ROOT.values()])
+    assert sorted(in_nav(whole)) == sorted([*pages, *results, *FROM_ROOT.values(), TUTORIAL])
 
 
 def test_the_reference_holds_every_public_name() -> None:
@@ -50,12 +52,20 @@ def test_the_reference_holds_every_public_name() -> None:
         ("performance.md", "[a](../benchmarks/results/gpu.md#b)", "[a](benchmarks/results/gpu.md#b)"),
         ("running.md", "[a](../README.md), [b](keys.md#c)", "[a](index.md), [b](keys.md#c)"),
         ("benchmarks/results/gpu.md", "[a](gpu.csv) [b](../../docs/keys.md)", "[a](gpu.csv) [b](../../keys.md)"),
+        ("index.md", "[a](docs/tutorial.ipynb)", "[a](tutorial.md)"),
         ("keys.md", "[a](https://arxiv.org/abs/1) [b](#c)", "[a](https://arxiv.org/abs/1) [b](#c)"),
     ],
 )  # fmt: skip
 def test_links_lead_to_the_pages_of_the_site(uri: str, written: str, expected: str) -> None:
     page = SimpleNamespace(file=SimpleNamespace(src_uri=uri))
     assert on_page_markdown(written, page) == expected
+
+
+def test_the_tutorials_own_run_is_valid() -> None:
+    first = code_cells(read())[0]
+    (written,) = re.findall(r'PARAMS = """\n(.*?)"""', "".join(first["source"]), re.DOTALL)
+    runs = expand_runs(check_params(yaml.safe_load(written), ["params.yaml"]))
+    assert len(runs) == 3
 
 
 @pytest.fixture(scope="module")

@@ -241,6 +241,39 @@ def test_the_worked_example_runs(
     run((ROOT / "README.md").read_text(), {"model": model, "token_ids": ids})
 
 
+def test_the_tutorial_runs(done: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell of docs/tutorial.ipynb, with this run in the place of its own."""
+    from docs.notebook import code_cells, execute, read
+
+    _, *cells = ["".join(cell["source"]) for cell in code_cells(read())]
+    here = 'from pathlib import Path\nSOURCE, HOOK_POINT, folder = "gpt2", "blocks.2.resid_post", Path()'
+    usual = "(rate > 0.002) & (rate < 0.03)"
+    assert sum(usual in cell for cell in cells) == 1
+    monkeypatch.chdir(done.folder)
+    names: dict[str, Any] = {}
+    outputs = list(
+        execute(
+            [here, *(cell.replace(usual, "(rate > 0) & (rate < 0.9)") for cell in cells)], names
+        )
+    )
+    printed = "".join(
+        "".join(one["text"]) for cell in outputs for one in cell if one["output_type"] == "stream"
+    )
+    assert "nats where it fires" in printed
+    assert "topk" in printed
+    assert [one["output_type"] for one in outputs[-1]] == ["display_data"]
+    # An ablated latent changes nothing before it first fires, and something from there on.
+    change = names["change"].view(len(names["chosen"]), -1)
+    fires = names["active"][:, :-1]
+    first = fires.int().argmax(1)
+    for line, on, start in zip(change, fires, first.tolist(), strict=True):
+        assert not line[:start].any()
+        assert bool(line[start:].any()) == bool(on.any())
+    # Its examples are those of the run's own cards.
+    card = names["cards"]["value"][names["latent"]]
+    assert names["top"].values[0].item() == pytest.approx(float(card[0]), rel=1e-3)
+
+
 def test_snakemakes_own_report_holds_figures_with_captions(done: Project) -> None:
     """Made without a network: a proxy where nobody listens."""
     offline = ("env", "http_proxy=http://127.0.0.1:9", "https_proxy=http://127.0.0.1:9")
