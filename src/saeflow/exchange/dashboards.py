@@ -79,7 +79,8 @@ def write(page: Path, library: str, folder: Path) -> None:
 
 def _strings(model: Path) -> Callable[[int], str]:
     """Return the text of a token, special ones with their names."""
-    from saeflow.sources.tokenizers import load_tokenizer, token_texts
+    from saeflow.sources.models import load_tokenizer
+    from saeflow.sources.tokenizers import token_texts
 
     tokenizer = load_tokenizer(model)
     inside = token_texts(tokenizer)
