@@ -87,7 +87,7 @@ class Made:
         }  # fmt: skip
 
     def told(self, library: str) -> list[Any]:
-        """What an export wrote, file after file."""
+        """Return the contents of the files that an export wrote, in their order."""
         with provenance.job(self.folder / library, name="export", inputs=[self.page]) as job:
             export_sae(self.page, library, job.path)
         name = {"sae_dashboard": "batch", "neuronpedia": "features"}[library]
