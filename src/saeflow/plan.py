@@ -210,12 +210,7 @@ class Plan:
     def readers_of_rows(self, source: str) -> list[str]:
         """Name all that reads rows of a source's training split when training is over, which a stream cannot serve."""
         interpreted = [name for name in self.interpreted if self.evaluated[name].source == source]
-        guided = [run.entry for run in self.runs.values() if run.source == source and run.guide]
-        return [
-            *(f"complexity.{name}, whose probe is fitted to them" for on, _, name in self.probes if on == source),
-            *(f"saes.{entry}, whose k is found on them (mean_l0_of)" for entry in guided),
-            *(f"evaluation.interpretability.runs with {name}" for name in interpreted),
-        ]  # fmt: skip
+        return [f"evaluation.interpretability.runs with {name}" for name in interpreted]
 
     def draws(self, source: str, runs: Iterable[str]) -> int:
         """Number of draws of windows that runs of a streamed source are trained on, see `draw_of`."""
@@ -224,6 +219,27 @@ class Plan:
             training = self.runs[name].training
             found.append(1 + draw_of(training.steps - 1, training.batch_size, store))
         return max(found)
+
+    def first_draw(self, run: str) -> int:
+        """Number of the draw that training of a run of a streamed source begins with.
+
+        SAEs whose k another SAE finds are trained after all others, in a pass of its own that begins with window 0.
+        """
+        source, windows = self.runs[run].source, self.windows(self.runs[run].source, "train")
+        if self.runs[run].guide is None:
+            return 0
+        return -(-self.draws(source, self._of_pass(source, guided=False)) // windows) * windows
+
+    def extracted_draws(self, source: str) -> int:
+        """Number of windows that are extracted of a streamed source, again in each epoch and pass."""
+        first, second = (
+            self.draws(source, self._of_pass(source, guided=guided)) for guided in (False, True)
+        )
+        return max(first, self.windows(source, "train")) + second
+
+    def _of_pass(self, source: str, *, guided: bool) -> list[str]:
+        every = (run for run in self.runs.values() if run.source == source)
+        return [run.name for run in every if (run.guide is not None) is guided]
 
     def scoring(self, complexity: str) -> dict[str, Any]:
         chosen = self.params["complexity"][complexity]

@@ -96,6 +96,12 @@ def warnings(plan: Plan) -> list[str]:
         for source in plan.sources
         if plan.is_streamed(source) and plan.params["evaluation"]["pca_ranks"]
     ]
+    without += [
+        f"complexity.{name}: its probe at {source}/{hook_point} is fitted to half of the held-out documents, on which SAEs are "
+        "evaluated too, since the training split is read window by window. stores.NAME.keep_windows null fits it to training rows."
+        for source, hook_point, name in plan.probes
+        if plan.goes_by_window(source)
+    ]
     return without + [
         f"{', '.join(f'saes.{entry}' for entry in dict.fromkeys(entries))}: training passes {tokens / rows:,.0f} times "
         f"over the {rows:,} rows of stores.{source}.train_rows (tokens {tokens:,}). More rows may serve better."

@@ -73,6 +73,32 @@ def test_the_probe_is_ridge_regression(stores: Any, scores: Path, tmp_path: Path
     assert quality["range"] == pytest.approx([low, high])
 
 
+def test_without_training_rows_half_of_the_held_out_documents_are_fitted(
+    stores: Any, scores: Path, tmp_path: Path
+) -> None:
+    """The normal equations of the documents that predictions.csv calls trained on; no document is on both sides."""
+    store = stores["evaluation"]
+    fit_probe(scores, {"evaluation": store}, None, WHERE, tmp_path)
+    predictions = pd.read_csv(tmp_path / "predictions.csv")
+    documents = {s: set(of["context"] // 3) for s, of in predictions.groupby("split")}
+    assert not documents["train"] & documents["evaluation"]
+    assert len(documents["train"]) - len(documents["evaluation"]) in (0, 1)
+    table = pd.read_csv(scores)
+    held_out = table[table["split"] == "evaluation"]
+    assert sorted(predictions["context"]) == sorted(held_out["context"])
+    probe, quality = read_probe(tmp_path), json.loads((tmp_path / "quality.json").read_text())
+    last = np.isin(store.column("context") // 3, list(documents["train"]))
+    last &= store.column("position") == 31
+    x = store.read(0, store.rows).double().numpy()[last] / store.scale
+    y = held_out.set_index("context").score.loc[store.column("context")[last]].to_numpy()
+    low, high = np.percentile(y, (1, 99))
+    target = ((y - low) / (high - low)).clip(0, 1) * 10
+    centred = x - x.mean(0)
+    gram = centred.T @ centred + quality["ridge"] * np.eye(x.shape[1])
+    w = np.linalg.solve(gram, centred.T @ target)
+    np.testing.assert_allclose(probe["weight"] * store.scale, w, rtol=1e-4, atol=1e-6)
+
+
 def test_the_penalty_has_the_least_error_on_held_out_folds(
     stores: Any, scores: Path, tmp_path: Path
 ) -> None:

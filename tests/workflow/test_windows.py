@@ -1,6 +1,7 @@
 """The real workflow with a store of several windows: how much disk it takes, what a kill leaves, what is refused."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +111,48 @@ def test_a_killed_stream_gives_the_saes_of_the_kept_windows(done: Project, tmp_p
         "train"
     )  # a further SAE needs the windows again, and nothing else is made anew
     assert again == {"extract_part": 5, "merge_window": 5, "train_window": 5, "train_sae": 1}
+
+
+def guided(keep: Any) -> dict[str, Any]:
+    """An SAE that finds its L0, one with a probe, and one at the L0 that was found: on three windows, an epoch and a third."""
+    params = windowed(keep_windows=keep, window_rows=7000)
+    relu = params["saes"]["relu"] | {"tokens": 26000, "options": {"l1": 0.5}}
+    options = {"k": {"mean_l0_of": "relu/d128-seed0"}}
+    params["saes"] = {
+        "relu": relu,
+        "adaptive-k": params["saes"]["adaptive-k"] | {"tokens": 26000},
+        "at-its-l0": params["saes"]["topk"] | {"tokens": 12000, "options": options},
+    }
+    params["figures"]["names"] = ["fvu_l0"]
+    params["evaluation"]["bootstrap"] = None
+    params["runtime"]["saes_per_job"] = 8
+    return params
+
+
+def test_an_sae_at_the_l0_that_another_finds_is_trained_in_a_second_pass(tmp_path: Path) -> None:
+    """Draws 0 to 3 train two SAEs, 6 and 7 the one that is guided by the first; the kept windows give the same three."""
+    for keep in ("all", 2):
+        (tmp_path / str(keep)).mkdir()
+    kept = Project(tmp_path / "all", guided("all"))
+    kept.snakemake("train")
+    streamed = Project(tmp_path / "2", guided(2))
+    assert streamed.todo("train")["train_window"] == 4 + 2
+    assert streamed.todo("train")["merge_window"] == 4 + 2
+    watch = Watch(streamed.folder / "results/stores/synthetic")
+    watch.start()
+    streamed.snakemake("train")
+    peak = watch.end()
+    assert saes(streamed) == saes(kept)
+    assert len(saes(kept)) == 3
+    (name,) = (name for name in saes(kept) if "/at-its-l0/" in name)
+    for project in (kept, streamed):
+        config = json.loads((project.folder / name / "config.json").read_text())
+        assert isinstance(config["options"]["k"], int)
+    window = 7000 * (32 * 4 + 8 + 4 + 6 * (4 + 4))
+    assert peak < 3.5 * window
+    assert streamed.todo("train") == {}
+    assert not list((streamed.folder / "results").rglob("*.stream"))
+    assert not list((streamed.folder / "results/stores/synthetic").glob("*.windows/*"))
+    (streamed.folder / name / "provenance.json").unlink()  # its guide is there: one pass alone
+    again = streamed.todo("train")
+    assert again == {"extract_part": 2, "merge_window": 2, "train_window": 2, "train_sae": 1}

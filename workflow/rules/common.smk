@@ -121,6 +121,7 @@ wildcard_constraints:
     labelled="[a-z0-9._-]+",
     split="train|evaluation",
     window="[0-9]+",
+    draw="[0-9]+",
     part="[0-9]+",
     parts="[0-9]+",
     group="[0-9a-f]+",

@@ -1,7 +1,8 @@
 """Windows of a store, and streams: training splits whose windows are deleted once SAEs were trained on them (stores.NAME.keep_windows).
 
 Draws count the windows of all epochs: of n windows, draw d is window d mod n. For each draw of a stream one job extracts (in parts),
-one merges (stores.smk), and one trains each group of SAEs (training.smk):
+one merges (stores.smk), and one trains each group of SAEs (training.smk). SAEs whose k another SAE finds (mean_l0_of) are trained
+when that one is: their draws come after all others', from window 0 on.
 
     extract d -> merge d -> train on d -> extract d + keep_windows
                  merge d -> extract d + 1
@@ -50,13 +51,25 @@ def merged_from(source, split):
 
 def extracted_after(source, split, number):
     """Files that a window is extracted after: the one before; of a stream, training on the one whose place on the disk it takes."""
-    found = [facts(source, split, number - 1)] if number else []
-    if split == "train" and plan.is_streamed(source):
-        gone = number - config["stores"][source]["keep_windows"]
+    if split == "evaluation" or not plan.is_streamed(source):
+        return [facts(source, split, number - 1)] if number else []
+    before = [draw for draw in draws_left(source) if draw < number]
+    found = [facts(source, split, draw) for draw in before[-1:]]
+    keep = config["stores"][source]["keep_windows"]
+    for gone in before[-keep:][:1] if len(before) >= keep else ():
         found += [
-            trained_on(group, gone) for group in left_of(source) if 0 <= gone < draws_of(group)
+            trained_on(group, gone - first_draw(group))
+            for group in left_of(source)
+            if gone in draws(group)
         ]
     return found
+
+
+def draws_left(source):
+    """Draws of a stream that are extracted, in order: those of the groups that are left, and one of each window for a missing store."""
+    is_made = jobs.store(source, "train").is_made
+    found = set() if is_made else set(range(plan.windows(source, "train")))
+    return sorted(found.union(*map(draws, left_of(source))))
 
 
 def left_of(source):
@@ -68,9 +81,37 @@ def left_of(source):
     ]
 
 
+def draws(group):
+    """Draws that a group is trained on."""
+    first = first_draw(group)
+    return range(first, first + draws_of(group))
+
+
+def first_draw(group):
+    """The first draw that a group is trained on."""
+    return plan.first_draw(name_of(STREAMED.members[group][0]))
+
+
 def draws_of(group):
     """Number of draws that a group is trained on."""
     return plan.draws(source_of(group), map(name_of, STREAMED.members[group]))
+
+
+def learned_before(group):
+    """Records of what training of a group reads beside windows: probes, and SAEs that find its k."""
+    runs = [plan.runs[name_of(job)] for job in STREAMED.members[group]]
+    guides = {run.guide for run in runs if run.guide}
+    probes = {
+        (run.source, run.hook_point, plan.complexity(run.name))
+        for run in runs
+        if plan.complexity(run.name)
+    }
+    return records(
+        [
+            *(jobs.sae(guide) for guide in sorted(guides)),
+            *(jobs.probe(*probe) for probe in sorted(probes)),
+        ]
+    )
 
 
 def source_of(group):
@@ -84,7 +125,7 @@ def name_of(job):
 
 
 def trained_on(group, number):
-    """The file that says that a group was trained on a draw."""
+    """The file that says that a group was trained on a draw, by its number among the group's own."""
     return f"results/saes.groups/{group}.{number}.done"
 
 
@@ -114,5 +155,8 @@ def delete_what_streams_left():
 
 
 def is_behind(group, number):
-    """Tell whether a group was trained on a draw, and perhaps on later ones."""
-    return any(Path(trained_on(group, later)).exists() for later in range(number, draws_of(group)))
+    """Tell whether a group was trained on a draw, and perhaps on later ones, or never is."""
+    own = number - first_draw(group)
+    return number not in draws(group) or any(
+        Path(trained_on(group, later)).exists() for later in range(own, draws_of(group))
+    )

@@ -30,15 +30,16 @@ rule train_group:
 
 rule train_window:
     input:
-        before=lambda w: trained_on(w.group, int(w.window) - 1) if int(w.window) else [],
-        window=lambda w: window(source_of(w.group), "train", w.window),
-        first=lambda w: facts(source_of(w.group), "train", 0),
+        before=lambda w: trained_on(w.group, int(w.draw) - 1) if int(w.draw) else [],
+        window=lambda w: window(source_of(w.group), "train", first_draw(w.group) + int(w.draw)),
+        first=lambda w: facts(source_of(w.group), "train", first_draw(w.group)),
+        learned=lambda w: ancient(learned_before(w.group)),
     output:
-        temp(touch("results/saes.groups/{group}.{window}.done")),
+        temp(touch("results/saes.groups/{group}.{draw}.done")),
     log:
-        "logs/train_window/{group}_{window}.log",
+        "logs/train_window/{group}_{draw}.log",
     benchmark:
-        "logs/benchmarks/train_window/{group}_{window}.tsv"
+        "logs/benchmarks/train_window/{group}_{draw}.tsv"
     conda:
         environment("train")
     threads: threads("train")
@@ -47,8 +48,8 @@ rule train_window:
     params:
         task=lambda w: task(*STREAMED.members[w.group]),
     shell:
-        f"{launcher()} -m saeflow train {{params.task:q}} --window {{input.window}} --first {{input.first}}"
-        " --threads {threads} 2>&1 | tee {log}"
+        f"{launcher()} -m saeflow train {{params.task:q}} --window {{input.window}} --draw {{wildcards.draw}}"
+        " --first {input.first} --threads {threads} 2>&1 | tee {log}"
 
 
 rule train_sae:

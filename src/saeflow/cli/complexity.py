@@ -31,7 +31,11 @@ def probe(task: Task) -> None:
     with job_of(asked, "probe") as job:
         fit_probe(
             asked.one("scores") / SCORES,
-            {split: open_store(asked.one(split) / f"{hook_point}.zarr") for split in SPLITS},
+            {
+                split: open_store(asked.one(split) / f"{hook_point}.zarr")
+                for split in SPLITS
+                if asked.optional(split)
+            },
             asked.params["range"],
             about,
             job.path,

@@ -26,8 +26,11 @@ def train(
     window: Annotated[
         Path | None,
         typer.Option(
-            help="Go on with training on this window alone, whose folder is named by the draw's number, and leave a checkpoint."
+            help="With --draw and --first: go on with training on this window alone, and leave a checkpoint."
         ),
+    ] = None,
+    draw: Annotated[
+        int | None, typer.Option(min=0, help="With --window: its number in the whole training.")
     ] = None,
     first: Annotated[
         Path | None, typer.Option(help="With --window: the facts of the first window, as JSON.")
@@ -58,7 +61,7 @@ def train(
     if window is None:
         _train(wanted, machine, ranks)
     else:
-        _train_on(window, first, wanted, machine, ranks)
+        _train_on(_drawn(window, draw, first, wanted[0][1].hook_point), wanted, machine, ranks)
 
 
 def _train(wanted: Wanted, machine: dict[str, Any], ranks: Any) -> None:
@@ -78,6 +81,13 @@ def _train(wanted: Wanted, machine: dict[str, Any], ranks: Any) -> None:
         reader = WindowByWindow(store)
         for size in _batch_sizes(wanted):
             reader.log(size)
+    rows = reader.first if isinstance(reader, WindowByWindow) else store
+
+    def found(config: SAEConfig, task: jobs.Task) -> SAEConfig:
+        if store.has_rows:
+            return _with_k(config, task, rows)
+        return _with_noted_k(config, task, provenance.stream_of(task.out))
+
     with ExitStack() as stack:
         making: list[provenance.Job] = []
         for task, config in wanted if is_first else ():
@@ -99,45 +109,48 @@ def _train(wanted: Wanted, machine: dict[str, Any], ranks: Any) -> None:
                 made.before_s = sum(seconds.values())
         ranks.wait()  # for the folders
         trained = [
-            (_with_k(config, task, store), provenance.partial_of(task.out), task.optional("probe"))
+            (found(config, task), provenance.partial_of(task.out), task.optional("probe"))
             for task, config in wanted
         ]
-        found = train_group(reader, trained, machine, ranks)
-        for made, one in zip(making, found, strict=False):
+        results = train_group(reader, trained, machine, ranks)
+        for made, one in zip(making, results, strict=False):
             made.details["content"], made.share = one.content, one.share
     for task, _ in wanted if is_first else ():
         shutil.rmtree(provenance.stream_of(task.out), ignore_errors=True)
 
 
-def _train_on(
-    window: Path, first: Path | None, wanted: Wanted, machine: dict[str, Any], ranks: Any
-) -> None:
+def _train_on(drawn: Any, wanted: Wanted, machine: dict[str, Any], ranks: Any) -> None:
     """Go on with training on one window of a stream, from checkpoint to checkpoint."""
     from saeflow.training import train_part
-    from saeflow.training.between_windows import add_seconds, open_state
+    from saeflow.training.between_windows import add_seconds, note_k, noted_k, open_state
 
-    drawn, began = _drawn(window, first, wanted[0][1].hook_point), time.monotonic()
+    began = time.monotonic()
     for size in _batch_sizes(wanted):
         drawn.log(size)
     states = [provenance.stream_of(task.out) for task, _ in wanted]
     if ranks.rank == 0:
-        for state, (task, _) in zip(states, wanted, strict=True):
+        for state, (task, config) in zip(states, wanted, strict=True):
             open_state(state, task.key)
+            if drawn.number == 0 and noted_k(state) is None and task.optional("guide"):
+                note_k(state, _with_k(config, task, drawn.window).options["k"])
     ranks.wait()  # for the folders
-    runs = [(config, state, None) for state, (_, config) in zip(states, wanted, strict=True)]
+    runs = [
+        (_with_noted_k(config, task, state), state, task.optional("probe"))
+        for state, (task, config) in zip(states, wanted, strict=True)
+    ]
     shares = train_part(drawn, runs, machine, ranks)
     if ranks.rank == 0:
         for state, share in zip(states, shares, strict=True):
-            add_seconds(state, int(window.name), share * (time.monotonic() - began))
+            add_seconds(state, drawn.number, share * (time.monotonic() - began))
 
 
-def _drawn(window: Path, first: Path | None, hook_point: str) -> Any:
+def _drawn(window: Path, draw: int | None, first: Path | None, hook_point: str) -> Any:
     """Open a window for training."""
     from saeflow.stores import DrawnWindow, open_store
 
-    if first is None or not window.name.isdigit():
+    if first is None or draw is None:
         raise UserError(
-            f"--window: expected a folder whose name is a number, and --first, found {window} and {first}."
+            f"--window: expected --draw and --first beside it, found {draw} and {first}."
         )
     provenance.check(window)
     facts = read_json(first)
@@ -147,7 +160,7 @@ def _drawn(window: Path, first: Path | None, hook_point: str) -> Any:
             f"{window.parent}, and run the workflow again."
         )
     store = open_store(window / f"{hook_point}.zarr")
-    return DrawnWindow(store, int(window.name), facts["facts"][hook_point])
+    return DrawnWindow(store, draw, facts["facts"][hook_point])
 
 
 def _batch_sizes(wanted: Wanted) -> list[int]:
@@ -164,3 +177,19 @@ def _with_k(config: SAEConfig, task: jobs.Task, store: Any) -> SAEConfig:
 
     provenance.check(guide)
     return with_found_k(config, load(guide), store)
+
+
+def _with_noted_k(config: SAEConfig, task: jobs.Task, state: Path) -> SAEConfig:
+    """Put the k that a run's guide found on the first window of a stream into its configuration, where it has a guide."""
+    from saeflow.training import with_k
+    from saeflow.training.between_windows import noted_k
+
+    if task.optional("guide") is None:
+        return config
+    k = noted_k(state)
+    if k is None:
+        raise UserError(
+            f"{state}: expected the k that {config.guide} found on the first window, found none: the state after that window "
+            "is gone. Delete results/saes.groups, and run the workflow again."
+        )
+    return with_k(config, k)

@@ -27,6 +27,8 @@ LARGEST = 10.0
 LAMBDAS = [10.0**power for power in range(-8, 3)]
 """Penalties that are tried, times the number of rows; rows are divided so that their mean squared norm is 1."""
 FOLDS = 5
+Rows = tuple[np.ndarray, torch.Tensor, np.ndarray, np.ndarray]
+"""Context (n,), activations (n, d_in) float32 raw, score (n,), unit (n,)."""
 _RESAMPLES, _INTERVAL = 1000, (0.025, 0.975)
 _RANGE = (1, 99)  # percentiles of the training scores that map to 0 and LARGEST
 
@@ -40,9 +42,12 @@ def fit_probe(
 ) -> None:
     """Fit the probe on the training split, and say how good it is on the evaluation split.
 
+    Without a training split, whose rows are trained on window by window, a random half of the evaluation split's documents
+    takes its place.
+
     Args:
         scores: scores.csv of `score_contexts`.
-        stores: of one hook point, by split.
+        stores: of one hook point, by split; the training split may be left out.
         low_high: the scores that map to 0 and 10; None: the 1st and 99th percentile of the training
             split's. What lies beyond is 0 or 10.
         where: columns that predictions.csv begins with: source, hook_point, complexity.
@@ -55,7 +60,10 @@ def fit_probe(
         UserError: fewer than 10 scored rows are in a store.
     """
     table = pd.read_csv(scores)
-    rows = {split: scored_rows(stores[split], table[table["split"] == split]) for split in SPLITS}
+    found = {
+        split: scored_rows(store, table[table["split"] == split]) for split, store in stores.items()
+    }
+    rows = found if "train" in found else _halves(found["evaluation"])
     train_scores = rows["train"][2]
     low, high = low_high or np.percentile(train_scores, _RANGE).tolist()
     if not low < high:
@@ -67,7 +75,7 @@ def fit_probe(
         split: np.clip((score - low) / (high - low), 0, 1) * LARGEST
         for split, (_, _, score, _) in rows.items()
     }
-    scale = stores["train"].scale
+    scale = stores.get("train", stores["evaluation"]).scale
     x = {split: rows[split][1].double().numpy() / scale for split in SPLITS}
     units = {split: rows[split][3] for split in SPLITS}
     if (groups := len(np.unique(units["train"]))) < 2:
@@ -123,9 +131,22 @@ def fit_probe(
     logger.info("probe: %s on held-out contexts", quality["evaluation"])
 
 
-def scored_rows(
-    store: Store, table: pd.DataFrame
-) -> tuple[np.ndarray, torch.Tensor, np.ndarray, np.ndarray]:
+def _halves(rows: Rows) -> dict[str, Rows]:
+    """Rows by split, where a random half of their documents is trained on and the rest is held out."""
+    units = np.unique(rows[3])
+    chosen = np.random.default_rng(0).permutation(units)[: -(-len(units) // 2)]
+    is_chosen = np.isin(rows[3], chosen)
+    logger.info(
+        "probe: fitted to %d of the %d held-out documents, and measured on the others", len(chosen), len(units),
+    )  # fmt: skip
+    context, x, score, unit = rows
+    return {
+        split: (context[of], x[torch.from_numpy(of)], score[of], unit[of])
+        for split, of in (("train", is_chosen), ("evaluation", ~is_chosen))
+    }
+
+
+def scored_rows(store: Store, table: pd.DataFrame) -> Rows:
     """The rows of a store that have a score.
 
     Rows that the store left out (for their norm) are left out here.

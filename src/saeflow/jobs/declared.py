@@ -125,13 +125,16 @@ class Jobs:
 
     @_once
     def probe(self, source: str, hook_point: str, complexity: str) -> Job:
+        splits = self._splits(source)
+        if self.plan.goes_by_window(source):  # whose windows may be gone, or not be there yet
+            del splits["train"]
         return self._job(
             command="probe",
             result=f"complexity/{source}/{complexity}/probes/{hook_point}",
             params={
                 "store": f"{source}/{hook_point}", "complexity": complexity, "range": self.plan.scoring(complexity)["range"],
             },
-            reads={"scores": self.scores(source, complexity), **self._splits(source)},
+            reads={"scores": self.scores(source, complexity), **splits},
         )  # fmt: skip
 
     # SAEs

@@ -80,11 +80,10 @@ class Needs:
         return found + max(merging, default=0)
 
     def _passes_over(self, source: str) -> float:
-        """Times that the training split is extracted: of a stream, once for every epoch."""
+        """Times that the training split is extracted: of a stream, once for every epoch of either pass."""
         if not self.plan.is_streamed(source):
             return 1
-        runs = (run.name for run in self.plan.runs.values() if run.source == source)
-        return max(1, self.plan.draws(source, runs) / self.plan.windows(source, "train"))
+        return self.plan.extracted_draws(source) / self.plan.windows(source, "train")
 
     def _row_bytes(self, source: str) -> int:
         """Bytes of a row in the stores of all hook points of a source."""

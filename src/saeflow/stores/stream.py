@@ -33,7 +33,7 @@ class Drawn:
     """
 
     def __init__(self, rows: _Shuffled, number: int, store: Mapping[str, Any]) -> None:
-        self._rows, self._number, self._store = rows, number, store
+        self._rows, self.number, self._store = rows, number, store
 
     def batches(
         self, batch_size: int, seed: int, start_batch: int = 0, *, pin: bool = False
@@ -43,14 +43,14 @@ class Drawn:
         Raises:
             UserError: the number is one of an earlier draw.
         """
-        steps = steps_of(self._number, batch_size, self._store)
+        steps = steps_of(self.number, batch_size, self._store)
         if start_batch < steps.start:
             raise UserError(
-                f"training: expected to go on at step {steps.start} or later, where draw {self._number} of a window begins, "
+                f"training: expected to go on at step {steps.start} or later, where draw {self.number} of a window begins, "
                 f"found step {start_batch}: the state after the window before is gone. Delete results/saes.groups, and run "
                 "the workflow again."
             )
-        chosen = hashlib.sha256(f"saeflow draw {seed} {self._number}".encode()).digest()
+        chosen = hashlib.sha256(f"saeflow draw {seed} {self.number}".encode()).digest()
         left = max(0, steps.stop - start_batch)
         stream = self._rows.batches(
             batch_size, int.from_bytes(chosen[:4], "little"), start_batch - steps.start, pin=pin
@@ -99,6 +99,11 @@ class WindowByWindow(_AllDrawn):
         self.d_in, self.model, self.positions = store.d_in, store.model, store.positions
         self.mean, self.scale = store.mean, store.scale
 
+    @property
+    def first(self) -> Store:
+        """The first window."""
+        return self._opened[0]
+
     def last_rows(self) -> _AllDrawn:
         """Each context's last row, window by window."""
         return _AllDrawn([window.last_rows() for window in self._opened], self._store)
@@ -138,11 +143,11 @@ class DrawnWindow(Drawn):
 
     def last_rows(self) -> Drawn:
         """Each context's last row, of the contexts of this window."""
-        return Drawn(self.window.last_rows(), self._number, self._store)
+        return Drawn(self.window.last_rows(), self.number, self._store)
 
     def log(self, batch_size: int) -> None:
         """Say how many rows of the window are read twice, or not at all."""
-        _log(self.window, self._number, batch_size, self._store)
+        _log(self.window, self.number, batch_size, self._store)
 
 
 def _log(window: Store, number: int, batch_size: int, store: Mapping[str, Any]) -> None:

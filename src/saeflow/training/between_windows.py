@@ -1,4 +1,4 @@
-"""State of an SAE between two windows of a stream: its checkpoint, and how long each window took."""
+"""State of an SAE between two windows of a stream: its checkpoint, how long each window took, and the k that its guide found."""
 
 import shutil
 from pathlib import Path
@@ -28,6 +28,17 @@ def add_seconds(folder: Path, window: int, seconds: float) -> None:
     facts = read_json(folder / _FACTS)
     facts["seconds"][str(window)] = round(seconds, 2)
     write_json(folder / _FACTS, facts)
+
+
+def note_k(folder: Path, k: int) -> None:
+    """Note the k that an SAE's guide found on the first window, which later windows cannot tell."""
+    write_json(folder / _FACTS, {**read_json(folder / _FACTS), "k": k})
+
+
+def noted_k(folder: Path) -> int | None:
+    """The k that was noted, if one was."""
+    found: int | None = read_json(folder / _FACTS).get("k")
+    return found
 
 
 def taken_over(folder: Path, key: str, place: Path) -> dict[str, float]:

@@ -19,7 +19,7 @@ def with_found_k(config: SAEConfig, guide: Any, store: Any) -> SAEConfig:
     Args:
         config: of a run whose `guide` names an SAE.
         guide: that SAE, as `saeflow.load` returns it.
-        store: the training split, whose first 16,384 rows (a random sample of it) are encoded.
+        store: the training split, or its first window, whose first 16,384 rows (a random sample of it) are encoded.
     """
     rows, active = min(store.rows, _ROWS), 0
     with torch.inference_mode():
@@ -28,4 +28,9 @@ def with_found_k(config: SAEConfig, guide: Any, store: Any) -> SAEConfig:
             active += int((guide.encode(x) != 0).sum())
     k = min(max(round(active / rows), 1), config.d_sae)
     logger.info("%s: k = %d, the mean L0 (%.2f) of %s", config.name, k, active / rows, config.guide)
+    return with_k(config, k)
+
+
+def with_k(config: SAEConfig, k: int) -> SAEConfig:
+    """The run with a k that was found."""
     return dataclasses.replace(config, options={**config.options, "k": k})
