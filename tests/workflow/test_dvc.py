@@ -163,3 +163,28 @@ def test_plain_snakemake_then_dvc_commit_is_clean(repository: Any) -> None:
     project.snakemake("all")
     project.run("dvc", "commit", "-f")
     assert_clean(project)
+
+
+def test_a_stream_takes_a_second_repro_which_starts_no_job(tmp_path: Path) -> None:
+    """Training writes what is known of the windows into results/stores, an output of the stage before."""
+    params = copy.deepcopy(PARAMS)
+    params["complexity"] = {}
+    params["saes"] = {"topk": params["saes"]["topk"]}
+    params["stores"]["synthetic"] |= {"window_rows": 7000, "keep_windows": 2}
+    params["training"]["tokens"] = 20000
+    params["figures"]["names"] = ["fvu_l0"]
+    project = Project(tmp_path, params)
+    git(project, "init", "-q")
+    commit(project, "code")
+    assert "train_window" in job_counts(project.run("dvc", "repro"))
+    made = project.contents()
+    assert project.todo() == {}
+    second_run = project.run("dvc", "repro")
+    assert "Stage 'train' didn't change, skipping" in second_run
+    assert job_counts(second_run) == {}
+    assert_clean(project)
+    commit(project, "a stream")
+    shutil.rmtree(project.folder / "results")
+    project.run("dvc", "checkout")
+    assert_clean(project)
+    assert project.contents() == made
