@@ -58,6 +58,20 @@ def _choices(error: Any) -> str:
     return f"{', '.join(near)} and {len(names) - len(near)} others of {DESCRIBED}"
 
 
+def _wanted(branch: list[Any]) -> str:
+    """Say what an alternative asks of a value that is no mapping and no list; nothing where that takes more than some words."""
+    (error,) = branch if len(branch) == 1 else (None,)
+    match error and not error.path and error.validator:
+        case "type":
+            return " or ".join(_as_list(error.validator_value))
+        case "enum":
+            return _choices(error)
+        case "minimum":
+            return f"at least {error.validator_value}"
+        case _:
+            return ""
+
+
 def _explain(error: Any) -> str:
     """One line for a schema error: where, what was expected, what was found."""
     if error.validator in ("oneOf", "anyOf") and error.context:
@@ -70,10 +84,9 @@ def _explain(error: Any) -> str:
         ]
         if isinstance(error.instance, Mapping | list):  # a mistake in it, not that it is no null
             meant = [b for b, other in zip(meant, types, strict=True) if not other] or meant
-        elif len(types) > 1 and all(types):
+        elif len(wanted := list(map(_wanted, meant))) > 1 and all(wanted):
             where = ".".join(str(part) for part in error.absolute_path)
-            wanted = " or ".join(str(value) for other in types for value in other)
-            return f"{where}: expected {wanted}, found {error.instance!r}."
+            return f"{where}: expected {' or '.join(wanted)}, found {error.instance!r}."
         if meant:  # the alternative with the fewest mistakes, and in it the deepest one
             fewest = min(meant, key=lambda branch: len(branch))
             return _explain(max(fewest, key=lambda nested: len(nested.absolute_path)))
