@@ -84,7 +84,11 @@ def _explain(error: Any) -> str:
         ]
         if isinstance(error.instance, Mapping | list):  # a mistake in it, not that it is no null
             meant = [b for b, other in zip(meant, types, strict=True) if not other] or meant
-        elif len(wanted := list(map(_wanted, meant))) > 1 and all(wanted):
+        elif (
+            len(types) > 1
+            and (all(types) or ["array"] not in types)
+            and all(wanted := [*map(_wanted, meant)])
+        ):  # of a sweep, a list beside a value: the mistake in the value
             where = ".".join(str(part) for part in error.absolute_path)
             return f"{where}: expected {' or '.join(wanted)}, found {error.instance!r}."
         if meant:  # the alternative with the fewest mistakes, and in it the deepest one
