@@ -60,8 +60,10 @@ def _choices(error: Any) -> str:
 
 def _wanted(branch: list[Any]) -> str:
     """Say what an alternative asks of a value that is no mapping and no list; nothing where that takes more than some words."""
-    (error,) = branch if len(branch) == 1 else (None,)
-    match error and not error.path and error.validator:
+    error = branch[0]
+    if len(branch) > 1 or error.path:
+        return ""
+    match error.validator:
         case "type":
             return " or ".join(_as_list(error.validator_value))
         case "enum":
@@ -87,10 +89,10 @@ def _explain(error: Any) -> str:
         elif (
             len(types) > 1
             and (all(types) or ["array"] not in types)
-            and all(wanted := [*map(_wanted, meant)])
+            and all(words := [*map(_wanted, meant)])
         ):  # of a sweep, a list beside a value: the mistake in the value
             where = ".".join(str(part) for part in error.absolute_path)
-            return f"{where}: expected {' or '.join(wanted)}, found {error.instance!r}."
+            return f"{where}: expected {' or '.join(words)}, found {error.instance!r}."
         if meant:  # the alternative with the fewest mistakes, and in it the deepest one
             fewest = min(meant, key=lambda branch: len(branch))
             return _explain(max(fewest, key=lambda nested: len(nested.absolute_path)))
