@@ -51,8 +51,8 @@ def test_shipped_parameters_are_valid(path: Path) -> None:
             "stores.smollm2.dtype: expected one of bfloat16, float16",
         ),
         ("training/lr", "3e-4x", "training.lr: "),
-        ("training/lr", float("nan"), "training.lr: expected number, found nan"),
-        ("training/lr", float("inf"), "training.lr: expected number, found inf"),
+        ("training/lr", float("nan"), "training.lr: expected number or auto, found nan"),
+        ("training/lr", float("inf"), "training.lr: expected number or auto, found inf"),
         (
             "training/grad_clip",
             float("inf"),
