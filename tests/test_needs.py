@@ -101,6 +101,7 @@ def test_presets_are_planned_without_the_hub(
     "name",
     [
         "synthetic",
+        "synthetic-groups",
         "synthetic-windows",
         "synthetic-stream",
         "sparsemax-text",
@@ -116,6 +117,9 @@ def test_as_many_jobs_are_counted_as_snakemake_starts(name: str, tmp_path: Path)
         params["runtime"]["extraction_jobs"] = 1
     if name.startswith("synthetic-"):
         params = copy.deepcopy(params)
+    if name == "synthetic-groups":
+        params["runtime"]["saes_per_job"] = 2
+    elif name.startswith("synthetic-"):
         params["stores"]["synthetic"]["window_rows"] = 4096
     if name == "synthetic-stream":
         params["stores"]["synthetic"]["keep_windows"] = 2
@@ -241,14 +245,15 @@ def test_saes_at_a_found_l0_are_trained_in_a_pass_of_their_own_from_the_first_wi
     assert not plan.readers_of_rows("synthetic")
 
 
-def test_a_group_is_one_job_of_training_and_one_of_evaluation(tmp_path: Path) -> None:
+def test_a_group_is_a_job_more_than_its_runs(tmp_path: Path) -> None:
     Project(tmp_path, SYNTHETIC)
     params = load_params(tmp_path / "params.yaml")
     params["runtime"]["saes_per_job"] = 8
     needs = needs_of(params)
     jobs = {need.step: need.jobs for need in needs.steps()}
-    assert jobs["train"] == 1
-    assert jobs["evaluate"] == 2  # and the baselines
+    runs = len(needs.plan.runs)
+    assert jobs["train"] == runs + 1
+    assert jobs["evaluate"] == runs + 2  # and the baselines
 
 
 def test_the_document_shows_what_is_printed() -> None:

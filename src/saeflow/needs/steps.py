@@ -156,17 +156,19 @@ class Needs:
         runs = self.plan.runs.values()
         return [run for run in runs if (run.source, run.hook_point) == (source, hook_point)]
 
-    def _groups_of(self, place: str, groups: list[list[str]]) -> int:
-        """Jobs that train or evaluate the runs of a store, of such groups."""
-        return sum(group[0].startswith(place) for group in groups)
+    @staticmethod
+    def _groups_of(place: str, groups: list[list[str]]) -> list[list[str]]:
+        """Those of the groups whose runs are of a store."""
+        return [group for group in groups if group[0].startswith(place)]
 
     def _training(self, source: str, hook_point: str) -> Need:
         runs, width = self._of_store(source, hook_point), self.passes[source].widths[hook_point]
         place = f"{source}/{hook_point}/"
-        jobs = self._groups_of(place, self.plan.training_groups)
-        if self.plan.is_streamed(source):  # a job each window, and one that ends it
-            groups = [one for one in self.plan.training_groups if one[0].startswith(place)]
-            jobs += sum(self.plan.draws(source, group) for group in groups)
+        groups = self._groups_of(place, self.plan.training_groups)
+        if self.plan.is_streamed(source):  # a job each window, and one each SAE
+            jobs = len(runs) + sum(self.plan.draws(source, group) for group in groups)
+        else:
+            jobs = sum(map(_jobs_of, groups))
         row_bytes = _row_bytes(self.plan.params["stores"][source]["dtype"], width)
         ranks = self.plan.params["runtime"]["ranks"]
         disk = memory = seconds = 0.0
@@ -219,7 +221,8 @@ class Needs:
         dimensions = [name for name in (source, *others) if plan.has_dimension(name)]
         clean_sides = [side for side in plan.clean_sides() if side[:2] == (source, hook_point)]
         apart = [*plan.seeds, *plan.pages, *plan.interpreted]
-        jobs = self._groups_of(place, plan.evaluation_groups) + 1 + has_model + len(clean_sides)
+        groups = self._groups_of(place, plan.evaluation_groups)
+        jobs = sum(map(_jobs_of, groups)) + 1 + has_model + len(clean_sides)
         jobs += len(dimensions) + sum(name.startswith(place) for name in apart)
         largest = max((run.d_sae for run in runs), default=0)
         memory = _PROCESS + (one.weights if has_model else 0) + 2 * width * largest * FLOAT
@@ -233,6 +236,11 @@ class Needs:
 
 def _saes(runs: list[SAEConfig]) -> str:
     return _count(len(runs), "SAE")
+
+
+def _jobs_of(group: list[str]) -> int:
+    """Jobs of a group: one each run, which takes what another one has made where there are several runs."""
+    return len(group) + (len(group) > 1)
 
 
 def _count(number: int, of: str) -> str:
