@@ -10,6 +10,7 @@ import datetime
 import functools
 import hashlib
 import importlib.metadata
+import json
 import logging
 import os
 import platform
@@ -112,6 +113,15 @@ def check(result: Path) -> str:
                 f"{record_path(result)}). Delete {result} and rerun its step."
             )
     return str(record["digest"])
+
+
+def is_whole(result: Path) -> bool:
+    """Tell whether a result folder has its record and every file that it names; their bytes are not read."""
+    try:
+        outputs = json.loads((result / RECORD).read_text(encoding="utf-8"))["outputs"]
+    except (FileNotFoundError, ValueError):
+        return False
+    return all((result / name).is_file() for name in outputs)
 
 
 def results_under(root: Path) -> list[Path]:

@@ -190,6 +190,24 @@ def test_a_merge_killed_at_its_very_end_is_made_again(done: Project) -> None:
     assert done.todo() == {}
 
 
+def test_a_part_whose_deletion_was_killed_is_no_reason_to_make_its_store_again(
+    done: Project,
+) -> None:
+    """A kill while Snakemake deletes a part left its folder, newer than the store, without some of its files."""
+    expected = done.contents()
+    half = done.folder / "results/stores/synthetic/train.parts/0/0-of-2"
+    (half / "features").mkdir(parents=True)
+    (half / "features/0.safetensors").touch()
+    assert done.todo() == {}
+    assert not half.exists()
+    half.mkdir(parents=True)
+    outputs = {"outputs": {"features/0.safetensors": "0"}}
+    (half / "provenance.json").write_text(json.dumps(outputs))
+    done.snakemake("all")
+    assert not half.exists()
+    assert done.contents() == expected
+
+
 def test_a_code_change_reruns_the_steps_that_run_it(done: Project) -> None:
     path = done.folder / "src/saeflow/figures/style.py"
     code = path.read_text()
