@@ -150,7 +150,7 @@ def test_the_exit_code_is_that_of_the_run(given: Path, tmp_path: Path) -> None:
     path.write_text(path.read_text().replace(str(given / "own.txt"), "gone.txt"))
     for command in ("validate", "plan"):  # hours of what would be refused help nobody
         said = saeflow(tmp_path / "mine", own, command, code=2)
-        assert "text.files: no such file: gone.txt" in said
+        assert "text.files: no such file or folder: gone.txt" in said
     (tmp_path / "params.yaml").write_text("sources: {}\n")
     said = saeflow(tmp_path, own, "run", code=2)
     assert "error: " in said
