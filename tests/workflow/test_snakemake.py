@@ -288,6 +288,7 @@ def kill_all(process: Any) -> None:
     process.wait()
 
 
+@pytest.mark.heavy
 def test_killed_runs_end_with_the_digests_of_an_undisturbed_one(
     done: Project, tmp_path: Path
 ) -> None:

@@ -75,6 +75,7 @@ def saes(project: Project) -> dict[str, Any]:
     return {name: found for name, found in project.contents().items() if "/saes/" in name}
 
 
+@pytest.mark.heavy
 def test_a_killed_stream_gives_the_saes_of_the_kept_windows(done: Project, tmp_path: Path) -> None:
     done.write(trained("all"))
     assert "extract_part" not in done.todo("train")  # the store is the one that is there

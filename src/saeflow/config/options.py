@@ -93,7 +93,7 @@ class VariantOptions:
 
     orthogonality_weight: float = option(
         "Weight of OrtSAE's penalty (arXiv:2509.22033) on similar decoder directions: the mean over latents of the square of "
-        "the largest cosine, where above 0, with another latent of the same chunk; 0 for none. The paper takes 0.25.",
+        "the largest cosine, where above 0, with another latent of the same chunk; 0 for none.",
         default=0.0,
         low=0,
         high=1e30,
