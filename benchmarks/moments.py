@@ -1,7 +1,6 @@
 """Moments at which a run of the workflow is ended: the jobs that are under way, read from its processes and its windows."""
 
 import contextlib
-import json
 import os
 import random
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "workflow"))
 
 from conftest import Project
+from saeflow.provenance import is_whole
 
 LONGEST_WAIT_S = 10.0
 """Longest time from the start of a run to a signal."""
@@ -56,16 +56,8 @@ def under_way(project: Project, process: "subprocess.Popen[bytes]") -> set[str]:
 
 def halved(project: Project) -> set[Path]:
     """Windows that lack a file. They are made aside and renamed when whole, so that these are being deleted, or were at a kill."""
-    found = set()
-    for folder in project.folder.glob("results/stores/*/train.windows/[0-9]*"):
-        if folder.name.isdigit():
-            try:
-                outputs = json.loads(folder.joinpath("provenance.json").read_text())["outputs"]
-            except (FileNotFoundError, NotADirectoryError):
-                outputs = ["provenance.json"]
-            if not all(folder.joinpath(name).exists() for name in outputs) and folder.is_dir():
-                found.add(folder)
-    return found
+    windows = project.folder.glob("results/stores/*/train.windows/[0-9]*")
+    return {one for one in windows if one.name.isdigit() and not is_whole(one) and one.is_dir()}
 
 
 def freeze(process: "subprocess.Popen[bytes]") -> None:

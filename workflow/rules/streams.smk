@@ -56,7 +56,8 @@ def extracted_after(source, split, number):
     before = [draw for draw in draws_left(source) if draw < number]
     found = [facts(source, split, draw) for draw in before[-1:]]
     keep = config["stores"][source]["keep_windows"]
-    for gone in before[-keep:][:1] if len(before) >= keep else ():
+    if len(before) >= keep:
+        gone = before[-keep]
         found += [
             trained_on(group, gone - first_draw(group))
             for group in left_of(source)

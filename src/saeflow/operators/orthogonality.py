@@ -22,8 +22,8 @@ def orthogonality(directions: Tensor, order: Tensor, size: int) -> Tensor:
     Raises:
         ValueError: size < 2, or `order` has another number of entries than `directions`.
 
-    Source: Korznikov et al. 2025 (OrtSAE, arXiv:2509.22033), whose chunks are drawn anew in every step. The form is that of a public re-implementation;
-    the authors' code was not found.
+    Source: Korznikov et al. 2025 (OrtSAE, arXiv:2509.22033), whose chunks are drawn anew in every step. The form is that of
+    a public re-implementation; the authors' code was not found.
     """
     if size < 2:
         raise ValueError(f"size: expected at least 2 directions in a chunk, found {size}.")
