@@ -3,7 +3,9 @@
 import atexit
 import json
 import os
+import re
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -38,6 +40,7 @@ from saeflow.preflight import (
     take_results,
     warnings,
 )
+from saeflow.provenance import is_whole
 from saeflow.tables.schema import TABLES
 
 if "{" in os.getcwd():
@@ -179,6 +182,25 @@ def parts(source, split, window):
     count = config["runtime"]["extraction_jobs"]
     folder = f"results/stores/{source}/{split}.parts/{window}"
     return [f"{folder}/{part}-of-{count}" for part in range(count)]
+
+
+def delete_halves():
+    """Delete parts and windows that Snakemake was killed while deleting.
+
+    Both are made aside and renamed when whole. A half is of no use, and as it seems newer than what was made from it,
+    Snakemake would make that again, from the half.
+    """
+    for path in Path("results/stores").glob("*/*/*/*-of-*"):
+        if re.fullmatch(r"[0-9]+-of-[0-9]+", path.name) and not is_whole(path):
+            shutil.rmtree(path)
+    for path in Path("results/stores").glob("*/*.windows/[0-9]*"):
+        if path.name.isdigit() and not is_whole(path):
+            shutil.rmtree(path)
+
+
+# Before jobs are planned, and not while another run, which holds the lock, may be deleting.
+if workflow.is_main_process and not any(Path(".snakemake/locks").glob("*")):
+    delete_halves()
 
 
 def launcher():

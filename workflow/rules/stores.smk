@@ -8,31 +8,6 @@ other (workflow/rules/training.smk), each window is deleted once all were traine
 later is extracted, and the store keeps its attributes without rows.
 """
 
-import re
-import shutil
-
-from saeflow.provenance import is_whole
-
-
-def delete_halves():
-    """Delete parts and windows that Snakemake was killed while deleting.
-
-    Both are made aside and renamed when whole. A half is of no use, and as it seems newer than what was made from it, Snakemake
-    would make that again, from the half.
-    """
-    for path in Path("results/stores").glob("*/*/*/*-of-*"):
-        if re.fullmatch(r"[0-9]+-of-[0-9]+", path.name) and not is_whole(path):
-            shutil.rmtree(path)
-    for path in Path("results/stores").glob("*/*.windows/[0-9]*"):
-        if path.name.isdigit() and not is_whole(path):
-            shutil.rmtree(path)
-
-
-# Before jobs are planned, and not while another run, which holds the lock, may be deleting.
-if workflow.is_main_process and not any(Path(".snakemake/locks").glob("*")):
-    delete_halves()
-
-
 rule extract_part:
     input:
         # Snakemake compares the time of an input with that of the store where the part itself is gone. Only the
