@@ -8,6 +8,7 @@ other (workflow/rules/training.smk), each window is deleted once all were traine
 later is extracted, and the store keeps its attributes without rows.
 """
 
+
 rule extract_part:
     input:
         # Snakemake compares the time of an input with that of the store where the part itself is gone. Only the
