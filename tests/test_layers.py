@@ -50,6 +50,23 @@ def test_the_document_has_the_same_order() -> None:
     assert [rank for row in ranks for rank in row] == list(range(len(named)))
 
 
+def test_the_keys_of_the_demo_need_no_heavy_library() -> None:
+    """Every start of Snakemake works them out."""
+    code = """
+import sys
+from pathlib import Path
+from saeflow.config import load_params
+from saeflow.jobs import Jobs
+from saeflow.plan import Plan
+Jobs(Plan(load_params(Path("params.yaml")))).work_out_keys()
+print(sorted({"torch", "matplotlib", "scipy", "pandas"} & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=SRC.parents[1], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
 @pytest.mark.parametrize(
     "module",
     ["saeflow.plan", "saeflow.jobs", "saeflow.preflight", "saeflow.figures", "saeflow.cli"],

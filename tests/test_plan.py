@@ -16,19 +16,15 @@ from saeflow.cli import app
 from saeflow.config import ROOT, load_params
 from saeflow.errors import UserError
 from saeflow.jobs import Groups, Jobs, arguments, read_task, read_tasks, tasks
-from saeflow.jobs.code import Kept, package_code
 from saeflow.local_files import content_digests
 from saeflow.plan import Plan
 
 PARAMS = load_params(ROOT / "params.yaml")
 
 
-PACKAGE = Kept(package_code(), None)
-
-
 def keys(params: dict[str, Any]) -> dict[str, str]:
     plan = Plan(params)
-    jobs = Jobs(plan, PACKAGE)
+    jobs = Jobs(plan)
     found = {"tables": jobs.tables(), "report": jobs.report()}
     for source in plan.sources:
         found[f"inputs:{source}"] = jobs.inputs(source)
@@ -145,7 +141,7 @@ def test_rows_of_one_split_leave_the_others_store_key_to_its_inputs() -> None:
 
 def test_a_command_is_told_what_its_key_digests_and_nothing_else() -> None:
     """A job's task names all that it reads and its parameters; jobs of one task have what they share once."""
-    jobs = Jobs(Plan(PARAMS), PACKAGE)
+    jobs = Jobs(Plan(PARAMS))
     for job in jobs.every():
         (task,) = read_tasks(tasks([job]))
         assert task.params == json.loads(json.dumps(job.params))
@@ -160,7 +156,7 @@ def test_a_command_is_told_what_its_key_digests_and_nothing_else() -> None:
 
 def test_the_task_of_many_runs_is_arguments_that_linux_takes() -> None:
     """The tables of 2000 SAEs are asked for in more than one argument may hold; the command reads all of it."""
-    jobs = Jobs(Plan(PARAMS), PACKAGE)
+    jobs = Jobs(Plan(PARAMS))
     job = jobs.tables()
     evaluations = [
         replace(
@@ -188,23 +184,15 @@ def test_no_part_of_a_task_looks_like_an_option() -> None:
     assert arguments("-") == "-"
 
 
-def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
-    (tmp_path / "code.json").mkdir()
-    kept = Kept(package_code(), tmp_path / "code.json")
-    asked = ["cli:JOBS"], [("cli:JOBS", "draw")]
-    assert kept.digest(*asked) == PACKAGE.digest(*asked)
-    kept.keep()
-
-
 def test_every_job_comes_after_those_that_it_reads() -> None:
     done: set[str] = set()
-    for job in Jobs(Plan(PARAMS), PACKAGE).every():
+    for job in Jobs(Plan(PARAMS)).every():
         assert {one.result for one in job.before} <= done
         done.add(job.result)
 
 
 def test_a_group_is_named_by_the_keys_of_its_members() -> None:
-    jobs = Jobs(Plan(PARAMS), PACKAGE)
+    jobs = Jobs(Plan(PARAMS))
     topk = next(run for run in jobs.plan.runs if "/topk/" in run)
     relu = next(run for run in jobs.plan.runs if "/relu/" in run)
     members = [jobs.sae(topk), jobs.sae(relu)]
@@ -215,7 +203,7 @@ def test_a_group_is_named_by_the_keys_of_its_members() -> None:
     assert groups.of(jobs.sae(list(jobs.plan.runs)[-1])) is None  # alone
     params = copy.deepcopy(PARAMS)
     params["saes"]["topk"]["lr"] = 5.0e-4
-    changed = Jobs(Plan(params), PACKAGE)
+    changed = Jobs(Plan(params))
     assert name not in Groups([[changed.sae(topk), changed.sae(relu)]]).members
 
 

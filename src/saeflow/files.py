@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from saeflow.errors import UserError
 
 _READ_BYTES = 1 << 22
@@ -48,6 +50,11 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as canonical JSON, atomically."""
     with atomic_file(path) as staged:
         staged.write_text(canonical_json(value), encoding="utf-8")
+
+
+def package_yaml(path: Path) -> Any:
+    """Read a YAML file of this package, by libyaml where PyYAML was built with it: ten times faster."""
+    return yaml.load(path.read_bytes(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def parse_json(name: str, text: str) -> Any:

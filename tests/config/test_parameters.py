@@ -17,11 +17,9 @@ from saeflow.config.options import defaults
 from saeflow.config.variants import variants
 from saeflow.errors import UserError
 from saeflow.jobs import Jobs
-from saeflow.jobs.code import Kept, package_code
 from saeflow.plan import Plan
 
 PAGE = (ROOT / "docs" / "own-data.md").read_text()
-PACKAGE = Kept(package_code(), None)
 MINIMAL = re.search(r"## A whole parameter file\n.*?```yaml\n(.*?)```", PAGE, re.DOTALL)[1]
 FILES = [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]
 
@@ -96,10 +94,10 @@ def test_defaults_that_are_stated_change_no_key(part: str) -> None:
     written = {**yaml.safe_load(MINIMAL), part: stated(bare[part])}
     assert validate(written) == bare
     run = "gpt2/blocks.8.resid_pre/topk/d6144-k16-seed0"
-    jobs = Jobs(Plan(bare), PACKAGE)
+    jobs = Jobs(Plan(bare))
     expected = jobs.evaluation(run).key, jobs.report().key
     for params in (written, stated(bare)):
-        jobs = Jobs(Plan(validate(params)), PACKAGE)
+        jobs = Jobs(Plan(validate(params)))
         assert (jobs.evaluation(run).key, jobs.report().key) == expected
 
 

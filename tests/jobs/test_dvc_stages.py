@@ -8,7 +8,7 @@ import yaml
 
 from saeflow.config import ROOT, load_params
 from saeflow.jobs import Job, Jobs
-from saeflow.jobs.code import FOLDER, Kept, package_code
+from saeflow.jobs.code import FOLDER
 from saeflow.plan import Plan
 
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
@@ -41,10 +41,9 @@ def part_of(module: str) -> str:
 @pytest.fixture(scope="module")
 def every() -> list[Job]:
     """Jobs of the default and of every preset, one of each that reads the like and runs the same code."""
-    package = Kept(package_code(), None)
     found: dict[str, Job] = {}
     for file in [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))]:
-        for job in Jobs(Plan(load_params(file)), package).every():
+        for job in Jobs(Plan(load_params(file))).every():
             reads = sorted({"/".join(before.path.parts[:2]) for before in job.before})
             found.setdefault(repr((job.path.parts[:2], reads, job.entries)), job)
     return list(found.values())

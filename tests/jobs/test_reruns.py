@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from saeflow.config import ROOT, load_params
-from saeflow.jobs import Job, Jobs
+from saeflow.jobs import Job, Jobs, code
 from saeflow.jobs.code import FOLDER, OUTSIDE, Code, package_code
+from saeflow.jobs.syntax import read_module
 from saeflow.plan import Plan
 
 CODE = package_code()
@@ -54,6 +55,49 @@ def test_a_figure_is_drawn_again_for_its_own_file_only() -> None:
     edited = CODE.edited(module, text_of(module) + "\nassert True\n")
     assert edited.reached(*one.entries).digest != one.reached.digest
     assert edited.reached(*other.entries).digest == other.reached.digest
+
+
+def test_the_cache_gives_the_same_and_only_what_changed_is_read_again(
+    every: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, read = Code(kept=tmp_path / "code.json"), []
+    expected = [first.reached(*job.entries) for job in every]
+    first.keep()
+    monkeypatch.setattr(
+        code, "read_module", lambda source, name, **rest: read.append(name) or read_module(source, name, **rest)
+    )  # fmt: skip
+    again = Code(kept=tmp_path / "code.json")
+    assert [again.reached(*job.entries) for job in every] == expected
+    assert not read
+
+    module = "saeflow.operators.sparsemax"
+    folder = tmp_path / "saeflow"
+    shutil.copytree(FOLDER, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    with CODE.files[module].open() as source:
+        (folder / "operators/sparsemax.py").write_text(source.read() + "\nassert True\n")
+    changed = Code(folder, kept=tmp_path / "code.json")
+    digests = [changed.reached(*job.entries).digest for job in every]
+    assert set(read) == {module}
+    assert digests != [one.digest for one in expected]
+    assert digests == [
+        CODE.edited(module, text_of(module) + "\nassert True\n").reached(*job.entries).digest
+        for job in every
+    ]
+
+
+@pytest.mark.parametrize("text", [None, "", "{", "[]", '{"reader": 1}'])
+def test_a_cache_that_cannot_be_read_or_written_stops_nothing(
+    tmp_path: Path, text: str | None
+) -> None:
+    kept = tmp_path / "code.json"
+    if text is None:
+        kept.mkdir()
+    else:
+        kept.write_text(text)
+    asked = ["cli:JOBS"], [("cli:JOBS", "draw")]
+    again = Code(kept=kept)
+    assert again.reached(*asked) == CODE.reached(*asked)
+    again.keep()
 
 
 @pytest.mark.parametrize("module", MODULES)

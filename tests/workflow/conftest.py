@@ -43,8 +43,8 @@ class Project:
         for name in ("Snakefile", "dvc.yaml", "requirements.lock", ".gitignore", ".dvcignore"):
             shutil.copy(ROOT / name, folder / name)
         for name in ("workflow", "profiles", "src", "envs", ".dvc"):
-            # Kernels that numba compiled for this checkout come along: compiling takes a minute.
-            ignore = shutil.ignore_patterns("*.pyc", "*.egg-info", "cache", "tmp")
+            # What Python and numba compiled for this checkout, and the cache of its code, come along.
+            ignore = shutil.ignore_patterns("*.egg-info", "cache", "tmp")
             shutil.copytree(ROOT / name, folder / name, ignore=ignore)
         self.params = params
         self.write(params)
@@ -56,7 +56,12 @@ class Project:
     def environment(self) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         source = str(self.folder / "src")
-        own = {"PATH": path, "PYTHONPATH": source, "DVC_NO_ANALYTICS": "1"}
+        own = {
+            "PATH": path,
+            "PYTHONPATH": source,
+            "DVC_NO_ANALYTICS": "1",
+            "PYTHONDONTWRITEBYTECODE": "",
+        }
         return os.environ | own | ({} if self.cold else {"SAEFLOW_PROGRAMS": programs()})
 
     def run(self, *command: str, code: int | None = 0) -> str:

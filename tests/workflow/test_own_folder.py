@@ -15,6 +15,7 @@ import yaml
 
 from saeflow.config import ROOT
 
+from .conftest import programs
 from .test_text import make_model
 
 pytestmark = pytest.mark.workflow
@@ -52,7 +53,7 @@ def done(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("own") / "mine",
         tmp_path_factory.mktemp("elsewhere"),
     )
-    own = environment(ROOT / "src")
+    own = environment(ROOT / "src") | {"SAEFLOW_PROGRAMS": programs()}
     saeflow(
         elsewhere, own, "init", str(folder), "--text", str(given / "own.txt"), "--model", str(given / "model")
     )  # fmt: skip

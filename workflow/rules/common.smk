@@ -29,7 +29,7 @@ from saeflow.errors import UserError
 from saeflow.failures import failures
 from saeflow.figures import find
 from saeflow.jobs import Groups, Jobs, arguments, tasks
-from saeflow.jobs.code import Kept, package_code
+from saeflow.jobs.code import package_code
 from saeflow.preflight import (
     check_inputs,
     check_owner,
@@ -55,7 +55,7 @@ try:
     if workflow.is_main_process:
         check_owner(parameter_files)  # -n too: its list would be of the wrong results
     check_targets(plan, sys.argv[1:])  # Snakemake tells the targets later, as an exception
-    jobs = Jobs(plan, Kept(package_code()))
+    jobs = Jobs(plan)
     jobs.work_out_keys()
 except UserError as error:
     print(*(f"error: {line}" for line in error.lines), sep="\n", file=sys.stderr)

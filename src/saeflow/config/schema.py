@@ -9,12 +9,11 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from saeflow.config.explain import explained, validator
 from saeflow.config.options import options_schema
 from saeflow.config.variants import variants
 from saeflow.errors import UserError
+from saeflow.files import package_yaml
 
 CARRIED = "_project"
 """Folder of an installed package that holds the workflow, which is no code of a job (setup.py)."""
@@ -29,7 +28,7 @@ _WORDS = {"true": True, "false": False, "null": None}
 @functools.cache
 def params_schema() -> dict[str, Any]:
     """The JSON schema of `params.yaml`: the file's own, with the options that each variant states."""
-    schema: dict[str, Any] = yaml.safe_load(SCHEMA.read_text(encoding="utf-8"))
+    schema: dict[str, Any] = package_yaml(SCHEMA)
     trained = schema["properties"]["saes"]["additionalProperties"]["else"]
     shared = schema["properties"]["training"]["properties"]
     for name, about in shared.items():  # an entry takes what it does not state from `training`

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from saeflow.config.options import VariantOptions, defaults
 from saeflow.errors import UserError
+from saeflow.files import package_yaml
 
 SAES = Path(__file__).parents[1] / "saes"
 PRESETS = SAES / "presets.yaml"
@@ -94,7 +93,7 @@ def _whole(name: str, entry: Any) -> Any:
 
 @functools.cache
 def _presets() -> dict[str, Any]:
-    return dict(yaml.safe_load(PRESETS.read_text(encoding="utf-8")))
+    return dict(package_yaml(PRESETS))
 
 
 # The part of a module that states options.

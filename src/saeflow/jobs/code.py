@@ -7,27 +7,30 @@ docs/keys.md states the rule for users.
 
 import contextlib
 import functools
+import hashlib
+import importlib.util
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from saeflow.config import CARRIED
-from saeflow.files import file_digest, json_digest, write_json
-from saeflow.jobs.syntax import Import, Module, Statement, read_module
+from saeflow.files import file_digest, json_digest, package_yaml, write_json
+from saeflow.jobs import syntax
+from saeflow.jobs.syntax import Import, Module, Statement, as_json, from_json, read_module
 
 NAME = "saeflow"
 FOLDER = Path(__file__).parents[1]
 OUTSIDE = ("provenance", "trace", "errors", "failures", "progress", "jobs")
 """Modules that move, describe and refuse results and decide none: their code is in no key."""
-KEPT = Path("results/.code.json")
+KEPT = Path(importlib.util.cache_from_source(__file__)).with_suffix(".json")
+"""Cache of the modules' statements, beside Python's own cache of this module."""
 DATA = (".j2", ".yaml")
 """Endings of data files that code opens by their name."""
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+_READER = file_digest(Path(syntax.__file__))
 
 Node = tuple[str, str | None]
 """A module and a name in it; no name for the statements that run when it is imported."""
@@ -65,9 +68,12 @@ class Code:
 
     Args:
         folder: the package.
+        kept: file in which `keep` leaves the statements of each module for the next process; None for nowhere. A module
+            whose bytes have changed since is read again.
     """
 
-    def __init__(self, folder: Path = FOLDER) -> None:
+    def __init__(self, folder: Path = FOLDER, kept: Path | None = None) -> None:
+        self._kept, self._is_new = kept, False
         self._edits: dict[str, str] = {}
         self.files: dict[str, Path] = {}
         """The file of each module."""
@@ -95,6 +101,7 @@ class Code:
         """Make a copy in which a module has another text; what the module does not concern is not read again."""
         copy = object.__new__(Code)
         copy.files, copy._data, copy._known = self.files, self._data, {}
+        copy._kept, copy._is_new = None, False
         copy._known |= {
             asked: one for asked, one in self._known.items() if module not in one.modules
         }
@@ -126,8 +133,38 @@ class Code:
         if name not in self._modules:
             path = self.files[name]
             source = self._edits[name].encode() if name in self._edits else path.read_bytes()
-            self._modules[name] = read_module(source, name, is_package=path.name == "__init__.py")
+            digest = hashlib.sha256(source).hexdigest()
+            is_package = path.name == "__init__.py"
+            known = self._statements_kept.get(name)
+            if known is not None and known[0] == digest:
+                self._modules[name] = from_json(known[1])
+            else:
+                module = read_module(source, name, is_package=is_package)
+                self._modules[name] = module
+                self._statements_kept[name] = [digest, as_json(module)]
+                self._is_new = True
         return self._modules[name]
+
+    @functools.cached_property
+    def _statements_kept(self) -> dict[str, Any]:
+        """By module: the digest of its bytes and its statements."""
+        if self._kept is None:
+            return {}
+        try:
+            kept = json.loads(self._kept.read_text(encoding="utf-8"))
+            return dict(kept["modules"]) if kept["reader"] == _READER else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}  # costs the time to read them
+
+    def keep(self) -> None:
+        """Write the statements of modules that were read anew.
+
+        Jobs of a cluster may write at once, and the folder may be one that cannot be written to: it is only a cache.
+        """
+        if self._is_new and self._kept is not None:
+            with contextlib.suppress(OSError):
+                write_json(self._kept, {"reader": _READER, "modules": self._statements_kept})
+            self._is_new = False
 
     def _walk(self, entries: frozenset[str], choices: frozenset[tuple[str, str]]) -> Reached:
         chosen: dict[Node, list[str]] = {}
@@ -154,7 +191,7 @@ class Code:
         data = frozenset(name for step in found.values() for name in step.data)
         parts = [sorted(step.digest for step in found.values()), sorted(map(self._digest, data))]
         return Reached(
-            digest=json_digest(parts),
+            digest=_digest_of(parts),
             nodes=frozenset(found),
             libraries=frozenset(name for step in found.values() for name in step.libraries),
             data=data,
@@ -201,7 +238,7 @@ class Code:
         ]
         libraries = frozenset(use.module.split(".")[0] for use, _ in others)
         inside = frozenset(node for node in after if not _is_outside(node[0]))
-        return Step(json_digest(parts), inside, libraries, frozenset(data))
+        return Step(_digest_of(parts), inside, libraries, frozenset(data))
 
     def _modules_named(self, own: str, text: str) -> list[str]:
         """Find the modules of the same subpackage that a text names, or may name once it is completed."""
@@ -241,63 +278,19 @@ class Code:
         if data not in self._data_digests:
             path = self._data[data]
             is_yaml = path.suffix == ".yaml"
-            content = yaml.load(path.read_bytes(), _Loader) if is_yaml else file_digest(path)
+            content = package_yaml(path) if is_yaml else file_digest(path)
             self._data_digests[data] = json_digest([data, content])
         return self._data_digests[data]
-
-
-class Kept:
-    """Cache of a package's parsed code, kept in a file for the next run.
-
-    It is good as long as no byte of the package changes; then all of it is worked out again.
-
-    Args:
-        code: the package.
-        file: where it is kept; None for nowhere.
-    """
-
-    def __init__(self, code: Code, file: Path | None = KEPT) -> None:
-        self.code, self.file = code, file
-        self._new = False
-        self._source = json_digest(
-            [[str(path.relative_to(FOLDER)), file_digest(path)] for path in code.paths]
-            if file
-            else []
-        )
-        self._found: dict[str, Any] = {}
-        if file is not None:
-            try:
-                kept = json.loads(file.read_text(encoding="utf-8"))
-                self._found = kept["found"] if kept["source"] == self._source else {}
-            except (OSError, ValueError, KeyError, TypeError):
-                self._found = {}  # costs the time to work it out
-
-    def digest(
-        self, entries: Iterable[str], choices: Iterable[tuple[str, str]]
-    ) -> tuple[str, list[str]]:
-        """The digest of what some functions reach, and the libraries in it; see `Code.reached`."""
-        asked = json.dumps([sorted(entries), sorted(choices)])
-        if asked not in self._found:
-            reached = self.code.reached(entries, choices)
-            self._found[asked] = [reached.digest, sorted(reached.libraries)]
-            self._new = True
-        digest, libraries = self._found[asked]
-        return digest, libraries
-
-    def keep(self) -> None:
-        """Write what is new, if the file's folder is there: a refused run makes none.
-
-        Jobs of a cluster may write at once, and a folder may be one that cannot be written to: it is only a cache.
-        """
-        if self._new and self.file is not None and self.file.parent.is_dir():
-            with contextlib.suppress(OSError):
-                write_json(self.file, {"source": self._source, "found": self._found})
-            self._new = False
 
 
 def _node(name: str) -> Node:
     module, _, name = name.partition(":")
     return f"{NAME}.{module}", name
+
+
+def _digest_of(parts: list[Any]) -> str:
+    """Digest nested lists of texts."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _is_outside(module: str) -> bool:
@@ -307,4 +300,4 @@ def _is_outside(module: str) -> bool:
 @functools.cache
 def package_code() -> Code:
     """The source of this package, read once."""
-    return Code()
+    return Code(kept=KEPT)

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any, TypeVar, cast
 
 from saeflow.config import scorer_file
-from saeflow.jobs.code import Kept, package_code
+from saeflow.jobs.code import package_code
 from saeflow.jobs.job import Job
 from saeflow.plan import Plan
 
@@ -38,14 +38,12 @@ class Jobs:
 
     Args:
         plan: what a parameter file asks for.
-        package: where the code of jobs is found.
     """
 
-    def __init__(self, plan: Plan, package: Kept | None = None) -> None:
-        self.package = package or Kept(package_code(), None)
+    def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.params = plan.params
-        self._job = functools.partial(Job, package=self.package)
+        self._job = functools.partial(Job, package=package_code())
         self._made: dict[tuple[str, ...], Job] = {}
 
     # Sources
@@ -347,7 +345,7 @@ class Jobs:
         """Work out every key, and keep what of it takes time for the next run."""
         for job in self.every():
             assert job.key
-        self.package.keep()
+        package_code().keep()
 
     # What several jobs depend on
 

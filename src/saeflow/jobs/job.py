@@ -15,7 +15,7 @@ from typing import Any
 
 from saeflow.config import ROOT
 from saeflow.files import json_digest
-from saeflow.jobs.code import Kept, Reached
+from saeflow.jobs.code import Code, Reached
 from saeflow.local_files import content_digests
 from saeflow.provenance import FORMAT, RECORD
 
@@ -61,7 +61,7 @@ class Job:
     code: tuple[str, ...] = ()
     choices: tuple[tuple[str, str], ...] = ()
     files: tuple[str, ...] = ()
-    package: Kept = field(repr=False)
+    package: Code = field(repr=False)
 
     @property
     def path(self) -> Path:
@@ -102,18 +102,17 @@ class Job:
     @property
     def reached(self) -> Reached:
         """The code that it runs."""
-        return self.package.code.reached(*self.entries)
+        return self.package.reached(*self.entries)
 
     @functools.cached_property
     def key(self) -> str:
         """Digest everything that the result depends on."""
-        code, libraries = self.package.digest(*self.entries)
         parts = [
             FORMAT,
             self.command,
             self.params,
-            code,
-            pins(libraries),
+            self.reached.digest,
+            pins(self.reached.libraries),
             {role: _of_each(value, lambda one: one.key) for role, value in self.reads.items()},
             content_digests({"files": self.files, "params": self.params}),
         ]

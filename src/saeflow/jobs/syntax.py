@@ -54,6 +54,47 @@ class Module:
     """Statements that bind no name: they run whenever the module is imported."""
 
 
+def as_json(module: Module) -> list[Any]:
+    """Write down a module in lists and texts, each statement once; `from_json` reads it."""
+    every = {id(one): one for one in module.effects}
+    every |= {id(one): one for found in module.defined.values() for one in found}
+    number = {own: place for place, own in enumerate(every)}
+    return [
+        [_statement_as_json(one) for one in every.values()],
+        {name: [number[id(one)] for one in found] for name, found in module.defined.items()},
+        {name: [one.module, one.name] for name, one in module.imported.items()},
+        [number[id(one)] for one in module.effects],
+    ]
+
+
+def from_json(written: list[Any]) -> Module:
+    """Read a module that `as_json` wrote."""
+    statements, defined, imported, effects = written
+    every = [_statement_from_json(one) for one in statements]
+    return Module(
+        {name: [every[place] for place in places] for name, places in defined.items()},
+        {name: Import(*one) for name, one in imported.items()},
+        [every[place] for place in effects],
+    )
+
+
+def _statement_as_json(one: Statement) -> list[Any]:
+    imports = [[use.module, use.name, attribute] for use, attribute in one.imports]
+    entries = [[key, _statement_as_json(entry)] for key, entry in one.entries]
+    return [one.digest, list(map(list, one.names)), imports, list(one.texts), entries]
+
+
+def _statement_from_json(written: list[Any]) -> Statement:
+    digest, names, imports, texts, entries = written
+    return Statement(
+        digest,
+        frozenset((name, attribute) for name, attribute in names),
+        frozenset((Import(module, name), attribute) for module, name, attribute in imports),
+        frozenset(texts),
+        tuple((key, _statement_from_json(entry)) for key, entry in entries),
+    )
+
+
 @functools.cache
 def read_module(source: bytes, name: str, *, is_package: bool) -> Module:
     """Read a module.

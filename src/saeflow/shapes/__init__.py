@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import yaml
-
 from saeflow.errors import UserError
-from saeflow.files import read_json
+from saeflow.files import package_yaml, read_json
 
 MOST_BLOCKS = 10_000
 """A damaged file that says more would be built for ever."""
@@ -37,7 +35,7 @@ SHAPES = Path(__file__).with_name("shapes.yaml")
 
 @functools.cache
 def _table() -> dict[str, Any]:
-    return dict(yaml.safe_load(SHAPES.read_text(encoding="utf-8")))
+    return dict(package_yaml(SHAPES))
 
 
 def pinned_config(model: Mapping[str, Any]) -> dict[str, Any] | None:

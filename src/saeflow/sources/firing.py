@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
-from scipy.special import log_ndtr
 
 from saeflow.errors import UserError
 
@@ -70,6 +68,8 @@ def firing_rates(n_features: int, exponent: float, law: Mapping[str, Any]) -> np
     Returns:
         (n_features,) float64, decreasing.
     """
+    from scipy.optimize import brentq  # planning imports this module, and need not wait for scipy
+
     zipf = np.arange(1, n_features + 1, dtype=np.float64) ** -exponent
     if law["kind"] != "bernoulli":
         return zipf
@@ -166,6 +166,8 @@ def arrival_times(
     Returns:
         (samples, n_features) float32.
     """
+    from scipy.special import log_ndtr
+
     times: np.ndarray
     if shared is None:
         times = rng.standard_exponential((samples, len(rates)), dtype=np.float32) / rates
