@@ -20,10 +20,10 @@ import numpy as np
 import pandas as pd
 import torch
 from drawn import PARAMS, STORE, Drawn
-from tables import in_turns, peak_memory, ratio, write
+from tables import in_turns, peak_memory, project_of, ratio, write
 from torch import nn
 
-from saeflow.config import ROOT, load_params
+from saeflow.config import load_params
 from saeflow.sources import open_source
 from saeflow.sources.hook_points import HookPoint
 from saeflow.stores import finalise, write_part
@@ -140,9 +140,7 @@ def memory(project: Path) -> pd.DataFrame:
 
 
 def main() -> None:
-    project = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT
-    if not (project / "results" / "sources" / SOURCE / "inputs" / "train.npy").exists():
-        raise SystemExit(f"{project}/results/sources/{SOURCE}: not there. Run `make demo` first.")
+    project = project_of(Path(sys.argv[1]) if len(sys.argv) > 1 else None, SOURCE)
     sizes = memory(project)
     rates = speed(project)
     write(

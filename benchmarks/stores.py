@@ -1,14 +1,15 @@
-"""Codecs, dtypes, chunk and shard shapes on real activations; the loader against a sequential read.
+"""Codecs, dtypes, chunk and shard shapes on real activations; the loader against a sequential read; SAEs on int8 rows.
 
     python benchmarks/stores.py [PROJECT]
+    python benchmarks/stores.py --only saes      # the others stay as they are
 
 Reads the demo's language model (`make demo` first), under results/ of the project. Everything that is
 compared is timed in turns in one process. Written to benchmarks/results/stores.md and .csv.
 """
 
+import argparse
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,10 +23,11 @@ import numpy as np
 import pandas as pd
 import torch
 import zarr
-from tables import in_turns, peak_memory, ratio, write
+from stored_saes import sae_costs
+from tables import in_turns, last_tables, peak_memory, project_of, ratio, replaced, write
 from torch import Tensor
 
-from saeflow.config import ROOT, load_params
+from saeflow.config import load_params
 from saeflow.sources import open_source
 from saeflow.stores.batches import shuffled_batches
 from saeflow.stores.dtypes import DTYPES
@@ -75,7 +77,7 @@ def dtype_costs(x: Tensor) -> pd.DataFrame:
                 "bytes per row": dtype.width(x.shape[1]) * dtype.storage.itemsize,
                 "FVU": f"{error / (exact - exact.mean(0)).square().sum():.1e}",
                 "NMSE": f"{error / exact.square().sum():.1e}",
-                "largest |x| / largest of dtype": f"{x.abs().max() / torch.finfo(dtype.torch).max:.1e}",
+                "largest absolute value / largest of dtype": f"{x.abs().max() / torch.finfo(dtype.torch).max:.1e}",
             }
         )
     return pd.DataFrame(rows)
@@ -322,27 +324,33 @@ def loader_memory(stored: np.ndarray, folder: Path) -> pd.DataFrame:
 
 
 def main() -> None:
-    project = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT
-    if not (project / "results" / "sources" / SOURCE / "inputs" / "train.npy").exists():
-        raise SystemExit(f"{project}/results/sources/{SOURCE}: not there. Run `make demo` first.")
+    parser = argparse.ArgumentParser(description="Layouts, dtypes and codecs of stores.")
+    parser.add_argument("project", type=Path, nargs="?", help="project where `make demo` ran")
+    parser.add_argument(
+        "--only", choices=("reading", "dtypes", "saes", "codecs"), help="tables that are made anew"
+    )
+    chosen = parser.parse_args()
+    project = project_of(chosen.project, SOURCE)
     x = activations(project)
     torch.set_num_threads(1)
     stored = DTYPES["bfloat16"].encode(x)
-    with tempfile.TemporaryDirectory(dir=project / "results") as folder:
-        read = loader(stored, Path(folder))
-        shapes = layouts(stored, Path(folder))
-        memory = loader_memory(stored, Path(folder))
-        rates = dtype_rates(x, Path(folder))
+    made: dict[str, pd.DataFrame] = {}
+    with tempfile.TemporaryDirectory(dir=project / "results") as name:
+        folder = Path(name)
+        if chosen.only in (None, "reading"):
+            made["Shuffled batches against a sequential read"] = loader(stored, folder)
+            made["Layouts"] = layouts(stored, folder)
+            made["Memory of the loader"] = loader_memory(stored, folder)
+        if chosen.only in (None, "dtypes"):
+            made["Cost of a dtype"] = dtype_costs(x)
+            made["Rates of a dtype"] = dtype_rates(x, folder)
+    if chosen.only in (None, "saes"):
+        made |= sae_costs(project)
+    if chosen.only in (None, "codecs"):
+        made["Codecs"] = codec_costs(x)
     write(
         "stores",
-        {
-            "Shuffled batches against a sequential read": read,
-            "Layouts": shapes,
-            "Memory of the loader": memory,
-            "Cost of a dtype": dtype_costs(x),
-            "Rates of a dtype": rates,
-            "Codecs": codec_costs(x),
-        },
+        replaced(last_tables("stores"), made),
         f"{len(x)} rows of {SOURCE}, width {x.shape[1]}, torch on one thread; stores of {STORE_ROWS} bfloat16 rows, "
         f"batches of {BATCH}, files in the page cache; chunks of {CHUNK_ROWS} rows for the codecs.",
     )

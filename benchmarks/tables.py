@@ -12,6 +12,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from saeflow.config import ROOT
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -49,6 +51,38 @@ def peak_memory(work: Callable[[], object]) -> float:
     return mib("VmHWM:") - before
 
 
+def project_of(path: Path | None, source: str) -> Path:
+    """A project, this one unless another is given, that holds the model and the texts of a source of the demo."""
+    project = path or ROOT
+    folder = project / "results" / "sources" / source
+    if not (folder / "inputs" / "train.npy").exists():
+        raise SystemExit(f"{folder}: not there. Run `make demo` first.")
+    return project
+
+
+def last_tables(name: str, folder: Path = RESULTS) -> dict[str, pd.DataFrame]:
+    """The tables that `write` wrote last, by their titles, for those that are not made anew; their cells as they read."""
+    path = folder / f"{name}.md"
+    found: dict[str, list[list[str]]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if line.startswith("## "):
+            title = line.removeprefix("## ")
+            found[title] = []
+        elif line.startswith("| "):
+            found[title].append(line.removeprefix("| ").removesuffix(" |").split(" | "))
+    return {title: pd.DataFrame(rows, columns=head) for title, (head, *rows) in found.items()}
+
+
+def replaced(
+    old: Mapping[str, pd.DataFrame], new: Mapping[str, pd.DataFrame]
+) -> dict[str, pd.DataFrame]:
+    """Tables with new ones in the place of old ones; titles are the same up to their first comma, and end with the day."""
+    tables = {title.partition(",")[0]: (title, table) for title, table in old.items()}
+    for title, table in new.items():
+        tables[title.partition(",")[0]] = f"{title}, {datetime.date.today()}", table
+    return dict(tables.values())
+
+
 def write(
     name: str,
     tables: Mapping[str, pd.DataFrame],
@@ -76,6 +110,6 @@ def write(
         ]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
-    long = [table.assign(table=title) for title, table in tables.items()]
+    long = [table.astype(object).assign(table=title) for title, table in tables.items()]
     pd.concat(long).to_csv(folder / f"{name}.csv", index=False)
     print("\n".join(lines))

@@ -14,7 +14,6 @@ the program `faketime`; where one is missing, its row says so.
 import argparse
 import contextlib
 import copy
-import datetime
 import itertools
 import json
 import os
@@ -33,7 +32,7 @@ from typing import Any
 
 import pandas as pd
 from moments import LONGEST_WAIT_S, OF_WINDOWS, end, frozen
-from tables import RESULTS, write
+from tables import RESULTS, last_tables, replaced, write
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "workflow"))
 
@@ -344,15 +343,6 @@ def changed_inputs(count: int, seed: int) -> Score:
     return score
 
 
-def last_tables(folder: Path) -> dict[str, pd.DataFrame]:
-    """The tables of the last campaign by their titles, for those that are not made anew."""
-    path = folder / "torture.csv"
-    if not path.exists():
-        return {}
-    rows = pd.read_csv(path)
-    return {title: part.drop(columns="table") for title, part in rows.groupby("table", sort=False)}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Faults of every kind, and what survived them.")
     parser.add_argument("--kills", type=int, default=100, help="SIGKILLs; the rest goes with them")
@@ -362,7 +352,7 @@ def main() -> None:
     parser.add_argument("--no-tests", action="store_true", help="leave out what has tests")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")
     chosen = parser.parse_args()
-    tables, failures = last_tables(chosen.out), []
+    tables, failures = last_tables("torture", chosen.out), []
     for title, made in (
         ("Inputs", lambda: changed_inputs(chosen.inputs, chosen.seed) if chosen.inputs else None),
         ("Faults", lambda: faults(chosen) if chosen.kills else None),
@@ -371,10 +361,9 @@ def main() -> None:
         started = time.monotonic()
         if (score := made()) is None:
             continue
-        tables = {name: t for name, t in tables.items() if not name.startswith(title)}
         minutes = (time.monotonic() - started) / 60
-        day = datetime.date.today()
-        tables[f"{title}, seed {chosen.seed}, {minutes:.0f} minutes, {day}"] = score.table()
+        named = f"{title}, seed {chosen.seed}, {minutes:.0f} minutes"
+        tables = replaced(tables, {named: score.table()})
         failures += score.failures
     write(
         "torture",

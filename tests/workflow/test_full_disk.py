@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from .conftest import SYNTHETIC, Project
+from .test_windows import saes, trained
 
 pytestmark = [
     pytest.mark.workflow,
@@ -58,4 +60,50 @@ def test_a_full_disk_loses_nothing(disk: Any, synthetic: Project) -> None:
     assert project.contents() == {
         name: digest for name, digest in synthetic.contents().items() if "/s" in name
     }
+    assert "are as they were made" in project.run("saeflow", "verify")
+
+
+def filled_after(draw: int, project: Project) -> str:
+    """Run a stream whose disk something else fills once SAEs were trained on a draw of its windows; the output of the run."""
+    results = project.folder / "results"
+    ballast = results / "ballast"
+    ended = threading.Event()
+
+    def fill() -> None:
+        while not list(results.glob(f"saes.groups/*.{draw}.done")):
+            if ended.wait(0.005):
+                return
+        room = os.statvfs(results)
+        ballast.write_bytes(bytes((room.f_bavail - 10) * room.f_frsize))
+
+    other = threading.Thread(target=fill)
+    other.start()
+    try:
+        return project.snakemake("train", code=1)
+    finally:
+        ended.set()
+        other.join()
+        ballast.unlink(missing_ok=True)
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_stream_loses_nothing(
+    disk: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    project, resize = disk
+    resize(64 << 10)
+    project.write(trained(2))
+    project.cold = False  # two dozen small jobs
+    left = project.todo("train")["train_window"]
+    for draw in (0, 2):  # of five
+        assert_one_clear_line(filled_after(draw, project))
+        assert not list((project.folder / "results").rglob("weights.safetensors"))
+        before, left = left, project.todo("train")["train_window"]
+        assert 0 < left <= 5 - (draw + 1) < before  # no draw is trained on again
+    project.snakemake("train")
+    kept = Project(tmp_path_factory.mktemp("kept"), trained("all"))
+    kept.snakemake("train")
+    assert len(saes(kept)) == 2
+    assert saes(project) == saes(kept)
+    folder = project.folder / "results/stores/synthetic"
+    assert [path.name for path in folder.iterdir()] == ["train"]
     assert "are as they were made" in project.run("saeflow", "verify")

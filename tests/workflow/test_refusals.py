@@ -3,10 +3,12 @@
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from .conftest import SYNTHETIC, Project
+from .test_vision import PARAMS as VISION
 
 pytestmark = pytest.mark.workflow
 FIRST = "results/sources/synthetic/inputs/provenance.json"
@@ -70,3 +72,34 @@ def test_another_parameter_file_gets_a_folder_of_its_own(tmp_path: Path) -> None
     project.snakemake(FIRST, "--configfile", "other.yaml", "--directory", "elsewhere")
     assert (tmp_path / "elsewhere" / FIRST).exists()
     project.snakemake(FIRST, "--forceall")  # the first file's own
+
+
+RUN = "scenes/vision.blocks.0.resid_post/soft-topk/d64-seed0"
+
+
+def test_windows_that_cannot_be_stop_before_the_first_job(tmp_path: Path) -> None:
+    project = Project(tmp_path, VISION)
+    probing = {"runs": [RUN], "rows": 100, "probing": {"k": [1], "rows": 100, "seed": 0}}
+    cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({"window_rows": 127}, {}, "window_rows: expected windows of at least one batch (128 rows), found 12 windows of 125"),
+        ({"window_rows": 1501}, {}, "window_rows: expected at most train_rows (1500), found 1501"),
+        ({"window_rows": 500, "keep_windows": 1}, {}, "keep_windows: expected null or all or at least 2, found 1"),
+        ({"keep_windows": 2}, {}, "keep_windows: expected a training split of several windows, found one"),
+        (
+            {"window_rows": 500, "keep_windows": 2}, {"interpretability": probing},
+            "keep_windows: expected nothing that reads rows of the training split after training, when its windows are "
+            f"gone, found evaluation.interpretability.runs with {RUN}",
+        ),
+    ]  # fmt: skip
+    validate, listing = ("saeflow", "validate"), ("snakemake", "-n", "--cores", "2", "all")
+    for store, evaluation, message in cases:
+        params = copy.deepcopy(VISION)
+        params["stores"]["scenes"] |= store
+        params["evaluation"] |= evaluation
+        project.write(params)
+        for command in (validate, listing) if evaluation else (listing,):
+            said = project.run(*command, code=2)
+            (line,) = (line for line in said.splitlines() if "error" in line)
+            assert f"stores.scenes.{message}" in line
+            assert "Traceback" not in said
+    assert not (tmp_path / "results").exists()

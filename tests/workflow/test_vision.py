@@ -42,6 +42,38 @@ def test_nothing_is_left_to_do(done: Project) -> None:
     assert done.todo() == {}
 
 
+@pytest.mark.heavy
+def test_cards_dimensions_and_probes_of_a_stream_read_the_held_out_rows(tmp_path: Path) -> None:
+    """With windows that are gone every table is what it is with windows that are kept, but for PCA."""
+    tables = {}
+    for keep in (2, "all"):
+        params = copy.deepcopy(PARAMS)
+        params["stores"]["scenes"] |= {
+            "window_rows": 500,
+            "keep_windows": keep,
+            "block_contexts": 4,
+        }
+        (tmp_path / str(keep)).mkdir()
+        project = Project(tmp_path / str(keep), params)
+        said = project.snakemake("all")
+        assert ("the PCA baselines of scenes are left out" in said) is (keep == 2)
+        assert (
+            "its probe at scenes/vision.blocks.0.resid_post is fitted to half of the held" in said
+        )
+        assert "results are as they were made" in project.run("saeflow", "verify")
+        results = project.folder / "results"
+        assert list(results.glob("figures/*/*.svg"))
+        cards = load_file(results / f"evaluations/latents/{RUN}/latents.safetensors")
+        tables[keep] = {name: array.tobytes() for name, array in cards.items()}
+        for path in sorted((results / "tables").glob("*.csv")):
+            found = [line for line in rows(path) if line.get("variant") != "pca"]
+            for line in found:
+                line.pop("tokens_per_s", None)
+            tables[keep][path.name] = found
+    assert {"dimension.csv", "classification.csv", "metrics.csv"} <= tables[2].keys()
+    assert tables[2] == tables["all"]
+
+
 def test_a_new_labelled_set_trains_nothing_again(done: Project) -> None:
     params = copy.deepcopy(PARAMS)
     params["evaluation"]["labelled_sets"]["one"]["templates"] = ["a picture of a {}"]
