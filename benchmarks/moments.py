@@ -4,9 +4,11 @@ import contextlib
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "workflow"))
@@ -16,8 +18,6 @@ from saeflow.provenance import is_whole
 
 LONGEST_WAIT_S = 10.0
 """Longest time from the start of a run to a signal."""
-LONGEST_DELAY_S = 0.6
-"""Longest time from the moment a job was seen to the signal that is meant for it; jobs of a small window take about a second."""
 DELETION = "deletion of a window"
 # Jobs by the command of saeflow that runs, and a part of one of its arguments. The first that fits names the job.
 WINDOWS = {
@@ -28,6 +28,11 @@ STAGES = {
     "extraction": ("extract", ""), "merging": ("merge", ""), "training": ("train", ""), "probing": ("probe", ""),
     "evaluation": ("evaluate", ""), "drawing": ("draw", ""),
 }  # fmt: skip
+LOGS = {
+    "extraction of a window": "extract_part/*_train_*", "merging of a window": "merge_window/*_train_*",
+    "training on a window": "train_window/*",
+}  # fmt: skip
+"""Snakemake's records of the jobs of windows, which hold their seconds."""
 OF_WINDOWS = (*WINDOWS, DELETION)
 """Jobs that make, use and delete the windows of a stream."""
 
@@ -51,6 +56,16 @@ def under_way(project: Project, process: "subprocess.Popen[bytes]") -> set[str]:
                     if own == command and any(part in argument for argument in rest)
                 )
                 found.update([*names][:1])
+    return found
+
+
+def job_seconds(project: Project) -> dict[str, float]:
+    """Seconds that a job of each kind took in a run that has ended, their medians; of kinds that were in it."""
+    found = {}
+    for job, pattern in LOGS.items():
+        files = project.folder.glob(f"logs/benchmarks/{pattern}.tsv")
+        if taken := [float(path.read_text().splitlines()[1].split("\t")[0]) for path in files]:
+            found[job] = statistics.median(taken)
     return found
 
 
@@ -79,7 +94,11 @@ def end(process: "subprocess.Popen[bytes]", how: signal.Signals) -> None:
 
 
 def frozen(
-    project: Project, process: "subprocess.Popen[bytes]", aim: str | None, rng: random.Random
+    project: Project,
+    process: "subprocess.Popen[bytes]",
+    aim: str | None,
+    rng: random.Random,
+    lengths: Mapping[str, float],
 ) -> set[str] | None:
     """Wait for a random moment of a whole run, or of its next job of one kind, and freeze the run there.
 
@@ -88,6 +107,7 @@ def frozen(
         process: of Snakemake, in a session of its own.
         aim: the job in which the moment lies; None for a moment of the whole run.
         rng: where the moment comes from.
+        lengths: seconds of jobs by kind, see `job_seconds`.
 
     Returns:
         The jobs under way; None where the run ended first.
@@ -107,7 +127,7 @@ def frozen(
             if process.poll() is not None:
                 return None
             time.sleep(0.01)
-        time.sleep(rng.uniform(0.0, LONGEST_DELAY_S))
+        time.sleep(rng.uniform(0.0, lengths[aim]))
     freeze(process)
     is_deletion = not halved(project) <= before
     return under_way(project, process) | ({DELETION} if is_deletion else set())

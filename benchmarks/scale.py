@@ -54,7 +54,8 @@ def parameters(rows: int, way: Mapping[str, Any]) -> dict[str, Any]:
 
 def measure(folder: Path, rows: int, way: Mapping[str, Any]) -> dict[str, Any]:
     """Run the workflow up to trained SAEs."""
-    project = Project(folder, parameters(rows, way))
+    project = Project(folder, parameters(rows, way), cold=True)  # as a user runs it
+    project.timeout_s = 3600
     project.snakemake("inputs")
     (folder / "results/stores").mkdir(parents=True)
     watch = Watch(folder / "results/stores")

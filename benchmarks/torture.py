@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from moments import LONGEST_WAIT_S, OF_WINDOWS, end, frozen
+from moments import LONGEST_WAIT_S, OF_WINDOWS, end, frozen, job_seconds
 from tables import RESULTS, last_tables, replaced, write
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "workflow"))
@@ -128,7 +128,7 @@ class Campaign:
         self.score = Score()
         self.undisturbed = self.project("undisturbed")
         self.undisturbed.snakemake("all")
-        self.expected = outcome(self.undisturbed)
+        self.expected, self.lengths = outcome(self.undisturbed), job_seconds(self.undisturbed)
 
     def project(self, name: str = "disturbed") -> Project:
         """A project without results; in one folder, so that compiled kernels are found again."""
@@ -179,7 +179,7 @@ class Campaign:
                 project.run("snakemake", "--unlock")
                 process = project.start("snakemake", "--cores", "2", "all")
                 aim = next(every)
-                if (found := frozen(project, process, aim, self.rng)) is None:
+                if (found := frozen(project, process, aim, self.rng, self.lengths)) is None:
                     break
                 end(process, how)
                 done += 1

@@ -238,3 +238,19 @@ def test_what_reads_rows_of_windows_that_are_gone_is_refused() -> None:
     alone["stores"]["synthetic"] |= {"window_rows": 5000, "keep_windows": 2}
     alone["figures"]["names"] = ["fvu_l0"]
     assert "PCA baselines of synthetic are left out" in warnings(checked_plan(validate(alone)))[0]
+
+
+@pytest.mark.parametrize(("seed", "expected"), [(None, 1), (0, 0)])
+def test_windows_of_images_in_their_own_order_are_warned_of(
+    seed: int | None, expected: int
+) -> None:
+    params: Any = copy.deepcopy(PARAMS)
+    params["sources"]["scenes"]["images"] = {
+        "dataset": "ILSVRC/imagenet-1k", "revision": 40 * "0", "split": "train", "image_column": "image", "label_column": "label",
+        "streaming": False, "shuffle_seed": seed,
+    }  # fmt: skip
+    assert not [line for line in warnings(Plan(validate(params))) if "shuffle_seed" in line]
+    params["stores"]["scenes"]["window_rows"] = 20000
+    found = [line for line in warnings(Plan(validate(params))) if "shuffle_seed" in line]
+    assert len(found) == expected
+    assert all(line.startswith("stores.scenes.window_rows: windows hold images") for line in found)

@@ -84,7 +84,7 @@ _MANY_PASSES = 10
 
 
 def warnings(plan: Plan) -> list[str]:
-    """Yield warnings of what is allowed and seldom meant: baselines without rows, trainings that read rows again and again."""
+    """Yield warnings of what is allowed and seldom meant: baselines without rows, sorted windows, rows that are read very often."""
     found: dict[tuple[str, int, int], list[str]] = {}
     for run in plan.runs.values():
         rows = plan.rows(run.source)["train"]
@@ -101,6 +101,13 @@ def warnings(plan: Plan) -> list[str]:
         "evaluated too, since the training split is read window by window. stores.NAME.keep_windows null fits it to training rows."
         for source, hook_point, name in plan.probes
         if plan.goes_by_window(source)
+    ]
+    without += [
+        f"stores.{source}.window_rows: windows hold images in the order of their data set, which may be sorted by class, and the "
+        f"mean and scale of the store are those of the first window. Set sources.{source}.images.shuffle_seed."
+        for source in plan.sources
+        if plan.windows(source, "train") > 1
+        and plan.params["sources"][source].get("images", {}).get("shuffle_seed", 0) is None
     ]
     return without + [
         f"{', '.join(f'saes.{entry}' for entry in dict.fromkeys(entries))}: training passes {tokens / rows:,.0f} times "

@@ -19,7 +19,6 @@ import yaml
 from saeflow.rehearsal.warm import warm_python
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 600
 
 
 @cache
@@ -36,7 +35,12 @@ class Project:
     Args:
         cold: start a Python for each job, as a user's run does. Elsewhere jobs are forked from a process that has imported
             this checkout's package already, which saves most of a small job's time.
+
+    Attributes:
+        timeout_s: seconds after which a command is given up.
     """
+
+    timeout_s = 600
 
     def __init__(self, folder: Path, params: dict[str, Any], *, cold: bool = False) -> None:
         self.folder, self.cold = folder, cold
@@ -73,7 +77,7 @@ class Project:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=TIMEOUT_S,
+            timeout=self.timeout_s,
             check=False,
         )
         if code is not None:
