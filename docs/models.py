@@ -49,9 +49,12 @@ A place that a family lacks, and any other module, can be named by its path: `mo
 Four kinds of models beside these are found and proved in the same way, each by tests at tiny size:
 
 - **image towers** (`vision.blocks.N.PLACE`): CLIP, SigLIP, ViT, DINOv2 with and without registers (`tests/sources/test_towers.py`);
-- **models of images and text**: the language part of Gemma 3, LLaVA, Llama 4, Qwen2-VL and Qwen2.5-VL as a causal language model,
-  and the towers of Gemma 3 and LLaVA, with their own preprocessing. The towers of Qwen-VL, which take patches of images of any
-  size in an order of their own, and of Llama 4, which takes tiles, are refused (`tests/sources/test_wrappers.py`);
+- **models of images and text** (`tests/sources/test_wrappers.py`): the language part and the tower of Gemma 3, LLaVA, Llama 4,
+  Qwen2-VL, Qwen2.5-VL and Qwen3-VL, with their own preprocessing. Rows of an image are what stands before its patches, then the
+  patches row by row, whatever order the tower has them in (found on the tower itself). Qwen-VL's tower takes images of any size:
+  `model.image_size` is the side of the square that each is brought to. Llama 4's processor cuts an image into tiles; here the
+  tower sees each image whole, as the processor's global tile. What stands behind a tower's last block, such as Qwen-VL's
+  merger, is no hook point: the tower's own output does not depend on it;
 - **encoders**: BERT, DistilBERT, ModernBERT. They predict no next tokens: cross-entropy is not measured, and the tables and the
   report say why (`tests/evaluation/test_without_predictions.py`);
 - **encoder-decoders of texts**: T5, BART and the families like it are run as their encoder alone, and the record says so. The

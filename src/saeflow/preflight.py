@@ -16,6 +16,7 @@ from saeflow.files import read_json, write_json
 from saeflow.plan import Plan
 from saeflow.sources import check_source
 from saeflow.sources.documents import check_files
+from saeflow.sources.model_checks import check_source_model
 
 OWNER = Path("results/.parameters.json")
 """Names the parameter file whose results lie beside it."""
@@ -117,13 +118,21 @@ def warnings(plan: Plan) -> list[str]:
 
 
 def check_inputs(plan: Plan) -> None:
-    """Check that each file of text is there and begins with text in its column; reads the first rows of each.
+    """Check that each file of text is there and begins with text in its column, and what local files tell of a model.
+
+    It reads the first rows of each file, and builds a model of shapes alone.
 
     Raises:
-        UserError: one does not.
+        UserError: a file does not, or a model lacks a hook point or its tokenizer a token.
     """
     for name in plan.sources:
-        text = plan.params["sources"][name].get("text", {})
+        source = plan.params["sources"][name]
+        if "model" in source:
+            try:
+                check_source_model(source, Path("results/sources") / name)
+            except UserError as error:
+                raise error.within(f"sources.{name}") from None
+        text = source.get("text", {})
         if "files" in text:
             try:
                 check_files(text)

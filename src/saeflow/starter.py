@@ -25,8 +25,8 @@ from saeflow.sources.documents import check_files, is_evaluation, read_documents
 from saeflow.sources.images import read_images
 from saeflow.sources.layouts import EMBEDDING, check_shape
 from saeflow.sources.models import FILES, config_in, load_tokenizer
-from saeflow.sources.text import found_token
 from saeflow.sources.text_files import COMPRESSED, check_encoding
+from saeflow.sources.tokenizers import found_token
 
 logger = logging.getLogger(__name__)
 

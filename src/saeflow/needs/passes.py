@@ -65,7 +65,8 @@ def one_pass(source: Mapping[str, Any], name: str, results: Path) -> Pass:
     from saeflow.sources.architectures import architecture
     from saeflow.sources.hook_points import capture
     from saeflow.sources.layouts import VISION
-    from saeflow.sources.structure import image_output, no_cache, structure_of
+    from saeflow.sources.structure import no_cache, structure_of
+    from saeflow.sources.towers import image_output, pair
 
     config = _config(source["model"], name, results)
     image = None
@@ -75,7 +76,8 @@ def one_pass(source: Mapping[str, Any], name: str, results: Path) -> Pass:
         if "images" in source:
             image = structure_of(model, VISION).image
             assert image is not None
-            inputs = torch.zeros(1, 3, *image.size)
+            size = pair(source["model"].get("image_size", image.size))
+            inputs = torch.zeros(1, 3, *size)
         else:
             inputs = torch.zeros(1, source["context_length"], dtype=torch.long)
         with FlopCounterMode(display=False) as counter:

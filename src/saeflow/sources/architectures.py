@@ -28,9 +28,9 @@ class _Encoder:
 def architecture(config: Any) -> Any:
     """The automatic class that a configuration's model is built and loaded by.
 
-    The encoder of an encoder-decoder of texts, whose decoder's activations depend on a second text; else a causal
-    language model where the family has one, then a model of images and text that predicts tokens, then an encoder, then
-    the family's bare model.
+    The encoder of an encoder-decoder of texts, whose decoder's activations depend on a second text; else a model of images
+    and text that predicts tokens, with its image tower, then a causal language model where the family has one, then another
+    model of images and text, then an encoder, then the family's bare model.
     """
     from transformers import (
         AutoModel,
@@ -47,10 +47,19 @@ def architecture(config: Any) -> Any:
             whole = AutoModel._model_mapping[known]
             if whole.main_input_name == "input_ids":
                 return _Encoder
+    if hasattr(config, "vision_config") and known in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
     for kind in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForTextEncoding):
         if known in kind._model_mapping:
             return kind
     return AutoModel
+
+
+def is_known(config: Any) -> bool:
+    """Tell whether the library has a model of a configuration by itself; some image towers are only parts of one."""
+    from transformers import AutoModel
+
+    return type(config) in AutoModel._model_mapping
 
 
 def predicts_tokens(config: Any) -> bool:

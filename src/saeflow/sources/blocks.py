@@ -68,17 +68,19 @@ def input_of(call: Call) -> Node:
 
 
 def stream_of(call: Call, tower: str = VISION) -> "tuple[int | str, Node, int | str | None] | None":
-    """The residual stream of a block: its first input (batch, position, width) that an output has the shape of."""
-    for key, node in call.inputs.items():
-        if (
-            len(node.shape) != 3
-            or node.shape[0] != BATCH
-            or (not tower and node.shape[1] != LENGTH)
-        ):
-            continue
-        for place, out in call.outputs.items():
-            if out.shape == node.shape:
-                return key, node, place
+    """The residual stream of a block: its first input (batch, position, width) that an output has the shape of.
+
+    In an image tower that takes images of any size it is (batch x position, width).
+    """
+    for n_axes in (3, 2) if tower else (3,):
+        for key, node in call.inputs.items():
+            shape = node.shape
+            by_context = len(shape) == 3 and shape[0] == BATCH and (tower or shape[1] == LENGTH)
+            if len(shape) != n_axes or not (by_context or (n_axes == 2 and shape[0] % BATCH == 0)):
+                continue
+            for place, out in call.outputs.items():
+                if out.shape == shape:
+                    return key, node, place
     return None
 
 

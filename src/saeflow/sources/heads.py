@@ -91,9 +91,14 @@ def logits(model: nn.Module, hidden: Tensor) -> Tensor:
         return output
 
     names = body.split(".")
+    around = [model.get_submodule(".".join(names[: n + 1])) for n in range(len(names))]
+    head = causal.get_output_embeddings()
     with ExitStack() as undo:
-        for n in range(len(names)):  # a head may ask the body or what is around it
-            undo.enter_context(forward_of(model.get_submodule(".".join(names[: n + 1])), give))
+        for module in (
+            around
+        ):  # a head may ask the body or what is around it, unless it stands there itself (Llama 4)
+            if all(inside is not head for inside in module.modules()):
+                undo.enter_context(forward_of(module, give))
         scores: Tensor = causal(input_ids=ids, **no_cache(causal)).logits
     if not was_asked:
         raise UserError(

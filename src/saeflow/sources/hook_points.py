@@ -19,11 +19,12 @@ from saeflow.sources.blocks import Place
 from saeflow.sources.layouts import PLACES, VISION, HookPoint, check_hook_points, check_shape
 from saeflow.sources.structure import (
     body_of,
-    image_output,
     module_place,
     no_cache,
     structure_of,
 )
+from saeflow.sources.tower_order import by_image
+from saeflow.sources.towers import image_output
 
 __all__ = [
     "HookPoint", "block_input_of", "capture", "check_hook_points", "check_model", "decoder_of", "hook", "resume_at", "run_from", "splice",
@@ -113,13 +114,19 @@ def block_input_of(model: nn.Module, hook_point: str) -> str | None:
     return str(HookPoint(inside[0], 0, point.tower)) if inside else None
 
 
-def _attach(model: nn.Module, point: HookPoint, visit: Visit) -> ExitStack:
+def _attach(model: nn.Module, point: HookPoint, visit: Visit, *, first: bool = False) -> ExitStack:
     """Register `visit` at a hook point; closing the result takes it away.
 
-    What a module of a language model gives as (batch x position, d_in), as routers do, is seen by context.
+    What a module of a language model gives as (batch x position, d_in), as routers do, is seen by context, and what an image
+    tower gives by image and in order.
     """
-    if not point.module or point.tower:
-        return attach(model, _place(model, point), visit, str(point))
+    place = _place(model, point)
+    if point.tower:
+        ordered, calls = by_image(model, visit)
+        calls.enter_context(attach(model, place, ordered, str(point), first=first))
+        return calls
+    if not point.module:
+        return attach(model, place, visit, str(point), first=first)
     contexts: list[int] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -132,7 +139,7 @@ def _attach(model: nn.Module, point: HookPoint, visit: Visit) -> ExitStack:
         new = visit(x.reshape(*contexts, -1))
         return None if new is None else new.reshape(x.shape)
 
-    hooks = attach(model, _place(model, point), see, str(point))
+    hooks = attach(model, place, see, str(point))
     for one in {model, decoder_of(model)}:
         hooks.callback(one.register_forward_pre_hook(note, with_kwargs=True).remove)
     return hooks
@@ -334,8 +341,7 @@ def run_from(
             assert start is not None
             before = HookPoint.parse(start)
             hooks.enter_context(_passed_over(model, before))
-            place = _place(model, before)
-            given = attach(model, place, lambda _: block_input, str(before), first=True)
+            given = _attach(model, before, lambda _: block_input, first=True)
             hooks.enter_context(given)
         hooks.enter_context(_attach(model, point, replace))
         if point.tower and inputs is None:

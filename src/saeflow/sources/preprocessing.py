@@ -1,7 +1,12 @@
 """From an upright RGB image to what an image model takes, as the model's own Hugging Face processor would do it.
 
 Resizing and cropping are done once, to uint8 pixels; rescaling and normalising each time the model runs. Settings
-that the processors of CLIP, SigLIP, ViT, BiT (DINOv2's) and Gemma 3 without its crops do not have are refused.
+that the processors of CLIP, SigLIP, ViT, BiT (DINOv2's) and Gemma 3 without its crops do not have are refused. Two other
+processors give an image a form that depends on its size, and are read for one form:
+
+- Qwen-VL's leaves an image nearly its size. Here each image is brought to a square of `model.image_size`, which that
+  processor then leaves as it is.
+- Llama 4's cuts an image into tiles and adds one that shows it whole. Here each image is that one.
 """
 
 import math
@@ -13,17 +18,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from saeflow.errors import UserError
+from saeflow.files import read_json
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_KINDS = ("CLIP", "Siglip", "ViT", "Bit", "Gemma3")
+_KINDS = ("CLIP", "Siglip", "ViT", "Bit", "Gemma3", "Llama4", "Qwen2VL")
 """Families of processors that do the same with other defaults: resize, crop, rescale, normalise, in that order."""
+_TILES, _ANY_SIZE = "Llama4", "Qwen2VL"
 _ENDINGS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
 _SETTINGS = {
     "crop_size", "default_to_square", "do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize",
     "image_mean", "image_std", "resample", "rescale_factor", "size", "use_square_size",
 }  # fmt: skip
+_OWN = {
+    _TILES: {"max_patches", "resize_to_max_canvas"},
+    _ANY_SIZE: {"max_pixels", "merge_size", "min_pixels", "patch_size", "temporal_patch_size"},
+}
+"""Settings that one family of processors has beside those."""
 _WITHOUT_EFFECT = {
     "_image_processor_type", "_processor_class", "_valid_processor_keys", "device", "disable_grouping",
     "feature_extractor_type", "image_processor_type", "image_seq_length", "input_data_format", "processor_class", "return_tensors",
@@ -57,6 +69,10 @@ class Preprocessing:
     patch: int
     prefix: int
     """Positions of the model before the first patch: 1 with a CLS token, more with registers."""
+    d_model: int = 0
+    """Width of the tower's residual stream."""
+    half: bool = False
+    """Rescaling and normalising are rounded to bfloat16, as Llama 4's processor does."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -75,18 +91,20 @@ def load_preprocessing(model: Path) -> Preprocessing:
 
     from saeflow.sources.architectures import image_part
     from saeflow.sources.loading import one_line
-    from saeflow.sources.models import config_in, model_folder, pinned_files
-    from saeflow.sources.structure import tokens_before_patches
+    from saeflow.sources.models import LOADING, config_in, model_folder, pinned_files
+    from saeflow.sources.structure import image_tower
 
     config = config_in(model_folder(model, weights=False))
+    part = image_part(config)
     advice = "Add or fix the model's preprocessor_config.json."
+    asked = read_json(model / LOADING).get("image_size") if (model / LOADING).exists() else None
     with (
         pinned_files(model, weights=False) as (local, files),
         one_line(f"{local}: no preprocessing for images", advice),
     ):
         raw, _ = CLIPImageProcessorPil.get_image_processor_dict(files, local_files_only=True)
-        processor = _processor(raw, config.model_type, local)
-        known = _SETTINGS | _WITHOUT_EFFECT
+        kind = _kind(raw, config.model_type, local)
+        known = _SETTINGS | _WITHOUT_EFFECT | _OWN.get(kind, set())
         unknown = {
             key: value
             for key, value in raw.items()
@@ -99,25 +117,28 @@ def load_preprocessing(model: Path) -> Preprocessing:
                 f"{local}: its preprocessor_config.json asks for {unknown}, which the image processors of "
                 f"{', '.join(_KINDS)} do not do. Take it out, or give another model."
             )
-        found = _preprocessing(
-            processor.from_pretrained(files, local_files_only=True),
-            int(image_part(config).patch_size),
-            local,
-        )
+        if asked is not None and kind != _ANY_SIZE:
+            raise UserError(
+                f"model.image_size: expected none, as {local} has images of one size (preprocessor_config.json), found "
+                f"{asked}. Leave it out."
+            )
+        processor = _processor(kind, raw, files)
+        if kind == _ANY_SIZE:
+            _to_square(processor, asked, part, local)
+        found = _preprocessing(processor, int(part.patch_size), local)
     try:
-        prefix = tokens_before_patches(config, found.height, found.width)
+        image = image_tower(config, found.height, found.width)
     except UserError as error:
         raise error.within(local) from None
-    return replace(found, prefix=prefix)
+    return replace(found, prefix=image.prefix, d_model=image.d_model, half=kind == _TILES)
 
 
-def _processor(raw: Mapping[str, Any], model_type: str, where: Path) -> Any:
-    """The class of transformers that does what a preprocessor_config.json says.
+def _kind(raw: Mapping[str, Any], model_type: str, where: Path) -> str:
+    """The family of the processor that a preprocessor_config.json names.
 
     Raises:
         UserError: it is none of the known ones.
     """
-    import transformers
     from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 
     of_family = IMAGE_PROCESSOR_MAPPING_NAMES.get(model_type, {})
@@ -126,11 +147,58 @@ def _processor(raw: Mapping[str, Any], model_type: str, where: Path) -> Any:
     )
     for kind in _KINDS:
         if name in [f"{kind}{ending}" for ending in _ENDINGS]:
-            return getattr(transformers, f"{kind}ImageProcessorPil")
+            return kind
     raise UserError(
         f"{where}: expected an image processor of {', '.join(_KINDS)} (such as {_KINDS[0]}{_ENDINGS[0]}), found {name!r}. "
         "Give a model whose preprocessor_config.json is of one of them."
     )
+
+
+def _processor(kind: str, raw: Mapping[str, Any], files: Path) -> Any:
+    """The processor of transformers; Llama 4's runs on torchvision alone, and its settings are read by one like it."""
+    import transformers
+
+    if kind != _TILES:
+        own = getattr(transformers, f"{kind}ImageProcessorPil")
+        return own.from_pretrained(files, local_files_only=True)
+    defaults = {"size": {"height": 336, "width": 336}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": _BILINEAR}  # fmt: skip
+    given = {key: value for key, value in raw.items() if key in _SETTINGS and value is not None}
+    return transformers.SiglipImageProcessorPil(**(defaults | given))
+
+
+def _to_square(processor: Any, side: int | None, part: Any, where: Path) -> None:
+    """Let a processor that takes any size bring images to a square: the shorter side to its own, then its middle.
+
+    Raises:
+        UserError: no side is asked for, or one that the model's own processor would change, or other patches than the model's.
+    """
+    from transformers.image_utils import SizeDict
+
+    from saeflow.sources.towers import side_of
+
+    for name, own in (
+        ("patch_size", part.patch_size), ("merge_size", part.spatial_merge_size),
+        ("temporal_patch_size", part.temporal_patch_size),
+    ):  # fmt: skip
+        if getattr(processor, name) != own:
+            raise UserError(
+                f"{where}: {name}: expected {own} (config.json), found {getattr(processor, name)} (preprocessor_config.json). "
+                "Fix one of them."
+            )
+    unit, least, most = side_of(part), processor.size.shortest_edge, processor.size.longest_edge
+    sides = (
+        -(-math.isqrt(max(least - 1, 0)) // unit) * unit or unit,
+        math.isqrt(most) // unit * unit,
+    )
+    if side is None or side % unit or not least <= side * side <= most:
+        raise UserError(
+            f"model.image_size: expected a multiple of {unit} from {sides[0]} to {sides[1]}, the side in pixels of the square that "
+            f"images are brought to, as {where} takes images of any size, found {side}. Set it, such as "
+            f"{min(max(sides[0], 16 * unit), sides[1])}."
+        )
+    processor.do_resize = processor.do_center_crop = True
+    processor.size = SizeDict(shortest_edge=side)
+    processor.crop_size = SizeDict(height=side, width=side)
 
 
 def _preprocessing(processor: Any, patch: int, where: Path) -> Preprocessing:
@@ -254,10 +322,13 @@ def _resized(size: tuple[int, int], wanted: int | tuple[int, int] | None) -> tup
 def normalised(pixels: "Tensor", preprocessing: Preprocessing) -> "Tensor":
     """Normalise pixels (n, height, width, 3) uint8 to what the model takes: (n, 3, height, width) float32.
 
-    A table of all 256 values holds the arithmetic of transformers' numpy functions, bit for bit, on any device.
+    A table of all 256 values holds the arithmetic of transformers' numpy functions, bit for bit, on any device; of Llama 4's
+    processor that of torch in bfloat16.
     """
     import torch
 
+    if preprocessing.half:
+        return _looked_up(pixels, _half_table(preprocessing))
     values = np.arange(256, dtype=np.uint8)
     if preprocessing.factor is not None:
         values = (values.astype(np.float64) * preprocessing.factor).astype(np.float32)
@@ -265,7 +336,28 @@ def normalised(pixels: "Tensor", preprocessing: Preprocessing) -> "Tensor":
     if preprocessing.mean is not None and preprocessing.std is not None:
         mean, std = (np.array(v, np.float32) for v in (preprocessing.mean, preprocessing.std))
         table = (table - mean[:, None]) / std[:, None]
-    of_channel = torch.from_numpy(table).to(pixels.device)
+    return _looked_up(pixels, torch.from_numpy(table))
+
+
+def _half_table(preprocessing: Preprocessing) -> "Tensor":
+    """(3, 256) values of pixels, each step rounded to bfloat16 where both steps are taken."""
+    import torch
+
+    values, factor = torch.arange(256.0).expand(3, -1), preprocessing.factor
+    mean, std = preprocessing.mean, preprocessing.std
+    if factor is not None:
+        values = values.bfloat16() * factor if mean else values * factor
+    if mean is not None and std is not None:
+        shift, scale = (torch.tensor(v, dtype=values.dtype)[:, None] for v in (mean, std))
+        values = (values - shift) / scale
+    return values.float()
+
+
+def _looked_up(pixels: "Tensor", table: "Tensor") -> "Tensor":
+    """(n, 3, height, width) the values that a table (channel, pixel's value) has for pixels."""
+    import torch
+
+    of_channel = table.to(pixels.device)
     n, height, width, _ = pixels.shape
     out = torch.empty(n, 3, height, width, device=pixels.device)
     for channel in range(3):

@@ -23,15 +23,16 @@ from saeflow.sources.blocks import Block, Expression, Place, leaves
 from saeflow.sources.heads import has_head, logits
 from saeflow.sources.hook_points import block_input_of, capture, run_from
 from saeflow.sources.hub import last_line
-from saeflow.sources.layouts import PLACES, VISION, HookPoint
+from saeflow.sources.layouts import PLACES, HookPoint
 from saeflow.sources.structure import (
     ImageTower,
     Structure,
     body_of,
-    image_output,
     no_cache,
     structure_of,
 )
+from saeflow.sources.tower_order import order_of
+from saeflow.sources.towers import image_output, tower_output
 
 _CONTEXTS, _LENGTH, _SEED = 2, 8, 0
 _ROUNDING = 64
@@ -92,7 +93,7 @@ def prove(model: Any, hook_points: Sequence[str] | None = None, tower: str = "")
                 "(module.PATH.output)."
             )
         if structure.image is not None:
-            _first_patch(model, structure.image, inputs)
+            order_of(model, _grid(structure.image))
         expected = _own_end(model, structure, output, inputs)
         if expected is not None:
             for name in hook_points:
@@ -213,22 +214,12 @@ def _whole_run(
             output = model(input_ids=inputs, output_hidden_states=True, **no_cache(model))
         else:
             tower = model.get_submodule(structure.body)
-            output = tower(pixel_values=inputs, output_hidden_states=True)
+            output = tower_output(tower, inputs, output_hidden_states=True)
     return output, streams, given
 
 
-def _first_patch(model: Any, image: ImageTower, pixels: Tensor) -> None:
-    """Another first patch changes the input of the first block at its own position alone."""
-    other = pixels.clone()
-    other[..., : image.patch[0], : image.patch[1]] += 1
-    name = f"{VISION}blocks.0.resid_pre"
-    before, after = (capture(model, [name], x)[name] for x in (pixels, other))
-    found = (before != after).any(2).any(0).nonzero()[:, 0].tolist()
-    if found != [image.prefix]:
-        raise UserError(
-            f"{type(model).__name__}: expected the first patch of its images at position {image.prefix} (of "
-            f"{before.shape[1]}), found it at {found[:8]}. Take another model of images."
-        )
+def _grid(image: ImageTower) -> tuple[int, int]:
+    return image.size[0] // image.patch[0], image.size[1] // image.patch[1]
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from saeflow.errors import UserError
-from saeflow.sources.architectures import architecture, image_part, tower_of
+from saeflow.sources.architectures import architecture, image_part, is_known, tower_of
 from saeflow.sources.blocks import (
     BATCH,
     LENGTH,
@@ -34,6 +34,7 @@ from saeflow.sources.blocks import (
 )  # fmt: skip
 from saeflow.sources.hub import last_line
 from saeflow.sources.layouts import VISION, HookPoint
+from saeflow.sources.towers import image_output, image_size, pair
 from saeflow.sources.trace import Call, Trace
 
 logger = logging.getLogger(__name__)
@@ -60,13 +61,17 @@ class ImageTower:
     """An image tower's sizes."""
 
     size: tuple[int, int]
-    """(height, width) of the images that it is made for, in pixels."""
+    """(height, width) of the images that it is made for, in pixels; where it takes any size, of those of the trace."""
     patch: tuple[int, int]
     """(height, width) of a patch."""
     prefix: int
     """Positions before the first patch: 1 with a CLS token, more with registers."""
     embedding: Place | None
     """Place of the image's projected embedding, in a model with a text tower."""
+    d_model: int
+    """Width of the residual stream."""
+    is_flat: bool
+    """It runs on (image x position, d_model)."""
 
 
 _FOUND: "weakref.WeakKeyDictionary[nn.Module, dict[str, Structure]]" = weakref.WeakKeyDictionary()
@@ -139,7 +144,7 @@ def _traced(model: Any, tower: str) -> Trace:
 def _trace(model: Any, tower: str, device: torch.device) -> Trace:
     trace = Trace()
     if tower:
-        pixels = torch.zeros(BATCH, 3, *_image_size(model), device=device)
+        pixels = torch.zeros(BATCH, 3, *image_size(model), device=device)
         with trace, trace.watching(model):
             found = image_output(model, pixels)
             trace.result = trace.node(found)
@@ -150,75 +155,46 @@ def _trace(model: Any, tower: str, device: torch.device) -> Trace:
     return trace
 
 
-def _image_size(model: Any) -> tuple[int, int]:
-    """(height, width) of the images that a model's tower is made for.
-
-    Raises:
-        UserError: it has none, or one that takes something else than pixels.
-    """
-    name, tower = type(model).__name__, tower_of(model)
-    size = getattr(image_part(model.config), "image_size", None)
-    takes = getattr(tower, "main_input_name", "")
-    if size is None and takes != "pixel_values":
-        raise UserError(
-            f"{name}: expected a model with an image tower, found none that takes images of one size. Leave {VISION} out "
-            "of the hook point, or take a model of images."
-        )
-    if size is None or takes != "pixel_values":
-        raise UserError(
-            f"{name}: expected an image tower that takes pixel_values of a fixed image_size, found "
-            f"{type(tower).__name__}, which takes {takes} (image_size {size}). Take another model of images."
-        )
-    return _pair(size)
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def image_output(model: Any, pixels: torch.Tensor) -> torch.Tensor:
-    """Output of an image tower, given pixels (batch, 3, height, width).
-
-    Of a model with a text tower the embeddings (batch, d_embedding), of another the final hidden states (batch, position,
-    d_model).
-    """
-    output = (
-        model.get_image_features(pixel_values=pixels).pooler_output
-        if hasattr(model, "get_text_features")
-        else tower_of(model)(pixel_values=pixels).last_hidden_state
-    )
-    found: torch.Tensor = output
-    return found
-
-
-def tokens_before_patches(config: Any, height: int, width: int) -> int:
-    """Positions of an image tower before its first patch, of images of a size.
+def image_tower(config: Any, height: int, width: int) -> "ImageTower":
+    """An image tower's sizes, of a configuration alone.
 
     Args:
-        config: of a model of images.
+        config: of a model of images, or of images and text.
         height, width: of its images, in pixels.
 
     Raises:
         UserError: the tower does not take images of that size.
     """
-    part = copy.deepcopy(image_part(config))
-    own = _pair(part.image_size)
-    if hasattr(part, "num_hidden_layers"):
-        part.num_hidden_layers = 1  # all have the same positions
-    tower = without_weights(part)
+    tower = _tower_alone(config)
     image = structure_of(tower, VISION).image
     assert image is not None
-    if (height, width) != own:
+    if (height, width) != image.size:
         try:
             fake: Any = next(tower.parameters())
             with fake.fake_mode, torch.no_grad():
                 image_output(tower, torch.zeros(1, 3, height, width))
         except (ValueError, RuntimeError):
             raise UserError(
-                f"expected images of {own[0]} pixels (config.json), found a crop of {height} x {width} "
+                f"expected images of {image.size[0]} pixels (config.json), found a crop of {height} x {width} "
                 "(preprocessor_config.json). Fix one of them."
             ) from None
-    return image.prefix
+    return image
+
+
+def _tower_alone(config: Any) -> Any:
+    """The image tower of a configuration, of shapes alone, with one block: all have the same positions."""
+    config = copy.deepcopy(config)
+    part = image_part(config)
+    for name in _DEPTHS:
+        if hasattr(part, name):
+            setattr(part, name, 1)
+    if is_known(part):
+        return without_weights(part)
+    return tower_of(without_weights(config))
+
+
+_DEPTHS = ("num_hidden_layers", "depth")
+"""Names that the number of a tower's blocks has."""
 
 
 def body_of(model: Any, tower: str = "") -> str:
@@ -276,7 +252,7 @@ def _resolve(model: Any, trace: Trace, tower: str) -> Structure:
     for call in trace.calls:
         counts[call.path] = counts.get(call.path, 0) + 1
     config = image_part(model.config) if tower else model.config.get_text_config()
-    wanted = getattr(config, "num_hidden_layers", None)
+    wanted = next((getattr(config, name) for name in _DEPTHS if hasattr(config, name)), None)
     found: list[tuple[bool, bool, int, str, list[Call]]] = []
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module):
@@ -308,13 +284,15 @@ def _resolve(model: Any, trace: Trace, tower: str) -> Structure:
 
 def _image(model: Any, trace: Trace, first: Call) -> ImageTower:
     """Sizes of an image tower and where its embedding is given."""
-    size, patch = _image_size(model), _pair(image_part(model.config).patch_size)
+    size, patch = image_size(model), pair(image_part(model.config).patch_size)
     patches = (size[0] // patch[0]) * (size[1] // patch[1])
-    prefix = input_of(first).shape[1] - patches
+    stream = input_of(first).shape
+    positions = stream[1] if len(stream) > 2 else stream[0] // BATCH
+    prefix = positions - patches
     if prefix < 0:
         raise UserError(
-            f"{type(model).__name__}: expected a position for each of {patches} patches, found "
-            f"{input_of(first).shape[1]} positions. Take another model of images."
+            f"{type(model).__name__}: expected a position for each of {patches} patches, found {positions} positions. Take "
+            "another model of images."
         )
     embedding = None
     if hasattr(model, "get_text_features"):
@@ -326,7 +304,7 @@ def _image(model: Any, trace: Trace, first: Call) -> ImageTower:
             if node.origin is trace.result.origin
         )
         embedding = Place(call.path, "output", key)
-    return ImageTower(size, patch, prefix, embedding)
+    return ImageTower(size, patch, prefix, embedding, stream[-1], is_flat=len(stream) == 2)
 
 
 def _are_linked(runs: list[Call]) -> bool:

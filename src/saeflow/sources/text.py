@@ -27,6 +27,7 @@ from saeflow.sources.model_source import ModelSource
 from saeflow.sources.overlap import shared_contexts
 from saeflow.sources.packing import Packer, Piece
 from saeflow.sources.text_files import check_encoding
+from saeflow.sources.tokenizers import special_token
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,7 +38,6 @@ _CHARACTERS_AT_ONCE = 1 << 20
 _LOG_EVERY_S = 30
 _SPARE = 2
 """Evaluation contexts packed for each that is asked for, where some may be left out."""
-_OF_ENCODERS = {"bos": "cls", "eos": "sep"}
 
 
 def check(name: str, params: Mapping[str, Any], folder: Path) -> None:
@@ -179,28 +179,6 @@ def check_length(length: int, limit: int | None, where: str = "") -> None:
         raise UserError(
             f"{where}context_length: expected at most {limit} (the model's positions), found {length}. Lower it."
         )
-
-
-def special_token(tokenizer: Any, name: str) -> int:
-    """The token that begins ("bos") or ends ("eos") a text; of encoders such as BERT the one that they have in its place.
-
-    Raises:
-        UserError: the tokenizer has neither.
-    """
-    token = found_token(tokenizer, name)
-    if token is None:
-        hint = (
-            "set prepend_bos: false" if name == "bos" else "choose a model whose tokenizer has one"
-        )
-        raise UserError(f"tokenizer: it has no {name.upper()} token; {hint}.")
-    return token
-
-
-def found_token(tokenizer: Any, name: str) -> int | None:
-    """`special_token`, None where the tokenizer has none."""
-    token = getattr(tokenizer, f"{name}_token_id")
-    token = getattr(tokenizer, f"{_OF_ENCODERS[name]}_token_id") if token is None else token
-    return None if token is None else int(token)
 
 
 def _batches(

@@ -160,12 +160,9 @@ class VisionSource(ModelSource):
         """Width of the activations by hook point; what is not the residual stream's is asked of the model."""
         import torch
 
-        from saeflow.sources.architectures import image_part
         from saeflow.sources.hook_points import capture
-        from saeflow.sources.models import config_in, model_folder
 
-        config = image_part(config_in(model_folder(self.folder / "model", weights=False)))
-        found = dict.fromkeys(self.hook_points, int(config.hidden_size))
+        found = dict.fromkeys(self.hook_points, self.preprocessing.d_model)
         if others := [name for name in found if not HookPoint.parse(name).is_in_stream]:
             shape = (1, self.preprocessing.height, self.preprocessing.width, 3)
             pixels = torch.zeros(shape, dtype=torch.uint8, device=self.device)
@@ -174,9 +171,21 @@ class VisionSource(ModelSource):
         return found
 
     def prove(self, model: "nn.Module") -> None:
-        """Compare sums, neighbours, hidden states and final output of random images."""
+        """Count the rows that an image gives; compare sums, neighbours, hidden states and final output of random images."""
+        import torch
+
+        from saeflow.sources.hook_points import capture
         from saeflow.sources.proof import prove
 
+        shape = (1, self.preprocessing.height, self.preprocessing.width, 3)
+        given = self.model_input(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+        for name, x in capture(model, self.hook_points, given).items():
+            rows = (x[:, None] if x.ndim == 2 else x)[:, self.positions]
+            if rows.shape[:2] != (1, self.rows_per_context) or rows.ndim != 3:
+                raise UserError(
+                    f"{type(model).__name__}: {name}: expected {self.rows_per_context} rows of an image (image, position, width), "
+                    f"found {tuple(x.shape)}. Name another module, or set tokens to what it gives."
+                )
         logger.info("hook points proved: %s", prove(model, self.hook_points, VISION))
 
     def model_input(self, inputs: "Tensor") -> "Tensor":
