@@ -61,7 +61,7 @@ def image_size(model: Any) -> tuple[int, int]:
 
 
 def tower_output(tower: Any, pixels: Tensor, **asked: Any) -> Any:
-    """What a tower gives, of images (batch, 3, height, width) of one size.
+    """Run a tower on images (batch, 3, height, width) of one size.
 
     Args:
         tower: of `tower_of`.
