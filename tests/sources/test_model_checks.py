@@ -1,4 +1,4 @@
-"""What a model's own files tell before the first job: each mistake is one line of `saeflow validate`, with exit code 2."""
+"""Checks of a model's own files before the first job: each mistake is one line of `saeflow validate`, with exit code 2."""
 
 import re
 import sys
