@@ -50,6 +50,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no GPU"))
         if HEAVY_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.heavy)
+    # Files that take minutes come first: at the end no worker waits for the other's.
+    items.sort(key=lambda item: item.get_closest_marker("workflow") is None)
 
 
 @pytest.hookimpl(trylast=True)
