@@ -23,6 +23,7 @@ _HISTOGRAM = 0.5  # inches
 _BETWEEN = 0.2  # inches from the images of a line to those of the next
 _FADE = 0.6
 _OUTLINED = 0.5  # of the largest activation shown
+_KEY = 0.42  # inches below the cards, for the key of the masks
 
 
 def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
@@ -40,9 +41,12 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     n_images = max(len(pictures.arrays["pixels"][0]) for pictures in runs)
     width = style.TEXT_WIDTH / 2 - 0.1
     lines = -(-len(cards) // 2)
-    side = min((width - _HISTOGRAM) / n_images, (style.PAGE_HEIGHT - 0.05) / lines - _BETWEEN)
+    side = min(
+        (width - _HISTOGRAM) / n_images, (style.PAGE_HEIGHT - 0.05 - _KEY) / lines - _BETWEEN
+    )
     line = side + _BETWEEN
-    figure = new_page(line * lines + 0.05)
+    figure = new_page(line * lines + 0.05 + _KEY)
+    _key(axes_at(figure, style.TEXT_WIDTH - 2.1, line * lines + 0.1, 2.0, 0.09))
     data = []
     for place, (pictures, number) in enumerate(cards):
         card = pictures.facts["concepts"][number]
@@ -63,7 +67,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         )
     caption = (
         "Concept cards. Each line is one concept: the evaluation images it fires on most, faded where it "
-        "fires little and outlined where it fires above half of its largest activation shown, and the histogram of its "
+        "fires little and outlined where it fires above half of its largest activation shown (key at the bottom), and the histogram of its "
         "activations that are not 0 (logarithmic counts). Title: variant, number of the latent, on how many tokens "
         "it fires, how much of its activation lies on objects, and the nearest of some texts with its cosine, by what adding the concept's "
         "direction does to image embeddings. The class token (CLS), which stands for the whole image, is no part of the masks. "
@@ -98,6 +102,21 @@ def _outline(ax: Axes, mask: np.ndarray, shape: tuple[int, ...]) -> None:
         for i, x in np.argwhere(on[:, 1:] != on[:, :-1])
     ]
     ax.add_collection(LineCollection(lines, colors="#FF00C8", linewidths=0.8, clip_on=False))
+
+
+def _key(ax: Axes) -> None:
+    """Draw how an image looks under each share of the largest activation shown."""
+    steps = np.linspace(0, 1, 21)[None]
+    image = np.broadcast_to(np.uint8([40, 70, 120]), (1, steps.size, 3))
+    show(ax, faded(image, steps))
+    ax.set_aspect("auto")
+    _outline(ax, steps, image.shape)
+    ax.set_axis_on()
+    ax.spines[:].set_visible(False)
+    ax.set_yticks([])
+    ax.set_xticks([0, steps.size // 2, steps.size - 1], ["0", "0.5", "1"])
+    ax.tick_params(labelsize=5, length=1.5)
+    ax.set_xlabel("activation / the largest shown of the concept", fontsize=6, labelpad=1)
 
 
 def _title(pictures: Pictures, card: Mapping[str, Any]) -> str:
