@@ -12,16 +12,22 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pandas as pd
+import torch
 import yaml
 from tables import RESULTS
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+from contestant import Case
+from with_saeflow import build
 
 from saeflow.config import ROOT, load_params
 from saeflow.needs import one_pass
 from saeflow.saes import VARIANTS
 from saeflow.sources import english
-from saeflow.sources.tokenizers import load_tokenizer
+from saeflow.sources.models import load_tokenizer
 
 SOURCE = "smollm2"
 
@@ -70,6 +76,19 @@ def job_s() -> float:
     return statistics.median(times)
 
 
+def step_s() -> float:
+    """Seconds of a step of a TopK SAE so small that its products take next to no time, of a run from a store."""
+    small = Case(
+        variant="topk", d_in=16, d_sae=64, batch=64, k=4, density=0.0, dead=0.0, steps=2000, threads=1
+    )  # fmt: skip
+    torch.set_num_threads(small.threads)
+    loop = build(small, small.batches())
+    loop()  # kernels are compiled
+    began = time.perf_counter()
+    loop()
+    return (time.perf_counter() - began) / small.steps
+
+
 def steps() -> dict[str, dict[str, float]]:
     """By variant and d_sae: encoder products that our step costs."""
     every = table("steps", "Steps")
@@ -94,6 +113,7 @@ def main() -> None:
         "store_read_gb_s": round(float(reads[reads.index.str.contains("first epoch")].iloc[0]), 2),
         "store_write_gb_s": round(float(writes.iloc[0]), 2),
         "job_s": round(job_s(), 1),
+        "step_s": float(f"{step_s():.2g}"),
         "steps": steps(),
     }
     text = "# What `saeflow plan` counts with; by `python benchmarks/rates.py`.\n"

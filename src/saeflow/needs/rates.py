@@ -10,7 +10,7 @@ from saeflow.config import read_yaml
 from saeflow.errors import UserError
 
 NUMBERS = (
-    "product_gflops", "forward_gflops", "images_s", "tokens_s", "store_read_gb_s", "store_write_gb_s", "job_s"
+    "product_gflops", "forward_gflops", "images_s", "tokens_s", "store_read_gb_s", "store_write_gb_s", "job_s", "step_s"
 )  # fmt: skip
 
 
@@ -31,6 +31,8 @@ class Rates:
     store_write_gb_s: float
     job_s: float
     """Seconds a job takes to start."""
+    step_s: float
+    """Seconds of a training step whose products take none."""
     steps: Mapping[str, Mapping[int, float]]
     """By variant and d_sae: encoder products that a training step costs."""
     arithmetic: tuple[str, ...] = ()

@@ -181,6 +181,7 @@ class Needs:
             cost = self.rates.step_products(run.variant, run.d_sae)
             rows = run.training.steps * run.training.batch_size
             seconds += rows * (cost * product + row_bytes / self.rates.store_read_gb_s / 1e9)
+            seconds += run.training.steps * self.rates.step_s
             disk += weights
             trained = _WORDS_TRAINED * weights / weight_parts + batch / batch_parts
             memory = max(memory, _PROCESS + trained)
