@@ -107,7 +107,7 @@ def _outline(ax: Axes, mask: np.ndarray, shape: tuple[int, ...]) -> None:
 def _key(ax: Axes) -> None:
     """Draw how an image looks under each share of the largest activation shown."""
     steps = np.linspace(0, 1, 21)[None]
-    image = np.broadcast_to(np.uint8([40, 70, 120]), (1, steps.size, 3))
+    image = np.broadcast_to(np.array([40, 70, 120], dtype=np.uint8), (1, steps.size, 3))
     show(ax, faded(image, steps))
     ax.set_aspect("auto")
     _outline(ax, steps, image.shape)
