@@ -23,6 +23,7 @@ from saeflow.starter import Asked, write_first
 
 from .sources.fake_hub import NAME, SHA, serving
 from .sources.test_towers import saved
+from .sources.test_wrappers import processor_file, wrapper
 from .workflow.test_text import make_model
 
 DOCUMENTS = list(pydoc_data.topics.topics.values())
@@ -138,6 +139,24 @@ def test_an_images_rows_are_those_that_its_tower_has(
     (tmp_path / "inputs").mkdir()
     wanted = {split: store[f"{split}_rows"] for split in ("train", "evaluation")}
     prepare_inputs(source, wanted, local, tmp_path / "inputs")
+
+
+def test_a_tower_of_images_of_any_size_gets_one(tmp_path: Path) -> None:
+    """Qwen2.5-VL's: the largest square below 16 merged patches that its own processor would leave as it is."""
+    local = tmp_path / "tower"
+    wrapper("qwen2_5_vl").save_pretrained(local)
+    limits = {"shortest_edge": 256, "longest_edge": 1100}
+    (local / "preprocessor_config.json").write_text(processor_file("Qwen2VL", size=limits, patch_size=4))  # fmt: skip
+    (tmp_path / "images").mkdir()
+    for number in range(60):
+        Image.new("RGB", (40, 30 + number)).save(tmp_path / "images" / f"{number}.png")
+    write_first(Asked(str(local), images=tmp_path / "images"), tmp_path / "mine")
+    params = load_params(tmp_path / "mine/params.yaml")
+    checked_plan(params)
+    source, store = params["sources"]["tower"], params["stores"]["tower"]
+    assert (source["model"]["image_size"], source["tokens"]) == (32, "patches")
+    assert source["hook_points"] == ["vision.blocks.1.resid_post"]
+    assert store["train_rows"] + store["evaluation_rows"] == 60 * 64
 
 
 def test_a_model_of_the_hub_is_pinned_at_its_newest_commit(model: Path, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def _model(asked: Asked) -> _Model:
         revision = revision or hub.newest_commit(name, "model")
         entry = {"hub": name, "revision": revision}
         folder = hub.config_file(name, revision).parent
-    from saeflow.sources.architectures import image_part, predicts_tokens
+    from saeflow.sources.architectures import depth_of, image_part, predicts_tokens
 
     shape = config_shape(folder / "config.json")
     config = config_in(folder)
@@ -147,26 +147,30 @@ def _model(asked: Asked) -> _Model:
     if is_image:
         if "hub" in entry:
             hub.snapshot(entry["hub"], entry["revision"], list(_TOKENIZER))
-        tokens, length = _rows_of_images(folder, asked.hook_point)
+        width, tokens, length, more = _of_tower(folder, asked.hook_point)
+        entry |= more
     else:
         part = config.get_text_config()
+        width = int(part.hidden_size)
         length = min(_CONTEXT_LENGTH, getattr(part, "max_position_embeddings", _CONTEXT_LENGTH))
     name = re.sub("[^a-z0-9]+", "-", named.partition("@")[0].rstrip("/").rpartition("/")[2].lower())
     n_blocks = shape.n_blocks if is_image == shape.is_of_images else None
     return _Model(
-        entry, folder, name.strip("-")[:60] or "model", is_image, n_blocks or int(part.num_hidden_layers),
-        int(part.hidden_size), length, tokens, not is_image and predicts_tokens(config),
+        entry, folder, name.strip("-")[:60] or "model", is_image, n_blocks or depth_of(part) or 1,
+        width, length, tokens, not is_image and predicts_tokens(config),
     )  # fmt: skip
 
 
-def _rows_of_images(folder: Path, hook_point: str) -> tuple[str, int]:
-    """`tokens` that fit a model (patches alone where no CLS token, or registers, stand before them), and rows of an image."""
+def _of_tower(folder: Path, hook_point: str) -> tuple[int, str, int, dict[str, int]]:
+    """Width of an image tower, `tokens` that fit it (patches where no CLS token, or registers, stand before them), rows of an
+    image, and the size of images where it takes any."""
     from saeflow.sources.preprocessing import load_preprocessing
     from saeflow.sources.vision import rows_per_context
 
-    found = load_preprocessing(folder)
+    found = load_preprocessing(folder, choose=True)
     tokens = "cls" if hook_point == EMBEDDING else "all" if found.prefix == 1 else "patches"
-    return tokens, rows_per_context({"tokens": tokens}, found)
+    rows = rows_per_context({"tokens": tokens}, found)
+    return found.d_model, tokens, rows, {"image_size": found.height} if found.any_size else {}
 
 
 def _check_kind(asked: Asked, is_image: bool) -> None:

@@ -1,6 +1,7 @@
 """Mistakes that stop the real workflow before its first job, and paths that only look like mistakes."""
 
 import copy
+import pydoc_data.topics
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 
 from .conftest import SYNTHETIC, Project
+from .test_text import PARAMS as TEXT
+from .test_text import make_model
 from .test_vision import PARAMS as VISION
 
 pytestmark = pytest.mark.workflow
@@ -29,6 +32,27 @@ def test_a_path_with_spaces_quotes_and_braces_works_and_a_missing_device_does_no
     project.write(SYNTHETIC)
     project.snakemake(FIRST)
     assert (folder / FIRST).exists()
+
+
+def test_a_hook_point_that_a_local_model_lacks_stops_before_the_first_job(tmp_path: Path) -> None:
+    project = Project(tmp_path, TEXT)
+    documents = list(pydoc_data.topics.topics.values())[:40]
+    make_model(project.folder / "model", documents)
+    for number in range(2):
+        (project.folder / f"{number}.txt").write_text("\n\n".join(documents), encoding="utf-8")
+    target = "results/sources/gpt2/model/provenance.json"
+    params = copy.deepcopy(TEXT)
+    params["sources"]["gpt2"]["hook_points"] += ["module.transformer.h.1.attn.output.7"]
+    project.write(params)
+    said = project.snakemake(target, code=2)
+    assert [line for line in said.splitlines() if line.startswith("error:")] == [
+        "error: sources.gpt2: GPT2LMHeadModel: module.transformer.h.1.attn.output.7: the module gives 2 values (0..1), found "
+        "output.7. Choose one below 2."
+    ]
+    assert "Traceback" not in said
+    assert not (project.folder / "results").exists()
+    project.write(TEXT)
+    project.snakemake(target)
 
 
 def last_line(said: str) -> str:

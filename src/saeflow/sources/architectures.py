@@ -84,6 +84,15 @@ def part_of(config: Any) -> dict[str, str]:
     return {}
 
 
+DEPTHS = ("num_hidden_layers", "depth")
+"""Names that the number of blocks has in the configuration of a language part or of a tower."""
+
+
+def depth_of(config: Any) -> int | None:
+    """The number of blocks that a part's configuration states, if it does."""
+    return next((getattr(config, name) for name in DEPTHS if hasattr(config, name)), None)
+
+
 def image_part(config: Any) -> Any:
     """The configuration of the image tower; of a model of images its own."""
     return getattr(config, "vision_config", None) or config

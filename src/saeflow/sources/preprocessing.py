@@ -71,6 +71,8 @@ class Preprocessing:
     """Positions of the model before the first patch: 1 with a CLS token, more with registers."""
     d_model: int = 0
     """Width of the tower's residual stream."""
+    any_size: bool = False
+    """The model takes images of any size; this is the one that was asked for."""
     half: bool = False
     """Rescaling and normalising are rounded to bfloat16, as Llama 4's processor does."""
 
@@ -80,8 +82,12 @@ class Preprocessing:
         return self.height // self.patch, self.width // self.patch
 
 
-def load_preprocessing(model: Path) -> Preprocessing:
+def load_preprocessing(model: Path, *, choose: bool = False) -> Preprocessing:
     """Read what a fetched image model wants of an image.
+
+    Args:
+        model: its folder.
+        choose: let a model that takes images of any size have a usual one, where none is asked for.
 
     Raises:
         UserError: its preprocessor_config.json is missing, does not fit the model, or asks for something else than
@@ -124,13 +130,15 @@ def load_preprocessing(model: Path) -> Preprocessing:
             )
         processor = _processor(kind, raw, files)
         if kind == _ANY_SIZE:
-            _to_square(processor, asked, part, local)
+            _to_square(processor, asked, part, local, choose=choose)
         found = _preprocessing(processor, int(part.patch_size), local)
     try:
         image = image_tower(config, found.height, found.width)
     except UserError as error:
         raise error.within(local) from None
-    return replace(found, prefix=image.prefix, d_model=image.d_model, half=kind == _TILES)
+    return replace(
+        found, prefix=image.prefix, d_model=image.d_model, half=kind == _TILES, any_size=kind == _ANY_SIZE
+    )  # fmt: skip
 
 
 def _kind(raw: Mapping[str, Any], model_type: str, where: Path) -> str:
@@ -166,7 +174,7 @@ def _processor(kind: str, raw: Mapping[str, Any], files: Path) -> Any:
     return transformers.SiglipImageProcessorPil(**(defaults | given))
 
 
-def _to_square(processor: Any, side: int | None, part: Any, where: Path) -> None:
+def _to_square(processor: Any, side: int | None, part: Any, where: Path, *, choose: bool) -> None:
     """Let a processor that takes any size bring images to a square: the shorter side to its own, then its middle.
 
     Raises:
@@ -190,11 +198,13 @@ def _to_square(processor: Any, side: int | None, part: Any, where: Path) -> None
         -(-math.isqrt(max(least - 1, 0)) // unit) * unit or unit,
         math.isqrt(most) // unit * unit,
     )
+    usual = min(max(sides[0], 16 * unit), sides[1])
+    side = usual if choose and side is None else side
     if side is None or side % unit or not least <= side * side <= most:
         raise UserError(
             f"model.image_size: expected a multiple of {unit} from {sides[0]} to {sides[1]}, the side in pixels of the square that "
             f"images are brought to, as {where} takes images of any size, found {side}. Set it, such as "
-            f"{min(max(sides[0], 16 * unit), sides[1])}."
+            f"{usual}."
         )
     processor.do_resize = processor.do_center_crop = True
     processor.size = SizeDict(shortest_edge=side)

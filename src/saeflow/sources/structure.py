@@ -20,7 +20,14 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from saeflow.errors import UserError
-from saeflow.sources.architectures import architecture, image_part, is_known, tower_of
+from saeflow.sources.architectures import (
+    DEPTHS,
+    architecture,
+    depth_of,
+    image_part,
+    is_known,
+    tower_of,
+)
 from saeflow.sources.blocks import (
     BATCH,
     LENGTH,
@@ -185,16 +192,12 @@ def _tower_alone(config: Any) -> Any:
     """The image tower of a configuration, of shapes alone, with one block: all have the same positions."""
     config = copy.deepcopy(config)
     part = image_part(config)
-    for name in _DEPTHS:
+    for name in DEPTHS:
         if hasattr(part, name):
             setattr(part, name, 1)
     if is_known(part):
         return without_weights(part)
     return tower_of(without_weights(config))
-
-
-_DEPTHS = ("num_hidden_layers", "depth")
-"""Names that the number of a tower's blocks has."""
 
 
 def body_of(model: Any, tower: str = "") -> str:
@@ -252,7 +255,7 @@ def _resolve(model: Any, trace: Trace, tower: str) -> Structure:
     for call in trace.calls:
         counts[call.path] = counts.get(call.path, 0) + 1
     config = image_part(model.config) if tower else model.config.get_text_config()
-    wanted = next((getattr(config, name) for name in _DEPTHS if hasattr(config, name)), None)
+    wanted = depth_of(config)
     found: list[tuple[bool, bool, int, str, list[Call]]] = []
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module):
