@@ -10,7 +10,7 @@ import pytest
 
 from .conftest import SYNTHETIC, Project
 from .test_text import PARAMS as TEXT
-from .test_text import make_model
+from .test_text import SCORER, make_model
 from .test_vision import PARAMS as VISION
 
 pytestmark = pytest.mark.workflow
@@ -40,6 +40,7 @@ def test_a_hook_point_that_a_local_model_lacks_stops_before_the_first_job(tmp_pa
     make_model(project.folder / "model", documents)
     for number in range(2):
         (project.folder / f"{number}.txt").write_text("\n\n".join(documents), encoding="utf-8")
+    (project.folder / "own_scorer.py").write_text(SCORER)
     target = "results/sources/gpt2/model/provenance.json"
     params = copy.deepcopy(TEXT)
     params["sources"]["gpt2"]["hook_points"] += ["module.transformer.h.1.attn.output.7"]

@@ -33,7 +33,8 @@ def check_source_model(params: Mapping[str, Any], folder: Path) -> None:
     if "folder" in model:
         local = Path(model["folder"])
         check_structure(local, params["hook_points"])
-        _check_ends(local, params["hook_points"], prepend_bos=bool(params.get("prepend_bos")))
+        begins = bool(params.get("prepend_bos"))
+        check_ends(local, params["hook_points"], prepend_bos=begins, must_load=True)
     elif "hub" in model:
         from huggingface_hub import try_to_load_from_cache
 
@@ -99,29 +100,30 @@ def _run_on_shapes(model: Any, modules: list[str]) -> None:
             logger.debug("%s: not run on shapes (%s)", type(model).__name__, error)
 
 
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-
-
-def check_end(local: Path, hook_points: Iterable[str]) -> None:
-    """Check that a language model's tokenizer, where there is one, has the token that ends a text.
+def check_ends(
+    local: Path, hook_points: Iterable[str], *, prepend_bos: bool = False, must_load: bool = False
+) -> None:
+    """Check that a language model's tokenizer has the token that ends a text, and the one that begins it where it is used.
 
     Args:
         local: folder of the model.
         hook_points: those of a source; an image tower needs no tokenizer.
+        prepend_bos: contexts begin with the tokenizer's BOS.
+        must_load: refuse a tokenizer that cannot be read, too; else it is refused where it is used.
 
     Raises:
-        UserError: the tokenizer cannot be read, or has no such token.
+        UserError: the tokenizer has no such token.
     """
-    if any((local / name).is_file() for name in _TOKENIZERS):
-        _check_ends(local, hook_points, prepend_bos=False)
-
-
-def _check_ends(local: Path, hook_points: Iterable[str], *, prepend_bos: bool) -> None:
     from saeflow.sources.models import load_tokenizer
     from saeflow.sources.tokenizers import special_token
 
     if all(name.startswith(VISION) for name in hook_points):
         return
-    tokenizer = load_tokenizer(local)
+    try:
+        tokenizer = load_tokenizer(local)
+    except UserError:
+        if must_load:
+            raise
+        return
     for name in ("bos", "eos") if prepend_bos else ("eos",):
         special_token(tokenizer, name)

@@ -20,7 +20,7 @@ from saeflow.shapes import Shape, check_config, config_shape, gguf_shape
 from saeflow.sources import gguf_files, hub
 from saeflow.sources.layouts import check_shape
 from saeflow.sources.loading import check_weights, one_line
-from saeflow.sources.model_checks import check_end, check_structure
+from saeflow.sources.model_checks import check_ends, check_structure
 
 if TYPE_CHECKING:
     from torch import nn
@@ -104,7 +104,7 @@ def _link_to_hub(model: Model, hook_points: Iterable[str], folder: Path, workers
     check_config(model, config.parent)
     notes = check_structure(config.parent, hook_points)
     local = hub.snapshot(name, revision, list(FILES))
-    check_end(local, hook_points)
+    check_ends(local, hook_points)
     write_json(folder / LINK, {"model": dict(model), "files": _digests(local)})
     return notes
 
@@ -114,7 +114,7 @@ def _link_to_folder(model: Model, hook_points: Iterable[str], folder: Path, work
     check_shape(config_shape(path / "config.json"), hook_points, str(path))
     notes = check_structure(path, hook_points)
     files = _digests(path)
-    check_end(path, hook_points)
+    check_ends(path, hook_points)
     write_json(folder / LINK, {"model": dict(model), "files": files})
     return notes
 
