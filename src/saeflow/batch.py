@@ -23,9 +23,9 @@ class Batch:
     target: Tensor
 
     @staticmethod
-    def of(x: Tensor) -> "Batch":
-        """Return rows that are their own targets."""
-        return Batch(x, x)
+    def of(rows: "Batch | Tensor") -> "Batch":
+        """Return a batch as it is, and a tensor as rows that are their own targets."""
+        return rows if isinstance(rows, Batch) else Batch(rows, rows)
 
     @property
     def has_own_target(self) -> bool:

@@ -5,13 +5,17 @@ import inspect
 import re
 
 import pytest
+import torch
 
-from saeflow.saes import SAE, VARIANTS, contract
+from saeflow.batch import Batch
+from saeflow.saes import SAE, VARIANTS, build, contract
 from saeflow.saes.contract import Contract
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.per_input_k import PerInputK
 from saeflow.saes.totals import Totals
 from saeflow.saes.use import Usable
+
+from .test_variants import CASES
 
 CLASSES = sorted({FollowsDensity, PerInputK, *VARIANTS.values()}, key=lambda one: one.__name__)
 
@@ -36,3 +40,15 @@ def test_the_checklist_names_parts_of_the_contract() -> None:
     known = {*vars(Contract), *Contract.__annotations__}
     assert {"activate", "losses", "select", "fold_scale"} <= named
     assert named - known == {"Forward", "Totals", "Moving"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_are_set_alike_from_a_batch_and_from_its_rows(name: str) -> None:
+    variant, options = CASES[name]
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)) + 1
+    first, second = (build(variant, 8, 32, options) for _ in range(2))
+    first.initialise(Batch.of(x), torch.Generator().manual_seed(0))
+    second.initialise(x, torch.Generator().manual_seed(0))
+    found = second.state_dict()
+    for key, value in first.state_dict().items():
+        assert torch.equal(found[key], value), key

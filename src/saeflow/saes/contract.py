@@ -91,8 +91,13 @@ class Contract(Totals):
 
     # Before training.
 
-    def initialise(self, batch: Batch, generator: torch.Generator) -> None:
-        """Set weights before the first step, from a batch of training rows; see `saes.initialisation`."""
+    def initialise(self, batch: Batch | Tensor, generator: torch.Generator) -> None:
+        """Set weights before the first step, from a batch of training rows; see `saes.initialisation`.
+
+        Args:
+            batch: as the SAE sees them; a tensor (B, d_in) of rows that are their own targets does too.
+            generator: of all that is drawn.
+        """
         initialise(self, self.initialisation, batch, generator)
 
     def take_probe(self, folder: Path, inputs: InputScale) -> None:

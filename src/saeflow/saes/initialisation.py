@@ -22,7 +22,9 @@ INITIALISATION = (
 SHORT = 0.1  # length of a row, dictionary_learning's AutoEncoder
 
 
-def initialise(sae: "Contract", how: str, batch: Batch, generator: torch.Generator) -> None:
+def initialise(
+    sae: "Contract", how: str, batch: Batch | torch.Tensor, generator: torch.Generator
+) -> None:
     """Set W_enc, b_enc, W_dec and b_dec; where targets have another width than inputs, W_enc has directions of its own.
 
     Args:
@@ -44,7 +46,7 @@ def initialise(sae: "Contract", how: str, batch: Batch, generator: torch.Generat
         if how in ("zero_bias", "short"):
             sae.b_dec.zero_()
         else:
-            sae.b_dec.copy_(geometric_median(batch.target))
+            sae.b_dec.copy_(geometric_median(Batch.of(batch).target))
 
 
 def directions(count: int, width: int, generator: torch.Generator) -> torch.Tensor:

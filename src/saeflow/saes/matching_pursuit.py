@@ -58,9 +58,9 @@ class MatchingPursuit(SAE):
         self.register_buffer("threshold", torch.tensor(options.residual_threshold))
 
     @torch.no_grad()
-    def initialise(self, batch: Batch, generator: torch.Generator) -> None:
+    def initialise(self, batch: Batch | Tensor, generator: torch.Generator) -> None:
         self.W_dec.copy_(directions(self.d_sae, self.d_in, generator))
-        self.b_dec.copy_(geometric_median(batch.target))
+        self.b_dec.copy_(geometric_median(Batch.of(batch).target))
 
     def condition(self, x: Tensor) -> Tensor | None:
         return (x - self.b_dec).to(self.W_dec.dtype)

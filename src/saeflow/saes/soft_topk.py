@@ -146,7 +146,7 @@ class SoftTopK(PerInputK):
             for parameter in (*self.hidden.parameters(), *self.output.parameters()):
                 parameter.zero_()
 
-    def initialise(self, batch: Batch, generator: torch.Generator) -> None:
+    def initialise(self, batch: Batch | Tensor, generator: torch.Generator) -> None:
         super().initialise(batch, generator)
         width = len(self.hidden.weight)
         with torch.no_grad():

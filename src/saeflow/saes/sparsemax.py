@@ -136,7 +136,7 @@ class Sparsemax(SAE):
         if self.is_zeroed:
             self.register_buffer("batches", torch.zeros(()))
 
-    def initialise(self, batch: Batch, generator: torch.Generator) -> None:
+    def initialise(self, batch: Batch | Tensor, generator: torch.Generator) -> None:
         if not self.is_shared:
             return super().initialise(batch, generator)
         maps = [matrix for matrix in (self.W_K, self.W_V, self.W_Q) if matrix is not None]
