@@ -1,6 +1,7 @@
 """Every job of a plan: one method each, which states all that the job depends on.
 
 A new job is a method here, a command in `saeflow.cli` and a rule in workflow/rules, which passes the method's result on.
+The file is one list of methods, which is why it is longer than others.
 """
 
 import functools
