@@ -95,7 +95,7 @@ def _run_on_shapes(model: Any, modules: list[str]) -> None:
                 capture(model, names, torch.zeros(1, 3, *image_size(model)) if tower else ids)
         except UserError:
             raise
-        except (RuntimeError, TypeError, ValueError, LookupError, NotImplementedError) as error:
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
             # Shapes alone do not run it (mixtures of experts ask which experts have tokens); its weights will.
             logger.debug("%s: not run on shapes (%s)", type(model).__name__, error)
 
