@@ -97,6 +97,6 @@ bench-gpu:
 torture: setup
 	OMP_NUM_THREADS=1 python benchmarks/torture.py
 
-# Every variant on data whose truth is known; hours.
+# Every variant on data whose truth is known, in as many processes as there are cores.
 truth: setup
 	python benchmarks/truth.py

@@ -1,5 +1,9 @@
 """Settings of `truth.py`: the synthetic data, the budget, and the options of every SAE."""
 
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from saeflow.config import TrainingConfig
@@ -49,7 +53,8 @@ ATTENTION = {
 }  # fmt: skip
 ENTRIES: dict[str, list[dict[str, Any]]] = {
     "topk": [TOPK],
-    "batch_topk": [BATCH_TOPK, *({**BATCH_TOPK, "k": k} for k in (5, 7))],
+    # Enough settings for an L0 on either side of what the other SAEs find.
+    "batch_topk": [BATCH_TOPK, *({**BATCH_TOPK, "k": k} for k in (4, 5, 7, 8, 18, 80))],
     "matryoshka": [{**BATCH_TOPK, "groups": {"fractions": [0.125, 0.25]}}],
     "topk-all": [{**TOPK, "budgets": "all"}],
     "batch_topk-pool": [{**BATCH_TOPK, "pool": 8.0}],
@@ -132,3 +137,51 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
 """Options by SAE, one or more settings each; `NAME-...` is of the variant NAME."""
 SCALES = {"soft_topk-paper": "unit", "adaptive_k-paper": "raw"}
 """Input scales that are not TRAINING's: those that the released code of a paper trains in."""
+ORACLE = "oracle"
+"""TopK with each row's true number; it has TopK's settings."""
+
+
+def options_of(sae: str) -> list[dict[str, Any]]:
+    """Return the settings of an SAE's options."""
+    return ENTRIES["topk" if sae == ORACLE else sae]
+
+
+def variant_of(sae: str) -> str:
+    return "topk" if sae == ORACLE else sae.partition("-")[0]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run: a world, an SAE, the number of one of its settings, and a seed."""
+
+    law: str
+    sae: str
+    setting: int
+    seed: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return options_of(self.sae)[self.setting]
+
+    @property
+    def training(self) -> TrainingConfig:
+        """The budget, in the SAE's own input scale."""
+        return replace(TRAINING, input_scale=SCALES.get(self.sae, TRAINING.input_scale))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides a run besides the code."""
+        return {
+            "source": {**SOURCE, **LAWS[self.law]}, "rows": ROWS, "d_sae": D_SAE, "sae": self.sae,
+            "options": self.options, "seed": self.seed, "training": dataclasses.asdict(self.training),
+            "probe_rows": PROBE_ROWS,
+        }  # fmt: skip
+
+
+def tasks_of(laws: Sequence[str], saes: Sequence[str], seeds: Sequence[int]) -> list[Task]:
+    """Return all runs of some worlds, SAEs and seeds, one world after the other."""
+    return [
+        Task(law, sae, setting, seed)
+        for law, seed, sae in itertools.product(laws, seeds, saes)
+        for setting in range(len(options_of(sae)))
+    ]
