@@ -6,7 +6,16 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
-from saeflow.config import ImportConfig, SAEConfig, draw_of, expand_runs, imports, n_windows
+from saeflow.config import (
+    ImportConfig,
+    SAEConfig,
+    draw_of,
+    expand_runs,
+    imports,
+    n_windows,
+    trial_of,
+    without_trial,
+)
 from saeflow.sources import SourceKind, kind_of
 
 
@@ -145,6 +154,43 @@ class Plan:
         """The run of a guide's setting with a seed, if there is one."""
         name = f"{setting_of(guide)}-seed{seed}"
         return name if name in self.evaluated else None
+
+    @cached_property
+    def sweeps(self) -> list[dict[str, Any]]:
+        """Settings of entries with `ranges`: of each its trials, with the runs of all seeds."""
+        found: dict[str, dict[str, Any]] = {}
+        for run in self.runs.values():
+            number = trial_of(run.name)
+            if number is None:
+                continue
+            setting = setting_of(run.name)
+            ids = {
+                "source": run.source, "hook_point": run.hook_point, "d_sae": run.d_sae, "entry": run.entry,
+                "variant": run.variant,
+            }  # fmt: skip
+            trials = found.setdefault(without_trial(setting), ids | {"trials": {}})["trials"]
+            known = {"trial": number, "setting": _label(setting), "drawn": self._drawn(run)}
+            trials.setdefault(number, known | {"runs": []})["runs"].append(run.name)
+        return [
+            one | {"trials": [one["trials"][number] for number in sorted(one["trials"])]}
+            for _, one in sorted(found.items())
+        ]
+
+    def _drawn(self, run: SAEConfig) -> str:
+        """Values that a trial has for the keys of its entry's ranges."""
+        known = {**vars(run.training), **run.options}
+        values = {key: known[key] for key in self.params["saes"][run.entry]["ranges"]}
+        return ", ".join(
+            f"{key} {value:g}" if isinstance(value, int | float) else f"{key} {value}"
+            for key, value in values.items()
+        )
+
+    @property
+    def tried(self) -> list[str]:
+        """The runs that `sweeps` names."""
+        return [
+            run for setting in self.sweeps for trial in setting["trials"] for run in trial["runs"]
+        ]
 
     @property
     def compared(self) -> list[str]:

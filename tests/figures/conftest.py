@@ -390,6 +390,7 @@ class Bench:
             write(folder / f"{name}.csv", columns_of(name), measured(self.extra[name]))
         write(folder / "stability.csv", columns_of("stability"), self.stability)
         write(folder / "rivals.csv", columns_of("rivals"), self.rivals)
+        write(folder / "sweeps.csv", columns_of("sweeps"), [])
         for name in tables_of("interpret"):
             write(folder / f"{name}.csv", columns_of(name), self.of_latents[name])
         write(folder / "options.csv", columns_of("options"), self.options)

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from saeflow.config import ROOT, load_params
+from saeflow.config.schema import params_schema
 from saeflow.jobs import Job, Jobs
 from saeflow.jobs.code import FOLDER
 from saeflow.plan import Plan
@@ -62,6 +63,12 @@ def test_a_stage_depends_on_what_its_jobs_declare(stage: str, every: list[Job]) 
 def test_a_stage_has_no_output_that_no_job_writes(stage: str, every: list[Job]) -> None:
     written = {"/".join(job.path.parts[:2]) for job in every if stage_of(job) == stage}
     assert outs(stage) == written
+
+
+def test_a_stage_depends_on_every_section_of_the_parameters() -> None:
+    """`runtime` decides how jobs run; of it the precision alone decides what they give."""
+    named = {name for stage in STAGES.values() for name in stage["params"]}
+    assert named == set(params_schema()["properties"]) - {"runtime"} | {"runtime.precision"}
 
 
 def test_a_stage_asks_for_its_own_step() -> None:

@@ -76,12 +76,13 @@ def _is_no_code(frame: FrameType | None) -> bool:
 
 @pytest.fixture(scope="module")
 def params(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-    """The small synthetic workflow with a page, probes of latents, two seeds and a rival, in a folder of its own."""
+    """The small synthetic workflow with a page, probes of latents, two seeds and a tuned rival, in a folder of its own."""
     values = yaml.safe_load(SMALL.read_text())
     found = {"mean_l0_of": "adaptive-k/d128-seed0"}
-    guided = values["saes"]["topk"] | {"options": {"k": found}}
+    guided = values["saes"]["topk"] | {"options": {"k": found}, "ranges": {"lr": [1.0e-4, 1.0e-2]}}
+    values["sweep"] = {"trials": 2, "l0": 8}
     values["saes"] = {"adaptive-k": values["saes"]["adaptive-k"], "topk-guided": guided}
-    values["figures"]["names"] += ["headline", "table_headline"]
+    values["figures"]["names"] += ["headline", "table_headline", "table_sweep"]
     values["seeds"] = [0, 1]
     values["training"]["tokens"] = 8192
     values["stores"]["synthetic"] |= {"train_rows": 8192, "evaluation_rows": 1024}
@@ -131,6 +132,7 @@ def test_what_ran_is_what_the_key_digests(params: dict[str, Any]) -> None:
         "baselines",
         "stability",
         "rivals",
+        "choose",
         "collect",
         "draw",
         "report",

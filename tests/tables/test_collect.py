@@ -102,7 +102,7 @@ def test_order_of_the_arguments_changes_no_byte(
     assert names == [
         "absorption.csv", "classification.csv", "classification.md", "classification.tex", "complexity.csv", "contexts.csv", "controls.csv", "detection.csv", "dimension.csv", "dimension_bins.csv",
         "histograms.csv", "intervals.csv",
-        "metrics.csv", "metrics.json", "options.csv", "probes.csv", "probing.csv", "rivals.csv", "stability.csv", "summary.csv", "summary.md", "summary.tex", "training.csv", "unmeasured.csv",
+        "metrics.csv", "metrics.json", "options.csv", "probes.csv", "probing.csv", "rivals.csv", "stability.csv", "summary.csv", "summary.md", "summary.tex", "sweeps.csv", "training.csv", "unmeasured.csv",
     ]  # fmt: skip
     for name in names:
         assert (one / name).read_bytes() == (two / name).read_bytes(), name

@@ -231,6 +231,22 @@ rule compare_rivals:
         "python -m saeflow rivals {params.task:q} 2>&1 | tee {log}"
 
 
+rule choose_trials:
+    input:
+        lambda w: jobs.sweeps().inputs,
+    output:
+        sweeps="results/evaluations/sweeps/sweeps.csv",
+        record="results/evaluations/sweeps/provenance.json",
+    log:
+        "logs/choose_trials.log",
+    conda:
+        environment("model")
+    params:
+        task=lambda w: task(jobs.sweeps()),
+    shell:
+        "python -m saeflow choose {params.task:q} 2>&1 | tee {log}"
+
+
 rule collect_tables:
     input:
         jobs.tables().inputs,

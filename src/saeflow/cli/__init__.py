@@ -58,6 +58,7 @@ JOBS: dict[str, Command] = {
     "baselines": evaluation.baselines,
     "stability": evaluation.stability,
     "rivals": evaluation.rivals,
+    "choose": evaluation.choose,
     "collect": evaluation.collect,
     "draw": figures.draw,
     "report": figures.report,

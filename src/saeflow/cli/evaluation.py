@@ -162,7 +162,7 @@ def stability(task: Task, runtime: RuntimeJson, threads: Threads) -> None:
 def rivals(task: Task) -> None:
     """Compare SAEs that find their own k with those that are trained at the L0 that they found."""
     from saeflow.evaluation.rivals import control_lines, rival_lines
-    from saeflow.tables.evaluations import write_rivals
+    from saeflow.tables.evaluations import write_lines
 
     asked = read_task(task)
     folders = dict(zip(asked.params["runs"], asked.many("evaluations"), strict=True))
@@ -174,7 +174,21 @@ def rivals(task: Task) -> None:
     with job_of(asked, "rivals") as job:
         lines = [line for one in comparisons for line in rival_lines(one, folders, settings)]
         lines += [line for one in own.values() for line in control_lines(one, folders, settings)]
-        write_rivals(job.path, lines)
+        write_lines(job.path, "rivals", lines)
+
+
+def choose(task: Task) -> None:
+    """Choose among the trials of tuned SAEs, and report on other documents, images or samples."""
+    from saeflow.evaluation.sweeps import trial_lines
+    from saeflow.tables.evaluations import write_lines
+
+    asked = read_task(task)
+    folders = dict(zip(asked.params["runs"], asked.many("evaluations"), strict=True))
+    sweep, bootstrap = asked.params["sweep"], asked.params["bootstrap"]
+    with job_of(asked, "choose") as job:
+        settings = asked.params["settings"]
+        lines = [line for one in settings for line in trial_lines(one, folders, sweep, bootstrap)]
+        write_lines(job.path, "sweeps", lines)
 
 
 def collect(task: Task) -> None:
@@ -185,7 +199,7 @@ def collect(task: Task) -> None:
     with job_of(asked, "collect") as job:
         collect_tables(
             asked.many("evaluations"), asked.many("saes"), asked.many("probes"), job.path,
-            asked.many("stability"), asked.many("interpretations"), asked.many("rivals"),
+            asked.many("stability"), asked.many("interpretations"), asked.many("rivals"), asked.many("sweeps"),
         )  # fmt: skip
 
 

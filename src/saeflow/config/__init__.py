@@ -14,6 +14,7 @@ from saeflow.config.runs import (
     imports,
 )
 from saeflow.config.schema import CARRIED, ROOT
+from saeflow.config.sweep import share_of, trial_of, without_trial
 from saeflow.config.windows import contexts_of, draw_of, n_windows, steps_of
 from saeflow.config.yaml_file import read_yaml
 
@@ -35,6 +36,9 @@ __all__ = [
     "n_windows",
     "read_yaml",
     "scorer_file",
+    "share_of",
     "steps_of",
+    "trial_of",
     "validate",
+    "without_trial",
 ]

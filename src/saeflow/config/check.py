@@ -8,6 +8,7 @@ from saeflow.config.blocks import written_out
 from saeflow.config.explain import listed
 from saeflow.config.runs import ImportConfig, SAEConfig, expand_runs, imports
 from saeflow.config.schema import conform
+from saeflow.config.sweep import problems
 from saeflow.config.variants import variants, with_options
 from saeflow.config.yaml_file import read_yaml
 from saeflow.errors import UserError
@@ -15,7 +16,7 @@ from saeflow.plugins import module_file
 
 RESERVED = {"baselines", "clean", "dimension", "identity", "mean", "on", "pca"}
 """Names that the evaluation gives to its own rows and folders."""
-_FOLDERS = ("interpretability", "latents", "stability")
+_FOLDERS = ("interpretability", "latents", "rivals", "stability", "sweeps")
 """Folders of the evaluation that lie beside those of sources."""
 
 
@@ -60,7 +61,14 @@ def validate(params: Any) -> dict[str, Any]:
         UserError: all that is wrong, a line each. What a mistake makes pointless to check is left out.
     """
     params, found = conform(with_options(written_out(params)))
-    for check in (_check_names, _check_sources, _check_runs, _check_measured, _check_shown):
+    for check in (
+        _check_names,
+        _check_sources,
+        problems,
+        _check_runs,
+        _check_measured,
+        _check_shown,
+    ):
         if found:
             raise UserError(*dict.fromkeys(found))
         found = list(check(params))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from saeflow.config.sweep import trials
 from saeflow.config.variants import with_options
 from saeflow.errors import UserError
 
@@ -81,7 +82,7 @@ class ImportConfig:
 
 
 def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
-    """Every run of every `saes` entry: lists under store, d_sae, seed and options are swept.
+    """Every run of every `saes` entry: lists under store, d_sae, seed and options are swept, and each trial is a run.
 
     `seeds`, where it is given, takes the place of every entry's own.
 
@@ -90,7 +91,7 @@ def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
     """
     runs: dict[str, SAEConfig] = {}
     trained = {k: v for k, v in with_options(params)["saes"].items() if "import" not in v}
-    _check_number(trained, params["seeds"])
+    _check_number(trained, params)
     for entry, values in trained.items():
         shared = {key: params["training"][key] for key in params["training"]}
         training = {key: values.get(key, shared[key]) for key in shared}
@@ -99,11 +100,15 @@ def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
         axes["seed"] = params["seeds"] or axes["seed"]
         options = {key: _aslisted(value) for key, value in values["options"].items()}
         swept = [key for key, value in values["options"].items() if isinstance(value, list)]
-        for store, d_sae, seed, *chosen in itertools.product(*axes.values(), *options.values()):
+        tried = trials(params["sweep"], entry, values)
+        for store, d_sae, seed, (trial, drawn), *chosen in itertools.product(
+            *axes.values(), tried, *options.values()
+        ):
             picked = dict(zip(options, chosen, strict=True))
-            label = "-".join(
-                [f"d{d_sae}", *(f"{key}{slug(picked[key])}" for key in swept), f"seed{seed}"]
-            )
+            settings = [f"{key}{slug(picked[key])}" for key in swept]
+            settings += [] if trial is None else [f"trial{trial}"]
+            label = "-".join([f"d{d_sae}", *settings, f"seed{seed}"])
+            picked |= {key: value for key, value in drawn.items() if key in picked}
             source, _, hook_point = store.partition("/")
             name = f"{source}/{hook_point}/{entry}/{label}"
             if name in runs:
@@ -117,7 +122,7 @@ def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
                 d_sae=d_sae,
                 seed=seed,
                 options=picked,
-                training=TrainingConfig(**training),
+                training=TrainingConfig(**{key: drawn.get(key, training[key]) for key in training}),
                 guide=_guide(store, picked.get("k")),
             )
     return list(runs.values())
@@ -127,18 +132,19 @@ MOST_RUNS = 20_000
 """SAEs of one parameter file: with more, Snakemake would plan for hours before the first job."""
 
 
-def _check_number(entries: Mapping[str, Any], seeds: Any) -> None:
+def _check_number(entries: Mapping[str, Any], params: Mapping[str, Any]) -> None:
     """Refuse sweeps of more SAEs than can be planned, before they are expanded."""
     counts = {}
     for entry, values in entries.items():
-        axes = [values["store"], values["d_sae"], seeds or values["seed"]]
+        axes = [values["store"], values["d_sae"], params["seeds"] or values["seed"]]
         axes += values["options"].values()
-        counts[entry] = math.prod(len(_aslisted(axis)) for axis in axes)
+        tried = params["sweep"]["trials"] if "ranges" in values else 1
+        counts[entry] = tried * math.prod(len(_aslisted(axis)) for axis in axes)
     if (total := sum(counts.values())) > MOST_RUNS:
         entry = max(counts, key=lambda name: counts[name])
         raise UserError(
             f"saes: expected at most {MOST_RUNS:,} SAEs, found {total:,}, most of them the {counts[entry]:,} of "
-            f"saes.{entry}. Shorten its lists, or divide the sweep among several parameter files."
+            f"saes.{entry}. Shorten its lists, lower sweep.trials, or divide the sweep among several parameter files."
         )
 
 

@@ -34,7 +34,9 @@ def rival_lines(
     """
     lines = []
     for part in (ROWS, IN_MODEL):
-        pairs = [[_sums(folders[run] / SUMS, part) for run in pair] for pair in comparison["pairs"]]
+        pairs = [
+            [sums_of(folders[run] / SUMS, part) for run in pair] for pair in comparison["pairs"]
+        ]
         if not all(own and rival for own, rival in pairs):
             continue
         for own, rival in pairs:
@@ -59,7 +61,7 @@ def control_lines(
     runs = [own for own, _ in comparison["pairs"]]
     for control in CONTROLS:
         pairs = [
-            [_sums(folders[run] / SUMS, part) for part in (ROWS, f"{CONTROL}{control}.")]
+            [sums_of(folders[run] / SUMS, part) for part in (ROWS, f"{CONTROL}{control}.")]
             for run in runs
         ]
         if all(held for _, held in pairs):
@@ -75,7 +77,8 @@ def _named(comparison: Mapping[str, Any], lines: Lines, seeds: int) -> Lines:
     return [{**ids, "seeds": seeds, **line} for line in lines]
 
 
-def _sums(path: Path, part: str) -> dict[str, np.ndarray]:
+def sums_of(path: Path, part: str) -> dict[str, np.ndarray]:
+    """The sums by unit that an evaluation kept in SUMS, of one part: ROWS, IN_MODEL or a control; none where it has none."""
     return {
         name.removeprefix(part): values
         for name, values in load_file(path).items()

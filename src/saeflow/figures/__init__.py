@@ -59,7 +59,7 @@ def draw(name: str, tables: Path, options: Mapping[str, Any], folder: Path) -> N
     texts = {}
     if isinstance(figure, TableFigure):
         table = figure.draw(known, options)
-        table = replace(table, caption=style.marked(table.caption, mark))
+        table = replace(table, caption=_captioned(table.caption, known, mark))
         data, texts["caption.md"] = table.data, table.caption + "\n"
         printed = figure.printed(table)
         texts[f"{name}.md"] = f"{printed.markdown()}\n\n{table.caption}\n"
@@ -72,8 +72,13 @@ def draw(name: str, tables: Path, options: Mapping[str, Any], folder: Path) -> N
             style.save(drawing.figure, folder / name, mark)
             for number, page in enumerate(drawing.details, start=1):
                 style.save(page, folder / f"{name}-details-{number}", mark)
-        data, texts["caption.md"] = drawing.data, style.marked(drawing.caption, mark) + "\n"
+        data, texts["caption.md"] = drawing.data, _captioned(drawing.caption, known, mark) + "\n"
     with atomic_file(folder / f"{name}.csv") as staged:
         data.to_csv(staged, index=False, lineterminator="\n", float_format="%.12g")
     for file, text in texts.items():
         write_text(folder / file, text)
+
+
+def _captioned(caption: str, tables: Tables, mark: str) -> str:
+    """Return a figure's caption with what all of them say: how SAEs were tuned, and the mark."""
+    return style.marked(f"{caption} {tables.tuning}", mark)

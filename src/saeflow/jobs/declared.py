@@ -281,6 +281,20 @@ class Jobs:
             reads={"evaluations": list(map(self.evaluation, self.plan.compared))},
         )  # fmt: skip
 
+    @_once
+    def sweeps(self) -> Job:
+        """Choose among the trials of tuned settings, and report on units that none was chosen on."""
+        sweep = self.params["sweep"]
+        return self._job(
+            command="choose",
+            result="evaluations/sweeps",
+            params={
+                "settings": self.plan.sweeps, "runs": self.plan.tried, "bootstrap": self.params["evaluation"]["bootstrap"],
+                "sweep": {key: value for key, value in sweep.items() if key != "trials"},
+            },
+            reads={"evaluations": list(map(self.evaluation, self.plan.tried))},
+        )  # fmt: skip
+
     # Tables, figures, report
 
     @_once
@@ -298,6 +312,7 @@ class Jobs:
                 "probes": [self.probe(*one) for one in plan.probes],
                 "stability": list(map(self.stability, sorted(plan.seeds))),
                 "rivals": [self.rivals()] if plan.rivals else [],
+                "sweeps": [self.sweeps()] if plan.sweeps else [],
                 "interpretations": list(map(self.interpretation, sorted(plan.interpreted))),
             },
         )  # fmt: skip

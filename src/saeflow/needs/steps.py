@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from saeflow.config import SAEConfig
+from saeflow.config import SAEConfig, trial_of
 from saeflow.needs.passes import FLOAT, Pass
 from saeflow.needs.rates import Rates
 from saeflow.plan import Plan
@@ -56,7 +56,7 @@ class Needs:
             yield self._training(source, hook_point)
             yield self._evaluation(source, hook_point)
         figures = self.plan.params["figures"]["names"]
-        jobs = bool(self.plan.rivals) + 1 + len(figures) + 1
+        jobs = bool(self.plan.rivals) + bool(self.plan.sweeps) + 1 + len(figures) + 1
         what = f"tables, {_count(len(figures), 'figure')}, the report"
         yield Need("draw", what, jobs, 0, _PROCESS, jobs * self.rates.job_s / 3600)
 
@@ -236,7 +236,8 @@ class Needs:
 
 
 def _saes(runs: list[SAEConfig]) -> str:
-    return _count(len(runs), "SAE")
+    tried = sum(trial_of(run.name) is not None for run in runs)
+    return _count(len(runs), "SAE") + (f" ({_count(tried, 'trial')} of a sweep)" if tried else "")
 
 
 def _jobs_of(group: list[str]) -> int:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from saeflow.config import expand_runs
+from saeflow.config import expand_runs, trial_of
 from saeflow.config.options import counts_of_latents
+from saeflow.config.sweep import tunable
 from saeflow.config.variants import variants, with_options
 from saeflow.rehearsal.sources import WIDTH, StandIn, replace_sources
 
@@ -50,6 +51,7 @@ def rehearsal_of(params: Mapping[str, Any], *, every_run: bool = False) -> Rehea
     stand_ins = replace_sources(small)
     _scale_counts(small)
     _scale_training(small)
+    _scale_ranges(small)
     _scale_evaluation(small["evaluation"])
     small["runtime"] = _runtime(small["runtime"])
     small["figures"]["mark"] = MARK
@@ -79,6 +81,9 @@ def _thin(params: dict[str, Any]) -> None:
     referred = [run for run in runs if run.name in named or run.name.split("/", 2)[2] in named]
     if params["seeds"]:
         params["seeds"] = _ends(params["seeds"], {run.seed for run in referred})
+    if params["sweep"]:
+        last = max((trial_of(run.name) or 0 for run in referred), default=0)
+        params["sweep"] = {**params["sweep"], "trials": max(2, last + 1)}
     several: set[str] = set()  # variants of which an entry has several seeds
     for entry, values in params["saes"].items():
         if "import" in values:
@@ -219,6 +224,16 @@ def _scale_training(params: dict[str, Any]) -> None:
             if name in options:
                 small_of = spread(filter(None, _list(options[name])), most)
                 options[name] = _each(options[name], partial(_unless_null, small_of))
+
+
+def _scale_ranges(params: dict[str, Any]) -> None:
+    """Bring ranges of whole numbers (k, steps) beside the scaled value of their entry."""
+    for values in params["saes"].values():
+        for key in values.get("ranges", ()):
+            if tunable(values["variant"])[key]:
+                value = {**params["training"], **values, **values["options"]}[key]
+                own = value if _is_number(value) else 0
+                values["ranges"][key] = [max(2, own - 1), max(3, own)]
 
 
 def _list(value: Any) -> list[Any]:

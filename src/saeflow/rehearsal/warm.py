@@ -24,7 +24,7 @@ from pathlib import Path
 IMPORTED = (
     "torch", "transformers.modeling_utils", "transformers.tokenization_utils_tokenizers", "datasets", "pandas", "sklearn.linear_model",
     "matplotlib.figure", "saeflow.cli", "saeflow.complexity.probe", "saeflow.complexity.scorers", "saeflow.evaluation",
-    "saeflow.evaluation.interpret", "saeflow.evaluation.stability", "saeflow.evaluation.rivals", "saeflow.figures.report", "saeflow.tables.collect", "saeflow.sources.text",
+    "saeflow.evaluation.interpret", "saeflow.evaluation.stability", "saeflow.evaluation.sweeps", "saeflow.figures.report", "saeflow.tables.collect", "saeflow.sources.text",
     "saeflow.sources.vision", "saeflow.sources.models", "saeflow.stores", "saeflow.training",
 )  # fmt: skip
 _READY = b"ready\n"

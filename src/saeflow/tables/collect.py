@@ -18,6 +18,7 @@ from saeflow.tables.render import (
 from saeflow.tables.runs import identify, measurement, with_target
 from saeflow.tables.schema import TABLES, columns_of, tables_of
 from saeflow.tables.summary import summarise
+from saeflow.tables.sweeps import of_chosen, sentence
 
 CARDS = "cards"
 
@@ -30,6 +31,7 @@ def collect(
     stabilities: Iterable[Path] = (),
     interpreted: Iterable[Path] = (),
     rivals: Iterable[Path] = (),
+    sweeps: Iterable[Path] = (),
 ) -> None:
     """Gather the tables of all runs.
 
@@ -42,6 +44,7 @@ def collect(
         stabilities: folders with the stability.csv of a setting.
         interpreted: folders with the tables of the job `interpret`.
         rivals: folders with a rivals.csv.
+        sweeps: folders with a sweeps.csv; of the trials there, summaries have those that were chosen.
 
     Raises:
         UserError: a file is missing, or two folders hold one run.
@@ -52,8 +55,10 @@ def collect(
         **{name: _of_runs(of_latents, name) for name in tables_of("interpret")},
         "stability": _of_settings(stabilities),
         "rivals": [row for folder in rivals for row in read_csv(folder / "rivals.csv")],
+        "sweeps": [row for folder in sweeps for row in read_csv(folder / "sweeps.csv")],
     }
-    rows["summary"] = summarise(rows["metrics"])
+    tried = rows["sweeps"]
+    rows["summary"] = summarise(of_chosen(rows["metrics"], tried))
     rows["training"], rows["options"] = _of_training(list(saes))
     rows["complexity"], rows["probes"] = _of_probes(list(probes))
     for name, lines in rows.items():
@@ -62,11 +67,13 @@ def collect(
     for row in rows["metrics"]:
         by_measurement.setdefault(measurement(row), {})[row["metric"]] = float(row["value"])
     write_json(folder / "metrics.json", by_measurement)
+    classified = of_chosen(rows["classification"], tried)
+    tuning = sentence(tried, {row["entry"] for row in rows["options"]})
     for name, text in {
-        "classification.md": classification_markdown(rows["classification"]),
-        "classification.tex": classification_latex(rows["classification"]),
-        "summary.md": summary_markdown(rows["summary"], rows["unmeasured"]),
-        "summary.tex": summary_latex(rows["summary"], rows["unmeasured"]),
+        "classification.md": classification_markdown(classified),
+        "classification.tex": classification_latex(classified),
+        "summary.md": summary_markdown(rows["summary"], rows["unmeasured"], tuning),
+        "summary.tex": summary_latex(rows["summary"], rows["unmeasured"], tuning),
     }.items():
         write_text(folder / name, text)
     _copy_cards(folders, folder / CARDS)

@@ -97,9 +97,9 @@ def write_of_seeds(
     _write(folder, "stability", _written(known, lines))
 
 
-def write_rivals(folder: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write rivals.csv: lines with all columns of the table `rivals`."""
-    _write(folder, "rivals", _written({}, lines))
+def write_lines(folder: Path, table: str, lines: Iterable[Mapping[str, Any]]) -> None:
+    """Write TABLE.csv from lines that have all of the table's columns."""
+    _write(folder, table, _written({}, lines))
 
 
 def _written(known: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> list[Row]:

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from saeflow.config import trial_of, without_trial
 from saeflow.errors import UserError
 from saeflow.tables.collect import CARDS
 from saeflow.tables.runs import measurement, setting_of, variant_label
 from saeflow.tables.schema import MEASURED_IDS, TABLES, Table
+from saeflow.tables.sweeps import Place, left_out, sentence
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Tables:
     To the id columns of runs are added `setting` (the run's name without its seed) and `series` (the setting
     without its k: what one line of a front goes through). Where a run was measured on another source than its own,
     `run` says so too (`measurement`), so that it names one line of a table of measurements; `trained` is its name
-    without that.
+    without that. Trials that were not chosen are in `sweeps` alone.
     """
 
     metrics: pd.DataFrame
@@ -39,6 +41,7 @@ class Tables:
     controls: pd.DataFrame
     stability: pd.DataFrame
     rivals: pd.DataFrame
+    sweeps: pd.DataFrame
     options: pd.DataFrame
     probing: pd.DataFrame
     detection: pd.DataFrame
@@ -53,6 +56,11 @@ class Tables:
         values = self.metrics.pivot(index="run", columns="metric", values="value").reset_index()
         known = self.metrics[ids].drop_duplicates("run")
         return known.merge(values, on="run", how="left", validate="1:1")
+
+    @cached_property
+    def tuning(self) -> str:
+        """The sentence of captions on tuning."""
+        return sentence(self.sweeps.to_dict("records"), self.options["entry"])
 
 
 def load_tables(folder: Path) -> Tables:
@@ -69,7 +77,22 @@ def load_tables(folder: Path) -> Tables:
             continue
         path = folder / f"{name}.csv"
         read[name] = _of_runs(path, table, kinds) if "run" in table.columns else _read(path, table)
+    out = left_out(read["sweeps"].to_dict("records"))
+    for name in read if out else ():
+        if name != "sweeps":
+            read[name] = _without(read[name], out)
     return Tables(cards=folder / CARDS, **read)
+
+
+def _without(table: pd.DataFrame, out: set[Place]) -> pd.DataFrame:
+    """Return the rows of a table that neither are nor compare one of some settings."""
+    held = pd.Series(True, index=table.index)
+    for side in ("", "rival_"):
+        columns = ["source", "hook_point", f"{side}entry", f"{side}setting"]
+        if set(columns) <= set(table.columns):
+            places = zip(*(table[column] for column in columns), strict=True)
+            held &= np.array([place not in out for place in places], bool)
+    return table[held]
 
 
 def _kinds(options: pd.DataFrame) -> dict[str, str]:
@@ -106,9 +129,10 @@ def _series(setting: str, row: Mapping[Any, Any], k: str, kind: str | None) -> s
     """Name a run's series: runs that differ in k (or, where no k is set, in their penalty) and seed only are one."""
     if pd.isna(row[k]):
         return f"{row['entry']}/d{row['d_sae']:g}/{row['schedule']}"
-    if kind is not None:  # whichever entry asked for them
+    is_tuned = trial_of(setting) is not None  # the values that are chosen may differ from k to k
+    if kind is not None and not is_tuned:  # whichever entry asked for them
         return f"{variant_label(row['variant'], row['entry'])}/d{row['d_sae']:g}/{kind}"
-    return f"{row['entry']}/" + re.sub(rf"(^|-)k{row[k]:g}(?=-|$)", "", setting)
+    return f"{row['entry']}/" + re.sub(rf"(^|-)k{row[k]:g}(?=-|$)", "", without_trial(setting))
 
 
 def _read(path: Path, schema: Table) -> pd.DataFrame:

@@ -136,12 +136,17 @@ def best(lines: Sequence[Mapping[str, str]], name: str) -> set[int]:
     return {number for number, mean in means.items() if metric.text(mean) == metric.text(wanted)}
 
 
-def note(lines: Sequence[Mapping[str, str]], unmeasured: Iterable[Mapping[str, str]] = ()) -> str:
-    """Say which rows a panel's numbers are of, what is not measured and why, and what ± means.
+def note(
+    lines: Sequence[Mapping[str, str]],
+    unmeasured: Iterable[Mapping[str, str]] = (),
+    tuning: str = "",
+) -> str:
+    """Say which rows a panel's numbers are of, what is not measured and why, what ± means, and how SAEs were tuned.
 
     Args:
         lines: of the table `summary`.
         unmeasured: rows of the table of that name, of any panels.
+        tuning: the sentence on tuning.
     """
     policies = dict.fromkeys(policy_note(line) for line in lines if line["rows"])
     panel = [lines[0][name] for name in PANEL]
@@ -155,10 +160,12 @@ def note(lines: Sequence[Mapping[str, str]], unmeasured: Iterable[Mapping[str, s
         parts.append("Means over seeds, ± one sample standard deviation.")
     if any(best(lines, name) for name in shown(lines)):
         parts.append("Bold: the best of the SAEs, at whatever L0.")
-    return " ".join(parts)
+    return " ".join(filter(None, [*parts, tuning]))
 
 
-def _summaries(lines: Iterable[Row], unmeasured: Iterable[Row]) -> list[tuple[str, Printed]]:
+def _summaries(
+    lines: Iterable[Row], unmeasured: Iterable[Row], tuning: str
+) -> list[tuple[str, Printed]]:
     """Return title and table of each panel."""
     found = []
     missing = list(unmeasured)
@@ -178,7 +185,7 @@ def _summaries(lines: Iterable[Row], unmeasured: Iterable[Row]) -> list[tuple[st
             for column, name in enumerate(names)
             for number in best(held, name)
         )
-        caption = f"{title}. {note(held, missing)}"
+        caption = f"{title}. {note(held, missing, tuning)}"
         found.append((title, Printed(head, len(_WORDS), body, caption, rule, strong)))
     return found
 
@@ -190,17 +197,17 @@ def _words(line: Row, several: bool) -> list[str]:
     return [setting if column == "setting" else line[column] for column in _WORDS]
 
 
-def summary_markdown(lines: Iterable[Row], unmeasured: Iterable[Row] = ()) -> str:
-    """Return the summary as one Markdown table per panel, with its row policy and what is not measured."""
+def summary_markdown(lines: Iterable[Row], unmeasured: Iterable[Row] = (), tuning: str = "") -> str:
+    """Return the summary as one Markdown table per panel, each with its note."""
     return "\n".join(
         f"## {title}\n\n{table.markdown()}\n\n{table.caption.removeprefix(f'{title}. ')}\n"
-        for title, table in _summaries(lines, unmeasured)
+        for title, table in _summaries(lines, unmeasured, tuning)
     )
 
 
-def summary_latex(lines: Iterable[Row], unmeasured: Iterable[Row] = ()) -> str:
+def summary_latex(lines: Iterable[Row], unmeasured: Iterable[Row] = (), tuning: str = "") -> str:
     """Return the summary as one booktabs table per panel."""
-    return "\n".join(table.latex() for _, table in _summaries(lines, unmeasured))
+    return "\n".join(table.latex() for _, table in _summaries(lines, unmeasured, tuning))
 
 
 def classification_markdown(rows: Iterable[Row]) -> str:

@@ -69,6 +69,7 @@ def setting_of(run: str) -> str:
 def _swept() -> re.Pattern[str]:
     """An option of any variant as settings name it, with the start of its value."""
     names = {field.name for options in variants().values() for field in dataclasses.fields(options)}
+    names.add("trial")  # of a sweep
     longest_first = sorted(names, key=lambda name: (-len(name), name))
     return re.compile(rf"(?:^|-)({'|'.join(map(re.escape, longest_first))})(?=[\d.])")
 

@@ -153,7 +153,9 @@ class Table:
 
     about: str
     columns: Columns
-    job: Literal["evaluate", "interpret", "stability", "rivals", "probe", "train", "collect"]
+    job: Literal[
+        "evaluate", "interpret", "stability", "rivals", "choose", "probe", "train", "collect"
+    ]
     is_open: bool = False
     optional: frozenset[str] = frozenset()
 
@@ -318,6 +320,35 @@ TABLES: dict[str, Table] = {
             "seed_sd": _number("Sample standard deviation of the difference over seeds; empty for one.", label="SD over seeds"),
             "seeds": _count("Pairs of runs of equal seed."),
             "units": _count("Documents, images or samples that are resampled."),
+        },
+    ),
+    "sweeps": Table(
+        about="A row per trial of a tuned setting; values are means over seeds.", job="choose",
+        columns=_PLACE | {
+            "d_sae": IDS["d_sae"],
+            "entry": _word("Key of `saes`, which has `ranges`."),
+            "variant": _word("Its variant."),
+            "setting": _word("Setting, with the trial."),
+            "drawn": _word("Values of the keys that have ranges: those that the entry states in trial 0, drawn ones in others."),
+            "trial": _count("Number of the trial."),
+            "trials": _count("Trials that were chosen among."),
+            "is_chosen": _count("1 if the trial was chosen, else 0.", label="chosen"),
+            "is_within": _count("1 if its mean L0 on the selection part is at most `l0_limit`, else 0.", label="within the limit"),
+            "l0_limit": _number("Mean L0 up to which the lowest FVU is chosen; where no trial is within, the nearest to `sweep.l0` is.", "per token", "largest L0"),
+            "selection_fvu": _number("FVU on the documents, images or samples that trials are chosen on.", label="FVU, selection"),
+            "selection_l0": _number("Mean L0 on these.", "per token", "L0, selection"),
+            "fvu": _number("FVU on the other held-out documents, images or samples.", label="FVU"),
+            "fvu_low": _number("Lower bound of its 95 % bootstrap interval over these; empty where there is one alone."),
+            "fvu_high": _number("Upper bound of this interval."),
+            "l0": _number("Mean L0 on these.", "per token", "L0"),
+            "l0_low": _number("Lower bound of its 95 % bootstrap interval."),
+            "l0_high": _number("Upper bound of this interval."),
+            "difference": _number("FVU less that of trial 0, on these, paired by unit and seed."),
+            "low": _number("Lower bound of the paired 95 % bootstrap interval of the difference."),
+            "high": _number("Upper bound of this interval."),
+            "seeds": _count("Number of seeds."),
+            "selection_units": _count("Documents, images or samples that trials are chosen on.", label="units, selection"),
+            "units": _count("Documents, images or samples that are reported on and resampled."),
         },
     ),
     "probing": Table(

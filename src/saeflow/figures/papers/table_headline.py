@@ -35,7 +35,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
         "equal tokens and updates, and against themselves with another k. A difference below 0 is a smaller error. Intervals "
         "(95 %) are of the paired difference, over documents, images or samples; seed noise is half the 95 % interval over "
         "seeds (Student's t). `better` and `worse` need a difference that is clear of 0 and larger than seed noise and the "
-        "effect of the rest of the difference in L0 together. All SAEs are untuned."
+        "effect of the rest of the difference in L0 together."
     )
     return PaperTable(rows[_COLUMNS].reset_index(drop=True), caption)
 

@@ -57,7 +57,7 @@ def write_report(
         headline=sentences(loaded),
         sources=sources(found),
         saes=saes(found),
-        sections=sections(summary, read_csv(tables / "unmeasured.csv")),
+        sections=sections(summary, read_csv(tables / "unmeasured.csv"), loaded.tuning),
         figures=numbered([shown_figure(folder, out.parent) for folder in figures]),
         script_hash="SCRIPT",
         pages=[

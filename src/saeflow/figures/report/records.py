@@ -15,7 +15,7 @@ JOBS = {
     "fetch": "fetch the model", "prepare": "prepare inputs", "extract": "extract activations",
     "merge": "merge stores", "score": "score complexity", "probe": "fit complexity probes", "train": "train SAEs", "import": "take over SAEs", "clean": "run the clean model",
     "label": "prepare labelled sets", "dimension": "estimate local dimension",
-    "evaluate": "evaluate SAEs", "interpret": "probe latents", "latents": "show latents", "baselines": "evaluate baselines", "stability": "compare seeds", "rivals": "compare rivals", "collect": "collect tables",
+    "evaluate": "evaluate SAEs", "interpret": "probe latents", "latents": "show latents", "baselines": "evaluate baselines", "stability": "compare seeds", "rivals": "compare rivals", "choose": "choose trials", "collect": "collect tables",
     "draw": "draw figures", "report": "write the report",
 }  # fmt: skip
 

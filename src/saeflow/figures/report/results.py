@@ -13,12 +13,15 @@ from saeflow.tables.runs import is_baseline, setting_words
 from saeflow.tables.schema import label
 
 
-def sections(summary: Sequence[Row], unmeasured: Sequence[Row]) -> list[dict[str, Any]]:
+def sections(
+    summary: Sequence[Row], unmeasured: Sequence[Row], tuning: str
+) -> list[dict[str, Any]]:
     """Return what the page shows of each panel.
 
     Args:
         summary: lines of the table `summary`.
         unmeasured: rows of the table of that name.
+        tuning: the sentence on tuning.
     """
     sections = []
     for panel, lines in panels(summary).items():
@@ -36,7 +39,7 @@ def sections(summary: Sequence[Row], unmeasured: Sequence[Row]) -> list[dict[str
                     _line(line, names, [number in found for found in strong])
                     for number, line in enumerate(ordered)
                 ],
-                "note": note(lines, unmeasured),
+                "note": note(lines, unmeasured, tuning),
             }
         )
     return sections
