@@ -55,6 +55,17 @@ def write(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) ->
         writer.writerows(rows)
 
 
+def sweep_line(panel: tuple[str, str], trial: int, **changes: Any) -> dict[str, Any]:
+    """A line of the table `sweeps`: one of four trials of the entry relu."""
+    numbers = dict.fromkeys(columns_of("sweeps"), 0.25)
+    return numbers | {
+        "source": panel[0], "hook_point": panel[1], "d_sae": 2304, "entry": "relu", "variant": "relu",
+        "setting": f"d2304-trial{trial}", "drawn": f"l1 {trial}", "trial": trial, "trials": 4,
+        "is_chosen": 0, "is_within": 1, "l0_limit": 22, "seeds": 2, "units": 15,
+        "selection_units": 16, "fvu": 0.2 + trial / 100, "difference": trial / 100,
+    } | changes  # fmt: skip
+
+
 def measured(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of measurements on each run's own source."""
     return [{"evaluated_on": row["source"]} | row for row in rows]

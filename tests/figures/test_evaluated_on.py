@@ -21,7 +21,7 @@ ENTRIES = [
     ("topk", "topk", 0.9, (8, 32)), ("soft-topk", "soft_topk", 0.8, (8, 32)),
     ("sparsemax", "sparsemax", 1.0, None),
 ]  # fmt: skip
-WITHOUT_ROWS = ("table_absorption", "table_guided_k")
+WITHOUT_ROWS = ("table_absorption", "table_guided_k", "table_sweep")
 """Tables that these runs have nothing for."""
 
 

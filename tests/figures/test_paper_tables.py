@@ -11,8 +11,9 @@ from saeflow.errors import UserError
 from saeflow.figures import TABLES, draw
 from saeflow.figures.figure import PaperTable
 from saeflow.tables.load import load_tables
+from saeflow.tables.schema import columns_of
 
-from .conftest import SYNTHETIC, TEXT, Maker
+from .conftest import SYNTHETIC, TEXT, Maker, sweep_line, write
 
 STRICT = {"allow_unequal_budgets": False}
 ENTRIES = [
@@ -40,6 +41,7 @@ def folder(make_tables: Maker, tmp_path_factory: pytest.TempPathFactory) -> Path
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    write(path / "sweeps.csv", columns_of("sweeps"), [sweep_line(TEXT, 0, is_chosen=1)])
     return path
 
 

@@ -2,7 +2,6 @@
 
 import csv
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -15,24 +14,18 @@ from saeflow.tables.runs import setting_words
 from saeflow.tables.schema import columns_of
 from saeflow.tables.sweeps import UNTUNED, of_chosen, sentence
 
-from .conftest import SYNTHETIC, TEXT, Maker, write
+from .conftest import SYNTHETIC, TEXT, Maker, sweep_line, write
 
 OPTIONS = {"allow_unequal_budgets": False}
 CHOSEN = {TEXT: 2, SYNTHETIC: 0}
 """The chosen trial of relu's four on each source."""
 
 
-def sweep_line(panel: tuple[str, str], trial: int, **changes: Any) -> dict[str, Any]:
-    numbers = dict.fromkeys(columns_of("sweeps"), 0.25)
-    return numbers | {
-        "source": panel[0], "hook_point": panel[1], "d_sae": 2304, "entry": "relu", "variant": "relu",
-        "setting": f"d2304-trial{trial}", "drawn": f"l1 {trial}", "trial": trial, "trials": 4,
-        "is_chosen": int(trial == CHOSEN[panel]), "is_within": 1, "l0_limit": 22, "seeds": 2, "units": 15,
-        "selection_units": 16, "fvu": 0.2 + trial / 100, "difference": trial / 100,
-    } | changes  # fmt: skip
-
-
-LINES = [sweep_line(panel, trial) for panel in CHOSEN for trial in range(4)]
+LINES = [
+    sweep_line(panel, trial, is_chosen=int(trial == chosen))
+    for panel, chosen in CHOSEN.items()
+    for trial in range(4)
+]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +135,10 @@ def test_the_values_that_trials_drew_divide_no_series(tuned: Path, tmp_path: Pat
 
 def test_words_of_captions() -> None:
     assert sentence([]) == UNTUNED
-    far = [sweep_line(TEXT, trial, is_within=0, selection_l0=40 + trial) for trial in range(4)]
+    far = [
+        sweep_line(TEXT, trial, is_chosen=int(trial == 2), is_within=0, selection_l0=40 + trial)
+        for trial in range(4)
+    ]
     assert (
         "No trial came down to this L0, and the nearest is shown: relu (smollm2, L0 42)."
         in sentence(far)

@@ -14,7 +14,7 @@ from saeflow.tables.schema import label
 
 
 def sections(
-    summary: Sequence[Row], unmeasured: Sequence[Row], tuning: str
+    summary: Sequence[Row], unmeasured: Sequence[Row], tuning: str = ""
 ) -> list[dict[str, Any]]:
     """Return what the page shows of each panel.
 
