@@ -209,5 +209,8 @@ def test_seed_noise_is_that_of_a_t_test() -> None:
 
 def test_sentences_count_verdicts() -> None:
     said = verdict.sentences(tables_of(10, 10))
-    assert said == "Against TopK trained at the same L0, 1 of 1 reconstruct better (SoftSAE on s)."
-    assert "cannot be ranked" in verdict.sentences(tables_of(10, 10, seeds=1, seed_sd=math.nan))
+    assert said == [
+        "Against TopK trained at the same L0, 1 of 1 reconstruct better (SoftSAE on s)."
+    ]
+    (unranked,) = verdict.sentences(tables_of(10, 10, seeds=1, seed_sd=math.nan))
+    assert "cannot be ranked" in unranked

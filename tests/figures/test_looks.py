@@ -15,7 +15,7 @@ from saeflow.figures import FIGURES, Drawing, draw, load_tables, style
 from saeflow.figures.report import write_report
 from saeflow.tables.files import read_csv
 from saeflow.tables.render import best, summary_latex, summary_markdown
-from saeflow.tables.runs import setting_words
+from saeflow.tables.runs import setting_words, settings_words
 
 from .conftest import ENTRIES, SYNTHETIC, TEXT, Maker
 
@@ -33,10 +33,19 @@ STRICT = {"allow_unequal_budgets": False}
         ("d1536-score_scale4.0-k_max30", "score_scale = 4.0, k_max = 30"),
         ("d1536", ""),
         ("imported-saelens", "imported-saelens"),
+        ("d256-k-of-varying-adaptive-k-d256-seed0", "k = L0 of varying-adaptive-k"),
+        ("d1536-k-of-soft-topk-d1536-k32-seed0", "k = L0 of soft-topk, k = 32"),
+        ("d1536-k-of-adaptive-k-d1536-k-max60-seed0", "k = L0 of adaptive-k, k_max = 60"),
+        ("d64-alpha0.1-k-of-relu-d128-l10.5-seed2", "alpha = 0.1, k = L0 of relu, l1 = 0.5"),
     ],
 )
 def test_settings_are_written_as_people_write_them(setting: str, words: str) -> None:
     assert setting_words(setting) == words
+
+
+def test_settings_of_one_table_state_their_sizes_where_these_differ() -> None:
+    assert settings_words(["d64-k8", "d64"]) == ["k = 8", ""]
+    assert settings_words(["d64-k8", "d1024"]) == ["64 latents, k = 8", "1,024 latents"]
 
 
 def lines_of(drawing: Drawing) -> dict[str, tuple[object, ...]]:

@@ -13,6 +13,7 @@ from saeflow.errors import UserError
 from saeflow.figures import draw
 from saeflow.figures.report import write_report
 from saeflow.figures.report.records import duration, plain
+from saeflow.figures.report.results import _parts
 from saeflow.tables.numbers import significant
 
 from ..browser import document, title
@@ -201,6 +202,31 @@ def test_a_browser_shows_what_names_hold_and_runs_none_of_it(results: Path, tmp_
         shown = document(page, tmp_path / "profile")
         assert title(shown) == expected
         assert Page(shown).text.count("document.title") >= 6
+
+
+WIDEST = """<script>
+document.title = [...document.querySelectorAll(".scroll")].filter((one) => one.scrollWidth > one.clientWidth + 1)
+  .map((one) => one.innerText.slice(0, 80)).join(" | ") || "all whole";
+</script>"""
+
+
+def test_no_table_is_cut_in_a_window_of_a_laptop(results: Path, tmp_path: Path) -> None:
+    """More metrics than a window has room for are divided into tables."""
+    unguarded = re.sub(r"<meta http-equiv[^>]*>", "", write(results))
+    page = tmp_path / "page.html"
+    page.write_text(unguarded.replace("</body>", f"{WIDEST}</body>"))
+    assert title(document(page, tmp_path / "profile", "--window-size=1400,1000")) == "all whole"
+    narrow = title(document(page, tmp_path / "profile", "--window-size=500,1000"))
+    assert narrow != "all whole"  # the script sees what is cut
+
+
+@pytest.mark.parametrize("columns", [0, 1, 13, 14, 27, 40])
+def test_metrics_are_divided_whole_and_evenly(columns: int) -> None:
+    parts = _parts(columns)
+    sizes = [len(range(columns)[part]) for part in parts]
+    assert [n for part in parts for n in range(columns)[part]] == list(range(columns))
+    assert max(sizes) <= 13
+    assert max(sizes) - min(sizes) < len(sizes)
 
 
 def test_what_is_missing_is_named(results: Path, tmp_path: Path) -> None:

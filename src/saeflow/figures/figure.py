@@ -13,6 +13,7 @@ from saeflow.figures.needs import Need
 from saeflow.tables.load import Tables
 from saeflow.tables.numbers import natural, significant
 from saeflow.tables.render import Printed
+from saeflow.tables.runs import settings_words
 from saeflow.tables.schema import Column, fact, heading
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ class TableFigure:
         words = is_number.index(True) if any(is_number) else len(is_number)
         names = [str(name) for name in data.columns]
         head = [self._heading(name) for name in names]
+        if "setting" in data:
+            data = data.assign(setting=settings_words(list(data["setting"])))
         body = [
             [str(value) for value in line[:words]]
             + [self._cell(*cell) for cell in zip(names[words:], line[words:], strict=True)]

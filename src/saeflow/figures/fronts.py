@@ -293,7 +293,7 @@ def _scale(ax: Axes, rows: pd.DataFrame, metric: str, of_truth: bool, is_logarit
     low, high, visible = _visible(rows)
     style.l0_axis(ax, float(low), float(high))
     if of_truth:
-        ax.set_ylim(0, 1.03)
+        ax.set_ylim(0, 1.06)  # a mark at 1 is whole
         return
     held = np.concatenate([_drawn(visible, metric), _crossing(rows, metric, low, high)])
     held = held[held > 0] if is_logarithmic else held

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from saeflow.config.variants import variants
@@ -67,22 +67,56 @@ def setting_of(run: str) -> str:
 
 @functools.cache
 def _swept() -> re.Pattern[str]:
-    """An option of any variant as settings name it, with the start of its value."""
+    """An option of any variant as settings name it, with the start of its value; its _ is a - in the name of another run."""
     names = {field.name for options in variants().values() for field in dataclasses.fields(options)}
     names.add("trial")  # of a sweep
     longest_first = sorted(names, key=lambda name: (-len(name), name))
-    return re.compile(rf"(?:^|-)({'|'.join(map(re.escape, longest_first))})(?=[\d.])")
+    return re.compile(
+        rf"(?:^|-)({'|'.join(re.escape(name).replace('_', '[-_]') for name in longest_first)})(?=[\d.])"
+    )
 
 
 _WRITTEN = {"target_l0": "target L0"}
 """Options that people write otherwise."""
 
 
+def settings_words(settings: Sequence[str]) -> list[str]:
+    """Return settings of one table as people write them, with their numbers of latents where these differ."""
+    sizes = [re.match(r"d(\d+)", setting) for setting in settings]
+    differ = len({size and size[1] for size in sizes}) > 1
+    return [
+        ", ".join(
+            filter(
+                None,
+                (f"{int(size[1]):,} latents" if size and differ else "", setting_words(setting)),
+            )
+        )
+        for size, setting in zip(sizes, settings, strict=True)
+    ]
+
+
+_GUIDED = re.compile(r"(?:^|-)k-of-(?P<entry>.+?)-(?P<label>d\d+(?:-.*)?)-seed\d+$")
+"""A k that is the mean L0 of another run, as `saeflow.config.runs` names it."""
+
+
 def setting_words(setting: str) -> str:
-    """Return a setting as people write it, without its number of latents: d1536-target_l016 is target L0 = 16."""
+    """Return a setting as people write it, without its number of latents: d1536-target_l016 is target L0 = 16.
+
+    A k that another SAE found names that SAE's entry: d1536-k-of-soft-topk-d1536-k32-seed0 is k = L0 of soft-topk, k = 32.
+    """
     rest = re.sub(r"^d\d+-?", "", setting)
-    words = _swept().sub(lambda found: f", {_WRITTEN.get(found[1], found[1])} = ", rest)
+    if guided := _GUIDED.search(rest):
+        own = rest[: guided.start()]
+        of = ", ".join(filter(None, (guided["entry"], setting_words(guided["label"]))))
+        return ", ".join(filter(None, (setting_words(own), f"k = L0 of {of}")))
+    words = _swept().sub(lambda found: f", {_written(found[1])} = ", rest)
     return words.removeprefix(", ")
+
+
+def _written(option: str) -> str:
+    """Return an option's name as people write it."""
+    name = option.replace("-", "_")
+    return _WRITTEN.get(name, name)
 
 
 def measurement(row: Mapping[Any, Any]) -> str:

@@ -120,11 +120,11 @@ def uninformed(tables: Tables) -> set[tuple[str, str, str]]:
     }
 
 
-def sentences(tables: Tables) -> str:
-    """Say in words, for the first error that was measured, what the comparisons show; empty without any."""
+def sentences(tables: Tables) -> list[str]:
+    """Say in words what the comparisons of FVU show, a sentence each; empty without any."""
     rows = judged(tables, ["fvu"])
     if rows.empty:
-        return ""
+        return []
     parts = []
     for rival in RIVALS:
         held = rows[rows["rival_variant"] == rival]
@@ -136,7 +136,7 @@ def sentences(tables: Tables) -> str:
         held = rows[rows["rival_variant"] == control]
         if len(held):
             parts.append(f"Against themselves with {what}, {_counted(held)}.")
-    return " ".join(filter(None, [*parts, uninformed_sentence(tables)]))
+    return list(filter(None, [*parts, uninformed_sentence(tables)]))
 
 
 def uninformed_sentence(tables: Tables) -> str:

@@ -57,7 +57,10 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         ax.set_title(f"{key[0]}\n{key[2]}{_where(str(key[1]))}", fontsize=sizes["title"])
         ax.grid(True)
         quality = _quality(tables.probes, key)
-        ax.text(0.03, 0.97, quality, transform=ax.transAxes, va="top", fontsize=sizes["text"])
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.0}
+        ax.text(
+            0.03, 0.97, quality, transform=ax.transAxes, va="top", fontsize=sizes["text"], bbox=box, zorder=5
+        )  # fmt: skip
     for ax in axes[len(groups) :]:
         ax.set_axis_off()
     counts = captions.listed(

@@ -60,7 +60,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         ax.grid(True)
         ax.set_title(compare.panel_title(panel))
         ax.set_xlabel("explained variance, 1 − FVU")
-        ax.set_ylabel("other formula, less it")
+        ax.set_ylabel("other formula − (1 − FVU)")
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     handles = [

@@ -70,7 +70,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2)
     caption = (
-        f"Does the input decide k? {verdict.sentences(tables)} Left of the line the SAE that finds its own number of "
+        f"Does the input decide k? {' '.join(verdict.sentences(tables))} Left of the line the SAE that finds its own number of "
         "latents has the smaller error. Bars are 95 % bootstrap intervals of the paired difference, over documents, "
         "images or samples. Filled points differ by more than this interval, the noise of seeds (95 %, Student's t) "
         f"and what the rest of the difference in L0 may explain; all others are hollow. Seeds: {_seeds(rows)}. "

@@ -273,10 +273,12 @@ def _finish(axes: list[Axes], name: str) -> None:
     if name == "l0":
         style.log_axis(first, "y", max(0.6, low / 1.4), high * 1.4)
     elif name != "dead" and high / low > 6:
-        style.log_axis(first, "y", max(low, high / 1e5) / 1.3, high * 1.3)
+        above = 3.0 if name == "terms" else 1.3  # the legend stands there
+        style.log_axis(first, "y", max(low, high / 1e5) / 1.3, high * above)
     else:
+        above = 1.4 if name == "terms" else 1.08
         first.set_ylim(
-            0, max(0.1 if name == "dead" else 0.0, high * 1.08 if len(positive) else 0.1)
+            0, max(0.1 if name == "dead" else 0.0, high * above if len(positive) else 0.1)
         )
         first.yaxis.set_major_locator(MaxNLocator(4))
         first.yaxis.set_major_formatter(FuncFormatter(style.plain))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from saeflow.config.variants import with_defaults
 from saeflow.errors import UserError
 from saeflow.figures import style
 from saeflow.files import read_json
@@ -133,7 +134,7 @@ def _read(read: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def saes(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One line per entry of `saes`, each parameter with all its values."""
+    """One line per entry of `saes`, each parameter with all its values; options at their defaults are left out."""
     entries: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         run = record["params"].get("run")
@@ -142,8 +143,11 @@ def saes(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     lines = []
     for entry, runs in entries.items():
         look = style.look(runs[0]["variant"], entry)
+        usual = with_defaults(runs[0]["variant"], {})
         options = {
-            key: values_of(run["options"].get(key) for run in runs) for key in runs[0]["options"]
+            key: values_of(run["options"].get(key) for run in runs)
+            for key in runs[0]["options"]
+            if any(key not in usual or run["options"].get(key) != usual[key] for run in runs)
         }
         training = [run["training"] for run in runs]
         lines.append(
@@ -154,9 +158,7 @@ def saes(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "label": look.label,
                 "stores": values_of(f"{run['source']}/{run['hook_point']}" for run in runs),
                 "d_sae": values_of(run["d_sae"] for run in runs),
-                "options": [
-                    f"{key} = {text}" for key, text in options.items() if text != "constant"
-                ],
+                "options": [f"{key} = {text}" for key, text in options.items()],
                 "seeds": values_of(run["seed"] for run in runs),
                 "tokens": values_of(values["tokens"] for values in training),
                 "batch": values_of(values["batch_size"] for values in training),

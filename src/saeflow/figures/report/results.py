@@ -1,5 +1,6 @@
 """The report's tables of results: one per panel, SAEs first, then baselines."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from saeflow.tables.numbers import natural
 from saeflow.tables.render import best, mean_and_deviation, note, panels, shown
 from saeflow.tables.runs import is_baseline, setting_words
 from saeflow.tables.schema import label
+
+_MOST_COLUMNS = 13
+"""Metrics of one table: a laptop's window and a printed page are as wide."""
 
 
 def sections(
@@ -35,6 +39,7 @@ def sections(
                 "has_sizes": len({line["d_sae"] for line in saes}) > 1,
                 "has_schedules": any(line["schedule"] != "constant" for line in saes),
                 "columns": [{"name": label(name), "unit": METRICS[name].unit} for name in names],
+                "parts": _parts(len(names)),
                 "lines": [
                     _line(line, names, [number in found for found in strong])
                     for number, line in enumerate(ordered)
@@ -43,6 +48,13 @@ def sections(
             }
         )
     return sections
+
+
+def _parts(columns: int) -> list[slice]:
+    """Divide the metrics of a panel into tables of about equally many columns."""
+    tables = max(1, math.ceil(columns / _MOST_COLUMNS))
+    size = max(1, math.ceil(columns / tables))
+    return [slice(start, start + size) for start in range(0, columns, size)] or [slice(0, 0)]
 
 
 def _order(line: Row) -> tuple[Any, ...]:
