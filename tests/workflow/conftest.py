@@ -34,7 +34,7 @@ class Project:
 
     Args:
         cold: start a Python for each job, as a user's run does. Elsewhere jobs are forked from a process that has imported
-            this checkout's package already, which saves most of a small job's time.
+            this checkout's package already, which saves most of a small job's time. It may be changed between commands.
 
     Attributes:
         timeout_s: seconds after which a command is given up.

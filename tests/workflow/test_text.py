@@ -136,6 +136,7 @@ def test_interrupting_leaves_nothing_half_written(done: Project, tmp_path: Path)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(60) != 0
     assert not list(project.folder.glob("results/stores/gpt2/*/provenance.json"))
+    project.cold = False
     project.snakemake("extract")
     stores = {name: content for name, content in done.contents().items() if "/stores/" in name}
     assert project.contents() == stores

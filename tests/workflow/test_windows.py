@@ -54,6 +54,7 @@ def test_jobs_and_kills_change_no_digest(done: Project, tmp_path: Path) -> None:
     for seconds in (9, 7):
         kill(project.start("snakemake", "--cores", "2", "extract"), seconds)
         project.run("snakemake", "--unlock")
+    project.cold = False
     project.snakemake("extract")
     assert project.contents() == done.contents()
 
