@@ -225,6 +225,12 @@ class Plan:
         dimension = self.params["evaluation"]["dimension"]
         return dimension is not None and source in dimension["sources"]
 
+    @property
+    def with_dimension(self) -> list[tuple[str, str]]:
+        """(source, hook point) of every measured store whose local intrinsic dimension is asked for."""
+        measured = {(s, h) for own, h in self.stores for s in (own, *self.others(own))}
+        return sorted(place for place in measured if self.has_dimension(place[0]))
+
     def labelled(self, source: str) -> list[str]:
         """The labelled sets that the model of a source with SAEs classifies."""
         has_saes = any(source == own for own, _ in self.stores)

@@ -1,4 +1,4 @@
-"""Per-image measures, correlations and local dimension, against other libraries and planted data."""
+"""Per-image measures, against other libraries and planted data."""
 
 from typing import Any
 
@@ -6,12 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.linear_model import LinearRegression
 
-from saeflow.errors import UserError
-from saeflow.evaluation.by_dimension import PerRow
-from saeflow.evaluation.correlation import correlation, partial_correlation
-from saeflow.evaluation.dimension import local_dimensions, write_dimensions
 from saeflow.evaluation.images import PerGroup, PerImage
 from saeflow.evaluation.measure import Seen
 from saeflow.evaluation.reconstruction import Reconstruction
@@ -91,60 +86,3 @@ def test_each_kind_of_token_has_its_own_mean(rows: Any) -> None:
         assert got[f"l0_{kind}"] == pytest.approx(
             (latents[mask] != 0).sum(1).double().mean().item()
         )
-
-
-def test_partial_correlation_is_that_of_the_residuals() -> None:
-    norm = RNG.normal(size=400)
-    a, b = norm + RNG.normal(size=400), norm + RNG.normal(size=400)
-    ranks = pd.DataFrame({"a": a, "b": b, "n": norm}).rank()
-    left, right = (
-        ranks[name] - LinearRegression().fit(ranks[["n"]], ranks[name]).predict(ranks[["n"]])
-        for name in ("a", "b")
-    )
-    expected = np.corrcoef(left, right)[0, 1]
-    assert partial_correlation(a, b, norm) == pytest.approx(expected)
-    assert correlation(a, b) > 0.3 > abs(expected) + 0.05
-    assert partial_correlation(a, b, np.ones(400)) == pytest.approx(correlation(a, b))
-    assert correlation(np.ones(9), RNG.normal(size=9)) is None
-
-
-def test_rows_follow_their_dimension() -> None:
-    dimension = RNG.integers(2, 9, 50).astype(np.float32)
-    dimension[3] = np.nan
-    norm = RNG.random(50).astype(np.float32)
-    per_row = PerRow({"mle-20": dimension, "norm": norm})
-    latents = torch.zeros(60, 10)
-    for i, count in enumerate(np.nan_to_num(dimension).astype(int)):
-        latents[i, :count] = 1
-    columns: dict[str, np.ndarray] = {}
-    for seen in seen_in_parts(columns, latents, torch.zeros(60, 2)):
-        per_row.update(seen)
-    (line,) = per_row.lines()
-    assert (line["estimator"], line["neighbours"], line["rows"]) == ("mle", 20, 49)
-    assert line["spearman_l0"] == pytest.approx(1)
-    assert line["spearman_k_hat"] == pytest.approx(1)
-    assert line["partial_l0"] == pytest.approx(1)
-    bins = pd.DataFrame(per_row.bins())
-    assert bins["rows"].tolist() == [5] * 9 + [4]
-    known = np.sort(dimension[np.isfinite(dimension)])
-    assert bins["dimension"].tolist() == pytest.approx(
-        [part.mean() for part in np.array_split(known, 10)]
-    )
-    assert bins["l0"].tolist() == pytest.approx(bins["dimension"].tolist())
-
-
-@pytest.mark.parametrize("true", [2, 5])
-def test_the_dimension_of_a_plane_is_found(true: int) -> None:
-    x = RNG.random((800, true)) @ RNG.normal(size=(true, 20))
-    x[5] = x[6]  # equal rows have no distance
-    for name, values in local_dimensions(x, 60).items():
-        assert values.shape == (800,)
-        assert np.nanmean(values) == pytest.approx(true, rel=0.25), name
-
-
-def test_too_large_a_neighbourhood_is_refused(tmp_path: Any) -> None:
-    class Store:
-        rows = 100
-
-    with pytest.raises(UserError, match="expected less than half of the 80 sampled rows, found 40"):
-        write_dimensions(Store(), {"rows": 80, "neighbours": [10, 40]}, tmp_path)

@@ -19,6 +19,25 @@ from saeflow.tables.runs import with_target
 from saeflow.tables.schema import columns_of, tables_of
 from saeflow.tables.summary import summarise
 
+_ESTIMATED = [
+    {"estimator": name, "neighbours": size} for name in ("mle", "twonn") for size in (20, 50)
+]
+OF_SOURCES: dict[str, list[dict[str, Any]]] = {
+    "dimension_agreement": [
+        {"source": "toy", "hook_point": "features", "estimator": "mle", "neighbours": size, "rows": 900,
+         "other_estimator": "twonn", "other_neighbours": size, "spearman": 0.81}
+        for size in (20, 50)
+    ],
+    "dimension_control": [
+        {"source": "toy", "hook_point": "features", **estimated, "rows": 200, **line}
+        for estimated in _ESTIMATED
+        for line in (
+            {"manifold": "sphere", "true_dimension": 2, "bias": 0.1},
+            {"manifold": "torus", "true_dimension": 16, "bias": -5.0},
+            {"manifold": "union", "spearman": 0.93},
+        )
+    ],
+}  # fmt: skip
 EXTRA = [name for name in tables_of("evaluate") if name not in ("metrics", "histograms")]
 IDS = [
     "run",
@@ -136,16 +155,17 @@ class Bench:
             self.extra["contexts"].append({**ids, **known, **own})
         for estimator in ("mle", "twonn"):
             for neighbours in (20, 50):
-                spearman = (
-                    {} if ids["variant"] == "topk" else {"spearman_l0": 0.4, "partial_l0": 0.3}
-                )
                 known = {
                     "estimator": estimator,
                     "neighbours": neighbours,
                     "rows": 900,
                     "dimension": 6,
                 }
-                self.extra["dimension"].append({**ids, **known, **spearman})
+                for region, low in (("all", 0.2), ("cls", -0.1)):
+                    spearman = {} if ids["variant"] == "topk" else {
+                        "spearman_l0": 0.4, "partial_l0": 0.3, "partial_l0_low": low, "partial_l0_high": 0.5,
+                    }  # fmt: skip
+                    self.extra["dimension"].append({**ids, **known, "region": region, **spearman})
                 for number in range(10):
                     own = {**known, "bin": number, "rows": 90, "dimension": 3 + number / 2}
                     varies = 0 if ids["variant"] == "topk" else number
@@ -399,6 +419,8 @@ class Bench:
         write(folder / "probes.csv", PROBES, self.probes)
         for name in EXTRA:
             write(folder / f"{name}.csv", columns_of(name), measured(self.extra[name]))
+        for name, lines in OF_SOURCES.items():
+            write(folder / f"{name}.csv", columns_of(name), lines)
         write(folder / "stability.csv", columns_of("stability"), self.stability)
         write(folder / "rivals.csv", columns_of("rivals"), self.rivals)
         write(folder / "sweeps.csv", columns_of("sweeps"), [])

@@ -100,7 +100,7 @@ def test_order_of_the_arguments_changes_no_byte(
     collect([run[0] for run in runs[::-1]], [run[1] for run in runs[3::-1]], [], two)
     names = sorted(path.name for path in one.iterdir() if path.is_file())
     assert names == [
-        "absorption.csv", "classification.csv", "classification.md", "classification.tex", "complexity.csv", "contexts.csv", "controls.csv", "detection.csv", "dimension.csv", "dimension_bins.csv",
+        "absorption.csv", "classification.csv", "classification.md", "classification.tex", "complexity.csv", "contexts.csv", "controls.csv", "detection.csv", "dimension.csv", "dimension_agreement.csv", "dimension_bins.csv", "dimension_control.csv",
         "histograms.csv", "intervals.csv",
         "metrics.csv", "metrics.json", "options.csv", "probes.csv", "probing.csv", "rivals.csv", "stability.csv", "summary.csv", "summary.md", "summary.tex", "sweeps.csv", "training.csv", "unmeasured.csv",
     ]  # fmt: skip

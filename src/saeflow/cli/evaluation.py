@@ -52,8 +52,9 @@ def dimension(task: Task) -> None:
 
     asked = read_task(task)
     with job_of(asked, "dimension") as job:
-        store = open_store(asked.one("evaluation") / f"{asked.params['hook_point']}.zarr")
-        write_dimensions(store, asked.params["dimension"], job.path)
+        place = {name: asked.params[name] for name in ("source", "hook_point")}
+        store = open_store(asked.one("evaluation") / f"{place['hook_point']}.zarr")
+        write_dimensions(store, place, asked.params["dimension"], job.path)
 
 
 def evaluate(tasks: Tasks, runtime: RuntimeJson, threads: Threads, ahead: Ahead = False) -> None:
@@ -200,6 +201,7 @@ def collect(task: Task) -> None:
         collect_tables(
             asked.many("evaluations"), asked.many("saes"), asked.many("probes"), job.path,
             asked.many("stability"), asked.many("interpretations"), asked.many("rivals"), asked.many("sweeps"),
+            asked.many("dimensions"),
         )  # fmt: skip
 
 

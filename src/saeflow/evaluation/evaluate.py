@@ -57,7 +57,12 @@ def observers(setup: Setup, sae: Any, *, is_trained: bool) -> list[Observer]:
         per_unit = PerUnit(setup.inputs.units("evaluation"), bootstrap)
         found += [per_unit, Controls(sae, rows, per_unit, bootstrap)]
     if is_trained and setup.folders.dimension is not None:
-        found.append(PerRow(load_file(setup.folders.dimension / DIMENSIONS)))
+        found.append(
+            PerRow(
+                load_file(setup.folders.dimension / DIMENSIONS), rows.store.columns,
+                setup.inputs.row_groups, setup.inputs.units("evaluation"), bootstrap,
+            )
+        )  # fmt: skip
     return found
 
 

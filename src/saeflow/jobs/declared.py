@@ -197,9 +197,11 @@ class Jobs:
         return self._job(
             command="dimension",
             result=f"evaluations/{source}/{hook_point}/dimension",
-            params={"hook_point": hook_point, "dimension": self.plan.dimension()},
+            params={
+                "source": source, "hook_point": hook_point, "dimension": self.plan.dimension(),
+            },
             reads={"evaluation": self.store(source, "evaluation")},
-        )
+        )  # fmt: skip
 
     @_once
     def evaluation(self, run: str) -> Job:
@@ -314,6 +316,7 @@ class Jobs:
                 "rivals": [self.rivals()] if plan.rivals else [],
                 "sweeps": [self.sweeps()] if plan.sweeps else [],
                 "interpretations": list(map(self.interpretation, sorted(plan.interpreted))),
+                "dimensions": [self.dimension(*one) for one in plan.with_dimension],
             },
         )  # fmt: skip
 

@@ -21,6 +21,7 @@ from saeflow.tables.summary import summarise
 from saeflow.tables.sweeps import of_chosen, sentence
 
 CARDS = "cards"
+_PLACE = ("source", "hook_point")
 
 
 def collect(
@@ -32,6 +33,7 @@ def collect(
     interpreted: Iterable[Path] = (),
     rivals: Iterable[Path] = (),
     sweeps: Iterable[Path] = (),
+    dimensions: Iterable[Path] = (),
 ) -> None:
     """Gather the tables of all runs.
 
@@ -45,15 +47,17 @@ def collect(
         interpreted: folders with the tables of the job `interpret`.
         rivals: folders with a rivals.csv.
         sweeps: folders with a sweeps.csv; of the trials there, summaries have those that were chosen.
+        dimensions: folders with the tables of the job `dimension`.
 
     Raises:
         UserError: a file is missing, or two folders hold one run.
     """
-    folders, of_latents = list(evaluations), list(interpreted)
+    folders, of_latents, of_sources = list(evaluations), list(interpreted), list(dimensions)
     rows: dict[str, list[Row]] = {
         **{name: _of_runs(folders, name) for name in tables_of("evaluate")},
         **{name: _of_runs(of_latents, name) for name in tables_of("interpret")},
-        "stability": _of_settings(stabilities),
+        **{name: _in_order(of_sources, name, _PLACE) for name in tables_of("dimension")},
+        "stability": _in_order(stabilities, "stability", (*_PLACE, "entry", "setting")),
         "rivals": [row for folder in rivals for row in read_csv(folder / "rivals.csv")],
         "sweeps": [row for folder in sweeps for row in read_csv(folder / "sweeps.csv")],
     }
@@ -104,11 +108,10 @@ def _of_runs(folders: Iterable[Path], table: str) -> list[Row]:
     return [row for run in sorted(by_run, key=natural) for row in by_run[run]]
 
 
-def _of_settings(folders: Iterable[Path]) -> list[Row]:
-    """Return the rows of all settings in natural order, pairs of seeds as they were."""
-    rows = [row for folder in folders for row in read_csv(folder / "stability.csv")]
-    order = ("source", "hook_point", "entry", "setting")
-    return sorted(rows, key=lambda row: [natural(row[key]) for key in order])
+def _in_order(folders: Iterable[Path], table: str, columns: Sequence[str]) -> list[Row]:
+    """Return the rows of all folders in natural order of some columns, rows that are equal there as they were."""
+    rows = [row for folder in folders for row in read_csv(folder / f"{table}.csv")]
+    return sorted(rows, key=lambda row: [natural(row[name]) for name in columns])
 
 
 def _of_training(saes: Iterable[Path]) -> tuple[list[Row], list[Row]]:

@@ -37,6 +37,8 @@ class Tables:
     contexts: pd.DataFrame
     dimension: pd.DataFrame
     dimension_bins: pd.DataFrame
+    dimension_agreement: pd.DataFrame
+    dimension_control: pd.DataFrame
     intervals: pd.DataFrame
     controls: pd.DataFrame
     stability: pd.DataFrame

@@ -94,6 +94,19 @@ _ESTIMATE: Columns = {
     "estimator": _word("Estimator of local intrinsic dimension: mle or twonn."),
     "neighbours": _count("Neighbours that an estimate uses."),
 }
+_RANKED: Columns = {
+    f"{name}_{quantity}{bound}": _number(f"{opening}{what} of {called} with the dimension{given}.")
+    for quantity, called in (("l0", "L0"), ("k_hat", "k-hat"))
+    for name, what, given in (
+        ("spearman", "Spearman correlation", ""),
+        ("partial", "Spearman correlation", " given the activation's norm"),
+    )
+    for bound, opening in (
+        ("", ""),
+        ("_low", "Lower bound of the 95 % bootstrap interval over units of the "),
+        ("_high", "Upper bound of this interval: of the "),
+    )
+}
 _QUALITY: Columns = {
     "rmse": _number("Root mean squared error of the predicted scores.", "points of 10", "RMSE"),
     "r2": _number(
@@ -154,7 +167,15 @@ class Table:
     about: str
     columns: Columns
     job: Literal[
-        "evaluate", "interpret", "stability", "rivals", "choose", "probe", "train", "collect"
+        "evaluate",
+        "interpret",
+        "stability",
+        "rivals",
+        "choose",
+        "probe",
+        "dimension",
+        "train",
+        "collect",
     ]
     is_open: bool = False
     optional: frozenset[str] = frozenset()
@@ -244,14 +265,17 @@ TABLES: dict[str, Table] = {
         },
     ),
     "dimension": Table(
-        about="A row per SAE and estimate of local intrinsic dimension.", job="evaluate",
-        columns=MEASURED_IDS | _ESTIMATE | {
-            "rows": _count("Rows with an estimate."),
+        about="A row per SAE, region of the rows and estimate of local intrinsic dimension.", job="evaluate",
+        columns=MEASURED_IDS | {
+            "region": _word(
+                "all; of images cls and patches, and of scenes object and background, the patches on and off an object; of other "
+                "contexts early and late, the halves of their positions."
+            ),
+            **_ESTIMATE,
+            "rows": _count("Rows of the region that have every estimate."),
+            "units": _count("Documents, images or samples that these are of, which are resampled."),
             "dimension": _number("Mean local intrinsic dimension."),
-            "spearman_l0": _number("Spearman correlation of L0 with the dimension."),
-            "partial_l0": _number("The same correlation with the activation's norm partialled out."),
-            "spearman_k_hat": _number("Spearman correlation of k-hat with the dimension."),
-            "partial_k_hat": _number("The same correlation with the activation's norm partialled out."),
+            **_RANKED,
         },
     ),
     "dimension_bins": Table(
@@ -262,6 +286,26 @@ TABLES: dict[str, Table] = {
             "dimension": _number("Mean local intrinsic dimension."),
             "l0": _number("Mean L0.", "per token", "L0"),
             "k_hat": _number("Mean k that the SAE allows; empty where it chooses none.", "per token"),
+        },
+    ),
+    "dimension_agreement": Table(
+        about="A row per store and pair of estimates of local intrinsic dimension.", job="dimension",
+        columns=_PLACE | _ESTIMATE | {
+            "other_estimator": _ESTIMATE["estimator"],
+            "other_neighbours": _ESTIMATE["neighbours"],
+            "rows": _count("Rows with both estimates."),
+            "spearman": _number("Spearman correlation of both over these rows.", label="Spearman"),
+        },
+    ),
+    "dimension_control": Table(
+        about="A row per store, estimate, and manifold of known dimension; rows of the manifolds are as many and as wide as "
+        "those of the store.", job="dimension",
+        columns=_PLACE | _ESTIMATE | {
+            "manifold": _word("sphere; torus, a product of circles; union of all of them, far apart, each with as many rows."),
+            "true_dimension": _count("Dimension of the sphere or torus; empty for the union."),
+            "rows": _count("Rows with an estimate."),
+            "bias": _number("Mean estimate less the true dimension; empty for the union."),
+            "spearman": _number("Spearman correlation of the estimate with the true dimension, over the union.", label="Spearman"),
         },
     ),
     "intervals": Table(

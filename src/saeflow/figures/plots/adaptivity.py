@@ -38,7 +38,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     from matplotlib.lines import Line2D
 
     images = tables.contexts[tables.contexts["objects"].notna() & (tables.contexts["objects"] >= 0)]
-    dimension = tables.dimension[tables.dimension["spearman_l0"].notna()]
+    dimension = tables.dimension
+    dimension = dimension[(dimension["region"] == "all") & dimension["spearman_l0"].notna()]
     if images.empty and dimension.empty:
         raise UserError(
             "figures.names: adaptivity needs images of generated scenes or evaluation.dimension, the tables "
