@@ -235,7 +235,7 @@ class Bench:
     def measure(self, ids: dict[str, Any], l0: float, fvu: float, rows: int) -> None:
         text = ids["source"] != SYNTHETIC[0]
         values = {
-            "rows": rows, "excluded_rows_fraction": 0.0083 if text else 0.0,
+            "rows": rows, "train_rows": 200_000, "excluded_rows_fraction": 0.0083 if text else 0.0,
             "first_position_excluded": 1 if text else 0, "nmse": fvu * 0.8, "fvu": fvu,
             "explained_variance": 1 - fvu, "cosine": math.sqrt(max(0, 1 - fvu * 0.8)),
             "relative_norm": 1 - fvu / 3, "l0_mean": l0, "l0_median": l0, "l0_p5": l0 * 0.6,
@@ -375,7 +375,7 @@ class Bench:
             )
             row = {
                 **known, "step": step, "tokens_seen": (step + 1) * 1024, "loss": reconstruction,
-                "reconstruction": reconstruction, "k": now,
+                "reconstruction": reconstruction, "k": now, "batch_fvu": reconstruction / 576,
                 "l0": (now or l0 + 300 * math.exp(-done * 12)),
                 "dead": 0.0 if done < 0.15 else min(0.9, 0.6 / l0) * min(1, done * 2), "lr": 1e-3,
                 "tokens_per_s": 40_000,
@@ -412,7 +412,7 @@ class Bench:
         write(folder / "histograms.csv", columns_of("histograms"), measured(self.histograms))
         ids = ["k_target" if column == "k" else column for column in IDS]
         steps = ["step", "tokens_seen", "loss", "reconstruction", "auxk", "l1", "l1_weight",
-                 "threshold", "k", "l0", "dead", "lr",
+                 "threshold", "k", "batch_fvu", "l0", "dead", "lr",
                  "tokens_per_s"]  # fmt: skip
         write(folder / "training.csv", [*ids, *steps], self.training)
         write(folder / "complexity.csv", COMPLEXITY, self.complexity)

@@ -1,6 +1,7 @@
 """Training curves show what the steps logged."""
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import pandas as pd
@@ -9,6 +10,7 @@ import pytest
 from saeflow.errors import UserError
 from saeflow.figures import FIGURES, captions, load_tables, style
 from saeflow.figures.plots.training import loss_terms
+from saeflow.tables import verdict
 
 from .conftest import TEXT, Maker
 
@@ -32,6 +34,42 @@ def test_data_are_the_logged_steps(folder: Path) -> None:
     for column in ("reconstruction", "l0", "dead", "tokens_seen", "auxk", "l1", "k"):
         expected = [float(row[column]) if row[column] else None for row in logged]
         assert [None if pd.isna(value) else value for value in data[column]] == expected
+
+
+def test_learning_curves_end_in_the_held_out_error(folder: Path) -> None:
+    tables = load_tables(folder)
+    with style.context():
+        drawing = FIGURES["learning"].draw(tables, STRICT)
+    data = drawing.data.set_index("run")
+    wide, steps = tables.wide.set_index("run"), tables.training
+    for run, line in data.iterrows():
+        own = steps[steps["run"] == run]
+        last = own[own["tokens_seen"] > 0.9 * own["tokens_seen"].max()]
+        assert line["train_fvu"] == pytest.approx(last["batch_fvu"].mean())
+        assert line["held_out_fvu"] == wide.loc[run, "fvu"]
+        assert line["epochs"] == pytest.approx(line["tokens"] / 200_000)
+    assert len(data) == steps["run"].nunique()
+    (ax,) = drawing.figure.axes
+    curves = [line for line in ax.lines if len(line.get_xdata()) > 2]
+    ends = [line for line in ax.lines if len(line.get_xdata()) == 1]
+    epochs = [line.get_xdata()[0] for line in ax.lines if len(line.get_xdata()) == 2]
+    assert len(curves) == len(ends) == data.groupby(["entry", "k"], dropna=False).ngroups + 3
+    assert epochs == [200_000, 400_000]
+    assert "200,000 unique rows, 2.46 epochs" in drawing.caption
+
+
+def test_a_ranking_below_the_noise_is_named(folder: Path) -> None:
+    tables = load_tables(folder)
+    judged = verdict.judged(tables, ["fvu"])
+    judged = judged[judged["rival_variant"].isin(["topk", "batch_topk"])]
+    equal = (~judged["verdict"].isin([verdict.BETTER, verdict.WORSE])).sum()
+    assert 0 < equal < len(judged)
+    said = verdict.unranked_sentence(tables, "fvu")
+    assert said.startswith(f"{equal} of {len(judged)} comparisons")
+    with style.context():
+        assert said in FIGURES["fvu_l0"].draw(tables, STRICT).caption
+    nothing = dataclasses.replace(tables, rivals=tables.rivals[:0])
+    assert verdict.unranked_sentence(nothing, "fvu") == ""
 
 
 def test_loss_terms_are_what_sums_to_the_loss(folder: Path) -> None:

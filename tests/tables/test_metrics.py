@@ -59,7 +59,7 @@ def test_names_have_units_where_they_are_drawn_and_printed() -> None:
 
 def test_the_summary_states_the_row_policy() -> None:
     assert stated() == [
-        "rows", "excluded_rows_fraction", "first_position_excluded", "max_norm_multiple", "ce_first_position_kept", "ce_tokens",
+        "rows", "train_rows", "excluded_rows_fraction", "first_position_excluded", "max_norm_multiple", "ce_first_position_kept", "ce_tokens",
         "ce_contexts", "ce_share", "ce_uniform", "ce_zero",
     ]  # fmt: skip
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
+from sklearn.metrics import r2_score
 from torch import Tensor
 
 from saeflow.batch import Batch
@@ -67,6 +68,21 @@ def test_training_finds_the_features(variant: str, tmp_path: Path) -> None:
     x = store.batch(512, 10_000_000)
     error = (x - sae(x)).square().sum() / (x - x.mean(0)).square().sum()
     assert float(error.detach()) < 0.2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_logged_fvu_is_that_of_the_batch_before_its_update(
+    variant: str, tmp_path: Path
+) -> None:
+    setting = config(variant, steps=4, log_every_steps=1)
+    runs = [Run(Samples(), setting, QUIET, tmp_path / name) for name in ("a", "b")]
+    raw, batch = next(runs[0].raw_batches()), next(runs[0].batches())
+    runs[0].begin()
+    x_hat = runs[0].sae.run(batch).x_hat.detach()
+    runs[1].take(raw, 0.0)
+    explained = r2_score(batch.x, x_hat, multioutput="variance_weighted")
+    assert runs[1].rows[0]["batch_fvu"] == pytest.approx(1 - explained, rel=1e-4)
+    assert runs[1].rows[0]["batch_fvu"] > 0.01
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

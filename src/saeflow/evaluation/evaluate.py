@@ -82,6 +82,7 @@ def row_policy(setup: Setup) -> dict[str, float]:
     skips = rows.selection.positions == "rest" or setup.source_params.get("skip_first", False)
     return {
         "rows": float(rows.statistics.rows),
+        "train_rows": float(setup.train.rows),
         "excluded_rows_fraction": rows.statistics.excluded_fraction,
         "first_position_excluded": float(skips),
         **({} if multiple is None else {"max_norm_multiple": float(multiple)}),

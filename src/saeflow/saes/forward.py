@@ -108,9 +108,8 @@ class Forward:
         """Let go of what gradients were computed by: a step that is recorded must not meet an earlier one's."""
         self.condition = None if self.condition is None else self.condition.detach()
         self.selected, self.latents = self.selected.detach(), self.latents.detach()
-        self.rebuilt = (
-            self.x_hat.detach() if "x_hat" in self.__dict__ else self.pre_acts.new_empty(0)
-        )
+        is_there = isinstance(self.rebuilt, Tensor) or "x_hat" in self.__dict__
+        self.rebuilt = self.x_hat.detach() if is_there else self.pre_acts.new_empty(0)
         self.__dict__.pop("x_hat", None)
         self.parts, self.beside = None, ()
         if self.errors is not None:

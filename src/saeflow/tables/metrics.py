@@ -58,6 +58,10 @@ _PER_TOKEN = "nats/token"
 
 METRICS: dict[str, Metric] = {
     "rows": Metric(label="rows", definition="Evaluated rows.", bounds=_POSITIVE, summary="stated"),
+    "train_rows": Metric(
+        label="training rows", definition="Rows of the split that the SAE was trained on: tokens over them are its epochs.",
+        bounds=_POSITIVE, summary="stated",
+    ),
     "excluded_rows_fraction": Metric(
         label="excluded rows", definition="Share of the split's rows that the row policy leaves out.",
         bounds=_SHARE, summary="stated",

@@ -144,6 +144,10 @@ STEPS: Columns = {
     "masked": _number("Share of the latents above the largest firing rate (sparsemax).", "share"),
     "alpha": _number("alpha of the entmax.", axis="α of the entmax"),
     "deviation": _number("Weight of the probe's distance from the fitted probe (adaptive_k).", axis="weight of the probe's deviation"),
+    "batch_fvu": _number(
+        "FVU of the step's batch, by its pass in training, before the update: of rows not seen before, as long as tokens "
+        "are fewer than the rows of the training split.", label="batch FVU", axis="FVU of training batches",
+    ),
     "l0": _number("Mean number of active latents in the batch.", "per token", "L0", "L0 (active latents per token)"),
     "dead": _number("Latents silent for `dead_after_tokens` tokens.", "share", axis="dead latents (share)"),
     "lr": _number("Learning rate."),

@@ -139,6 +139,23 @@ def sentences(tables: Tables) -> list[str]:
     return list(filter(None, [*parts, uninformed_sentence(tables)]))
 
 
+def unranked_sentence(tables: Tables, metric: str) -> str:
+    """Warn of the comparisons at equal L0 whose order says nothing; empty where there are none."""
+    rows = judged(tables, [metric])
+    rows = rows[rows["rival_variant"].isin(RIVALS)]
+    equal = rows[~rows["verdict"].isin([BETTER, WORSE])]
+    if equal.empty:
+        return ""
+    names = [
+        variant_label(variant, entry)
+        for variant, entry in zip(equal["variant"], equal["entry"], strict=True)
+    ]
+    return (
+        f"{len(equal)} of {len(rows)} comparisons with a rival at equal L0 lie below their interval, the noise of seeds and the rest "
+        f"of L0, or have one seed: the order of {', '.join(dict.fromkeys(names))} and these rivals says nothing."
+    )
+
+
 def uninformed_sentence(tables: Tables) -> str:
     """Name in a sentence the SAEs of `uninformed`; empty where there are none."""
     known = sorted({f"{entry} on {source}" for source, _, entry in uninformed(tables)})

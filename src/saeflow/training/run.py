@@ -314,6 +314,7 @@ class Run:
                 "tokens_seen": self.step * self.config.training.batch_size,
                 **{name: float(loss) for name, loss in stepped.losses.items()},
                 **self.sae.facts(fwd),
+                "batch_fvu": self.fvu(fwd),
                 "l0": float(self.ranks.over_both(fwd.l0().sum()) / self.ranks.rows(fwd.x)),
                 "dead": float(self.ranks.over_latents(self.dead.sum()) / self.config.d_sae),
                 "lr": float(self.optimizer.param_groups[0]["lr"]),
@@ -322,6 +323,13 @@ class Run:
         )
         if self.live is not None:
             self.live.add(self.rows[-1])
+
+    def fvu(self, fwd: Forward) -> float:
+        """Return the fraction of variance unexplained of the batch, by the pass before the update; 1 where rows are equal."""
+        total, target = self.ranks.over_batch, fwd.target.float()
+        mean = total(target.sum(0)) / self.ranks.rows(target)
+        spread = float(total((target - mean).square().sum()))
+        return float(total(fwd.residual.float().square().sum())) / spread if spread else 1.0
 
     def checkpoint(self) -> None:
         """Write all state, and the steps so far for whoever watches."""

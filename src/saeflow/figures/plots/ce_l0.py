@@ -32,7 +32,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
         f"against the mean number of active latents per token, {panels_sentence(rows)}. "
         + (f"Cross-entropy of the unchanged model: {captions.listed(clean)}. " if clean else "")
         + f"{captions.seed_sentence(saes_of(rows))} {baseline_sentence(rows, 'ce_degradation')} "
-        f"{captions.budget_sentence(rows)} {captions.rows_sentence(rows, cross_entropy=True)} {verdict.uninformed_sentence(tables)}"
+        f"{captions.budget_sentence(rows)} {captions.rows_sentence(rows, cross_entropy=True)} "
+        f"{verdict.unranked_sentence(tables, 'ce_degradation')} {verdict.uninformed_sentence(tables)}"
     )
     return Drawing(figure, data, " ".join(caption.split()))
 

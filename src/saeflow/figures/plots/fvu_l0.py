@@ -23,7 +23,8 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
     caption = (
         f"Fraction of variance unexplained (FVU) against the mean number of active latents per token, "
         f"{panels_sentence(rows)}. {captions.seed_sentence(saes_of(rows))} {baseline_sentence(rows, 'fvu')} "
-        f"{captions.budget_sentence(rows)} {captions.rows_sentence(rows)} {verdict.uninformed_sentence(tables)}"
+        f"{captions.budget_sentence(rows)} {captions.rows_sentence(rows)} "
+        f"{verdict.unranked_sentence(tables, 'fvu')} {verdict.uninformed_sentence(tables)}"
     )
     return Drawing(figure, data, " ".join(caption.split()))
 

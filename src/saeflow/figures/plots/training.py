@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 _KNOWN = (
-    *IDS, "k_target", "setting", "series", "step", "tokens_seen", "loss", "l0", "dead", "lr",
+    *IDS, "k_target", "setting", "series", "step", "tokens_seen", "loss", "batch_fvu", "l0", "dead", "lr",
     "tokens_per_s",
 )  # fmt: skip
 _RECONSTRUCTION = "reconstruction"
