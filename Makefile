@@ -5,8 +5,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 CORES ?= all
 BENCHMARKS ?= steps operators training stores extraction evaluation latents rates
-# Tests start many processes of their own: without cached bytecode each compiles the package.
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30
+# Tests start many processes of their own: without cached bytecode each compiles the package. Threads that wait must not
+# spin: two workers and their jobs share two cores.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=30
 QUIET := --disable-pip-version-check -q --progress-bar off
 PIP := $(BIN)/python -m pip install $(QUIET)
 
