@@ -1,7 +1,7 @@
 """Every variant on data whose truth is known: does it find the dictionary, does its k follow the truth?
 
     python benchmarks/truth.py
-    python benchmarks/truth.py --saes soft_topk-paper adaptive_k-paper --seeds 0 1 --laws varying --name truth_papers
+    python benchmarks/truth.py --saes soft_topk-paper adaptive_k-paper --seeds 0 1 --laws varying --name papers
 
 Synthetic worlds of equal mean number of active features: constant in one and varying in another, where the norm of a
 row grows with its number; varying at norms that tell nothing of it on average (balanced) or at all (equal); and constant at norms
