@@ -50,7 +50,7 @@ from truth_settings import (
 )
 from truth_verdicts import answers, comparisons, verdicts
 
-from saeflow.figures.style import COLUMN_WIDTH, Look, context, look, new_figure, save
+from saeflow.figures.style import COLUMN_WIDTH, Look, context, log_axis, look, new_figure, save
 
 METRICS = [
     "l0_mean", "fvu", "matched_feature_cosine", "support_f1", "spearman_l0_true", "spearman_k_hat_true",
@@ -101,11 +101,15 @@ def draw_calibration(rows: pd.DataFrame, file: str) -> None:
         figure = new_figure(COLUMN_WIDTH, 3.2)
         ax = figure.subplots()
         ax.plot([1, MOST], [1, MOST], color="#BBBBBB", linewidth=0.8, zorder=0)
+        drawn: list[float] = []
         for name, group in own.groupby("sae", sort=False):
             curves = pd.DataFrame(list(group.calibration)).mean()
             curves.index = curves.index.astype(int)
             style = look_of(str(name))
             ax.plot(curves.index, curves, color=style.color, marker=style.marker, label=style.label)
+            drawn += curves.tolist()
+        log_axis(ax, "x", 0.9, 1.1 * MOST)
+        log_axis(ax, "y", 0.8 * min(drawn), 1.2 * max(drawn))
         ax.set_xlabel("true active features")
         ax.set_ylabel("mean L0")
         ax.grid()
