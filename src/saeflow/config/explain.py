@@ -45,7 +45,7 @@ def listed(names: Any) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
-def _as_list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
 
@@ -65,7 +65,7 @@ def _wanted(branch: list[Any]) -> str:
         return ""
     match error.validator:
         case "type":
-            return " or ".join(_as_list(error.validator_value))
+            return " or ".join(as_list(error.validator_value))
         case "enum":
             return _choices(error)
         case "minimum":
@@ -108,7 +108,7 @@ def _explain(error: Any) -> str:
             missing = [key for key in error.validator_value if key not in error.instance]
             return f"{where}: the key {listed(missing)} is missing. Add it (see {DESCRIBED})."
         case "type":
-            wanted = " or ".join(_as_list(error.validator_value))
+            wanted = " or ".join(as_list(error.validator_value))
             return f"{where}: expected {wanted}, found {found}."
         case "enum":
             return f"{where}: expected one of {_choices(error)}, found {found}."

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from saeflow.config.explain import as_list
 from saeflow.config.sweep import trials
 from saeflow.config.variants import with_options
 from saeflow.errors import UserError
@@ -96,9 +97,9 @@ def expand_runs(params: Mapping[str, Any]) -> list[SAEConfig]:
         shared = {key: params["training"][key] for key in params["training"]}
         training = {key: values.get(key, shared[key]) for key in shared}
         training["betas"] = tuple(training["betas"])
-        axes = {key: _aslisted(values[key]) for key in ("store", "d_sae", "seed")}
+        axes = {key: as_list(values[key]) for key in ("store", "d_sae", "seed")}
         axes["seed"] = params["seeds"] or axes["seed"]
-        options = {key: _aslisted(value) for key, value in values["options"].items()}
+        options = {key: as_list(value) for key, value in values["options"].items()}
         swept = [key for key, value in values["options"].items() if isinstance(value, list)]
         tried = trials(params["sweep"], entry, values)
         for store, d_sae, seed, (trial, drawn), *chosen in itertools.product(
@@ -139,7 +140,7 @@ def _check_number(entries: Mapping[str, Any], params: Mapping[str, Any]) -> None
         axes = [values["store"], values["d_sae"], params["seeds"] or values["seed"]]
         axes += values["options"].values()
         tried = params["sweep"]["trials"] if "ranges" in values else 1
-        counts[entry] = tried * math.prod(len(_aslisted(axis)) for axis in axes)
+        counts[entry] = tried * math.prod(len(as_list(axis)) for axis in axes)
     if (total := sum(counts.values())) > MOST_RUNS:
         entry = max(counts, key=lambda name: counts[name])
         raise UserError(
@@ -163,10 +164,6 @@ def imports(params: Mapping[str, Any]) -> list[ImportConfig]:
 def _guide(store: str, k: Any) -> str | None:
     """The run that k is taken from, of the same store."""
     return f"{store}/{k['mean_l0_of']}" if isinstance(k, Mapping) else None
-
-
-def _aslisted(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list) else [value]
 
 
 def slug(value: Any) -> str:

@@ -9,7 +9,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from saeflow.config.explain import explained, validator
+from saeflow.config.explain import as_list, explained, validator
 from saeflow.config.options import options_schema
 from saeflow.config.variants import variants
 from saeflow.errors import UserError
@@ -142,7 +142,7 @@ def _meant(errors: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
     for error in errors:
         yield from _meant(error.context or ())
         if error.validator == "type" and error.absolute_path:
-            for wanted in _as_list(error.validator_value):
+            for wanted in as_list(error.validator_value):
                 found = _read_as(wanted, error.instance)
                 if found is not error.instance:
                     yield tuple(error.absolute_path), found
@@ -165,7 +165,3 @@ def _read_as(wanted: str, value: Any) -> Any:
     if wanted == "integer" and isinstance(value, float) and value.is_integer():
         return int(value)
     return value
-
-
-def _as_list(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, list) else [value]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from saeflow.config.explain import explained, listed, validator
+from saeflow.config.explain import as_list, explained, listed, validator
 from saeflow.config.options import options_schema
 from saeflow.config.schema import params_schema
 from saeflow.config.variants import variants
@@ -125,7 +125,7 @@ def problems(params: Mapping[str, Any]) -> Iterator[str]:
     for name, entry in tuned.items():
         yield from _of_ranges(name, entry)
     for name, entry in params["saes"].items():
-        for k in _listed(entry.get("options", {}).get("k")):
+        for k in as_list(entry.get("options", {}).get("k")):
             guide = k.get("mean_l0_of", "") if isinstance(k, Mapping) else ""
             if trial_of(guide) is not None:
                 yield (
@@ -162,17 +162,13 @@ def _of_ends(
 ) -> Iterator[str]:
     """Say of the ends of a range what the key does not take, by itself or beside the entry's other values."""
     check, options = validator({"properties": {key: schema}}), variants()[entry["variant"]]
-    stated = {option: _listed(value)[0] for option, value in entry["options"].items()}
+    stated = {option: as_list(value)[0] for option, value in entry["options"].items()}
     for end in entry["ranges"][key]:
         for line in explained(check.iter_errors({key: end})):
             yield f"saes.{name}.ranges.{line}"
         if key in stated:
-            for d_sae in _listed(entry["d_sae"]):
+            for d_sae in as_list(entry["d_sae"]):
                 known = set(options.of(stated).problems(d_sae))
                 for line in options.of({**stated, key: end}).problems(d_sae):
                     if line not in known:
                         yield f"saes.{name}.ranges.{line}"
-
-
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]

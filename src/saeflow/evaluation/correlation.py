@@ -4,6 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from saeflow.evaluation.resampling import drawn_units
+
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float | None:
     """Spearman's; None where one side is constant."""
@@ -41,10 +43,7 @@ def multiplicities(units: np.ndarray, settings: Mapping[str, int]) -> np.ndarray
         settings: resamples and seed.
     """
     _, unit_of = np.unique(units, return_inverse=True)
-    count = int(unit_of.max()) + 1
-    random = np.random.default_rng(settings["seed"])
-    drawn = random.integers(count, size=(settings["resamples"], count))
-    times = np.stack([np.bincount(chosen, minlength=count) for chosen in drawn])
+    times = np.stack(list(drawn_units(int(unit_of.max()) + 1, settings)))
     return times[:, unit_of].astype(np.float32)
 
 

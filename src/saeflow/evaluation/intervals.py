@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from saeflow.evaluation.measure import Lines, Result, Seen
+from saeflow.evaluation.resampling import drawn_units
 
 logger = logging.getLogger(__name__)
 
@@ -83,11 +84,7 @@ def resample(sums: Sums, settings: Mapping[str, int]) -> dict[str, np.ndarray]:
     """
     units = len(next(iter(sums.values())))
     values = np.stack(list(sums.values()), axis=1)
-    drawn = np.empty((settings["resamples"], values.shape[1]))
-    random = np.random.default_rng(settings["seed"])
-    for number in range(len(drawn)):
-        chosen = random.integers(units, size=units)
-        drawn[number] = np.bincount(chosen, minlength=units) @ values
+    drawn = np.stack([times @ values for times in drawn_units(units, settings)])
     return dict(zip(sums, drawn.T, strict=True))
 
 

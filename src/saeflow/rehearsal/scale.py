@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from saeflow.config import expand_runs, trial_of
+from saeflow.config.explain import as_list
 from saeflow.config.options import counts_of_latents
 from saeflow.config.sweep import tunable
 from saeflow.config.variants import variants, with_options
@@ -222,7 +223,7 @@ def _scale_training(params: dict[str, Any]) -> None:
             options["threshold_start_step"] = _each(step, partial(_share, ratio=ratio))
         for name, most in {"p_updates": STEPS // 4, "estimator_width": 2 * WIDTH}.items():
             if name in options:
-                small_of = spread(filter(None, _list(options[name])), most)
+                small_of = spread(filter(None, as_list(options[name])), most)
                 options[name] = _each(options[name], partial(_unless_null, small_of))
 
 
@@ -234,10 +235,6 @@ def _scale_ranges(params: dict[str, Any]) -> None:
                 value = {**params["training"], **values, **values["options"]}[key]
                 own = value if _is_number(value) else 0
                 values["ranges"][key] = [max(2, own - 1), max(3, own)]
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def _each(value: Any, change: Callable[[Any], Any]) -> Any:

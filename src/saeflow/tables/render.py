@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from saeflow.tables.files import Row
 from saeflow.tables.metrics import METRICS, printed
 from saeflow.tables.numbers import decimals, fixed
-from saeflow.tables.runs import RANDOM_DECODER, is_baseline, setting_words
+from saeflow.tables.runs import RANDOM_DECODER, is_baseline, sized_words
 from saeflow.tables.schema import heading
 from saeflow.tables.summary import PANEL, accuracies, policy_note
 
@@ -192,8 +192,8 @@ def _summaries(
 
 def _words(line: Row, several: bool) -> list[str]:
     """Return the first cells of a line; the setting as people write it, with the latents where they differ."""
-    size = f"{int(line['d_sae']):,} latents" if several and not is_baseline(line) else ""
-    setting = ", ".join(filter(None, (size, setting_words(line["setting"]))))
+    size = int(line["d_sae"]) if several and not is_baseline(line) else None
+    setting = sized_words(line["setting"], size)
     return [setting if column == "setting" else line[column] for column in _WORDS]
 
 

@@ -82,17 +82,19 @@ _WRITTEN = {"target_l0": "target L0"}
 
 def settings_words(settings: Sequence[str]) -> list[str]:
     """Return settings of one table as people write them, with their numbers of latents where these differ."""
-    sizes = [re.match(r"d(\d+)", setting) for setting in settings]
-    differ = len({size and size[1] for size in sizes}) > 1
+    found = [re.match(r"d(\d+)", setting) for setting in settings]
+    sizes = [int(size[1]) if size else None for size in found]
+    differ = len(set(sizes)) > 1
     return [
-        ", ".join(
-            filter(
-                None,
-                (f"{int(size[1]):,} latents" if size and differ else "", setting_words(setting)),
-            )
-        )
+        sized_words(setting, size if differ else None)
         for size, setting in zip(sizes, settings, strict=True)
     ]
+
+
+def sized_words(setting: str, d_sae: int | None) -> str:
+    """Return a setting as people write it, after its number of latents unless that is None."""
+    size = "" if d_sae is None else f"{d_sae:,} latents"
+    return ", ".join(filter(None, (size, setting_words(setting))))
 
 
 _GUIDED = re.compile(r"(?:^|-)k-of-(?P<entry>.+?)-(?P<label>d\d+(?:-.*)?)-seed\d+$")
