@@ -41,7 +41,7 @@ class Options(VariantOptions):
         (
             {},
             "expected the options count, weight, word, perhaps, flag, schedule, orthogonality_weight, "
-            "orthogonality_chunk, found none",
+            "orthogonality_chunk, aligned, found none",
         ),
         ({"count": 1, "other": 2}, "expected the options .*, found count, other"),
         (7, "expected the options .*, found 7"),
@@ -188,7 +188,7 @@ def test_a_new_variant_is_one_file_and_its_line_in_the_table(with_toy: Path) -> 
     done = run(with_toy, "-m", "saeflow", "validate", "--params", "bad.yaml")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
-        "error: bad.yaml: saes.toy.options: unknown key flor. Known keys: floor, orthogonality_chunk, orthogonality_weight.",
+        "error: bad.yaml: saes.toy.options: unknown key flor. Known keys: aligned, floor, orthogonality_chunk, orthogonality_weight.",
         "error: bad.yaml: saes.toy.options.floor: -1 is less than the minimum of 0.",
     ]
 
@@ -202,7 +202,11 @@ def test_the_options_of_a_new_variant_are_described(with_toy: Path) -> None:
         "    number at least 0; scaled activations; default 0.5",
     ]
     every = [line for line in lines[3:] if not line.startswith(" ")]
-    assert every == ["orthogonality_weight", "orthogonality_chunk"]  # options of every variant
+    assert every == [
+        "orthogonality_weight",
+        "orthogonality_chunk",
+        "aligned",
+    ]  # options of every variant
     page = run(
         with_toy, "-c", "from saeflow.config.describe import as_markdown; print(as_markdown())"
     )

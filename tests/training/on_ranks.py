@@ -22,6 +22,8 @@ EVERY_STEP = {**RUNTIME, "checkpoint_every_s": 0}
 BREAKS_AT = 17
 PENALISED = "penalised"
 """A TopK SAE with a penalty on similar directions, which no row of the batch decides."""
+ALIGNED = "aligned"
+"""A BatchTopK SAE whose encoder and decoder directions have the inner product 1."""
 
 
 @contextlib.contextmanager
@@ -40,6 +42,9 @@ def setting(variant):
         plain = setting("topk")
         added = {"orthogonality_weight": 3.0, "orthogonality_chunk": 40}
         return dataclasses.replace(plain, options={**plain.options, **added})
+    if variant == ALIGNED:
+        plain = setting("batch_topk")
+        return dataclasses.replace(plain, options={**plain.options, "aligned": True})
     found = config(variant, steps=STEPS, d_sae=D_SAE, dead_after_tokens=DEAD_AFTER)
     if variant != "soft_topk":
         return found
@@ -63,7 +68,7 @@ def main() -> None:
     root = Path(sys.argv[1])
     for split in ("batch", "latents"):
         ranks = Ranks.from_environment(split, "cpu")
-        for variant in (*OPTIONS, PENALISED):
+        for variant in (*OPTIONS, PENALISED, ALIGNED):
             folder = root / split / variant
             try:
                 train_here(variant, folder, ranks, Samples(), QUIET)

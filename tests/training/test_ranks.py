@@ -12,7 +12,16 @@ from saeflow.training import train
 from saeflow.training.checkpoints import checkpoints, read_checkpoint
 
 from .conftest import OPTIONS, Samples
-from .on_ranks import BREAKS_AT, EVERY_STEP, PENALISED, QUIET, acting_as_gpu, breaks, setting
+from .on_ranks import (
+    ALIGNED,
+    BREAKS_AT,
+    EVERY_STEP,
+    PENALISED,
+    QUIET,
+    acting_as_gpu,
+    breaks,
+    setting,
+)
 
 SPLITS = ("batch", "latents")
 UNDIVIDED = ("top_afa", "matching_pursuit", "soft_topk", "sparsemax", "entmax")
@@ -82,6 +91,17 @@ def test_two_ranks_train_the_sae_of_one(
 def test_two_ranks_count_the_penalty_on_directions_once(together: Path, tmp_path: Path) -> None:
     train(Samples(), setting(PENALISED), QUIET, tmp_path)
     assert_same_sae(together / "batch" / PENALISED, tmp_path)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_two_ranks_keep_encoder_and_decoder_aligned(
+    split: str, together: Path, tmp_path: Path
+) -> None:
+    train(Samples(), setting(ALIGNED), QUIET, tmp_path)
+    assert_same_sae(together / split / ALIGNED, tmp_path)
+    found = load_file(together / split / ALIGNED / "weights.safetensors")
+    products = (found["W_enc"].T.double() * found["W_dec"].double()).sum(1)
+    torch.testing.assert_close(products, torch.ones_like(products), rtol=0, atol=1e-6)
 
 
 def test_latents_with_a_penalty_on_directions_are_not_divided(together: Path) -> None:

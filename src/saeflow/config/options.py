@@ -105,6 +105,11 @@ class VariantOptions:
         low=2,
         high=COUNT_MAX,
     )
+    aligned: bool = option(
+        "true: the inner product of each latent's encoder and decoder direction is held at 1 (aligned training, "
+        "arXiv:2605.18629).",
+        default=False,
+    )
 
     @classmethod
     def read(cls, values: Mapping[str, Any], d_sae: int) -> Self:

@@ -1,5 +1,6 @@
 """Matching pursuit SAE: latents are taken one after the other until little is left (Costa et al. 2025, arXiv:2506.03093)."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,11 @@ class MatchingPursuitOptions(VariantOptions):
     stop_on_duplicate_support: bool = option(
         "Stop an input after a step that takes a latent which it had already.", default=True
     )
+
+    def problems(self, d_sae: int) -> Iterator[str]:
+        yield from super().problems(d_sae)
+        if self.aligned:
+            yield "aligned: expected false, since the decoder's unit rows are the encoder already, found true."
 
 
 class MatchingPursuit(SAE):

@@ -83,6 +83,10 @@ class SparsemaxOptions(VariantOptions):
 
     def problems(self, d_sae: int) -> Iterator[str]:
         yield from super().problems(d_sae)
+        if self.aligned:
+            yield (
+                "aligned: expected false, since scores are of unit vectors and have a scale of their own, found true."
+            )
         if self.query == "linear" and self.architecture == "mlp":
             yield "query: expected identity with the architecture mlp, found 'linear'."
 

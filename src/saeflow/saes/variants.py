@@ -58,4 +58,5 @@ def build(variant: str, d_in: int, d_sae: int, options: Mapping[str, Any]) -> SA
     made: SAE = of_variant(d_in, d_sae, read)
     made.orthogonality_weight = read.orthogonality_weight
     made.orthogonality_chunk = read.orthogonality_chunk
+    made.aligned = read.aligned
     return made

@@ -1,4 +1,4 @@
-"""Adam for SAEs: the decoder's gradient projected, the whole clipped, unit decoder rows after the step.
+"""Adam for SAEs: gradients projected, the whole clipped, unit decoder rows after the step.
 
 Two passes over the weights do all of it, one that measures and one that updates. It is no `torch.optim.Optimizer`,
 whose first call imports torch's compiler: 2 s and 150 MiB of every training process, for nothing that is used here.
@@ -17,6 +17,7 @@ from saeflow.operators import acts_as_gpu, native
 from saeflow.operators.gpu import shadows
 from saeflow.operators.gpu.update import Part, measure, update
 from saeflow.saes import SAE
+from saeflow.training.alignment import Alignment
 
 EPSILON = 1e-8
 
@@ -52,6 +53,7 @@ class Optimizer:
             for parameter in group
         }
         self.sae = sae
+        self.alignment = Alignment(sae) if sae.aligned else None
         self.largest_norm = math.inf if config.grad_clip is None else config.grad_clip
         self.rates = torch.zeros(len(groups), device=sae.W_dec.device).unbind()  # of each group
 
@@ -69,7 +71,7 @@ class Optimizer:
                 shadows.refresh(parameter)
 
     def measure(self) -> Tensor:
-        """Remove the decoder gradient's part along its rows; the norm () of what is clipped together.
+        """Remove the parts of gradients that would leave a constraint; the norm () of what is clipped together.
 
         What is set apart is clipped here. The norm is not finite where any gradient is not.
         """
@@ -79,6 +81,8 @@ class Optimizer:
         at_once = acts_as_gpu(self.sae.W_dec)
         if not (is_native or at_once):
             self.sae.project_grad()
+        if self.alignment is not None:
+            self.alignment.project_grad()
         device = self.sae.W_dec.device
         divided, held = torch.zeros(2, dtype=torch.float64, device=device).unbind()
         for parameter, found in gradients:
@@ -127,7 +131,7 @@ class Optimizer:
             )
 
     def update(self, norm: Tensor, skip: Tensor) -> None:
-        """Scale a gradient of this norm down to the largest, take a step, make decoder rows unit.
+        """Scale a gradient of this norm down to the largest, take a step, go back to the constraints.
 
         Args:
             norm: () of the gradient of what is clipped together.
@@ -139,6 +143,7 @@ class Optimizer:
             for group, rate in zip(self.param_groups, self.rates, strict=True):
                 self._update_at_once(group, rate, norm, skip, largest)
                 largest = math.inf
+            self._align(skip)
             return
         if bool(skip):
             return
@@ -146,6 +151,13 @@ class Optimizer:
         for group in self.param_groups:
             self._update_group(group, clip)
             clip = 1.0
+        self._align(skip)
+
+    def _align(self, skip: Tensor) -> None:
+        """Keep the alignment, in the weights and in a copy of them that products read."""
+        if self.alignment is not None:
+            self.alignment.project(skip)
+            shadows.refresh(self.sae.W_enc)
 
     def _update_group(self, group: dict[str, Any], clip: float) -> None:
         (beta1, beta2), epsilon = group["betas"], group["eps"]

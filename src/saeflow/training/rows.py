@@ -44,8 +44,14 @@ def check_targets(sae: SAE, config: SAEConfig, targets: Moments) -> None:
     """Refuse targets other than the inputs that an SAE cannot have.
 
     Raises:
-        UserError: the variant reads inputs by more than `W_enc`, or reconstructs another width.
+        UserError: the variant reads inputs by more than `W_enc`, reconstructs another width, or aligns directions of
+            the inputs with directions of the targets.
     """
+    if sae.aligned:
+        raise UserError(
+            f"saes.{config.entry}.options.aligned: expected false where targets are not the inputs, since encoder and "
+            "decoder directions then lie in different spaces, found true."
+        )
     if not sae.takes_own_targets:
         raise UserError(
             f"saes.{config.entry}.variant: expected a variant whose targets may be other than its inputs, found "
