@@ -33,8 +33,9 @@ class Project:
     """A checkout of its own: commands run in it, with this environment's programs.
 
     Args:
-        cold: start a Python for each job, as a user's run does. Elsewhere jobs are forked from a process that has imported
-            this checkout's package already, which saves most of a small job's time. It may be changed between commands.
+        cold: start a Python for each command and each job, as a user's run does. Elsewhere Snakemake, saeflow and the jobs
+            are forked from a process that has imported them and this checkout's package already, which saves most of a
+            small job's time. It may be changed between commands.
 
     Attributes:
         timeout_s: seconds after which a command is given up.
@@ -58,22 +59,23 @@ class Project:
 
     @property
     def environment(self) -> dict[str, str]:
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        source = str(self.folder / "src")
         own = {
-            "PATH": path,
-            "PYTHONPATH": source,
+            "PYTHONPATH": str(self.folder / "src"),
             "DVC_NO_ANALYTICS": "1",
             "PYTHONDONTWRITEBYTECODE": "",
         }
-        return os.environ | own | ({} if self.cold else {"SAEFLOW_PROGRAMS": programs()})
+        places = [str(Path(sys.executable).parent), os.environ["PATH"]]
+        if not self.cold:
+            places.insert(0, own.setdefault("SAEFLOW_PROGRAMS", programs()))
+        return os.environ | own | {"PATH": os.pathsep.join(places)}
 
     def run(self, *command: str, code: int | None = 0) -> str:
         """Run a command to its end; its output, stdout and stderr together."""
+        environment = self.environment
         done = subprocess.run(
-            command,
+            [shutil.which(command[0], path=environment["PATH"]) or command[0], *command[1:]],
             cwd=self.folder,
-            env=self.environment,
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

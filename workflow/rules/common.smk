@@ -40,6 +40,7 @@ from saeflow.preflight import (
     take_results,
     warnings,
 )
+from saeflow.programs import programs_folder
 from saeflow.provenance import is_whole
 from saeflow.tables.schema import TABLES
 
@@ -74,10 +75,7 @@ if has_conda and not package.is_dir():
     )
     sys.exit(2)
 if not has_conda:
-    programs = os.environ.get(
-        "SAEFLOW_PROGRAMS", str(Path(sys.executable).parent)
-    )  # set by rehearse
-    prefix = f"{prefix}export PATH={shlex.quote(programs)}:$PATH; "
+    prefix = f"{prefix}export PATH={shlex.quote(str(programs_folder()))}:$PATH; "
 # Snakemake reads the prefix as a format string.
 shell.prefix(f"set -euo pipefail; {prefix}".replace("{", "{{").replace("}", "}}"))
 

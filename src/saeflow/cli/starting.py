@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from saeflow.config import ROOT
 from saeflow.errors import UserError
+from saeflow.programs import programs_folder
 
 
 def init(
@@ -83,9 +83,10 @@ def run(
         raise UserError(
             f"{file}: no such parameter file. Write one: saeflow init {folder} --model ..."
         )
+    python = str(programs_folder() / "python")
     command = [
-        sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder),
+        python, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder),
         "--configfile", str(file), "--workflow-profile", str(ROOT / "profiles" / "default"),
         "--cores", str(cores or "all"), *(arguments or ()),
     ]  # fmt: skip
-    os.execv(sys.executable, command)
+    os.execv(python, command)

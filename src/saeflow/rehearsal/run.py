@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from saeflow.config import ROOT, check_params, load_params, scorer_file
 from saeflow.errors import UserError
 from saeflow.files import atomic_file
 from saeflow.plan import Plan
+from saeflow.programs import PROGRAMS
 from saeflow.rehearsal.scale import Rehearsal, rehearsal_of
 from saeflow.rehearsal.stand_ins import write_stand_ins
 from saeflow.rehearsal.warm import warm_python
@@ -46,7 +46,7 @@ def stage() -> Iterator[dict[str, str]]:
         TemporaryDirectory(prefix="saeflow-data-") as cache,
         warm_python(environment | {"HF_DATASETS_CACHE": cache}) as programs,
     ):
-        yield environment | {"HF_DATASETS_CACHE": cache, "SAEFLOW_PROGRAMS": str(programs)}
+        yield environment | {"HF_DATASETS_CACHE": cache, PROGRAMS: str(programs)}
 
 
 def rehearse(
@@ -118,7 +118,7 @@ def _check(folder: Path) -> None:
 def _run_workflow(folder: Path, cores: int, environment: Mapping[str, str]) -> None:
     """Start Snakemake in the folder, and say now and then how far it is."""
     command = [
-        sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder),
+        str(Path(environment[PROGRAMS], "snakemake")), "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder),
         "--configfile", str(folder / PARAMS), "--workflow-profile", str(ROOT / "profiles" / "default"),
         "--cores", str(cores), "--quiet", "host", "--", "all",
     ]  # fmt: skip

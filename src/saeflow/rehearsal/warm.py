@@ -1,11 +1,13 @@
-"""Jobs without the wait for imports: a process that has imported everything, and forks for each job.
+"""Commands without the wait for imports: a process that has imported everything, and forks for each command.
 
 A job of a rehearsal works for a fraction of a second, and would spend five importing torch and transformers. The
 jobs stay the workflow's own: Snakemake calls `python -m saeflow ...`, and finds a `python` that hands its arguments,
-environment and standard streams to this process, whose child runs them.
+environment and standard streams to this process, whose child runs them. Snakemake itself is started in the same way.
 """
 
+import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -22,11 +24,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 IMPORTED = (
-    "torch", "transformers.modeling_utils", "transformers.tokenization_utils_tokenizers", "datasets", "pandas", "sklearn.linear_model",
+    "torch", "transformers.modeling_utils", "transformers.tokenization_utils_tokenizers", "datasets", "jsonschema", "pandas", "sklearn.linear_model",
     "matplotlib.figure", "saeflow.cli", "saeflow.complexity.probe", "saeflow.complexity.scorers", "saeflow.evaluation",
     "saeflow.evaluation.interpret", "saeflow.evaluation.stability", "saeflow.evaluation.sweeps", "saeflow.figures.report", "saeflow.tables.collect", "saeflow.sources.text",
-    "saeflow.sources.vision", "saeflow.sources.models", "saeflow.stores", "saeflow.training",
+    "saeflow.sources.vision", "saeflow.sources.models", "saeflow.stores", "saeflow.training", "saeflow.failures", "saeflow.preflight", "snakemake.cli",
+    "snakemake.executors.local", "snakemake.report.html_reporter",
 )  # fmt: skip
+PROGRAMS: Mapping[str, str | None] = {
+    "python": None,
+    "snakemake": "snakemake",
+    "saeflow": "saeflow",
+}
+"""The module that each program runs; `python` runs those that its arguments name."""
 _READY = b"ready\n"
 _MOST = 1 << 23
 """Bytes of a job's arguments and environment at most."""
@@ -34,10 +43,12 @@ _MOST = 1 << 23
 CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
 
-arguments = sys.argv[1:]
-if arguments[:2] != ["-m", "saeflow"]:
-    os.execv({python!r}, [{python!r}, *arguments])
-job = {{"arguments": arguments[2:], "folder": os.getcwd(), "environment": dict(os.environ)}}
+module, arguments = {module!r}, sys.argv[1:]
+if module is None:
+    if len(arguments) < 2 or arguments[0] != "-m" or arguments[1] not in {modules!r}:
+        os.execv({python!r}, [{python!r}, *arguments])
+    module, arguments = arguments[1], arguments[2:]
+job = {{"module": module, "arguments": arguments, "folder": os.getcwd(), "environment": dict(os.environ)}}
 message = json.dumps(job).encode()
 received, sent = os.pipe()
 for number in (signal.SIGINT, signal.SIGTERM):
@@ -56,16 +67,23 @@ sys.exit(code[0])
 
 @contextmanager
 def warm_python(environment: Mapping[str, str]) -> Iterator[Path]:
-    """While the context is open, a folder with a `python` whose saeflow commands need no imports.
+    """While the context is open, a folder with `python`, `snakemake` and `saeflow`, whose commands need no imports.
 
     Args:
         environment: of the process that imports; libraries read parts of it when they are imported.
     """
     with tempfile.TemporaryDirectory(prefix="saeflow-") as folder:
-        address, client = Path(folder, "jobs"), Path(folder, "bin", "python")
-        client.parent.mkdir()
-        client.write_text(CLIENT.format(python=sys.executable, address=str(address)))
-        client.chmod(0o755)
+        address, programs = Path(folder, "jobs"), Path(folder, "bin")
+        programs.mkdir()
+        modules = tuple(module for module in PROGRAMS.values() if module)
+        for name, module in PROGRAMS.items():
+            client = programs / name
+            client.write_text(
+                CLIENT.format(
+                    python=sys.executable, address=str(address), module=module, modules=modules
+                )
+            )
+            client.chmod(0o755)
         code = "import sys; from saeflow.rehearsal.warm import serve; serve(sys.argv[1])"
         command = [sys.executable, "-c", code, str(address)]
         with subprocess.Popen(
@@ -79,7 +97,7 @@ def warm_python(environment: Mapping[str, str]) -> Iterator[Path]:
                 assert server.stdout is not None
                 if server.stdout.readline() != _READY:
                     raise RuntimeError("the process that runs jobs did not start")
-                yield client.parent
+                yield programs
             finally:
                 server.terminate()
 
@@ -88,6 +106,8 @@ def serve(address: str) -> None:
     """Import what jobs need, then run each job that is asked for in a child, until standard input is closed."""
     for name in IMPORTED:
         importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # what is imported stays: no collection in a child touches, and so copies, its memory
     # A job gets the signals that its client passes on, whatever the process that serves it was started with.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     jobs: dict[int, int] = {}  # process of each job, by the pipe that its client holds open
@@ -110,16 +130,24 @@ def serve(address: str) -> None:
                     if (process := os.fork()) == 0:
                         listening.close()
                         _run(connection, int.from_bytes(head, "big"), streams)
+                    _lead(process)
                     jobs[pipe] = process
                 for stream in streams:
                     os.close(stream)
                 connection.close()
 
 
+def _lead(process: int) -> None:
+    """Make a child the leader of a process group, to which the processes that it starts belong."""
+    with contextlib.suppress(OSError):  # the other of parent and child did it, or it has ended
+        os.setpgid(process, process)
+
+
 def _follow(jobs: dict[int, int], pipe: int) -> None:
-    """Give a job the signal that its client got; where the client has gone, end the job."""
+    """Give a job, and what it started, the signal that its client got; where the client has gone, end them."""
     number = os.read(pipe, 1)
-    os.kill(jobs[pipe], number[0] if number else signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(jobs[pipe], number[0] if number else signal.SIGKILL)
     if not number:
         os.waitpid(jobs.pop(pipe), 0)
         os.close(pipe)
@@ -128,6 +156,8 @@ def _follow(jobs: dict[int, int], pipe: int) -> None:
 def _run(connection: socket.socket, length: int, streams: list[int]) -> None:
     """Be the job of a client whose message has `length` bytes, and tell it the exit code."""
     code, message = 1, b""
+    _lead(os.getpid())
+    atexit._clear()  # what the parent registered is its own to run
     try:
         while len(message) < length <= _MOST and (part := connection.recv(length - len(message))):
             message += part
@@ -138,14 +168,15 @@ def _run(connection: socket.socket, length: int, streams: list[int]) -> None:
         os.chdir(job["folder"])
         os.environ.clear()
         os.environ.update(job["environment"])
-        sys.argv = ["saeflow", *job["arguments"]]
-        runpy.run_module("saeflow", run_name="__main__", alter_sys=True)  # python -m saeflow
+        sys.argv = [job["module"], *job["arguments"]]
+        runpy.run_module(job["module"], run_name="__main__", alter_sys=True)  # python -m saeflow
         code = 0
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
     except BaseException:  # as Python itself does at the end of a program
         traceback.print_exc()
     finally:
+        atexit._run_exitfuncs()
         for output in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 output.flush()
