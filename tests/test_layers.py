@@ -10,7 +10,7 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "saeflow"
 LAYERS = (
-    "errors", "device", "files", "local_files", "progress", "plugins", "failures", "shapes", "config", "provenance", "trace", "sources", "plan", "jobs", "batch",
+    "errors", "device", "installed", "files", "local_files", "progress", "plugins", "failures", "shapes", "config", "provenance", "trace", "sources", "plan", "jobs", "batch",
     "operators", "stores", "complexity", "saes", "training", "tables", "evaluation", "exchange", "figures", "preflight", "needs", "starter", "rehearsal",
     "cli", "__main__",
 )  # fmt: skip

@@ -9,7 +9,6 @@ and times. A killed job leaves its partial folder; the same job started again fi
 import datetime
 import functools
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -35,6 +34,7 @@ from saeflow.files import (
     replace_folder,
     write_json,
 )
+from saeflow.installed import versions_of
 
 logger = logging.getLogger(__name__)
 
@@ -367,10 +367,4 @@ def _lock_digest() -> str | None:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in VERSIONED:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return {"python": platform.python_version(), **versions_of(VERSIONED)}

@@ -40,7 +40,7 @@ from saeflow.preflight import (
     take_results,
     warnings,
 )
-from saeflow.programs import programs_folder
+from saeflow.installed import programs_folder
 from saeflow.provenance import is_whole
 from saeflow.tables.schema import TABLES
 

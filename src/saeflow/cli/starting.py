@@ -9,7 +9,7 @@ import typer
 
 from saeflow.config import ROOT
 from saeflow.errors import UserError
-from saeflow.programs import programs_folder
+from saeflow.installed import programs_folder
 
 
 def init(

@@ -18,8 +18,8 @@ import yaml
 from saeflow.config import ROOT, check_params, load_params, scorer_file
 from saeflow.errors import UserError
 from saeflow.files import atomic_file
+from saeflow.installed import PROGRAMS
 from saeflow.plan import Plan
-from saeflow.programs import PROGRAMS
 from saeflow.rehearsal.scale import Rehearsal, rehearsal_of
 from saeflow.rehearsal.stand_ins import write_stand_ins
 from saeflow.rehearsal.warm import warm_python

@@ -1,6 +1,5 @@
 """From blocks to a store, or to a window of one: every row at its place in the shuffle, streamed in bounded memory."""
 
-import importlib.metadata
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ import zarr
 
 from saeflow.config import n_windows
 from saeflow.errors import UserError
+from saeflow.installed import versions_of
 from saeflow.progress import progress
 from saeflow.stores.blocks import ACTIVATIONS, FORMAT, NORM, PLACE, BlockFile
 from saeflow.stores.content import (
@@ -235,10 +235,4 @@ def median_norm(blocks: Sequence[BlockFile]) -> float:
 
 def software() -> dict[str, str]:
     """Versions of the libraries that make a store."""
-    found = {}
-    for package in VERSIONED:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return versions_of(VERSIONED)

@@ -1,0 +1,26 @@
+"""Versions of installed packages, and the programs that a run starts."""
+
+import importlib.metadata
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+PROGRAMS = "SAEFLOW_PROGRAMS"
+"""The variable that names another folder than this interpreter's: that of saeflow.rehearsal.warm."""
+
+
+def programs_folder() -> Path:
+    """The folder whose `python` and `snakemake` are started."""
+    return Path(os.environ.get(PROGRAMS, Path(sys.executable).parent))
+
+
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are installed."""
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
