@@ -56,6 +56,8 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
     # Enough settings for an L0 on either side of what the other SAEs find.
     "batch_topk": [BATCH_TOPK, *({**BATCH_TOPK, "k": k} for k in (4, 5, 7, 8, 18, 80))],
     "matryoshka": [{**BATCH_TOPK, "groups": {"fractions": [0.125, 0.25]}}],
+    "feature_choice": [BATCH_TOPK],
+    "feature_choice-uniform": [{**BATCH_TOPK, "allocation": "uniform"}],
     "topk-all": [{**TOPK, "budgets": "all"}],
     "batch_topk-pool": [{**BATCH_TOPK, "pool": 8.0}],
     "abs_topk": [TOPK],

@@ -40,6 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "matching_pursuit": ("matching_pursuit", {"residual_threshold": 0.5, "max_iterations": 4}),
     "batch_topk": ("batch_topk", BATCH),
     "matryoshka": ("matryoshka", {**BATCH, "groups": {"fractions": [0.25, 0.25]}}),
+    "feature_choice": ("feature_choice", BATCH),
     "jumprelu": (
         "jumprelu",
         {
@@ -89,7 +90,7 @@ def drawn(case: str) -> SAE:
     if case not in SCALED:
         state["W_dec"] = torch.nn.functional.normalize(state["W_dec"])
     if "threshold" in sae.state_dict():
-        state["threshold"] = torch.tensor(0.3)
+        state["threshold"] = torch.full_like(sae.threshold, 0.3)
     sae.load_state_dict(sae.state_dict() | state)
     return sae.eval()
 

@@ -35,6 +35,7 @@ OURS: dict[str, dict[str, Any]] = {
         "threshold": 0.1, "bandwidth": 0.1,
     },
     "gated": {"l1": 0.1, "l1_schedule": CONSTANT},
+    "feature_choice": BATCH,
 }  # fmt: skip
 STATED = {
     **OURS, "abs_topk": {"k": 5}, "soft_topk": {"k": 5}, "adaptive_k": {"complexity": "scores", "k_min": 2, "k_max": 10},
@@ -62,7 +63,9 @@ def drawn(variant: str) -> SAE:
     }
     state["W_dec"] = torch.nn.functional.normalize(state["W_dec"])
     if "threshold" in sae.state_dict():
-        state["threshold"] = torch.tensor(0.3)
+        state["threshold"] = torch.full_like(sae.threshold, 0.3)
+        if sae.threshold.ndim:
+            state["threshold"].copy_(torch.linspace(0, 0.6, D_SAE))
     sae.load_state_dict(sae.state_dict() | state)
     return sae.eval()
 

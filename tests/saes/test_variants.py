@@ -56,6 +56,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"residual_threshold": 0.2, "max_iterations": 9, "stop_on_duplicate_support": False},
     ),
     "batch_topk": ("batch_topk", {**TOPK, "threshold_start_step": 0}),
+    "feature_choice": ("feature_choice", {**TOPK, "threshold_start_step": 0}),
+    "feature_choice-uniform": (
+        "feature_choice", {**TOPK, "allocation": "uniform", "mutual_fraction": 0, "threshold_start_step": 0}
+    ),
+    "feature_choice-mutual": ("feature_choice", {**TOPK, "mutual_fraction": 0.9}),
     "matryoshka": (
         "matryoshka",
         {**TOPK, "threshold_start_step": 0, "groups": {"fractions": [0.125, 0.25]}},
@@ -279,6 +284,16 @@ def plain_batch_topk(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
     return with_auxk(x, F.relu(pre_acts) * mask, pre_acts, p, dead)
 
 
+def plain_feature_choice(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
+    """All shares are alike: 5 entries a row, 160 of the batch, are 4 rows for each of 40 latents."""
+    pre_acts = linear(x, p)
+    if options.get("mutual_fraction") == 0.9:
+        mask = batch_mask(pre_acts)
+    else:
+        mask = largest(pre_acts.T, torch.full((D_SAE,), 5 * BATCH // D_SAE)).T
+    return with_auxk(x, F.relu(pre_acts) * mask, pre_acts, p, dead)
+
+
 def plain_matryoshka(x: Tensor, p: Named, dead: Tensor, options: Any) -> Tensor:
     pre_acts = linear(x, p)
     latents = F.relu(pre_acts) * batch_mask(pre_acts)
@@ -382,6 +397,7 @@ PLAIN_LOSS = {
     "adaptive_k": plain_adaptive_k,
     "batch_topk": plain_batch_topk,
     "entmax": plain_attention,
+    "feature_choice": plain_feature_choice,
     "gated": plain_gated,
     "jumprelu": plain_jumprelu,
     "matching_pursuit": plain_matching_pursuit,
@@ -586,6 +602,7 @@ class TestEveryVariant:
         ("adaptive_k", {"complexity": "labels", "k_max": 30}),
         ("batch_topk", {"k": 5}),
         ("entmax", {"alpha": 1.5}),
+        ("feature_choice", {"k": 5}),
         ("gated", {"l1": 0.3}),
         ("jumprelu", {"l0_weight": 0.3}),
         ("matching_pursuit", {}),

@@ -34,6 +34,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "k": 3, "k_schedule": CONSTANT, "auxk_weight": 1 / 32, "threshold_start_step": 5
     },
     "entmax": {**ATTENTION, "alpha": 1.9, "is_alpha_learned": True, "score_scale": 12.0},
+    "feature_choice": {
+        "k": 3, "k_schedule": CONSTANT, "auxk_weight": 1 / 32, "mutual_fraction": 0.3, "threshold_start_step": 5
+    },
     "gated": {"l1": 2.0, "l1_schedule": WARM},
     "jumprelu": {
         "l0_weight": 1.0, "l0_schedule": WARM, "target_l0": 3.0,

@@ -12,6 +12,7 @@ from saeflow.config.variants import with_defaults
 from saeflow.errors import UserError
 from saeflow.saes.base import SAE
 from saeflow.saes.batch_topk import BatchTopK
+from saeflow.saes.feature_choice import FeatureChoice
 from saeflow.saes.gated import Gated
 from saeflow.saes.jumprelu import JumpReLU
 from saeflow.saes.p_anneal import PAnneal
@@ -93,7 +94,7 @@ def affine(sae: SAE) -> dict[str, Any]:
 def plain_of(sae: SAE) -> Plain:
     """Return the plain form that computes exactly what a trained SAE computes in use.
 
-    BatchTopK and Matryoshka become jumprelu with their one threshold, P-anneal relu.
+    BatchTopK and Matryoshka become jumprelu with their one threshold, Feature Choice with its own, P-anneal relu.
 
     Raises:
         UserError: a variant whose selection depends on more than each latent's own pre-activation or a
@@ -106,6 +107,8 @@ def plain_of(sae: SAE) -> Plain:
             case BatchTopK():
                 threshold = sae.threshold.cpu().expand(sae.d_sae).clone()
                 return Plain("jumprelu", **affine(sae), threshold=threshold)
+            case FeatureChoice():
+                return Plain("jumprelu", **affine(sae), threshold=sae.threshold.cpu().clone())
             case JumpReLU():
                 return Plain("jumprelu", **affine(sae), threshold=sae.theta.cpu().clone())
             case Gated():
@@ -115,7 +118,7 @@ def plain_of(sae: SAE) -> Plain:
                 return Plain("relu", **affine(sae))
     raise UserError(
         f"{type(sae).__name__}: expected a variant that other libraries know (relu, p_anneal, topk, batch_topk, "
-        "matryoshka, jumprelu, gated), found one that chooses its latents otherwise. Take --library hub, which holds "
+        "matryoshka, feature_choice, jumprelu, gated), found one that chooses its latents otherwise. Take --library hub, which holds "
         "any variant, or for soft_topk and adaptive_k give --store to calibrate a threshold on."
     )
 

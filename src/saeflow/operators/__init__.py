@@ -3,6 +3,12 @@
 from saeflow.operators.auxk import auxk_loss, first_of, keep_largest, residual_share, select_auxk
 from saeflow.operators.batch_topk import batch_topk, batch_topk_sparse
 from saeflow.operators.entmax import entmax, entmax_of, entmax_sparse
+from saeflow.operators.feature_choice import (
+    allotment,
+    choose_by_column,
+    feature_choice,
+    order_columns,
+)
 from saeflow.operators.geometric_median import geometric_median
 from saeflow.operators.jumprelu import jumprelu, step
 from saeflow.operators.matching_pursuit import matching_pursuit
@@ -19,19 +25,24 @@ from saeflow.operators.soft_topk import soft_topk, soft_topk_of, soft_topk_spars
 from saeflow.operators.sparse import SparseLatents, acts_as_gpu, room
 from saeflow.operators.sparsemax import sparsemax, sparsemax_of, sparsemax_sparse
 from saeflow.operators.topk import keep_topk, topk_indices, topk_sparse
+from saeflow.operators.zipf import fit_zipf, zipf
 
 __all__ = [
     "SparseLatents",
     "acts_as_gpu",
+    "allotment",
     "auxk_loss",
     "batch_topk",
     "batch_topk_sparse",
+    "choose_by_column",
     "decode_columns",
     "decode_sparse",
     "entmax",
     "entmax_of",
     "entmax_sparse",
+    "feature_choice",
     "first_of",
+    "fit_zipf",
     "gather_columns",
     "gather_pre_acts",
     "geometric_median",
@@ -40,6 +51,7 @@ __all__ = [
     "keep_topk",
     "lowered",
     "matching_pursuit",
+    "order_columns",
     "orthogonality",
     "perceptron",
     "pre_acts",
@@ -57,4 +69,5 @@ __all__ = [
     "step",
     "topk_indices",
     "topk_sparse",
+    "zipf",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor
 from saeflow.errors import UserError
 from saeflow.operators import SparseLatents, topk_sparse
 from saeflow.operators.autograd import applied
+from saeflow.operators.feature_choice import Ordered
 from saeflow.operators.gpu.lists import Lists
 from saeflow.operators.rows import pad
 
@@ -188,6 +189,37 @@ class Ranks:
         mine = torch.zeros(self.size * total, dtype=torch.bool, device=padded.device)
         mine[best.columns] = True
         return chosen.keep(mine[self.rank * total :][:count])
+
+    def largest_of_columns(self, ordered: Ordered, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many of each column's largest entries are this rank's, and where the choice ends.
+
+        Args:
+            ordered: of this rank's rows, for these counts.
+            counts: (n,) entries to take of each column of the whole batch.
+
+        Returns:
+            (n,) int64, of equal entries those of lower ranks first; and (n,) the number halfway between the last entry
+            that is taken and the one after it, inf where none is taken.
+        """
+        if self.of_batch == 1:
+            return counts, ordered.border
+        depth, n = ordered.columns.shape
+        taken = (counts + 1).clamp(max=depth)  # what any rank may add
+        places = torch.arange(depth, device=counts.device)[:, None]
+        mine = ordered.columns.t()[(places < taken).t()]
+        columns = torch.arange(n, device=counts.device).repeat_interleave(taken)
+        every = torch.stack(self.gather(mine)).view(-1)
+        columns, owners = columns.repeat(self.size), torch.arange(len(every), device=counts.device)
+        order = every.argsort(descending=True, stable=True)
+        order = order[columns[order].argsort(stable=True)]  # by column, then size, then rank
+        begins = self.size * (taken.cumsum(0) - taken)
+        columns, owners = columns[order], owners[order] // len(mine)
+        is_kept = torch.arange(len(every), device=counts.device) - begins[columns] < counts[columns]
+        own = torch.bincount(columns[is_kept & (owners == self.rank)], minlength=n)
+        values = torch.cat((every[order], every.new_zeros(1)))
+        least = values[begins + (counts - 1).clamp(min=0)].where(counts > 0, torch.inf)
+        following = values[begins + counts].where(counts < self.size * taken, 0)
+        return own, Ordered(ordered.columns, least, following).border
 
     def _largest_of_lists(self, lists: Lists, total: int) -> Lists:
         """The same of lists of a fixed size, equal on all ranks; the host waits for nothing."""

@@ -8,7 +8,7 @@ from collections.abc import Sized
 
 from torch import Tensor, nn
 
-from saeflow.operators import SparseLatents
+from saeflow.operators import SparseLatents, choose_by_column, order_columns
 from saeflow.saes.ranks import Ranks
 
 
@@ -94,3 +94,20 @@ class Totals(nn.Module):
             chosen: the largest of this process's rows, `share_of_batch(k)` to a row.
         """
         return self.ranks.largest_of_batch(chosen, round(self.ranks.rows(chosen) * k))
+
+    def largest_of_columns(self, values: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose, for each latent, the rows of the whole batch on which it is largest, of those where it is above 0.
+
+        Args:
+            values: (B, d_sae) of this process's rows and latents.
+            counts: (d_sae,) int64, rows of the whole batch that each latent takes at most.
+
+        Returns:
+            Mask (B, d_sae); and (d_sae,) the number halfway between the least entry that each latent takes and the
+            largest that it leaves, inf where it takes none.
+        """
+        ordered = order_columns(values, counts.clamp(max=len(values)))
+        own, border = self.ranks.largest_of_columns(ordered, counts)
+        if own is not counts:
+            ordered = order_columns(values, own)
+        return choose_by_column(values, own, ordered.least), border

@@ -9,6 +9,7 @@ from saeflow.saes.adaptive_k import AdaptiveK
 from saeflow.saes.base import SAE
 from saeflow.saes.batch_topk import BatchTopK
 from saeflow.saes.entmax import Entmax
+from saeflow.saes.feature_choice import FeatureChoice
 from saeflow.saes.gated import Gated
 from saeflow.saes.jumprelu import JumpReLU
 from saeflow.saes.matching_pursuit import MatchingPursuit
@@ -25,6 +26,7 @@ VARIANTS: dict[str, type[SAE]] = {
     "adaptive_k": AdaptiveK,
     "batch_topk": BatchTopK,
     "entmax": Entmax,
+    "feature_choice": FeatureChoice,
     "gated": Gated,
     "jumprelu": JumpReLU,
     "matching_pursuit": MatchingPursuit,

@@ -16,7 +16,7 @@ _LABELS = {
     "relu": "ReLU", "gated": "Gated", "jumprelu": "JumpReLU", "p_anneal": "P-anneal", "topk": "TopK",
     "batch_topk": "BatchTopK", "matryoshka": "Matryoshka", "soft_topk": "SoftSAE", "adaptive_k": "AdaptiveK",
     "sparsemax": "Sparsemax", "entmax": "Entmax", "top_afa": "Top-AFA", "abs_topk": "AbsTopK",
-    "matching_pursuit": "Matching pursuit", RANDOM_DECODER: "Random decoder", "pca": "PCA", "mean": "Mean",
+    "matching_pursuit": "Matching pursuit", "feature_choice": "Feature Choice", RANDOM_DECODER: "Random decoder", "pca": "PCA", "mean": "Mean",
     "identity": "Identity",
 }  # fmt: skip
 
