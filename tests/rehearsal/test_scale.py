@@ -187,3 +187,17 @@ def test_a_run_is_described_by_the_same_fields() -> None:
     params = load_params(ROOT / "params.yaml")
     old, new = expand_runs(params)[0], expand_runs(rehearsal_of(params).params)[0]
     assert set(dataclasses.asdict(old)) == set(dataclasses.asdict(new))
+
+
+def test_worlds_become_small_and_keep_their_laws() -> None:
+    """A saved one, which cannot be read before it is fetched, becomes a drawn one."""
+    full = load_params(ROOT / "presets/synthsaebench.yaml")
+    (source,) = rehearsal_of(full).params["sources"].values()
+    laws, small = full["sources"]["synthsaebench"]["world"], source["world"]
+    changed = {key for key in laws if laws[key] != small[key]}
+    assert changed == {"n_features", "hierarchy"}
+    assert small["hierarchy"] == laws["hierarchy"] | {"roots": 2, "branching": 3}
+    pin = {"hub": "someone/world", "revision": "0" * 40}
+    full["sources"]["synthsaebench"]["world"] = pin
+    (source,) = rehearsal_of(full).params["sources"].values()
+    assert source["world"].keys() == laws.keys()

@@ -19,6 +19,12 @@ CONTEXT, TRAIN_ROWS, EVALUATION_ROWS = 32, 1024, 512
 MOST_WINDOWS = 3
 PATCH_SIZE = 16
 PATCHES = (scenes.SIDE // PATCH_SIZE) ** 2
+FEATURES = 256
+"""True features of a synthetic world."""
+_LAWS: dict[str, Any] = {
+    "firing": {"exponent": 0.5, "p_max": 0.4, "p_min": 5e-4}, "hierarchy": None, "correlation": None, "orthogonalise": None,
+    "coefficient": {"mean": {"first": 5.0, "last": 4.0}, "std": {"mean": 0.5, "std": 0.5}}, "bias_norm": 0,
+}  # fmt: skip
 CLASSES = 4
 """Classes of a labelled set whose class names are not in the parameters."""
 
@@ -77,6 +83,8 @@ class _Sources:
                 source["model"] = self._model(name, models[name], points, texts)
                 source["forward_batch"] = min(source["forward_batch"], 8)
                 source["evaluation_share"] = max(source["evaluation_share"], 0.33)
+            if "world" in source:
+                source |= {"d_in": WIDTH, "world": _world(source["world"])}
             if "text" in source:
                 source["context_length"] = min(source["context_length"], CONTEXT)
                 source["text"] = self._text(name, source["text"])
@@ -195,6 +203,19 @@ class _Sources:
         chosen = values["import"]
         recipe = {"library": chosen["library"], "hook_point": values["store"].partition("/")[2]}
         return {**chosen, "folder": self._order("imports", recipe, chosen["folder"])}
+
+
+def _world(world: Mapping[str, Any]) -> dict[str, Any]:
+    """A world of few features under the same laws; a simple one stands in for one that was saved."""
+    if "n_features" not in world:
+        return {"n_features": FEATURES, **_LAWS}
+    scale = min(1.0, FEATURES / world["n_features"])
+    small = {**world, "n_features": round(world["n_features"] * scale)}
+    if world["hierarchy"] is not None:
+        shape = dict(world["hierarchy"])
+        shape["roots"] = max(1, int(shape["roots"] * scale))
+        small["hierarchy"] = shape | {key: min(shape[key], 3) for key in ("branching", "depth")}
+    return small
 
 
 def _rows_per_context(source: Mapping[str, Any]) -> int:

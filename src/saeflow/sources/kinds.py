@@ -15,6 +15,7 @@ from saeflow.sources.base import Inputs, Source
 
 KINDS = {
     "synthetic": "saeflow.sources.synthetic",
+    "synthetic_world": "saeflow.sources.synthetic_world",
     "text": "saeflow.sources.text",
     "vision": "saeflow.sources.vision",
 }
