@@ -22,6 +22,8 @@ EVERY_STEP = {**RUNTIME, "checkpoint_every_s": 0}
 BREAKS_AT = 17
 PENALISED = "penalised"
 """A TopK SAE with a penalty on similar directions, which no row of the batch decides."""
+UNDERUSED = "underused"
+"""A BatchTopK SAE whose AuxK trains underused latents, too, from step 100 on."""
 ALIGNED = "aligned"
 """A BatchTopK SAE whose encoder and decoder directions have the inner product 1."""
 
@@ -42,6 +44,9 @@ def setting(variant):
         plain = setting("topk")
         added = {"orthogonality_weight": 3.0, "orthogonality_chunk": 40}
         return dataclasses.replace(plain, options={**plain.options, **added})
+    if variant == UNDERUSED:
+        found = config("batch_topk", steps=110, d_sae=D_SAE, dead_after_tokens=10**6)
+        return dataclasses.replace(found, options={**found.options, "auxk_latents": "underused"})
     if variant == ALIGNED:
         plain = setting("batch_topk")
         return dataclasses.replace(plain, options={**plain.options, "aligned": True})
@@ -68,7 +73,7 @@ def main() -> None:
     root = Path(sys.argv[1])
     for split in ("batch", "latents"):
         ranks = Ranks.from_environment(split, "cpu")
-        for variant in (*OPTIONS, PENALISED, ALIGNED):
+        for variant in (*OPTIONS, PENALISED, ALIGNED, UNDERUSED):
             folder = root / split / variant
             try:
                 train_here(variant, folder, ranks, Samples(), QUIET)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,6 +19,7 @@ from .on_ranks import (
     EVERY_STEP,
     PENALISED,
     QUIET,
+    UNDERUSED,
     acting_as_gpu,
     breaks,
     setting,
@@ -102,6 +104,17 @@ def test_two_ranks_keep_encoder_and_decoder_aligned(
     found = load_file(together / split / ALIGNED / "weights.safetensors")
     products = (found["W_enc"].T.double() * found["W_dec"].double()).sum(1)
     torch.testing.assert_close(products, torch.ones_like(products), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_two_ranks_agree_on_which_latents_are_underused(
+    split: str, together: Path, tmp_path: Path
+) -> None:
+    train(Samples(), setting(UNDERUSED), QUIET, tmp_path)
+    losses = pd.read_csv(tmp_path / "steps.csv").auxk
+    assert not losses[losses.index < 10].any()  # no latent is dead
+    assert losses.iloc[-1] > 0
+    assert_same_sae(together / split / UNDERUSED, tmp_path)
 
 
 def test_latents_with_a_penalty_on_directions_are_not_divided(together: Path) -> None:

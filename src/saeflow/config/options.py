@@ -147,6 +147,24 @@ class VariantOptions:
         yield from ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class AuxKOptions(VariantOptions):
+    """Options of variants with the AuxK loss."""
+
+    auxk_weight: float = option(
+        "Weight of the AuxK loss (Gao et al. 2024, appendix A.2).",
+        default=0.03125,
+        low=0,
+        high=1e30,
+    )
+    auxk_latents: Literal["dead", "underused"] = option(
+        "Latents that AuxK trains. dead: those silent for dead_after_tokens; underused: also those that fired in the last 100 "
+        "steps less than half as often as Zipf's law, fitted to all of them, expects of their rank (aux_zipf, "
+        "arXiv:2411.02124).",
+        default="dead",
+    )
+
+
 def fields_of(options: type[VariantOptions]) -> list["dataclasses.Field[Any]"]:
     """Fields of a variant's options: its own, then those of every variant."""
     common = dataclasses.fields(VariantOptions)

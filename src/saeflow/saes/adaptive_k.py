@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from saeflow.complexity.files import read_probe
-from saeflow.config.options import VariantOptions, option
+from saeflow.config.options import AuxKOptions, option
 from saeflow.errors import UserError
 from saeflow.saes.forward import Forward
 from saeflow.saes.input_scale import InputScale
@@ -21,7 +21,7 @@ EXAMPLES = 1024  # of the probe's loss, a step
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdaptiveKOptions(VariantOptions):
+class AdaptiveKOptions(AuxKOptions):
     """Options of `adaptive_k`; defaults are the paper's (arXiv:2508.17320), with a k for every token."""
 
     form: Literal["per_token", "per_context", "soft"] = option(
@@ -62,12 +62,6 @@ class AdaptiveKOptions(VariantOptions):
         "probe loss with that of 2 steps before, ridge term included, and acts a step later, and the probe is clipped by "
         "itself and has a learning rate of its own, which warms up from phase 3 on and does not decay.",
         default="consistent",
-    )
-    auxk_weight: float = option(
-        "Weight of the AuxK loss (Gao et al. 2024, appendix A.2).",
-        default=0.03125,
-        low=0,
-        high=1e30,
     )
 
     def problems(self, d_sae: int) -> Iterator[str]:

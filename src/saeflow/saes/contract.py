@@ -63,10 +63,11 @@ class Contract(Totals):
     first of the others."""
     is_signed = False  # whether latents may be negative; AuxK then chooses by size and keeps signs
     divides_latents = True  # whether its latents may be divided among ranks
-    # Options of every variant, which `build` sets and `training` reads (orthogonality.py, alignment.py).
+    # Options of every variant, which `build` sets and `training` reads (orthogonality.py, alignment.py, usage.py).
     orthogonality_weight = 0.0
     orthogonality_chunk = 2
     aligned = False
+    auxk_latents: Literal["dead", "underused"] = "dead"
     takes_own_targets = True
     """Targets may be other than inputs: `W_enc` alone reads inputs, so that `fold` can change their units."""
 

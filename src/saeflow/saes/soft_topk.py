@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from saeflow.batch import Batch
-from saeflow.config.options import Form, VariantOptions, option
+from saeflow.config.options import AuxKOptions, Form, option
 from saeflow.operators import perceptron
 from saeflow.saes.forward import Forward
 from saeflow.saes.initialisation import directions
@@ -34,7 +34,7 @@ TimesK = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoftTopKOptions(VariantOptions):
+class SoftTopKOptions(AuxKOptions):
     """Options of `soft_topk`; defaults are the paper's (arXiv:2605.06610)."""
 
     k: int = option(
@@ -89,12 +89,6 @@ class SoftTopKOptions(VariantOptions):
         unit="temperatures",
         low=30,
         high=103,
-    )
-    auxk_weight: float = option(
-        "Weight of the AuxK loss (Gao et al. 2024, appendix A.2).",
-        default=0.03125,
-        low=0,
-        high=1e30,
     )
 
     @property

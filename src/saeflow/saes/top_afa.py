@@ -5,25 +5,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from saeflow.config.options import VariantOptions, option
+from saeflow.config.options import AuxKOptions, option
 from saeflow.operators import SparseLatents
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.forward import Forward
 
 
 @dataclass(frozen=True, kw_only=True)
-class TopAFAOptions(VariantOptions):
+class TopAFAOptions(AuxKOptions):
     """Options of `top_afa`; defaults are of the released runs, which sweep afa_weight over 1/128..1/16."""
 
     afa_weight: float = option(
         "Weight of the AFA loss, the mean over rows of (|z| - |x|)^2, beside the error's mean over dimensions. It decides "
         "how many latents there are: there is no k.",
-        default=0.03125,
-        low=0,
-        high=1e30,
-    )
-    auxk_weight: float = option(
-        "Weight of the AuxK loss (Gao et al. 2024, appendix A.2).",
         default=0.03125,
         low=0,
         high=1e30,

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from saeflow.config.options import FoundK, VariantOptions, option
+from saeflow.config.options import AuxKOptions, FoundK, option
 from saeflow.operators import SparseLatents, keep_topk, topk_sparse
 from saeflow.saes.base import SAE
 from saeflow.saes.forward import Forward
@@ -14,7 +14,7 @@ from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
 
 
 @dataclass(frozen=True, kw_only=True)
-class KOptions(VariantOptions):
+class KOptions(AuxKOptions):
     """Options of an SAE with a k."""
 
     k: FoundK = option(
@@ -25,12 +25,6 @@ class KOptions(VariantOptions):
     )
     k_schedule: ScheduleForm = option(
         "Schedule by which k reaches its value.", default={"kind": "constant"}, counts_latents=True
-    )
-    auxk_weight: float = option(
-        "Weight of the AuxK loss (Gao et al. 2024, appendix A.2).",
-        default=0.03125,
-        low=0,
-        high=1e30,
     )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from saeflow.config.options import AuxKOptions
 from saeflow.errors import UserError
 from saeflow.saes.abs_topk import AbsTopK
 from saeflow.saes.adaptive_k import AdaptiveK
@@ -61,4 +62,6 @@ def build(variant: str, d_in: int, d_sae: int, options: Mapping[str, Any]) -> SA
     made.orthogonality_weight = read.orthogonality_weight
     made.orthogonality_chunk = read.orthogonality_chunk
     made.aligned = read.aligned
+    if isinstance(read, AuxKOptions):
+        made.auxk_latents = read.auxk_latents
     return made

@@ -124,7 +124,7 @@ STEPS: Columns = {
     ),
     "loss": _number("Sum of the loss's terms on the step's batch, of scaled activations."),
     "reconstruction": _number("Loss term: reconstruction error.", axis="reconstruction loss"),
-    "auxk": _number("Loss term: AuxK, of dead latents."),
+    "auxk": _number("Loss term: AuxK, of dead latents, or of underused ones too."),
     "l1": _number("Loss term: L1 penalty of the latents."),
     "penalty": _number("Loss term: Lp penalty of the latents (p_anneal)."),
     "l0_penalty": _number("Loss term: L0 penalty (jumprelu)."),

@@ -36,7 +36,8 @@ from saeflow.training.orthogonality import Orthogonality
 from saeflow.training.rates import lr_factor, peak_lr, warm_up
 from saeflow.training.room import Lacking, Room
 from saeflow.training.rows import Batches, Shuffled, check_targets
-from saeflow.training.steps import STEPS, steps_digest, write_steps
+from saeflow.training.steps import STEPS, batch_fvu, steps_digest, write_steps
+from saeflow.training.usage import Usage
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +103,9 @@ class Run:
         if self.device.type == "cuda" and self.ranks.size == 1:
             self.replayed = Replayed(self.work, capture_cuda)
         self.silent = torch.zeros(self.sae.d_sae, dtype=torch.int64, device=self.device)
+        self.usage = Usage(self.sae)
         moving = (b for name, b in self.sae.named_buffers() if name not in self.sae.constants)
-        self.room = Room([self.silent, *moving])
+        self.room = Room([self.silent, *self.usage.state, *moving])
         if not config.training.train_decoder:
             self.sae.freeze_decoder()
         self.optimizer = Optimizer(self.sae, config.training)
@@ -176,6 +178,7 @@ class Run:
         self.sae.begin_step(self.step, self.total)
         if self.orthogonality is not None:
             self.orthogonality.begin(self.step)
+        self.usage.begin(self.step)
         self.watch.begin(self.step)
         self.set_lr()
 
@@ -194,7 +197,7 @@ class Run:
         if acts_as_gpu(self.sae.W_dec):
             self.sae.settle()
             if stepped.fwd.dead is not None:
-                self.sae.settle_dead(int(self.dead.sum()))
+                self.sae.settle_dead(self.usage.most(self.dead))
         steps_before, seconds_before = self.logged
         seconds = self.clock.read()
         rows = (self.taken - steps_before) * config.batch_size
@@ -258,7 +261,7 @@ class Run:
         """Count which latents fired; the loss of a pass, and its terms."""
         self.silent.add_(self.ranks.rows(fwd.x))
         self.silent.masked_fill_(self.ranks.any_row(fwd.fired()), 0)
-        terms = self.sae.losses(fwd, self.dead)
+        terms = self.sae.losses(fwd, self.usage.trained_by_auxk(fwd, self.dead))
         if self.orthogonality is not None:
             terms = terms | {"orthogonality": self.orthogonality.loss()}
         return {"loss": torch.stack(list(terms.values())).sum(), **terms}
@@ -314,7 +317,7 @@ class Run:
                 "tokens_seen": self.step * self.config.training.batch_size,
                 **{name: float(loss) for name, loss in stepped.losses.items()},
                 **self.sae.facts(fwd),
-                "batch_fvu": self.fvu(fwd),
+                "batch_fvu": batch_fvu(fwd, self.ranks),
                 "l0": float(self.ranks.over_both(fwd.l0().sum()) / self.ranks.rows(fwd.x)),
                 "dead": float(self.ranks.over_latents(self.dead.sum()) / self.config.d_sae),
                 "lr": float(self.optimizer.param_groups[0]["lr"]),
@@ -323,13 +326,6 @@ class Run:
         )
         if self.live is not None:
             self.live.add(self.rows[-1])
-
-    def fvu(self, fwd: Forward) -> float:
-        """Return the fraction of variance unexplained of the batch, by the pass before the update; 1 where rows are equal."""
-        total, target = self.ranks.over_batch, fwd.target.float()
-        mean = total(target.sum(0)) / self.ranks.rows(target)
-        spread = float(total((target - mean).square().sum()))
-        return float(total(fwd.residual.float().square().sum())) / spread if spread else 1.0
 
     def checkpoint(self) -> None:
         """Write all state, and the steps so far for whoever watches."""
@@ -341,12 +337,11 @@ class Run:
             for key, part in self.optimizer.state.get(parameter, {}).items():
                 whole = self.sae.whole_of(name, part) if part.ndim else part.clone()
                 tensors[f"adam.{name}.{key}"] = whole
-        silent = self.sae.whole_of("W_dec", self.silent)
+        tensors |= {"silent": self.sae.whole_of("W_dec", self.silent), **self.usage.saved()}
         if self.ranks.rank:
             return
         rows = np.frombuffer(json.dumps(self.rows).encode(), np.uint8)
         tensors |= {
-            "silent": silent,
             "room": torch.tensor([self.sae.widened, self.sae.dead_room]),
             "rows": torch.from_numpy(rows.copy()),
         }
@@ -376,6 +371,7 @@ class Run:
                 if (saved := tensors.get(f"adam.{name}.{key}")) is not None:
                     held.copy_(part_of(name, saved) if saved.ndim else saved)
         self.silent.copy_(part_of("W_dec", tensors["silent"]))
+        self.usage.restore(tensors)
         self.sae.widened, self.sae.dead_room = tensors["room"].tolist()
         logger.info("going on from %s", path)
 
