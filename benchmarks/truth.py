@@ -98,7 +98,7 @@ def draw_calibration(rows: pd.DataFrame, file: str) -> None:
     if own.empty:
         return
     with context():
-        figure = new_figure(COLUMN_WIDTH, 3.2)
+        figure = new_figure(COLUMN_WIDTH, 4.2)
         ax = figure.subplots()
         ax.plot([1, MOST], [1, MOST], color="#BBBBBB", linewidth=0.8, zorder=0)
         drawn: list[float] = []
@@ -113,7 +113,7 @@ def draw_calibration(rows: pd.DataFrame, file: str) -> None:
         ax.set_xlabel("true active features")
         ax.set_ylabel("mean L0")
         ax.grid()
-        figure.legend(loc="outside lower center", ncols=3)
+        figure.legend(loc="outside lower center", ncols=2)
         save(figure, RESULTS / file)
 
 
@@ -186,7 +186,8 @@ def report(every: pd.DataFrame, name: str, asked: int) -> None:
         "paired by seed, with a 95 % interval by Student's t over the seeds: against BatchTopK at the same L0 (linear between BatchTopK's own settings, "
         "which is at most too large, since FVU is convex in L0) "
         "and against the SAE with its own k's shuffled, handed out by norm, or replaced by their mean; below 0 is better. Answers count these verdicts "
-        "over worlds, for SAEs that choose how many latents each row has. `made`: day and commit of the code.",
+        "over worlds, for SAEs that choose how many latents each row has. `made`: day and commit of the code. Features are active by a power law of their rank, the law by which feature_choice divides its budget: these worlds "
+        "suit it.",
         command=" ".join(["truth.py", *sys.argv[1:]]),
     )
 

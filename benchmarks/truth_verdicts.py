@@ -13,7 +13,7 @@ AT_L0 = "BatchTopK at equal L0"
 CONTROLS = ("shuffled k", "k by norm", "mean k")
 OWN_K = (
     "soft_topk", "soft_topk-paper", "adaptive_k", "adaptive_k-paper", "sparsemax", "entmax", "top_afa",
-    "matching_pursuit", "jumprelu", "gated",
+    "matching_pursuit", "jumprelu", "gated", "feature_choice", "feature_choice-uniform",
 )  # fmt: skip
 """SAEs that choose how many latents each row has."""
 VERDICTS = ("better", "worse", "undecided")
