@@ -350,6 +350,7 @@ def test_last_rows_are_each_contexts_last(stores: Any) -> None:
     last = store.column("position") == 31
     expected = store.read(0, store.rows)[torch.from_numpy(last)]
     count = len(expected)
+    assert store.n_last == count
     batches = store.last_rows().batches(count, 0)
     seen = [next(batches).x for _ in range(2)]
     for batch in seen:  # an epoch each, in different orders

@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from saeflow.config.variants import with_defaults
 from saeflow.errors import UserError
 from saeflow.evaluation import evaluate_baselines, evaluate_sae, setups
-from saeflow.evaluation.evaluate import measure
+from saeflow.evaluation.evaluate import measure, row_policy
 from saeflow.evaluation.in_model.text import write_clean
 from saeflow.evaluation.recovery import Recovery
-from saeflow.saes import load, read_config
+from saeflow.saes import build, load, read_config
 from saeflow.sources.hook_points import splice
 from saeflow.stores import open_store
 from saeflow.tables.collect import collect
@@ -62,7 +63,7 @@ def test_baselines_of_synthetic_data_have_no_recovery(results: Path, tmp_path: P
 class Oracle(torch.nn.Module):
     """The true dictionary as an SAE, with the true coefficients found by lookup."""
 
-    is_signed, b_dec = False, None
+    is_signed, b_dec, trains_on = False, None, "all"
 
     def __init__(self, features: torch.Tensor) -> None:
         super().__init__()
@@ -286,3 +287,15 @@ def test_batch_size_does_not_change_a_metric_of_a_trained_sae(
             for size in (100, batch_size)
         )
         assert got == pytest.approx(expected, rel=1e-6, abs=1e-7)
+
+
+def test_rows_of_training_are_those_that_an_sae_learns_from(results: Path) -> None:
+    """Each context's last row, for AdaptiveK per context: 40 contexts of 16 positions, the first left out."""
+    setup = setup_in(results, "tiny", HOOK_POINT, EVALUATION, "cpu")
+    given = {"complexity": "scores", "k_min": 1, "k_max": 4}
+    expected = {"per_token": setup.train.rows, "per_context": 40}
+    assert setup.train.rows == 40 * 15
+    for form, rows in expected.items():
+        sae = build("adaptive_k", 12, 24, with_defaults("adaptive_k", given | {"form": form}))
+        assert row_policy(setup, sae, is_trained=True)["train_rows"] == rows
+    assert row_policy(setup, object(), is_trained=False)["train_rows"] == 600  # a baseline

@@ -216,3 +216,66 @@ def test_a_place_of_another_library_is_logged(
     out.mkdir()
     import_sae(folder, "saelens", ABOUT, out)
     assert "it is of model.layers.1, a name that saeflow cannot compare" in caplog.text
+
+
+PURSUIT = {"architecture": "matching_pursuit", "residual_threshold": 1.5, "max_iterations": 3}
+
+
+def pursuit_weights() -> dict[str, Tensor]:
+    return {name: part for name, part in weights().items() if name in ("W_dec", "b_dec")}
+
+
+@pytest.mark.parametrize("is_centred", [True, False])
+def test_a_matching_pursuit_is_read_with_its_rules(is_centred: bool, tmp_path: Path) -> None:
+    """SAELens leaves b_dec out of both sides where it is not taken from the inputs."""
+    config = PURSUIT | {"activation_fn_str": ..., "apply_b_dec_to_input": is_centred}
+    folder_of(tmp_path / "theirs", pursuit_weights(), **config, stop_on_duplicate_support=False)
+    plain = saelens.read(tmp_path / "theirs")
+    sae = sae_of(plain)[2]
+    tensors = pursuit_weights()
+    centre = tensors["b_dec"] * is_centred
+    x = torch.randn(20, D_IN, generator=torch.Generator().manual_seed(1)) * 2
+    for row, latents in zip(x - centre, sae.encode(x), strict=True):
+        residual, z = row.clone(), torch.zeros(D_SAE)
+        for _ in range(3):
+            products = tensors["W_dec"] @ residual
+            best = int(products.argmax())
+            z[best] += products[best].relu()
+            residual = residual - products[best].relu() * tensors["W_dec"][best]
+            if residual.norm() < 1.5:
+                break
+        torch.testing.assert_close(latents, z, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sae(x), sae.encode(x) @ tensors["W_dec"] + centre)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"residual_threshold": -1.0}, "residual_threshold: expected a number from 0"),
+        ({"max_iterations": 0}, "max_iterations: expected a whole number from 1 or null"),
+        ({"stop_on_duplicate_support": 1}, "stop_on_duplicate_support: expected true or false"),
+        ({"d_sae": 23}, "d_sae 24 as in"),
+    ],
+)
+def test_a_matching_pursuit_that_cannot_be_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    config = PURSUIT | {"activation_fn_str": ...} | change
+    with pytest.raises(UserError, match=message):
+        saelens.read(folder_of(tmp_path, pursuit_weights(), **config))
+
+
+def test_factors_of_a_pursuit_are_refused(tmp_path: Path) -> None:
+    tensors = pursuit_weights() | {"scaling_factor": torch.ones(D_SAE)}
+    folder_of(tmp_path, tensors, **PURSUIT, activation_fn_str=...)
+    with pytest.raises(UserError, match="expected no factors of latents with matching_pursuit"):
+        saelens.read(tmp_path)
+
+
+def test_tensors_that_steered_training_are_passed_over(tmp_path: Path) -> None:
+    """Some of SynthSAEBench's published ReLU and JumpReLU SAEs hold those of its tuner of penalties."""
+    steered = weights("threshold") | {"coefficient_autotuner.multiplier": torch.tensor(3)}
+    plain = saelens.read(folder_of(tmp_path / "a", steered, architecture="jumprelu"))
+    clean = saelens.read(folder_of(tmp_path / "b", weights("threshold"), architecture="jumprelu"))
+    x = torch.randn(9, D_IN)
+    torch.testing.assert_close(sae_of(plain)[2](x), sae_of(clean)[2](x), atol=0, rtol=0)

@@ -1,19 +1,26 @@
 """Our synthetic worlds against those of `sae_lens.synthetic`: the same structure exactly, the same rows within statistical error."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
+from saeflow.evaluation.recovery import Recovery
+from saeflow.exchange import import_sae
+from saeflow.saes import load
+from saeflow.sources import kind_of, open_source, prepare_inputs
 from saeflow.sources.base import generator
 from saeflow.sources.firing import Hierarchy
 from saeflow.sources.gated_firing import Firing, compensated, zipf_probabilities
 from saeflow.sources.near_orthogonal import orthogonalised
 from saeflow.sources.saved_world import read_world
 
-N, D_IN, ROWS = 120, 24, 60_000
+N, D_IN, D_SAE, ROWS = 120, 24, 40, 60_000
+PUBLISHED = "like the benchmark's"
 FIRING = {"exponent": 0.5, "max_prob": 0.4, "min_prob": 0.01}
 FOREST = {"roots": 6, "branching": 3, "depth": 2}
 CONFIG: dict[str, Any] = {
@@ -38,7 +45,7 @@ LOOSE = CONFIG | {
     "std_firing_magnitudes": {"generator_name": "folded_normal", "mean": 0.1, "std": 0.5, "min_value": 0.2, "max_value": 0.6},
     "mean_firing_magnitudes": {"generator_name": "exponential", "start": 3.0, "end": 1.0},
 }  # fmt: skip
-WORLDS = {"like the benchmark's": CONFIG, "of other settings": LOOSE}
+WORLDS = {PUBLISHED: CONFIG, "of other settings": LOOSE}
 MOST_ERRORS = 5.0
 """Standard errors; one of 10^6 comparisons passes it by chance, and fewer than 10^5 are made."""
 
@@ -55,6 +62,8 @@ def drawn(foreign: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({"features": features}, folder / "features.safetensors")
     law = {"firing": FIRING, "hierarchy": CONFIG["hierarchy"], "n": N, "steps": 30, "lr": 0.01}
     jobs.append({"do": "laws", "folder": str(folder), **law})
+    sizes = {"d_in": D_IN, "d_sae": D_SAE, "samples": 256 * 40}
+    jobs.append({"do": "train", "folder": str(folder), "world": str(folder / PUBLISHED), **sizes})
     foreign(folder, jobs, "synthetic_worlds.py")
     return folder
 
@@ -116,8 +125,8 @@ def test_rows_have_the_moments_of_those_that_saelens_draws(drawn: Path, name: st
 
 
 def test_siblings_that_exclude_each_other_never_fire_together(drawn: Path) -> None:
-    world = read_world(drawn / "like the benchmark's")
-    theirs = load_file(drawn / "like the benchmark's" / "drawn.safetensors")["latents"] > 0
+    world = read_world(drawn / PUBLISHED)
+    theirs = load_file(drawn / PUBLISHED / "drawn.safetensors")["latents"] > 0
     entries = Firing(world).draw(ROWS, generator(1, 0, 0))
     ours = np.zeros((ROWS, N), dtype=bool)
     ours[entries.rows, entries.features] = True
@@ -126,3 +135,44 @@ def test_siblings_that_exclude_each_other_never_fire_together(drawn: Path) -> No
             siblings = fires[:, world.parents == parent].sum(axis=1)
             assert siblings.max() == 1
             assert not (siblings > fires[:, parent]).any()
+
+
+@pytest.mark.parametrize("name", ["btk", "mat", "mp", "standard", "jumprelu"])
+def test_published_saes_are_measured_on_their_own_world(
+    drawn: Path, name: str, tmp_path: Path
+) -> None:
+    """SAEs as SynthSAEBench publishes them do the same here, and score on the saved world what SAELens says of them."""
+    about = {
+        "name": f"w/features/{name}/i", "entry": name, "source": "w", "hook_point": "features", "seed": 0,
+    }  # fmt: skip
+    import_sae(drawn / name, "saelens", about, tmp_path)
+    sae = load(tmp_path)
+    there = {key: torch.from_numpy(part) for key, part in load_file(drawn / f"{name}.safetensors").items()}  # fmt: skip
+    with torch.no_grad():
+        torch.testing.assert_close(sae.encode(there["x"]), there["latents"], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(sae(there["x"]), there["x_hat"], atol=1e-4, rtol=1e-4)
+    params = {
+        "kind": "synthetic_world", "hook_points": ["features"], "d_in": D_IN, "seed": 0,
+        "world": {"folder": str(drawn / PUBLISHED)},
+    }  # fmt: skip
+    inputs = tmp_path / "w" / "inputs"
+    inputs.mkdir(parents=True)
+    prepare_inputs(params, {"train": 1, "evaluation": 20_000}, tmp_path, inputs)
+    block = open_source(params, tmp_path / "w", "cpu").block("evaluation", 0, 157)
+    x = block.activations["features"]
+    features = kind_of(params).inputs(params, inputs, tmp_path).true_features
+    assert features is not None
+    recovery = Recovery(torch.from_numpy(features), sae.directions())
+    with torch.no_grad():
+        latents = sae.encode(x)
+        recovery.add(latents, block.columns["true_indices"])
+        error = (x - sae.decode(latents)).square().sum() / (x - x.mean(0)).square().sum()
+    metrics = recovery.metrics()
+    stated = json.loads((drawn / name / "eval_stats.json").read_text())
+    assert metrics["mcc"] == pytest.approx(stated["mcc"], abs=1e-5)
+    assert metrics["true_l0_mean"] == pytest.approx(stated["true_l0"], rel=0.03)
+    if name in ("btk", "mat"):  # SAELens measures them with k a batch, as they were trained
+        assert stated["sae_l0"] == 4
+        return
+    assert float((latents != 0).sum(1).double().mean()) == pytest.approx(stated["sae_l0"], rel=0.05)
+    assert 1 - float(error) == pytest.approx(stated["explained_variance"], abs=0.02)

@@ -58,6 +58,25 @@ def test_learning_curves_end_in_the_held_out_error(folder: Path) -> None:
     assert "200,000 unique rows, 2.46 epochs" in drawing.caption
 
 
+def test_an_sae_of_last_rows_has_epochs_of_its_own(folder: Path) -> None:
+    """As of AdaptiveK per context, which trains on a row of each context: 1000 of 200 000 here."""
+    file = folder / "metrics.csv"
+    metrics = pd.read_csv(file)
+    of_last = (metrics["metric"] == "train_rows") & (metrics["entry"] == "relu")
+    assert of_last.any()
+    metrics.loc[of_last, "value"] = 1000
+    metrics.to_csv(file, index=False)
+    with style.context():
+        drawing = FIGURES["learning"].draw(load_tables(folder), STRICT)
+    data = drawing.data.set_index("entry")
+    assert (data.loc["relu", "epochs"] == data.loc["relu", "tokens"] / 1000).all()
+    assert data.drop("relu")["epochs"].max() == pytest.approx(2.46, abs=0.01)
+    lines = [line.get_xdata() for line in drawing.figure.axes[0].lines]
+    assert [x[0] for x in lines if len(x) == 2] == [200_000, 400_000]
+    said = "200,000 unique rows (1,000 of relu, trained on each context's last row), 2.46 to 492 epochs"
+    assert said in drawing.caption
+
+
 def test_a_ranking_below_the_noise_is_named(folder: Path) -> None:
     tables = load_tables(folder)
     judged = verdict.judged(tables, ["fvu"])

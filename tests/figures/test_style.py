@@ -86,6 +86,23 @@ def test_ticks_are_written_plainly(value: float, text: str) -> None:
     assert style.plain(value) == text
 
 
+@pytest.mark.parametrize(
+    ("high", "labels"),
+    [
+        (13_000, ["0", "5k", "10k"]), (9_000, ["0", "3000", "6000", "9000"]), (1.3e6, ["0", "0.5M", "1M"]), (3, ["0", "1", "2", "3"]),
+    ],
+)  # fmt: skip
+def test_ticks_of_one_axis_have_one_unit(high: float, labels: list[str]) -> None:
+    with style.context():
+        figure = style.new_figure(3, 2)
+        ax = figure.subplots()
+        style.even_ticks(ax.xaxis, 3)
+        ax.set_xlim(0, high)
+        figure.canvas.draw()
+        shown = [text.get_text() for text in ax.get_xticklabels() if text.get_position()[0] <= high]
+    assert shown == labels
+
+
 def test_style_leaves_the_users_settings_alone() -> None:
     import matplotlib as mpl
 

@@ -153,6 +153,33 @@ def test_a_grid_of_experiments_runs_from_the_queue(repository: Any) -> None:
     assert_clean(project)
 
 
+def test_an_experiment_with_more_trials_trains_and_chooses_among_them(repository: Any) -> None:
+    """Learning rates are drawn; the stated one, trial 0, is too small to win at an equal L0."""
+    project, _, second, *_ = repository
+    drop_changes(project, second)
+    params = copy.deepcopy(PARAMS)
+    topk = params["saes"]["topk"] | {"lr": 1.0e-6, "ranges": {"lr": [1.0e-3, 4.0e-3]}}
+    params["saes"], params["complexity"] = {"topk": topk}, {}
+    params["sweep"] = {"trials": 2, "l0": 8}
+    params["figures"]["names"] = ["fvu_l0", "table_sweep"]
+    project.write(params)
+    commit(project, "a sweep")
+    text = project.run("dvc", "exp", "run", "-n", "three", "-S", "sweep.trials=3")
+    assert job_counts(text)["train_sae"] == 3
+    sweeps = pd.read_csv(project.folder / "results/tables/sweeps.csv").set_index("trial")
+    assert sweeps.index.tolist() == [0, 1, 2]
+    within = sweeps[sweeps["is_within"] == 1]
+    (chosen,) = sweeps.index[sweeps["is_chosen"] == 1]
+    assert chosen == within["selection_fvu"].idxmin() != 0
+    summary = pd.read_csv(project.folder / "results/tables/summary.csv")
+    shown = summary[summary["entry"] == "topk"]["setting"].tolist()
+    assert shown == [sweeps.loc[chosen, "setting"]]
+    said = "Tuned: of 3 trials of each of 1 setting the one"
+    assert said in (project.folder / "results/figures/fvu_l0/caption.md").read_text()
+    assert_clean(project)
+    drop_changes(project, second)
+
+
 def test_plain_snakemake_then_dvc_commit_is_clean(repository: Any) -> None:
     project, _, second, *_ = repository
     drop_changes(project, second)

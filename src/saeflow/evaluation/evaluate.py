@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.numpy import load_file, save_file
 
@@ -76,13 +77,21 @@ def _per_context(setup: Setup) -> ContextMeans:
     return PerImage(n_images, columns, listed, min(cards["among"], n_images) if cards else 0)
 
 
-def row_policy(setup: Setup) -> dict[str, float]:
+def _last_rows(setup: Setup) -> int:
+    """Contexts of the training split whose last row is stored; where its rows are deleted, all of them."""
+    if setup.train.has_rows:
+        return int(setup.train.n_last)
+    return int(setup.train.attrs["raw_rows"] // len(np.unique(setup.held_out.column("position"))))
+
+
+def row_policy(setup: Setup, sae: Any, *, is_trained: bool) -> dict[str, float]:
     """Return the row policy as metrics that stand beside the others in every table."""
+    trains_on_last = is_trained and sae.trains_on == "last"
     rows, multiple = setup.rows, setup.settings["max_norm_multiple"]
     skips = rows.selection.positions == "rest" or setup.source_params.get("skip_first", False)
     return {
         "rows": float(rows.statistics.rows),
-        "train_rows": float(setup.train.rows),
+        "train_rows": float(_last_rows(setup) if trains_on_last else setup.train.rows),
         "excluded_rows_fraction": rows.statistics.excluded_fraction,
         "first_position_excluded": float(skips),
         **({} if multiple is None else {"max_norm_multiple": float(multiple)}),
@@ -110,7 +119,7 @@ def measure(
     if observed is None:
         observed = observers(setup, sae, is_trained=is_trained)
     measured = measure_rows(sae, setup.rows, observed)
-    metrics = row_policy(setup) | measured.metrics
+    metrics = row_policy(setup, sae, is_trained=is_trained) | measured.metrics
     tables: dict[str, Lines] = dict(measured.tables)
     sums: dict[str, Any] = {}
     for observer in observed:

@@ -20,8 +20,9 @@ from saeflow.saes.relu import ReLU
 from saeflow.saes.topk import TopK
 from saeflow.saes.variants import build
 
-Kind = Literal["relu", "topk", "jumprelu", "gated"]
+Kind = Literal["relu", "topk", "jumprelu", "gated", "matching_pursuit"]
 _CONSTANT = {"kind": "constant"}
+_AFFINE = ("W_enc", "b_enc", "W_dec", "b_dec")
 _LEAST = torch.finfo(torch.float32).tiny
 
 
@@ -31,11 +32,13 @@ class Plain:
 
     Attributes:
         kind: f: relu; topk, the k largest after relu; jumprelu, a 1[a > threshold]; gated, where b_enc is
-            the gate's bias and the magnitude is relu(exp(r_mag) u + b_mag) of u = (x - b_dec) W_enc.
+            the gate's bias and the magnitude is relu(exp(r_mag) u + b_mag) of u = (x - b_dec) W_enc; matching_pursuit,
+            a pursuit of x - b_dec with the rows of W_dec, whose W_enc is its transpose and whose b_enc is 0.
         W_enc (d_in, d_sae), b_enc (d_sae), W_dec (d_sae, d_in), b_dec (d_in): float32.
         k: of topk.
         threshold: (d_sae) of jumprelu, above 0.
         r_mag, b_mag: (d_sae) of gated.
+        pursuit: options of the variant matching_pursuit.
     """
 
     kind: Kind
@@ -47,6 +50,7 @@ class Plain:
     threshold: Tensor | None = None
     r_mag: Tensor | None = None
     b_mag: Tensor | None = None
+    pursuit: Mapping[str, Any] | None = None
 
     @property
     def d_in(self) -> int:
@@ -148,8 +152,12 @@ def sae_of(plain: Plain) -> tuple[str, dict[str, Any], SAE]:
             extra |= {"r_mag": plain.r_mag, "b_mag": plain.b_mag}
         case "relu":
             options = {"l1": 0.0, "l1_schedule": _CONSTANT}
+        case "matching_pursuit":
+            assert plain.pursuit is not None
+            options = plain.pursuit
     whole = with_defaults(plain.kind, options)
     sae = build(plain.kind, plain.d_in, plain.d_sae, whole)
-    parts = {name: getattr(plain, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    names = ("W_dec", "b_dec") if plain.kind == "matching_pursuit" else _AFFINE
+    parts = {name: getattr(plain, name) for name in names}
     sae.load_state_dict(sae.state_dict() | parts | extra)
     return plain.kind, whole, sae.eval()

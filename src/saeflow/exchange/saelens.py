@@ -4,6 +4,7 @@ Versions 3 to 5 describe a TopK SAE as `standard` with activation_fn_str topk (s
 renames their fields when it loads them (loading/pretrained_sae_loaders.py: handle_pre_6_0_config).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ _KINDS: dict[str, Kind] = {
     "topk": "topk",
     "jumprelu": "jumprelu",
     "gated": "gated",
+    "matching_pursuit": "matching_pursuit",
 }
 _TENSORS: dict[str, dict[str, str]] = {
     "standard": {"b_enc": "b_enc"},
@@ -44,6 +46,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "hook_head_index": (None,),
 }
 """Fields that change what the SAE does, and their values that do not."""
+_OF_TRAINING = "coefficient_autotuner."
+"""Names of tensors that steered training and are in some published files (SynthSAEBench's ReLU and JumpReLU SAEs)."""
 _SCALES = ("scaling_factor", "finetuning_scaling_factor")
 """Factors of the latents before the decoder, under their two names."""
 _DTYPES = {
@@ -87,17 +91,14 @@ def read(folder: Path) -> Plain:
     path = folder / CONFIG
     config = _config(path)
     architecture, k = _architecture(path, config)
+    if architecture == "matching_pursuit":
+        return _of_size(path, config, _pursuit(folder, config))
     names = _SHARED | _TENSORS[architecture]
     tensors = _tensors(folder / WEIGHTS, names, _dtype(path, config))
     scale = tensors.pop("scale", None)
-    plain = Plain(
-        **{own: tensors[name] for name, own in names.items()}, kind=_KINDS[architecture], k=k
-    ).check(folder / WEIGHTS)
-    if (plain.d_in, plain.d_sae) != (config["d_in"], config["d_sae"]):
-        raise UserError(
-            f"{path}: expected d_in {plain.d_in} and d_sae {plain.d_sae} as in {WEIGHTS}, found "
-            f"{config['d_in']!r} and {config['d_sae']!r}. Export the SAE again."
-        )
+    parts: dict[str, Any] = {own: tensors[name] for name, own in names.items()}
+    plain = Plain(**parts, kind=_KINDS[architecture], k=k).check(folder / WEIGHTS)
+    plain = _of_size(path, config, plain)
     if scale is not None and not bool((scale == 1).all()):
         plain = _with_scaled_latents(plain, scale, path, config)
     if _flag(path, config, "rescale_acts_by_decoder_norm", False):
@@ -110,6 +111,46 @@ def read(folder: Path) -> Plain:
     if not _flag(path, config, "apply_b_dec_to_input", True):
         plain = without_input_bias(plain)
     return plain
+
+
+def _of_size(path: Path, config: Mapping[str, Any], plain: Plain) -> Plain:
+    """Return the SAE itself, if it has the size that its config says."""
+    if (plain.d_in, plain.d_sae) != (config["d_in"], config["d_sae"]):
+        raise UserError(
+            f"{path}: expected d_in {plain.d_in} and d_sae {plain.d_sae} as in {WEIGHTS}, found "
+            f"{config['d_in']!r} and {config['d_sae']!r}. Export the SAE again."
+        )
+    return plain
+
+
+def _pursuit(folder: Path, config: Mapping[str, Any]) -> Plain:
+    """A matching pursuit SAE, whose decoder is its encoder."""
+    path = folder / CONFIG
+    least, most = config.get("residual_threshold", 0.01), config.get("max_iterations")
+    is_number = isinstance(least, int | float) and not isinstance(least, bool)
+    if not is_number or not 0 <= least < math.inf:
+        raise UserError(
+            f"{path}: residual_threshold: expected a number from 0, found {least!r}. Export the SAE again."
+        )
+    if most is not None and (type(most) is not int or most < 1):
+        raise UserError(
+            f"{path}: max_iterations: expected a whole number from 1 or null, found {most!r}. Export the SAE again."
+        )
+    stops = _flag(path, config, "stop_on_duplicate_support", True)
+    tensors = _tensors(folder / WEIGHTS, {"W_dec": "W_dec", "b_dec": "b_dec"}, _dtype(path, config))
+    W_dec, b_dec = tensors["W_dec"], tensors["b_dec"]
+    if "scale" in tensors:
+        raise UserError(
+            f"{folder / WEIGHTS}: expected no factors of latents with matching_pursuit, whose decoder is its encoder, found "
+            "some. Export the SAE again."
+        )
+    if not _flag(path, config, "apply_b_dec_to_input", True):
+        b_dec = torch.zeros_like(b_dec)  # SAELens then leaves it out of the decoder too
+    options = {"residual_threshold": float(least), "max_iterations": most}
+    return Plain(
+        "matching_pursuit", W_dec.t().contiguous(), W_dec.new_zeros(len(W_dec)), W_dec, b_dec,
+        pursuit=options | {"stop_on_duplicate_support": stops},
+    ).check(folder / WEIGHTS)  # fmt: skip
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -264,6 +305,7 @@ def _tensors(path: Path, names: Mapping[str, str], dtype: torch.dtype) -> dict[s
         raise UserError(f"{path}: damaged ({error}). Export the SAE again.") from None
     if "log_threshold" in tensors and "threshold" in names and "threshold" not in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").to(dtype).exp()
+    tensors = {name: part for name, part in tensors.items() if not name.startswith(_OF_TRAINING)}
     factors = [name for name in _SCALES if name in tensors]
     if len(factors) == 1:
         tensors["scale"] = tensors.pop(factors[0])

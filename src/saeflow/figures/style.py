@@ -21,6 +21,7 @@ from saeflow.tables.runs import RANDOM_DECODER, variant_label
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 COLUMN_WIDTH = 3.4  # inches, one column of a two-column paper
@@ -176,12 +177,34 @@ def new_figure(width: float, height: float) -> Figure:
 
 def plain(value: float, _position: int = 0) -> str:
     """A tick label: 0.05, 8, 200, 10k, 2M."""
-    size = abs(value)
-    if size >= 999_500:
+    return _written(value, abs(value))
+
+
+def _written(value: float, size: float) -> str:
+    """A number in the unit of numbers of a size."""
+    if value and size >= 999_500:
         return f"{value / 1e6:.3g}M"
-    if size >= 9_999.5:
+    if value and size >= 9_999.5:
         return f"{value / 1e3:.3g}k"
     return f"{value:.4g}"
+
+
+def even_ticks(target: Axis, most: int) -> None:
+    """Put ticks at round numbers of a linear axis, all of them written in the unit of the largest.
+
+    Args:
+        target: `ax.xaxis` or `ax.yaxis`.
+        most: intervals between ticks at most.
+    """
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    def label(value: float, _position: int) -> str:
+        low, high = sorted(target.get_view_interval())
+        shown = [abs(tick) for tick in target.get_majorticklocs() if low <= tick <= high]
+        return _written(value, max(shown, default=abs(value)))
+
+    target.set_major_locator(MaxNLocator(most))
+    target.set_major_formatter(FuncFormatter(label))
 
 
 def log_axis(ax: Axes, axis: str, low: float, high: float) -> None:

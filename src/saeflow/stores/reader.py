@@ -155,6 +155,12 @@ class Store:
             found[low:high] = rows[torch.from_numpy(last[low:high] - start)]
         return Rows(found)
 
+    @property
+    def n_last(self) -> int:
+        """Number of contexts whose last row is stored, see `last_rows`."""
+        positions = self.column("position")
+        return int((positions == positions.max()).sum())
+
     def in_order(self, batch_size: int) -> Iterator[tuple[int, Tensor]]:
         """(number of the first row, rows) from the first row to the last; the last batch may be short."""
         for start in range(0, self.rows, batch_size):

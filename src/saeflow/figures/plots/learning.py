@@ -93,17 +93,13 @@ def _handle(drawn: Mapping[str, Any]) -> Line2D:
 
 def _finish(ax: Axes, ends: pd.DataFrame, panel: compare.Panel) -> None:
     """Scales, names, and where rows come again."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
     held = compare.one_panel(ends, panel)
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in ax.lines])
     style.log_axis(ax, "y", float(values.min()) / 1.2, float(values.max()) * 1.2)
-    for epoch in range(1, int(held["epochs"].max()) + 1):
-        if (tokens := epoch * held["train_rows"].iloc[0]) < held["tokens"].max():
-            ax.axvline(tokens, color=style.FAINT, lw=0.8, zorder=0)
+    for tokens in np.arange(rows := held["train_rows"].max(), held["tokens"].max(), rows):
+        ax.axvline(tokens, color=style.FAINT, lw=0.8, zorder=0)
     ax.set_xlim(left=0)
-    ax.xaxis.set_major_locator(MaxNLocator(3))
-    ax.xaxis.set_major_formatter(FuncFormatter(style.plain))
+    style.even_ticks(ax.xaxis, 3)
     ax.set_title(compare.panel_title(panel))
     ax.set_xlabel(compare.panel_axis("tokens_seen", panel))
     ax.set_ylabel("FVU")
@@ -116,7 +112,7 @@ def _caption(tables: Tables, ends: pd.DataFrame) -> str:
         held = compare.one_panel(ends, panel)
         gap = (held["held_out_fvu"] / held["train_fvu"]).dropna()
         seen.append(
-            f"{compare.panel_title(panel)}: {captions.compact(held['train_rows'].iloc[0])} unique rows, "
+            f"{compare.panel_title(panel)}: {captions.compact(held['train_rows'].max())} unique rows{_of_fewer(held)}, "
             f"{_range(held['epochs'])} epochs, held-out FVU {_range(gap)} times that of the last training batches"
         )
     caption = (
@@ -127,6 +123,13 @@ def _caption(tables: Tables, ends: pd.DataFrame) -> str:
         f"{_LAST:.0%} of tokens. {captions.size_sentence(ends)} {verdict.unranked_sentence(tables, 'fvu')}"
     )
     return " ".join(caption.split())
+
+
+def _of_fewer(held: pd.DataFrame) -> str:
+    """Name the SAEs that train on a part of the rows, whose epochs are shorter than the grey lines say."""
+    fewer = held[held["train_rows"] < held["train_rows"].max()].groupby("entry")["train_rows"].max()
+    parts = [f"{captions.compact(rows)} of {entry}" for entry, rows in fewer.items()]
+    return f" ({captions.listed(parts)}, trained on each context's last row)" if parts else ""
 
 
 def _range(values: pd.Series) -> str:

@@ -124,7 +124,6 @@ def _panel(
     ax: Axes, series: list[Series], quantity: str, places: Places, drawn: dict[str, Artist]
 ) -> None:
     from matplotlib.lines import Line2D
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     values = []
     for one in series:
@@ -145,10 +144,8 @@ def _panel(
         style.log_axis(ax, "y", low / 1.3, high * 1.3)
     else:
         ax.set_ylim(bottom=min(0.0, low), top=high * 1.08 if high > 0 else 0.1)
-        ax.yaxis.set_major_locator(MaxNLocator(4))
-        ax.yaxis.set_major_formatter(FuncFormatter(style.plain))
-    ax.xaxis.set_major_locator(MaxNLocator(3))
-    ax.xaxis.set_major_formatter(FuncFormatter(style.plain))
+        style.even_ticks(ax.yaxis, 4)
+    style.even_ticks(ax.xaxis, 3)
     ax.set_xlim(left=0)
     ax.grid(True)
 

@@ -260,7 +260,7 @@ def _legend(series: Series) -> list[Line2D]:
 
 def _finish(axes: list[Axes], name: str) -> None:
     """Scales and ticks of one column, whose axes are shared."""
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
+    from matplotlib.ticker import NullLocator
 
     lines = [line for ax in axes for line in ax.lines]
     if not lines:
@@ -280,11 +280,9 @@ def _finish(axes: list[Axes], name: str) -> None:
         first.set_ylim(
             0, max(0.1 if name == "dead" else 0.0, high * above if len(positive) else 0.1)
         )
-        first.yaxis.set_major_locator(MaxNLocator(4))
-        first.yaxis.set_major_formatter(FuncFormatter(style.plain))
+        style.even_ticks(first.yaxis, 4)
     first.yaxis.set_minor_locator(NullLocator())
-    first.xaxis.set_major_formatter(FuncFormatter(style.plain))
-    first.xaxis.set_major_locator(MaxNLocator(3))
+    style.even_ticks(first.xaxis, 3)
     first.set_xlim(left=0)
     for ax in axes:
         ax.grid(True)
