@@ -2,10 +2,15 @@
 
 import csv
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import math
+import os
 import random
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from saeflow.config import ROOT
 from saeflow.tables.files import read_csv
 from saeflow.tables.runs import with_target
 from saeflow.tables.schema import columns_of, tables_of
@@ -65,6 +71,30 @@ PROBES = [
     "spearman", "r2_low", "r2_high",
 ]  # fmt: skip
 L1S = (0.1, 0.5, 2.0, 8.0)
+
+
+_WITHOUT = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def in_its_environment(code: str, *arguments: str, **environment: str) -> None:
+    """Run code in a process that finds, of all packages, those that envs/figures.yaml pins and no other."""
+    pins = re.findall(r"- ([\w.-]+)==", (ROOT / "envs/figures.yaml").read_text())
+    known = {re.sub(r"[-_.]+", "-", pin).lower() for pin in (*pins, "saeflow")}
+    absent = {
+        module
+        for module, packages in importlib.metadata.packages_distributions().items()
+        if not known & {re.sub(r"[-_.]+", "-", package).lower() for package in packages}
+    }
+    assert "torch" in absent
+    program = [sys.executable, "-c", _WITHOUT.format(absent=absent) + code]
+    subprocess.run([*program, *arguments], env={**os.environ, **environment}, check=True)
 
 
 def write(path: Path, columns: Sequence[str], rows: Iterable[dict[str, Any]]) -> None:

@@ -1,9 +1,6 @@
 """Every figure as files."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib.colors
@@ -14,7 +11,7 @@ import pytest
 from saeflow.errors import UserError
 from saeflow.figures import FIGURES, draw, style
 
-from .conftest import SYNTHETIC, TEXT, Maker
+from .conftest import SYNTHETIC, TEXT, Maker, in_its_environment
 
 STRICT = {"allow_unequal_budgets": False}
 ENTRIES = [("topk", "topk", 0.9, (8, 32)), ("relu", "relu", 1.2, None)]
@@ -63,7 +60,7 @@ def test_a_figure_is_four_files_and_a_caption(name: str, drawn: Path) -> None:
     assert "tokens" in caption or name not in OF_RUNS
 
 
-def test_the_same_tables_give_the_same_bytes_in_another_process(
+def test_the_same_tables_give_the_same_bytes_in_another_process_with_its_packages_alone(
     small: Path, drawn: Path, tmp_path: Path
 ) -> None:
     code = (
@@ -71,10 +68,7 @@ def test_the_same_tables_give_the_same_bytes_in_another_process(
         "for name in FIGURES:\n"
         f"    draw(name, Path(sys.argv[1]), {STRICT!r}, Path(sys.argv[2]) / name)"
     )
-    environment = {**os.environ, "PYTHONHASHSEED": "123", "TZ": "Pacific/Auckland"}
-    subprocess.run(
-        [sys.executable, "-c", code, str(small), str(tmp_path)], env=environment, check=True
-    )
+    in_its_environment(code, str(small), str(tmp_path), PYTHONHASHSEED="123", TZ="Pacific/Auckland")
     files = sorted(path for path in drawn.rglob("*") if path.is_file())
     assert len([path for path in files if "-details-" not in path.name]) == 5 * len(FIGURES)
     for path in files:

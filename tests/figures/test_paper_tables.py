@@ -13,7 +13,7 @@ from saeflow.figures.figure import PaperTable
 from saeflow.tables.load import load_tables
 from saeflow.tables.schema import columns_of
 
-from .conftest import SYNTHETIC, TEXT, Maker, sweep_line, write
+from .conftest import SYNTHETIC, TEXT, Maker, in_its_environment, sweep_line, write
 
 STRICT = {"allow_unequal_budgets": False}
 ENTRIES = [
@@ -66,6 +66,16 @@ def test_a_table_is_csv_markdown_latex_and_a_caption(
     latex = (tmp_path / f"{name}.tex").read_text()
     assert latex.count(r"\\") == len(data) + 1
     assert not re.search(r"(?<!\\)[%#_]", latex)
+
+
+def test_tables_take_the_packages_of_their_environment_alone(folder: Path, tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; import saeflow.cli; from saeflow.figures import TABLES, draw\n"
+        "for name in TABLES:\n"
+        f"    draw(name, Path(sys.argv[1]), {STRICT!r}, Path(sys.argv[2]) / name)"
+    )
+    in_its_environment(code, str(folder), str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == set(TABLES)
 
 
 def test_sizes_are_means_over_seeds(folder: Path) -> None:
