@@ -74,9 +74,10 @@ site: .venv-site/ready
 test: check
 	$(PYTEST) -m "not heavy"
 
-# What takes minutes by nature: SLURM, conda, other libraries' environments, DVC experiments, faults, a rehearsal.
+# What takes minutes by nature: SLURM, conda, other libraries' environments, DVC experiments, faults, a rehearsal. SLURM's
+# tests wait most of their time, for its clocks: a third worker has them.
 test-heavy: setup
-	$(PYTEST) -m heavy
+	$(PYTEST) -n 3 -m heavy
 
 test-all: test test-heavy
 
