@@ -14,10 +14,11 @@ LIBRARIES = {
     "sparsify": "eai-sparsify==1.3.3",
 }
 EXCHANGE = "exchange"
-"""The libraries whose SAEs are traded, and those that take adapted ones, in one environment."""
+"""The libraries whose SAEs are traded, and those that take adapted ones, in one environment; saeflow's own code, which
+builds the adapted ones there, needs jsonschema."""
 _EXCHANGED = (
     LIBRARIES["SAELens"], LIBRARIES["dictionary_learning"], "sae-bench==0.6.0", "sae-probes==0.4.2",
-    "neuronpedia==1.2.1",
+    "neuronpedia==1.2.1", "jsonschema",
 )  # fmt: skip
 _ALONE = {EXCHANGE: ("sae-dashboard==0.8.0",)}
 """Packages without their dependencies, which contradict the others'; their formats need none."""

@@ -18,7 +18,8 @@ from saeflow.sources import (
     open_source,
     prepare_inputs,
 )
-from saeflow.sources.synthetic import ROWS_PER_CONTEXT, coefficients
+from saeflow.sources.drawn_rows import ROWS_PER_CONTEXT
+from saeflow.sources.synthetic import coefficients
 
 EASY: dict[str, Any] = {
     "kind": "synthetic",

@@ -14,7 +14,18 @@ import numpy as np
 
 from saeflow.errors import UserError
 from saeflow.files import read_json, write_json
-from saeflow.sources.base import Block, Column, Inputs, generator
+from saeflow.sources.base import Column, generator
+from saeflow.sources.drawn_rows import (
+    DICTIONARY,
+    ROWS_PER_CONTEXT,
+    SPLITS,
+    STRUCTURE,
+    STRUCTURE_STREAM,
+    DrawnInputs,
+    DrawnRows,
+    check_hook_points,
+    sums,
+)
 from saeflow.sources.firing import (
     Hierarchy,
     arrival_times,
@@ -27,12 +38,6 @@ from saeflow.sources.firing import (
 from saeflow.sources.kinds import SourceKind
 from saeflow.sources.true_dictionary import true_dictionary
 
-HOOK_POINT = "features"
-ROWS_PER_CONTEXT = 128
-"""Rows that are drawn together: a context, each with a generator of its own."""
-DICTIONARY, STRUCTURE = "dictionary.safetensors", "structure.json"
-_SPLITS = {"train": 0, "evaluation": 1}
-_STRUCTURE_STREAM = 2
 _CALIBRATION_CONTEXTS = 16
 
 
@@ -43,10 +48,7 @@ def check(name: str, params: Mapping[str, Any], folder: Path) -> None:
         UserError: the first that is wrong.
     """
     where, law, n_features = f"sources.{name}", params["l0_law"], params["n_features"]
-    if list(params["hook_points"]) != [HOOK_POINT]:
-        raise UserError(
-            f"{where}.hook_points: expected [{HOOK_POINT}], found {params['hook_points']}."
-        )
+    check_hook_points(where, params)
     room, why = n_features, "n_features"
     hierarchy = _hierarchy(params)
     if hierarchy is not None:
@@ -107,7 +109,7 @@ def prepare_inputs(
     from safetensors.numpy import save_file
 
     check(folder.parent.name, params, folder)
-    rng = generator(params["seed"], _STRUCTURE_STREAM, 0)
+    rng = generator(params["seed"], STRUCTURE_STREAM, 0)
     n_features, correlation = params["n_features"], params["correlation"]
     features = true_dictionary(n_features, params["d_in"], params["coherence"], rng)
     rates = firing_rates(n_features, params["frequency_exponent"], params["l0_law"])
@@ -202,7 +204,7 @@ def norm_factors(
     return factors
 
 
-class SyntheticSource:
+class SyntheticSource(DrawnRows):
     """Samples of a known dictionary, in contexts of ROWS_PER_CONTEXT rows.
 
     Args:
@@ -217,7 +219,6 @@ class SyntheticSource:
         from safetensors.numpy import load_file
 
         structure = read_json(folder / STRUCTURE)
-        self._contexts: dict[str, int] = structure["contexts"]
         stored = load_file(folder / DICTIONARY)
         self.params = params
         self.features = stored["features"]  # (n_features, d_in)
@@ -227,43 +228,15 @@ class SyntheticSource:
         self.law = params["l0_law"]
         self.most = largest_l0(self.law)
         self.until = math.inf if structure["fires_until"] is None else structure["fires_until"]
-        self.hook_points = [HOOK_POINT]
-        self.d_in = {HOOK_POINT: int(params["d_in"])}
-        self.rows_per_context = ROWS_PER_CONTEXT
-        self.columns: dict[str, Column] = {
-            "context": (np.dtype(np.int64), ()),
-            "position": (np.dtype(np.int32), ()),
+        columns: dict[str, Column] = {
             "true_indices": (np.dtype(np.int32), (self.most,)),
             "true_values": (np.dtype(np.float32), (self.most,)),
         }
+        super().__init__(int(params["d_in"]), structure["contexts"], columns)
 
-    def n_contexts(self, split: str) -> int:
-        """Number of contexts of a split."""
-        return self._contexts[split]
-
-    def block(self, split: str, start: int, stop: int) -> Block:
-        """Samples of contexts [start, stop), the same bits however contexts are divided into blocks.
-
-        `true_indices` are the active features in increasing order, padded with -1, `true_values`
-        their coefficients, padded with 0.
-        """
-        import torch
-
-        drawn = [self._context(split, number) for number in range(start, stop)]
-        x, indices, values = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
-        columns: dict[str, np.ndarray] = {
-            "context": np.repeat(np.arange(start, stop, dtype=np.int64), ROWS_PER_CONTEXT),
-            "position": np.tile(np.arange(ROWS_PER_CONTEXT, dtype=np.int32), stop - start),
-            "true_indices": indices,
-            "true_values": values,
-        }
-        return Block({HOOK_POINT: torch.from_numpy(x)}, columns)
-
-    def _context(self, split: str, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def context(self, split: str, number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Activations, true indices and true values of one context."""
-        from scipy.sparse import csr_array
-
-        rng = generator(self.params["seed"], _SPLITS[split], number)
+        rng = generator(self.params["seed"], SPLITS[split], number)
         counts = sample_l0(self.law, ROWS_PER_CONTEXT, rng)
         times = arrival_times(ROWS_PER_CONTEXT, self.rates, self.loadings, rng)
         if self.hierarchy is not None:
@@ -271,41 +244,27 @@ class SyntheticSource:
         indices = first_arrivals(times, counts, self.most, self.until)
         fires = indices >= 0
         values = coefficients(self.params["coefficient"], indices.shape, rng) * fires
-        # Row by row in the order of the features, so that the sums are the same on every machine.
-        ends = np.concatenate([[0], np.cumsum(fires.sum(axis=1))])
-        shape = (ROWS_PER_CONTEXT, len(self.features))
-        latents = csr_array((values[fires], indices[fires], ends), shape=shape)
+        counts = fires.sum(axis=1)
         noise = rng.standard_normal((ROWS_PER_CONTEXT, self.features.shape[1]), dtype=np.float32)
-        x = latents @ self.features + np.float32(self.params["noise_std"]) * noise
+        x = sums(counts, indices[fires], values[fires], self.features)
+        x = x + np.float32(self.params["noise_std"]) * noise
         if (law := self.params.get("row_norm")) is not None:
-            factor = norm_factors(law, x, fires.sum(axis=1), rng)[:, None]
+            factor = norm_factors(law, x, counts, rng)[:, None]
             x, values = x * factor, values * factor
-        return x, indices, values
+        return x, {"true_indices": indices, "true_values": values}
+
+    def counts(self, split: str, number: int) -> np.ndarray:
+        """(ROWS_PER_CONTEXT,) active features of the rows of one context."""
+        counts: np.ndarray = (self.context(split, number)[1]["true_indices"] >= 0).sum(1)
+        return counts
 
 
-class SyntheticInputs(Inputs):
-    """The true dictionary and the counts of true features."""
+class SyntheticInputs(DrawnInputs):
+    """The true dictionary, of unit rows, and the counts of true features."""
 
-    @property
-    def true_features(self) -> np.ndarray:
-        """(n_features, d_in) unit rows."""
-        from safetensors.numpy import load_file
-
-        features: np.ndarray = load_file(self.folder / DICTIONARY)["features"]
-        return features
-
-    def n_contexts(self, split: str) -> int:
-        """Number of contexts of a split."""
-        return int(read_json(self.folder / STRUCTURE)["contexts"][split])
-
-    def true_counts(self, split: str, contexts: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The number of active true features of every row."""
-        source, found = SyntheticSource(self.params, self.folder), []
-        for context in contexts.tolist():
-            columns = source.block(split, context, context + 1).columns
-            count = (columns["true_indices"] >= 0).sum(1).astype(np.float64)
-            found.append((columns["context"], columns["position"], count))
-        return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+    def source(self) -> SyntheticSource:
+        """The samples of the dictionary."""
+        return SyntheticSource(self.params, self.folder)
 
 
 KIND = SourceKind(

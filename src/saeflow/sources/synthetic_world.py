@@ -14,7 +14,18 @@ import numpy as np
 from saeflow.errors import UserError
 from saeflow.files import folder_digests, json_digest, read_json, write_json
 from saeflow.sources import hub, saved_world
-from saeflow.sources.base import Block, Column, Inputs, generator
+from saeflow.sources.base import Column, generator
+from saeflow.sources.drawn_rows import (
+    DICTIONARY,
+    ROWS_PER_CONTEXT,
+    SPLITS,
+    STRUCTURE,
+    STRUCTURE_STREAM,
+    DrawnInputs,
+    DrawnRows,
+    check_hook_points,
+    sums,
+)
 from saeflow.sources.firing import Hierarchy
 from saeflow.sources.gated_firing import (
     Entries,
@@ -27,12 +38,7 @@ from saeflow.sources.gated_firing import (
 from saeflow.sources.kinds import SourceKind
 from saeflow.sources.near_orthogonal import orthogonalised
 
-HOOK_POINT = "features"
-ROWS_PER_CONTEXT = 128
-"""Rows that are drawn together: a context, each with a generator of its own."""
-DICTIONARY, STRUCTURE = "dictionary.safetensors", "structure.json"
-_SPLITS = {"train": 0, "evaluation": 1}
-_STRUCTURE_STREAM, _TRIAL_STREAM = 2, 3
+_TRIAL_STREAM = 3
 _TRIAL_CONTEXTS = 16
 _ROOM = 1.5
 """Active features that a row has room for, in multiples of the most that a row of the trial had."""
@@ -45,10 +51,7 @@ def check(name: str, params: Mapping[str, Any], folder: Path) -> None:
         UserError: the first that is wrong.
     """
     where, world = f"sources.{name}", params["world"]
-    if list(params["hook_points"]) != [HOOK_POINT]:
-        raise UserError(
-            f"{where}.hook_points: expected [{HOOK_POINT}], found {params['hook_points']}."
-        )
+    check_hook_points(where, params)
     if "folder" in world:
         _check_width(where, params, saved_world.read_config(Path(world["folder"])))
     if "n_features" not in world:
@@ -134,7 +137,7 @@ def _counts(entries: Entries) -> np.ndarray:
 def _world(name: str, params: Mapping[str, Any]) -> World:
     world = params["world"]
     if "n_features" in world:
-        return drawn_world(world, params["d_in"], generator(params["seed"], _STRUCTURE_STREAM, 0))
+        return drawn_world(world, params["d_in"], generator(params["seed"], STRUCTURE_STREAM, 0))
     folder = (
         Path(world["folder"])
         if "folder" in world
@@ -193,7 +196,7 @@ def _unit(rows: np.ndarray) -> np.ndarray:
     return result
 
 
-class WorldSource:
+class WorldSource(DrawnRows):
     """Samples of a world, in contexts of ROWS_PER_CONTEXT rows.
 
     Args:
@@ -208,27 +211,15 @@ class WorldSource:
         from safetensors.numpy import load_file
 
         structure = read_json(folder / STRUCTURE)
-        self._contexts: dict[str, int] = structure["contexts"]
         self.room = int(structure["room"])
         self.world = World.of(load_file(folder / DICTIONARY))
         self.firing = Firing(self.world)
         self.seed = int(params["seed"])
         is_small = len(self.world.features) <= np.iinfo(np.int16).max
-        self._index = np.dtype(
-            np.int16 if is_small else np.int32
-        )  # there are more of them than of anything else
-        self.hook_points = [HOOK_POINT]
-        self.d_in = {HOOK_POINT: int(params["d_in"])}
-        self.rows_per_context = ROWS_PER_CONTEXT
-        self.columns: dict[str, Column] = {
-            "context": (np.dtype(np.int64), ()),
-            "position": (np.dtype(np.int32), ()),
-            "true_indices": (self._index, (self.room,)),
-        }
-
-    def n_contexts(self, split: str) -> int:
-        """Number of contexts of a split."""
-        return self._contexts[split]
+        # There are more of them than of anything else.
+        self._index = np.dtype(np.int16 if is_small else np.int32)
+        columns: dict[str, Column] = {"true_indices": (self._index, (self.room,))}
+        super().__init__(int(params["d_in"]), structure["contexts"], columns)
 
     def active(self, split: str, number: int) -> Entries:
         """Active features of one context.
@@ -236,7 +227,7 @@ class WorldSource:
         Raises:
             UserError: a row has more of them than there is room for.
         """
-        entries = self.firing.draw(ROWS_PER_CONTEXT, generator(self.seed, _SPLITS[split], number))
+        entries = self.firing.draw(ROWS_PER_CONTEXT, generator(self.seed, SPLITS[split], number))
         if (most := int(_counts(entries).max())) > self.room:
             raise UserError(
                 f"a row of the synthetic world has {most} active features, there is room for {self.room}, {_ROOM} times "
@@ -244,62 +235,29 @@ class WorldSource:
             )
         return entries
 
-    def block(self, split: str, start: int, stop: int) -> Block:
-        """Samples of contexts [start, stop), the same bits however contexts are divided into blocks.
-
-        `true_indices` are the active features in increasing order, padded with -1.
-        """
-        import torch
-
-        drawn = [self._context(split, number) for number in range(start, stop)]
-        x, indices = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
-        columns: dict[str, np.ndarray] = {
-            "context": np.repeat(np.arange(start, stop, dtype=np.int64), ROWS_PER_CONTEXT),
-            "position": np.tile(np.arange(ROWS_PER_CONTEXT, dtype=np.int32), stop - start),
-            "true_indices": indices,
-        }
-        return Block({HOOK_POINT: torch.from_numpy(x)}, columns)
-
-    def _context(self, split: str, number: int) -> tuple[np.ndarray, np.ndarray]:
+    def context(self, split: str, number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Activations and true indices of one context."""
-        from scipy.sparse import csr_array
-
         entries = self.active(split, number)
         counts = _counts(entries)
-        ends = np.concatenate([[0], np.cumsum(counts)])
-        # Row by row in the order of the features, so that the sums are the same on every machine.
-        shape = (ROWS_PER_CONTEXT, len(self.world.features))
-        latents = csr_array((entries.values, entries.features, ends), shape=shape)
-        x = latents @ self.world.features + self.world.bias
+        x = sums(counts, entries.features, entries.values, self.world.features) + self.world.bias
         indices = np.full((ROWS_PER_CONTEXT, self.room), -1, dtype=self._index)
-        indices[entries.rows, np.arange(len(entries.rows)) - ends[entries.rows]] = entries.features
-        return x, indices
-
-
-class WorldInputs(Inputs):
-    """The true dictionary and the counts of true features."""
-
-    @property
-    def true_features(self) -> np.ndarray:
-        """(n_features, d_in) rows."""
-        from safetensors.numpy import load_file
-
-        features: np.ndarray = load_file(self.folder / DICTIONARY)["features"]
-        return features
-
-    def n_contexts(self, split: str) -> int:
-        """Number of contexts of a split."""
-        return int(read_json(self.folder / STRUCTURE)["contexts"][split])
-
-    def true_counts(self, split: str, contexts: np.ndarray) -> tuple[np.ndarray, ...]:
-        """The number of active true features of every row."""
-        source = WorldSource(self.params, self.folder)
-        counts = [_counts(source.active(split, number)) for number in contexts.tolist()]
-        return (
-            np.repeat(np.asarray(contexts, dtype=np.int64), ROWS_PER_CONTEXT),
-            np.tile(np.arange(ROWS_PER_CONTEXT, dtype=np.int32), len(counts)),
-            np.concatenate(counts).astype(np.float64),
+        firsts = np.cumsum(counts) - counts
+        indices[entries.rows, np.arange(len(entries.rows)) - firsts[entries.rows]] = (
+            entries.features
         )
+        return x, {"true_indices": indices}
+
+    def counts(self, split: str, number: int) -> np.ndarray:
+        """(ROWS_PER_CONTEXT,) active features of the rows of one context."""
+        return _counts(self.active(split, number))
+
+
+class WorldInputs(DrawnInputs):
+    """The world's dictionary and its counts."""
+
+    def source(self) -> WorldSource:
+        """The rows of the world."""
+        return WorldSource(self.params, self.folder)
 
 
 KIND = SourceKind(
