@@ -76,6 +76,13 @@ def parse_json(name: str, text: str) -> Any:
         raise UserError(f"{name}: expected JSON, found {text[:60]!r} ({error}).") from None
 
 
+def missing_file(path: Path) -> UserError:
+    """Return the error of a file that is not there: a result has a step that makes it, another file has none."""
+    is_result = "results" in path.parts
+    what = f"Run the step that makes it (snakemake {path})." if is_result else "Fix the path."
+    return UserError(f"{path}: no such file. {what}")
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -85,9 +92,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file. Run the step that makes it (snakemake {path})."
-        ) from None
+        raise missing_file(path) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(
             f"{path}: expected JSON, found {error}. Delete the file and rerun its step."

@@ -132,8 +132,20 @@ def test_a_tokenizer_without_the_tokens_of_an_end(
         assert not list((tmp_path / "fetched").iterdir())
 
 
-def test_a_folder_without_a_tokenizer(tmp_path: Path, validated: Any) -> None:
-    tiny_model("llama").save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize(
+    ("family", "message"),
+    [
+        ("llama", "the tokenizer cannot be loaded"),
+        (
+            "gpt2",
+            "expected a tokenizer, found none but for special tokens",
+        ),  # transformers makes one
+    ],
+)
+def test_a_folder_without_a_tokenizer(
+    family: str, message: str, tmp_path: Path, validated: Any
+) -> None:
+    tiny_model(family).save_pretrained(tmp_path / "model")
     code, said = validated(parameters(tmp_path / "model", "blocks.1.resid_post"))
     assert (code, len(said)) == (2, 1)
-    assert "model: the tokenizer cannot be loaded" in said[0]
+    assert f"model: {message}" in said[0]

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,40 @@ def test_evaluation_contexts_with_a_run_of_train_are_left_out(
     assert read["train"]["shared"] == 0
     with pytest.raises(UserError, match=r"share a run of 2 tokens .* 200 are asked for"):
         prepare(params | {"shared_run": 2}, folder, train=9000, evaluation=3000)
+
+
+def test_others_are_looked_for_where_most_contexts_are_left_out(
+    params: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nine of ten held-out documents stand in train too, behind a word of their own; what the message says then works."""
+    rng = np.random.default_rng(1)
+    words = ["".join(rng.choice(list("abcdefgh"), 6)) for _ in range(4000)]
+    own = [" ".join(rng.choice(words, 40)) for _ in range(1200)]
+    train = [text for text in own if not is_evaluation(text, 0.3)]
+    held_out = [text for text in own if is_evaluation(text, 0.3)][:30]
+    quoting = (f"{a} {text}" for text in train for a in words[:3])
+    held_out += [text for text in quoting if is_evaluation(text, 0.3)][:270]
+    path = tmp_path / "quotes.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*train, *held_out]))
+    params |= {"text": {"files": [str(path)], "column": "text"}, "shared_run": 13}
+    monkeypatch.setattr("saeflow.sources.text._CHARACTERS_AT_ONCE", 1000)
+
+    def advised(split: str, **rows: int) -> int:
+        with pytest.raises(UserError, match="are asked for") as refused:
+            prepare(params, folder, **rows)
+        found = re.search(rf"Lower {split}_rows in stores to (\d+),", str(refused.value))
+        assert found is not None
+        return int(found[1])
+
+    rows = advised("train", train=10**7, evaluation=450)
+    read = prepare(params, folder, train=rows, evaluation=450)["splits"]["evaluation"]
+    assert read["contexts"] < read["shared"]  # so that twice as many were not enough
+    kept = np.load(folder / "inputs/evaluation.npy")
+    every = advised("evaluation", train=rows, evaluation=10**6)  # with those that are left out
+    prepare(
+        params, folder, train=rows, evaluation=advised("evaluation", train=rows, evaluation=every)
+    )
+    assert np.array_equal(np.load(folder / "inputs/evaluation.npy")[: len(kept)], kept)
 
 
 def test_pieces_of_any_size_pack_alike(

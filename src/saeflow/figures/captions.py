@@ -68,17 +68,18 @@ def budget_sentence(rows: pd.DataFrame) -> str:
     saes = rows[compare.is_sae(rows)]
     tokens = sorted(saes["tokens"].dropna().unique())
     others = sorted(saes.loc[saes["tokens"].isna(), "entry"].unique())
-    unknown = f" How {listed(others)} was trained is not known here." if others else ""
+    quoted = listed(f"“{name}”" for name in others)
+    unknown = f"How {quoted} was trained is not known here. " if others else ""
     if not tokens:
         return unknown.strip()
     if len(tokens) == 1:
         which = "The other" if others else "All"
-        return f"{which} SAEs were trained on {compact(tokens[0])} tokens.{unknown}"
+        return f"{unknown}{which} SAEs were trained on {compact(tokens[0])} tokens."
     per_panel = rows[compare.is_sae(rows)].groupby(["source", "hook_point"])["tokens"].nunique()
     shown = listed(compact(value) for value in tokens)
     if per_panel.max() == 1:
-        return f"SAEs of one panel were trained on equally many tokens ({shown}).{unknown}"
-    return f"Budgets differ: SAEs were trained on {shown} tokens.{unknown}"
+        return f"{unknown}SAEs of one panel were trained on equally many tokens ({shown})."
+    return f"{unknown}Budgets differ: SAEs were trained on {shown} tokens."
 
 
 _SCALES = {

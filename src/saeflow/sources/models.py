@@ -349,6 +349,11 @@ def load_tokenizer(folder: Path | str) -> "PreTrainedTokenizerBase":
             files, trust_remote_code=False, local_files_only=True
         )
         tokenizer.encode("a")  # some settings fail only when they are used
+    if set(tokenizer.get_vocab().values()) <= set(tokenizer.all_special_ids):
+        raise UserError(
+            f"{local}: expected a tokenizer, found none but for special tokens. Add the tokenizer's files "
+            "(tokenizer.json), as save_pretrained writes them."
+        )
     return tokenizer
 
 

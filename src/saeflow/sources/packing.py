@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from saeflow.errors import UserError
+from saeflow.sources.overlap import shared_contexts
 
 _CONTEXTS_AT_ONCE = 4096
 
@@ -30,17 +31,24 @@ class Packer:
         n: contexts that are asked for.
         length: tokens of a context.
         bos: the tokens that each begins with.
-        spare: contexts that are packed for each that is asked for, if there is so much text.
+        rows: rows that a context gives.
+        most: contexts that may be packed.
+
+    Attributes:
+        goal: contexts that are enough, at most `most`; `n` at first.
+        shared: (contexts,) bool, which of the first ones `leave_out` left out.
     """
 
     def __init__(
-        self, folder: Path, split: str, n: int, length: int, bos: list[int], spare: int = 1
+        self, folder: Path, split: str, n: int, length: int, bos: list[int], rows: int, most: int
     ) -> None:
         self.split = split
         self.folder = folder
         self.count = 0
-        self.n = n
-        self.most = spare * n
+        self.n = self.goal = n
+        self.most = most
+        self.rows = rows
+        self.shared = np.zeros(0, bool)
         self.length = length
         self.bos = bos
         self.body = length - len(bos)
@@ -54,6 +62,10 @@ class Packer:
     @property
     def is_full(self) -> bool:
         return self.count >= self.most
+
+    @property
+    def has_enough(self) -> bool:
+        return self.count >= self.goal
 
     def __str__(self) -> str:
         return f"{self.split}: {self.count} of {self.n} contexts"
@@ -89,9 +101,28 @@ class Packer:
             size -= used
 
     @property
-    def packed(self) -> np.ndarray:
-        """(count, length) token ids of the contexts that were packed."""
-        return self.tokens[: self.count]
+    def bodies(self) -> np.ndarray:
+        """(count, body) token ids of the contexts that were packed, without their BOS."""
+        return self.tokens[: self.count, len(self.bos) :]
+
+    def leave_out(self, train: np.ndarray, run: int) -> bool:
+        """Leave out contexts that share a run of tokens with those of train; tell whether enough are left.
+
+        Of those that are packed so many are looked at as it takes; where all were, the goal is twice as many.
+
+        Args:
+            train: (contexts, body) token ids.
+            run: tokens of a run.
+        """
+        while True:
+            more = self.bodies[len(self.shared) : self.goal]
+            self.shared = np.concatenate([self.shared, shared_contexts(train, more, run)])
+            if int((~self.shared).sum()) >= self.n:
+                return True
+            has_more = self.count > self.goal
+            self.goal = min(self.most, 2 * self.goal)
+            if not has_more:
+                return False
 
     def close(self) -> None:
         """Check that there are enough contexts.
@@ -102,16 +133,18 @@ class Packer:
         if self.count < self.n:
             raise UserError(
                 f"text: it gives {self.count} contexts of {self.length} tokens for the {self.split} "
-                f"split, {self.n} are asked for. Lower {self.split}_rows in stores, change "
+                f"split, {self.n} are asked for. Lower {self.split}_rows in stores{self._to(self.count)}, change "
                 "evaluation_share, raise contexts_per_document, or add text."
             )
 
-    def keep(self, is_shared: np.ndarray | None, run: int | None) -> tuple[np.ndarray, int]:
-        """Put the contexts that are asked for on disk: the first ones that are not shared.
+    def _to(self, contexts: int) -> str:
+        return f" to {contexts * self.rows}" if contexts else ""
+
+    def keep(self, run: int | None) -> tuple[np.ndarray, int]:
+        """Put the contexts that are asked for on disk: the first ones that are not left out.
 
         Args:
-            is_shared: (count,) which are left out; None for none.
-            run: tokens of a run that makes them shared.
+            run: tokens of a run for which contexts were left out; None where none were.
 
         Returns:
             (n,) the document of each, and how many contexts were left out for them.
@@ -119,12 +152,12 @@ class Packer:
         Raises:
             UserError: too few are left.
         """
-        left = np.arange(self.count) if is_shared is None else np.flatnonzero(~is_shared)
+        left = np.arange(self.count) if run is None else np.flatnonzero(~self.shared)
         if len(left) < self.n:
             raise UserError(
-                f"text: {self.count - len(left)} of {self.count} contexts of the {self.split} split share a run of "
+                f"text: {len(self.shared) - len(left)} of {len(self.shared)} contexts of the {self.split} split share a run of "
                 f"{run} tokens with the training split, {len(left)} are left, {self.n} are asked for. Lower "
-                f"{self.split}_rows in stores, add text, or set shared_run to a longer run or null."
+                f"{self.split}_rows in stores{self._to(len(left))}, add text, or set shared_run to a longer run or null."
             )
         left = left[: self.n]
         dropped = int(left[-1]) + 1 - self.n

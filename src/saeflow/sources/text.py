@@ -24,7 +24,6 @@ from saeflow.sources.documents import (
 from saeflow.sources.kinds import InModel, SourceKind
 from saeflow.sources.layouts import HookPoint, check_hook_points
 from saeflow.sources.model_source import ModelSource
-from saeflow.sources.overlap import shared_contexts
 from saeflow.sources.packing import Packer, Piece
 from saeflow.sources.text_files import check_encoding
 from saeflow.sources.tokenizers import special_token
@@ -36,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 _CHARACTERS_AT_ONCE = 1 << 20
 _LOG_EVERY_S = 30
-_SPARE = 2
-"""Evaluation contexts packed for each that is asked for, where some may be left out."""
+_SPARE, _MOST_SPARE = 2, 16
+"""Evaluation contexts that are read, and that are packed at most, for each that is asked for, where some may be left out."""
 
 
 def check(name: str, params: Mapping[str, Any], folder: Path) -> None:
@@ -76,7 +75,7 @@ def prepare_inputs(
     Documents come in random order (`seed`) and follow one another with the tokenizer's EOS after each; a context may
     begin and end inside a document. Of a document longer than `contexts_per_document` contexts, so much is taken,
     from a random place. Evaluation contexts that share a run of `shared_run` tokens with the training contexts are
-    left out.
+    left out, and others are looked for, up to 16 times as many as are asked for.
 
     Args:
         params: a text source.
@@ -103,11 +102,14 @@ def prepare_inputs(
     eos = special_token(tokenizer, "eos")
     wanted = {split: math.ceil(n / rows_per_context(params)) for split, n in rows.items()}
     run = params["shared_run"] if len(wanted) == 2 else None
-    packers = {split: Packer(folder, split, n, length, bos) for split, n in wanted.items()}
+    each = rows_per_context(params)
+    spare = {"train": 1, "evaluation": 1 if run is None else _MOST_SPARE}
+    packers = {
+        split: Packer(folder, split, n, length, bos, each, spare[split] * n)
+        for split, n in wanted.items()
+    }
     if run is not None:
-        packers["evaluation"] = Packer(
-            folder, "evaluation", wanted["evaluation"], length, bos, spare=_SPARE
-        )
+        packers["evaluation"].goal *= _SPARE
     most = params["contexts_per_document"]
     tokens_of_one = None if most is None else most * (length - len(bos))
     left_out: Counter[str] = Counter()
@@ -131,6 +133,12 @@ def prepare_inputs(
         if time.monotonic() - logged > _LOG_EVERY_S:
             logged = time.monotonic()
             logger.info("%s", ", ".join(map(str, packers.values())))
+        if all(packer.has_enough for packer in packers.values()) and (
+            run is None
+            or packers["evaluation"].leave_out(packers["train"].bodies, run)
+            or packers["evaluation"].is_full
+        ):
+            break
     for packer in packers.values():
         packer.close()
     names = [str(Path(name)) for name in params["text"].get("files", ())] or sorted(
@@ -143,15 +151,11 @@ def prepare_inputs(
         }
         for name in names
     }
-    is_shared = np.zeros(packers["evaluation"].count if "evaluation" in packers else 0, bool)
-    if run is not None:  # without their BOS
-        train, held_out = (
-            packers[split].packed[:, len(bos) :] for split in ("train", "evaluation")
-        )
-        is_shared = shared_contexts(train, held_out, run)
+    if run is not None:
+        packers["evaluation"].leave_out(packers["train"].bodies, run)
     splits = {}
     for split, packer in packers.items():
-        kept, dropped = packer.keep(is_shared if split == "evaluation" else None, run)
+        kept, dropped = packer.keep(run if split == "evaluation" else None)
         splits[split] = {
             "contexts": len(kept), "documents": len(np.unique(kept)),
             "tokens": len(kept) * packer.body, "shared": dropped,
@@ -196,8 +200,6 @@ def _batches(
         if characters >= _CHARACTERS_AT_ONCE:
             yield batch
             batch, characters = [], 0
-            if all(packer.is_full for packer in packers.values()):
-                return
     if batch:
         yield batch
 

@@ -4,8 +4,7 @@ import csv
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from saeflow.errors import UserError
-from saeflow.files import atomic_file
+from saeflow.files import atomic_file, missing_file
 
 Row = dict[str, str]
 
@@ -28,9 +27,7 @@ def read_csv(path: Path) -> list[Row]:
         with path.open(newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file. Run the step that makes it (snakemake {path})."
-        ) from None
+        raise missing_file(path) from None
 
 
 def write_text(path: Path, text: str) -> None:

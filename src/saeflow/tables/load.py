@@ -12,6 +12,7 @@ import pandas as pd
 
 from saeflow.config import trial_of, without_trial
 from saeflow.errors import UserError
+from saeflow.files import missing_file
 from saeflow.tables.collect import CARDS
 from saeflow.tables.runs import measurement, setting_of, variant_label
 from saeflow.tables.schema import MEASURED_IDS, TABLES, Table
@@ -147,9 +148,7 @@ def _read(path: Path, schema: Table) -> pd.DataFrame:
             path, dtype=types, keep_default_na=False, na_values={column: [""] for column in numbers}
         )
     except FileNotFoundError:
-        raise UserError(
-            f"{path}: no such file. Run the step that makes it (snakemake {path})."
-        ) from None
+        raise missing_file(path) from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, ValueError) as error:
         raise UserError(
             f"{path}: expected a table of numbers, found {error}. Delete it and rerun its step."
