@@ -61,7 +61,9 @@ def audio(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_a_kind_that_is_not_registered_is_refused() -> None:
-    with pytest.raises(UserError, match="expected one of synthetic, text, vision, found 'video'"):
+    with pytest.raises(
+        UserError, match="expected one of synthetic, synthetic_world, text, vision, found 'video'"
+    ):
         kind_of({"kind": "video"})
 
 
@@ -123,5 +125,7 @@ def test_parts_that_it_states_no_facts_for_say_so(audio: Path, tmp_path: Path) -
         collect_latents(load(sae), read_config(sae), setup, page, tmp_path)
     with pytest.raises(UserError, match="needs a source of kind text, found audio"):
         check_scoring("hard", {"kind": "compression", "range": None}, AUDIO)
-    with pytest.raises(UserError, match="true_count needs a source of kind synthetic or vision"):
+    with pytest.raises(
+        UserError, match="true_count needs a source of kind synthetic or synthetic_world or vision"
+    ):
         check_scoring("hard", {"kind": "true_count", "range": None}, AUDIO)

@@ -807,7 +807,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
             {"options": {"k": 50, "k_schedule": CONSTANT, "auxk_weight": 0}},
             r"config\.json: topk: k: ",
         ),
-        ({"options": [1]}, "expected the options k, k_schedule, auxk_weight"),
+        ({"options": [1]}, "expected the options auxk_weight, auxk_latents, k, k_schedule"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(

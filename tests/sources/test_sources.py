@@ -20,7 +20,9 @@ def test_a_kind_states_its_facts_in_one_record(name: str) -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(UserError, match="expected one of synthetic, text, vision, found 'audio'"):
+    with pytest.raises(
+        UserError, match="expected one of synthetic, synthetic_world, text, vision, found 'audio'"
+    ):
         check_source("s", {"kind": "audio"}, Path())
 
 
