@@ -54,8 +54,7 @@ FILES = {
     "provenance": ("saes/*/*/topk/*/provenance.json", "evaluations/*/*/topk/*"),
 }
 WAYS = ("flipped bit", "truncated", "missing")
-# Faults that have tests of their own.
-TESTS = {"hub": "tests/sources/test_hub.py", "full disk": "tests/workflow/test_full_disk.py"}
+WITH_TESTS = {"hub": "tests/sources/test_hub.py", "full disk": "tests/workflow/test_full_disk.py"}
 
 
 @dataclass
@@ -77,10 +76,8 @@ class Score:
         self.tried[kind] = self.survived[kind] = 0
 
     def table(self) -> pd.DataFrame:
-        return pd.DataFrame(
-            {"fault": kind, "tried": tried, "survived": self.survived[kind]}
-            for kind, tried in sorted(self.tried.items())
-        )
+        counts = {"tried": self.tried, "survived": self.survived}
+        return pd.DataFrame(counts).sort_index().rename_axis("fault").reset_index()
 
 
 def parameters() -> dict[str, Any]:
@@ -311,7 +308,7 @@ class Campaign:
     def tests(self) -> None:
         """The faults that tests of their own cover."""
         report = self.folder / "tests.xml"
-        for kind, path in TESTS.items():
+        for kind, path in WITH_TESTS.items():
             command = ["-m", "pytest", "-q", f"--junitxml={report}", path]
             subprocess.run([sys.executable, *command], cwd=ROOT, check=False)
             for case in ElementTree.parse(report).iter("testcase"):
@@ -334,12 +331,12 @@ def changed_inputs(count: int, seed: int) -> Score:
         score.add("input", f"the process died with {done.returncode}: {lines[-1:]}")
         return score
     found = json.loads(lines[-1])
-    score.tried = {f"input: {kind}": tried for kind, tried in found["tried"].items()}
-    score.survived = dict(score.tried)
-    for kind, what in found["wrong"]:
-        score.survived[f"input: {kind}"] -= 1
-        score.failures.append(f"input: {kind}: {what}")
-        print(f"FAILED input: {kind}: {what}", flush=True)
+    wrong = [(f"input: {kind}", what) for kind, what in found["wrong"]]
+    for kind, tried in found["tried"].items():
+        name = f"input: {kind}"
+        score.tried[name] = score.survived[name] = tried - sum(one == name for one, _ in wrong)
+    for name, what in wrong:
+        score.add(name, what)
     return score
 
 
@@ -362,8 +359,7 @@ def main() -> None:
         if (score := made()) is None:
             continue
         minutes = (time.monotonic() - started) / 60
-        named = f"{title}, seed {chosen.seed}, {minutes:.0f} minutes"
-        tables = replaced(tables, {named: score.table()})
+        tables = replaced(tables, {f"{title}, seed {chosen.seed}, {minutes:.0f} minutes": score.table()})  # fmt: skip
         failures += score.failures
     write(
         "torture",
@@ -385,9 +381,8 @@ def faults(chosen: argparse.Namespace) -> Score:
         campaign.two_at_once()
         campaign.read_only()
         campaign.clock(max(1, tenth // 2))
-        campaign.signals(signal.SIGTERM, tenth)
-        campaign.signals(signal.SIGINT, tenth)
-        campaign.signals(signal.SIGKILL, chosen.kills)
+        for number, count in ((signal.SIGTERM, tenth), (signal.SIGINT, tenth), (signal.SIGKILL, chosen.kills)):  # fmt: skip
+            campaign.signals(number, count)
         if not chosen.no_tests:
             campaign.tests()
     return campaign.score

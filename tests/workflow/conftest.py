@@ -89,9 +89,13 @@ class Project:
         return done.stdout
 
     def start(self, *command: str) -> "subprocess.Popen[bytes]":
-        """Start a command in a process group of its own, which heeds Ctrl-C even if we do not."""
+        """Start a command in a process group of its own, which heeds Ctrl-C even if we do not.
+
+        The program is the environment's own, so that a signal meets Snakemake itself.
+        """
+        own = shutil.which(command[0], path=str(Path(sys.executable).parent))
         return subprocess.Popen(
-            command,
+            [own or command[0], *command[1:]],
             cwd=self.folder,
             env=self.environment,
             stdout=subprocess.DEVNULL,
