@@ -74,8 +74,8 @@ site: .venv-site/ready
 test: check
 	$(PYTEST) -m "not heavy"
 
-# What takes minutes by nature: SLURM, conda, other libraries' environments, DVC experiments, faults, a rehearsal. SLURM's
-# tests wait most of their time, for its clocks: a third worker has them.
+# What takes minutes by nature: SLURM, conda, other libraries' environments, downloads, DVC experiments, faults, a
+# rehearsal. SLURM's tests wait most of their time, for its clocks: a third worker has them.
 test-heavy: setup
 	$(PYTEST) -n 3 -m heavy
 

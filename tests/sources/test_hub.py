@@ -63,6 +63,7 @@ def test_a_model_comes_from_a_hub(model_folder: Path, tmp_path: Path) -> None:
     assert "model.safetensors" in read_json(tmp_path / "model" / "model.json")["files"]
 
 
+@pytest.mark.heavy
 def test_a_hub_that_fails_is_one_line_and_the_next_try_goes_on(
     model_folder: Path, tmp_path: Path
 ) -> None:

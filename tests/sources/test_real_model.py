@@ -34,7 +34,7 @@ PARAMS: dict[str, Any] = {
 }
 
 
-@pytest.mark.real_model
+@pytest.mark.heavy
 def test_smollm2_comes_out_of_its_wheel_and_predicts_english(tmp_path: Path) -> None:
     for name in ("model", "inputs"):
         (tmp_path / name).mkdir()

@@ -120,6 +120,7 @@ def test_a_second_run_has_nothing_to_do_and_arguments_are_passed_on(done: Path) 
     assert "nonsense" in saeflow(done, own, "run", "--", "nonsense", code=1)
 
 
+@pytest.mark.heavy
 def test_an_installed_package_has_the_workflow_and_the_same_keys(
     done: Path, installed: Path, given: Path, tmp_path: Path
 ) -> None:

@@ -177,6 +177,7 @@ def test_inputs_made_again_under_a_whole_store_make_it_again(done: Project) -> N
     assert done.todo() == {}
 
 
+@pytest.mark.heavy
 def test_a_merge_killed_at_its_very_end_is_made_again(done: Project) -> None:
     """The store is whole, but Snakemake has not seen its job end: its parts are needed again."""
     expected = done.contents()

@@ -124,6 +124,7 @@ def test_a_layer_the_model_does_not_have_stops_before_the_first_job(done: Projec
         done.write(PARAMS)
 
 
+@pytest.mark.heavy
 def test_interrupting_leaves_nothing_half_written(done: Project, tmp_path: Path) -> None:
     project = Project(tmp_path, PARAMS, cold=True)
     for name in GIVEN:

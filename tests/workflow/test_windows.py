@@ -47,6 +47,7 @@ def test_windows_are_put_together_and_nothing_else_is_left(done: Project) -> Non
     assert "are as they were made" in done.run("saeflow", "verify")
 
 
+@pytest.mark.heavy
 def test_jobs_and_kills_change_no_digest(done: Project, tmp_path: Path) -> None:
     params = windowed()
     params["runtime"]["extraction_jobs"] = 2
