@@ -4,6 +4,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
 CORES ?= all
+HEAVY ?= heavy
 BENCHMARKS ?= steps operators training stores extraction evaluation latents rates
 # Tests start many processes of their own: without cached bytecode each compiles the package. Threads that wait must not
 # spin: two workers and their jobs share two cores.
@@ -77,7 +78,7 @@ test: check
 # What takes minutes by nature: SLURM, conda, other libraries' environments, downloads, DVC experiments, faults, a
 # rehearsal. SLURM's tests wait most of their time, for its clocks: a third worker has them.
 test-heavy: setup
-	$(PYTEST) -n 3 -m heavy
+	$(PYTEST) -n 3 -m "$(HEAVY)"
 
 test-all: test test-heavy
 
