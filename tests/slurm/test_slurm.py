@@ -122,6 +122,7 @@ def test_a_job_over_its_memory_gets_more(
     assert saes(extracted) == saes(trained)
 
 
+@pytest.mark.longest
 def test_a_job_over_its_time_goes_on_from_its_checkpoint(cluster: Cluster, tmp_path: Path) -> None:
     """SLURM ends jobs a while after their minute is over; the SIGTERM makes a checkpoint."""
     params = small(16_000_000)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.workflow
 @pytest.mark.heavy
-@pytest.mark.torture
+@pytest.mark.longest
 def test_a_few_faults_of_every_kind_are_survived(tmp_path: Path) -> None:
     command = [
         sys.executable,
