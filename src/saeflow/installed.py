@@ -15,6 +15,11 @@ def programs_folder() -> Path:
     return Path(os.environ.get(PROGRAMS, Path(sys.executable).parent))
 
 
+def interpreter() -> str:
+    """The Python that starts Snakemake: this one, which need not be called `python`, but for `SAEFLOW_PROGRAMS`."""
+    return str(programs_folder() / "python") if PROGRAMS in os.environ else sys.executable
+
+
 def versions_of(packages: Iterable[str]) -> dict[str, str]:
     """Versions of those packages that are installed."""
     found = {}

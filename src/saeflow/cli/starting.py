@@ -9,7 +9,7 @@ import typer
 
 from saeflow.config import ROOT
 from saeflow.errors import UserError
-from saeflow.installed import programs_folder
+from saeflow.installed import interpreter
 
 
 def init(
@@ -83,7 +83,7 @@ def run(
         raise UserError(
             f"{file}: no such parameter file. Write one: saeflow init {folder} --model ..."
         )
-    python = str(programs_folder() / "python")
+    python = interpreter()
     command = [
         python, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder),
         "--configfile", str(file), "--workflow-profile", str(ROOT / "profiles" / "default"),

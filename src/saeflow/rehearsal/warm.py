@@ -146,7 +146,7 @@ def _lead(process: int) -> None:
 def _follow(jobs: dict[int, int], pipe: int) -> None:
     """Give a job, and what it started, the signal that its client got; where the client has gone, end them."""
     number = os.read(pipe, 1)
-    with contextlib.suppress(ProcessLookupError):
+    with contextlib.suppress(ProcessLookupError):  # all of them have ended
         os.killpg(jobs[pipe], number[0] if number else signal.SIGKILL)
     if not number:
         os.waitpid(jobs.pop(pipe), 0)

@@ -237,11 +237,11 @@ class SyntheticSource(DrawnRows):
     def context(self, split: str, number: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Activations, true indices and true values of one context."""
         rng = generator(self.params["seed"], SPLITS[split], number)
-        counts = sample_l0(self.law, ROWS_PER_CONTEXT, rng)
+        asked = sample_l0(self.law, ROWS_PER_CONTEXT, rng)
         times = arrival_times(ROWS_PER_CONTEXT, self.rates, self.loadings, rng)
         if self.hierarchy is not None:
             self.hierarchy.delay(times)
-        indices = first_arrivals(times, counts, self.most, self.until)
+        indices = first_arrivals(times, asked, self.most, self.until)
         fires = indices >= 0
         values = coefficients(self.params["coefficient"], indices.shape, rng) * fires
         counts = fires.sum(axis=1)
