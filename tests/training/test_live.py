@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from saeflow.errors import UserError
 from saeflow.training import train, train_group
@@ -64,7 +65,12 @@ def broken_from(number: int) -> Callable[[int], None]:
     return on_batch
 
 
-def test_a_resumed_run_shows_every_step_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("opened", [0, 8, 9])
+def test_a_resumed_run_shows_every_step_once(
+    opened: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the names of its event files, which end in a count, grow by a digit in one second."""
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(opened))
     logging = {"folder": tmp_path / "logs"}
     setting, folder = config("topk", steps=60), tmp_path / "run"
     folder.mkdir()

@@ -6,6 +6,7 @@ They lie beside the results, not in them: with or without them a run ends in the
 import dataclasses
 import importlib
 import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ class Live:
             folder = root / TENSORBOARD / config.name
             if step == 0:
                 shutil.rmtree(folder, ignore_errors=True)
+            _wait_for_a_later_second(folder)
             self.writer = SummaryWriter(
                 folder, purge_step=step + 1 if step else None, flush_secs=_FLUSH_S
             )
@@ -62,6 +64,20 @@ class Live:
             self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def _wait_for_a_later_second(folder: Path) -> None:
+    """Wait, one second at most, until a new event file is named after those in the folder.
+
+    TensorBoard reads files in the order of their names, which hold the second that they were opened in
+    and then numbers without leading zeros: of two files of one second it may read the later one first,
+    and then drops its points.
+    """
+    files = folder.glob("events.out.tfevents.*")
+    newest = max((int(file.name.split(".")[3]) for file in files), default=0)
+    now = time.time()
+    if int(now) == newest:
+        time.sleep(newest + 1 - now)
 
 
 def _wandb(config: SAEConfig, chosen: Mapping[str, str], folder: Path) -> Any:
