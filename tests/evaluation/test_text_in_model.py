@@ -338,7 +338,25 @@ def test_a_zero_ablation_worse_than_a_uniform_guess_is_told(
     summary = make_loop(folder, CASES[3][1], skip_first=False).summary
     is_above = summary["ce_zero"] > np.log(VOCABULARY)
     assert is_above == (scale > 0)  # a model without a head guesses uniformly
-    assert ("uniform" in caplog.text) == is_above
+    assert ("inflated" in caplog.text) == is_above
+
+
+@pytest.mark.parametrize("is_own_text", [True, False])
+def test_a_model_no_better_than_a_uniform_guess_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_own_text: bool
+) -> None:
+    """A model with random weights predicts tokens that it chose itself, and no random ones."""
+    folder, model, _ = make_source(tmp_path, "llama")
+    path = folder / "inputs" / "evaluation.npy"
+    if is_own_text:
+        tokens = torch.from_numpy(np.load(path).astype(np.int64))
+        for position in range(1, tokens.shape[1]):
+            with torch.no_grad():
+                tokens[:, position] = model(tokens[:, :position]).logits[:, -1].argmax(1)
+        np.save(path, tokens.numpy().astype(np.load(path).dtype))
+    summary = make_loop(folder, CASES[3][1], skip_first=False).summary
+    assert (summary["ce_clean"] < np.log(VOCABULARY)) == is_own_text
+    assert ("no less than" in caplog.text) != is_own_text
 
 
 def test_clean_side_is_kept_in_pieces_with_its_summary(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 import csv
 import re
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -129,6 +131,16 @@ def test_cost_is_against_topk_of_the_same_size(folder: Path, tmp_path: Path) -> 
     data = TABLES["table_training_cost"].draw(load_tables(folder), STRICT).data
     assert (data["against_topk"] == 1).all()  # the fabricated runs are equally fast
     assert data["hours_of_1e9"].iloc[0] == pytest.approx(1e9 / 40_000 / 3600)
+    slower = tmp_path / "tables"
+    shutil.copytree(folder, slower)
+    steps = pd.read_csv(slower / "training.csv", dtype=str)
+    topk = steps["entry"] == "topk"
+    aligned = steps[topk].assign(entry="topk-aligned", tokens_per_s="20000")
+    aligned["run"] = aligned["run"].str.replace("/topk/", "/topk-aligned/")
+    pd.concat((steps, aligned)).to_csv(slower / "training.csv", index=False)
+    data = TABLES["table_training_cost"].draw(load_tables(slower), STRICT).data
+    assert (data["against_topk"] == np.where(data["entry"] == "topk-aligned", 2, 1)).all()
+    assert set(data["entry"]) == {"topk", "topk-aligned", "relu", "sparsemax"}
 
 
 def test_the_share_of_interpretable_latents_is_counted(folder: Path) -> None:

@@ -147,6 +147,17 @@ def test_printed_tables_state_the_row_policy(runs: list[tuple[Path, Path]], tmp_
     )
 
 
+@pytest.mark.parametrize(("clean", "is_told"), [(10.7, False), (10.8, True)])
+def test_a_model_no_better_than_a_uniform_guess_is_told_under_the_table(
+    clean: float, is_told: bool, tmp_path: Path
+) -> None:
+    made = [write_run(tmp_path, config("topk", 8, 0), {"fvu": 0.1, "ce_clean": clean})]
+    text = (gather(made, tmp_path / "tables") / "summary.md").read_text()
+    assert (
+        "own loss is no less than that of a uniform guess (10.8 against 10.8" in text
+    ) == is_told
+
+
 def test_latex_is_balanced_and_escaped(runs: list[tuple[Path, Path]], tmp_path: Path) -> None:
     text = (gather(runs, tmp_path / "tables") / "summary.tex").read_text()
     assert r"blocks.1.resid\_post" in text

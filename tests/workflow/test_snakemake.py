@@ -371,6 +371,8 @@ def test_an_sae_of_another_library_stands_in_the_same_tables(done: Project) -> N
             assert found[run][name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
         record = json.loads((done.folder / f"results/saes/{run}/provenance.json").read_text())
         assert record["external"].keys() >= {"theirs/cfg.json", "theirs/sae_weights.safetensors"}
+        page = (done.folder / "results/report.html").read_text()
+        assert "taken over from saelens: theirs" in page
         (done.folder / "theirs/cfg.json").unlink()
         params["saes"]["taken"]["import"]["folder"] = "nowhere"
         done.write(params)

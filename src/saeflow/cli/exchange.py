@@ -95,4 +95,8 @@ def import_(
     external = {str(path): file_digest(path) for path in sorted(folder.iterdir()) if path.is_file()}
     params = {"library": library, "store": store}
     with provenance.job(out, name="import", params=params, external=external, key=key) as job:
-        import_sae(folder, library, about, job.path)
+        found = import_sae(folder, library, about, job.path)
+        job.details["notes"] = found
+    typer.echo(
+        f"{out}: {found['variant']}, {found['d_sae']} latents of {found['d_in']} inputs, taken over from {library}"
+    )

@@ -90,7 +90,7 @@ def export_sae(
     return cost
 
 
-def import_sae(folder: Path, library: str, about: Mapping[str, Any], out: Path) -> None:
+def import_sae(folder: Path, library: str, about: Mapping[str, Any], out: Path) -> dict[str, Any]:
     """Write another library's SAE as one of saeflow's, which encodes and decodes the same.
 
     Args:
@@ -98,6 +98,9 @@ def import_sae(folder: Path, library: str, about: Mapping[str, Any], out: Path) 
         library: one of FORMATS.
         about: name, entry, source, hook_point and seed, which say what it is evaluated on.
         out: an existing folder that gets the SAE.
+
+    Returns:
+        Its variant, d_in and d_sae.
 
     Raises:
         UserError: an unknown library, an SAE that is damaged, incomplete or of an unknown kind, or one of
@@ -110,6 +113,7 @@ def import_sae(folder: Path, library: str, about: Mapping[str, Any], out: Path) 
         "training": {"tokens": None}, "imported": library, **about,
     }  # fmt: skip
     save(sae.state_dict(), out, config)
+    return {key: config[key] for key in ("variant", "d_in", "d_sae")}
 
 
 def check_import(folder: Path, library: str, hook_point: str) -> None:

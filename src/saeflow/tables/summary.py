@@ -69,6 +69,12 @@ def policy_note(line: Mapping[str, str]) -> str:
             "activation of each first position."
         )
         text += f" These are {line['ce_contexts']} contexts, {100 * float(line['ce_share']):.3g} % of the split's."
+        clean = line.get("ce_clean_mean")
+        if clean and float(clean) >= float(line["ce_uniform"]):
+            text += (
+                f" The model's own loss is no less than that of a uniform guess ({float(clean):.3g} against "
+                f"{float(line['ce_uniform']):.3g} nats): these measures say nothing about an SAE."
+            )
         if float(line["ce_zero"]) > float(line["ce_uniform"]):
             text += (
                 f" Zero in the place of the activations costs more than a uniform guess ({float(line['ce_zero']):.3g} against "
@@ -77,7 +83,7 @@ def policy_note(line: Mapping[str, str]) -> str:
         for name, what in (("loss_recovered_of_mean", "the mean"), ("loss_recovered", "zero")):
             if line.get(f"{name}_mean") == "":
                 text += (
-                    f" Loss recovered against {what} is blank: what {what} in the place of the activations costs is not "
+                    f" Loss recovered against {what} is not given: what {what} in the place of the activations costs is not "
                     "clear of 0, by its 95 % interval over documents."
                 )
     return text

@@ -8,7 +8,7 @@ from saeflow.tables.runs import setting_of
 
 Place = tuple[str, str, str, str]
 """Source, hook point, entry and setting."""
-UNTUNED = "All SAEs are untuned: no sweep."
+UNTUNED = "All SAEs that were trained here are untuned: no sweep."
 
 
 def left_out(sweeps: Iterable[Mapping[Any, Any]]) -> set[Place]:

@@ -126,6 +126,12 @@ def write_clean(
             logger.info("clean side: %d of %d contexts", start + len(rows), ce_contexts)
     means = {f"ce_{name}": float(total) / tokens for name, total in sums.items()}
     uniform = math.log(model.config.get_text_config().vocab_size)
+    if means["ce_clean"] >= uniform:
+        logger.warning(
+            "%s: the model's own loss is %.2f nats, no less than ln(vocabulary) = %.2f, that of a uniform guess: its "
+            "cross-entropy and KL divergence say nothing about an SAE.",
+            hook_point, means["ce_clean"], uniform,
+        )  # fmt: skip
     if means["ce_zero"] > uniform:
         logger.warning(
             "%s: with zero in the place of activations the loss is %.2f nats, above ln(vocabulary) = %.2f, that of a "

@@ -134,13 +134,18 @@ def _read(read: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def saes(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One line per entry of `saes`, each parameter with all its values; options at their defaults are left out."""
+    """One line per entry of `saes`, each parameter with all its values; options at their defaults are left out.
+
+    What another library trained has no training, and its origin for options.
+    """
     entries: dict[str, list[Mapping[str, Any]]] = {}
+    lines = []
     for record in records:
         run = record["params"].get("run")
         if record["name"] == "train" and run:
             entries.setdefault(run["entry"], []).append(run)
-    lines = []
+        elif record["name"] == "import":
+            lines.append(_imported(record))
     for entry, runs in entries.items():
         look = style.look(runs[0]["variant"], entry)
         usual = with_defaults(runs[0]["variant"], {})
@@ -168,6 +173,26 @@ def saes(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return sorted(lines, key=lambda line: (line["rank"], natural(line["entry"])))
+
+
+def _imported(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the line of an SAE of another library; its result is results/saes/SOURCE/HOOK_POINT/ENTRY/RUN."""
+    entry = Path(record["result"]).parts[-2]
+    params, sae = record["params"], record["notes"]
+    look = style.look(sae["variant"], entry)
+    folder = Path(min(record["external"])).parent.as_posix()
+    untrained = dict.fromkeys(("seeds", "tokens", "batch", "input_scale", "lr"), "")
+    return {
+        "color": look.color,
+        "rank": style.rank(sae["variant"], entry),
+        "entry": entry,
+        "label": look.label,
+        "stores": params["store"],
+        "d_sae": plain(sae["d_sae"]),
+        "options": [f"taken over from {params['library']}: {folder}"],
+        **untrained,
+        "runs": 1,
+    }
 
 
 def values_of(values: Iterable[Any]) -> str:
