@@ -8,13 +8,14 @@ row grows with its number; varying at norms that tell nothing of it on average (
 that vary (rescaled). Every SAE is trained at several settings of its sparsity, with several seeds; the table shows the
 setting whose mean L0 is nearest to the true mean. `oracle` is TopK told each row's true number, in
 training and in use; `NAME-paper` has the weights of its paper, in the units of its paper; `topk-all` is HierarchicalTopK
-and `batch_topk-pool` Sampled-SAE; `shuffled k`,
-`k by norm` and `mean k` are the trained SAE with its own k permuted over the rows, handed out by the rank of their norms, or
-replaced by its mean. Runs are computed in as many processes as there are cores. Each is kept in
-benchmarks/results/truth_runs.jsonl by a key of its settings when it ends, and is computed again only with --again; after
-Ctrl-C the same command goes on from there. The tables are of all kept runs of today's settings that are asked for, and say when
-and by which commit each was made. A run of earlier code is not thrown away by itself. Written to
-benchmarks/results/truth.md, .csv, .svg and .png, or under another name.
+and `batch_topk-pool` Sampled-SAE; `batch_topk-aligned`, `-underused` and `-orthogonal` are BatchTopK with aligned
+training, AuxK of underused latents (aux_zipf), and OrtSAE's penalty; `shuffled k`, `k by norm` and `mean k` are the
+trained SAE with its own k permuted over the rows, handed out by the rank of their norms, or replaced by its mean.
+Runs are computed in as many processes as there are cores. Each is kept in benchmarks/results/truth_runs.jsonl by a
+key of its settings when it ends, and is computed again only with --again; after Ctrl-C the same command goes on
+from there. The tables are of all kept runs of today's settings that are asked for, and say when and by which commit
+each was made. A run of earlier code is not thrown away by itself. Written to benchmarks/results/truth.md, .csv,
+.svg and .png, or under another name.
 """
 
 import argparse
@@ -186,7 +187,7 @@ def report(every: pd.DataFrame, name: str, asked: int) -> None:
         "paired by seed, with a 95 % interval by Student's t over the seeds: against BatchTopK at the same L0 (linear between BatchTopK's own settings, "
         "which is at most too large, since FVU is convex in L0) "
         "and against the SAE with its own k's shuffled, handed out by norm, or replaced by their mean; below 0 is better. Answers count these verdicts "
-        "over worlds, for SAEs that choose how many latents each row has. `made`: day and commit of the code. Features are active by a power law of their rank, the law by which feature_choice divides its budget: these worlds "
+        "over worlds, for the rivals of BatchTopK. `made`: day and commit of the code. Features are active by a power law of their rank, the law by which feature_choice divides its budget: these worlds "
         "suit it.",
         command=" ".join(["truth.py", *sys.argv[1:]]),
     )

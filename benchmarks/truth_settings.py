@@ -60,6 +60,9 @@ ENTRIES: dict[str, list[dict[str, Any]]] = {
     "feature_choice-uniform": [{**BATCH_TOPK, "allocation": "uniform"}],
     "topk-all": [{**TOPK, "budgets": "all"}],
     "batch_topk-pool": [{**BATCH_TOPK, "pool": 8.0}],
+    "batch_topk-aligned": [{**BATCH_TOPK, "aligned": True}],
+    "batch_topk-underused": [{**BATCH_TOPK, "auxk_latents": "underused"}],
+    "batch_topk-orthogonal": [{**BATCH_TOPK, "orthogonality_weight": 0.25}],
     "abs_topk": [TOPK],
     # Of the weights 1/4, 1, 4 and 32 here, and 1/32, 1/2 and 4 in inputs of norm 1, none gave both an L0 near the true
     # one and an error below that of the mean row: 1/4 gave L0 82, 32 gave L0 7 with FVU 1.1. Two latents a dimension

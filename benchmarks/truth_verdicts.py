@@ -11,11 +11,12 @@ REFERENCE = "batch_topk"
 """The SAE with one threshold, against which every other one is compared at equal L0."""
 AT_L0 = "BatchTopK at equal L0"
 CONTROLS = ("shuffled k", "k by norm", "mean k")
-OWN_K = (
+RIVALS = (
     "soft_topk", "soft_topk-paper", "adaptive_k", "adaptive_k-paper", "sparsemax", "entmax", "top_afa",
-    "matching_pursuit", "jumprelu", "gated", "feature_choice", "feature_choice-uniform",
+    "matching_pursuit", "jumprelu", "gated", "feature_choice", "feature_choice-uniform", "batch_topk-aligned",
+    "batch_topk-underused", "batch_topk-orthogonal", "batch_topk-pool", "topk-all", "abs_topk",
 )  # fmt: skip
-"""SAEs that choose how many latents each row has."""
+"""SAEs that choose how many latents each row has, and options that are to be better than BatchTopK without them."""
 VERDICTS = ("better", "worse", "undecided")
 
 
@@ -133,9 +134,9 @@ def verdicts(found: Sequence[Comparison], chosen: pd.DataFrame, law: str) -> pd.
 
 
 def answers(found: Sequence[Comparison]) -> pd.DataFrame:
-    """Count and name, for each SAE that chooses its k, the worlds in which it is better, worse or undecided."""
+    """Count and name, for each rival of BatchTopK, the worlds in which it is better, worse or undecided."""
     lines = []
-    for sae in OWN_K:
+    for sae in RIVALS:
         for against in (AT_L0, *CONTROLS):
             mine = [one for one in found if (one.sae, one.against) == (sae, against)]
             if mine:
