@@ -5,8 +5,11 @@ import os
 import subprocess
 from contextlib import ExitStack
 from pathlib import Path
+from stat import S_IMODE
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from saeflow import provenance
@@ -221,6 +224,24 @@ def test_replace_folder_swaps_whole_folders(tmp_path: Path) -> None:
     replace_folder(tmp_path / "new", tmp_path / "old")
     assert os.listdir(tmp_path) == ["old"]
     assert os.listdir(tmp_path / "old") == ["new"]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660), (0o077, 0o600)])
+def test_a_result_can_be_read_by_whom_its_folder_can(umask: int, mode: int, tmp_path: Path) -> None:
+    """safetensors makes its files readable to their owner alone, whatever the umask; others' files are left alone."""
+    (tmp_path / "outside").touch(0o400)
+    before = os.umask(umask)
+    try:
+        with provenance.job(tmp_path / "result", name="train") as job:
+            save_file({"x": np.zeros(2)}, job.path / "weights.safetensors")
+            (job.path / "below").mkdir()
+            (job.path / "below" / "text").touch(0o600)
+            (job.path / "link").symlink_to(tmp_path / "outside")
+    finally:
+        os.umask(before)
+    names = ("weights.safetensors", "below/text", "provenance.json")
+    assert {S_IMODE((tmp_path / "result" / name).stat().st_mode) for name in names} == {mode}
+    assert S_IMODE((tmp_path / "outside").stat().st_mode) == 0o400
 
 
 def checkout(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -31,7 +31,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def replace_folder(staged: Path, folder: Path) -> None:
-    """Put the finished folder `staged` in the place of `folder`."""
+    """Put the finished folder `staged` in the place of `folder`, readable to whom the folder is."""
+    _share(staged)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -39,6 +40,15 @@ def replace_folder(staged: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     staged.replace(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _share(folder: Path) -> None:
+    """Give the files of a folder the folder's own permissions: safetensors makes its files for their owner alone."""
+    mode = folder.stat().st_mode & 0o666
+    for place, _, names in os.walk(folder):
+        for path in (Path(place) / name for name in names):
+            if not path.is_symlink() and path.stat().st_mode & 0o666 != mode:
+                path.chmod(mode)
 
 
 def canonical_json(value: Any) -> str:
