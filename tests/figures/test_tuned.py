@@ -134,14 +134,15 @@ def test_the_values_that_trials_drew_divide_no_series(tuned: Path, tmp_path: Pat
 
 
 def test_words_of_captions() -> None:
-    assert sentence([]) == UNTUNED
+    assert sentence([], ["relu"]) == UNTUNED
+    assert sentence([], []) == ""
     far = [
         sweep_line(TEXT, trial, is_chosen=int(trial == 2), is_within=0, selection_l0=40 + trial)
         for trial in range(4)
     ]
     assert (
         "No trial came down to this L0, and the nearest is shown: relu (smollm2, L0 42)."
-        in sentence(far)
+        in sentence(far, ["topk"])
     )
     assert "Untuned" not in sentence(far, ["relu"])
     assert setting_words("d2304-k8-trial3") == "k = 8, trial = 3"

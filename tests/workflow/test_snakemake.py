@@ -373,6 +373,13 @@ def test_an_sae_of_another_library_stands_in_the_same_tables(done: Project) -> N
         assert record["external"].keys() >= {"theirs/cfg.json", "theirs/sae_weights.safetensors"}
         page = (done.folder / "results/report.html").read_text()
         assert "taken over from saelens: theirs" in page
+        alone = params | {"saes": {"taken": params["saes"]["taken"]}, "complexity": {}}
+        done.write(alone | {"figures": params["figures"] | {"names": ["fvu_l0"]}})
+        assert "0 SAEs and 1 of other libraries" in done.run("saeflow", "validate")
+        done.snakemake("all")
+        page = (done.folder / "results/report.html").read_text()
+        assert "1 SAE, 1 figure;" in page
+        assert "untuned" not in page
         (done.folder / "theirs/cfg.json").unlink()
         params["saes"]["taken"]["import"]["folder"] = "nowhere"
         done.write(params)

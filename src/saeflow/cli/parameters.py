@@ -26,8 +26,9 @@ def validate(
         logging.getLogger(__name__).warning("%s: %s", params, warning)
     if problem := device_problem(values["runtime"]):  # the jobs may run on another machine
         logging.getLogger(__name__).warning("%s: %s", params, problem)
+    imported = f" and {len(plan.imports)} of other libraries" if plan.imports else ""
     typer.echo(
-        f"{params}: {len(plan.sources)} sources, {len(plan.stores)} stores, {len(plan.runs)} SAEs, "
+        f"{params}: {len(plan.sources)} sources, {len(plan.stores)} stores, {len(plan.runs)} SAEs{imported}, "
         f"{len(values['figures']['names'])} figures."
     )
 

@@ -132,8 +132,6 @@ def _check_runs(params: Mapping[str, Any]) -> Iterator[str]:
     except UserError as error:
         yield str(error)
         return
-    if not runs:
-        yield "saes: expected an entry that is trained, found none. Add one."
     guides = {run.name: run.guide for run in runs}
     for run in runs:
         yield from _check_run(run, params)

@@ -81,4 +81,4 @@ def draw(name: str, tables: Path, options: Mapping[str, Any], folder: Path) -> N
 
 def _captioned(caption: str, tables: Tables, mark: str) -> str:
     """Return a figure's caption with what all of them say: how SAEs were tuned, and the mark."""
-    return style.marked(f"{caption} {tables.tuning}", mark)
+    return style.marked(f"{caption} {tables.tuning}".rstrip(), mark)

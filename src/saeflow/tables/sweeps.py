@@ -28,15 +28,15 @@ def of_chosen(
     return [row for row in rows if _place({**row, "setting": setting_of(row["run"])}) not in out]
 
 
-def sentence(sweeps: Sequence[Mapping[Any, Any]], entries: Iterable[Hashable] = ()) -> str:
+def sentence(sweeps: Sequence[Mapping[Any, Any]], entries: Iterable[Hashable]) -> str:
     """Say which SAEs are tuned, how their trials were chosen, and how many are left out.
 
     Args:
         sweeps: rows of the table `sweeps`.
-        entries: of all trained SAEs.
+        entries: of all SAEs that were trained here; where there are none, nothing is said.
     """
     if not sweeps:
-        return UNTUNED
+        return UNTUNED if set(entries) else ""
     first = sweeps[0]
     tuned = {str(row["entry"]) for row in sweeps}
     settings = {(*_place(row)[:3], without_trial(row["setting"])) for row in sweeps}
