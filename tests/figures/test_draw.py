@@ -60,6 +60,7 @@ def test_a_figure_is_four_files_and_a_caption(name: str, drawn: Path) -> None:
     assert "tokens" in caption or name not in OF_RUNS
 
 
+@pytest.mark.heavy
 def test_the_same_tables_give_the_same_bytes_in_another_process_with_its_packages_alone(
     small: Path, drawn: Path, tmp_path: Path
 ) -> None:

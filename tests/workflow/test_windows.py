@@ -132,6 +132,7 @@ def guided(keep: Any) -> dict[str, Any]:
     return params
 
 
+@pytest.mark.heavy
 def test_an_sae_at_the_l0_that_another_finds_is_trained_in_a_second_pass(tmp_path: Path) -> None:
     """Draws 0 to 3 train two SAEs, 6 and 7 the one that is guided by the first; the kept windows give the same three."""
     for keep in ("all", 2):
