@@ -14,8 +14,8 @@ trained SAE with its own k permuted over the rows, handed out by the rank of the
 Runs are computed in as many processes as there are cores. Each is kept in benchmarks/results/truth_runs.jsonl by a
 key of its settings when it ends, and is computed again only with --again; after Ctrl-C the same command goes on
 from there. The tables are of all kept runs of today's settings that are asked for, and say when and by which commit
-each was made. A run of earlier code is not thrown away by itself. Written to benchmarks/results/truth.md, .csv,
-.svg and .png, or under another name.
+each was made. A run of earlier code is not thrown away by itself. Written to benchmarks/results/truth.md and .csv, the
+figures truth and truth_calibration, or under another name.
 """
 
 import argparse
@@ -23,13 +23,13 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import torch
 from processes import in_processes, time_left
 from tables import RESULTS, write
+from truth_figures import draw_calibration, draw_differences
 from truth_runs import commit, keep, key_of, read
 from truth_sae import run
 from truth_settings import (
@@ -47,11 +47,8 @@ from truth_settings import (
     Task,
     options_of,
     tasks_of,
-    variant_of,
 )
 from truth_verdicts import answers, comparisons, verdicts
-
-from saeflow.figures.style import COLUMN_WIDTH, Look, context, log_axis, look, new_figure, save
 
 METRICS = [
     "l0_mean", "fvu", "matched_feature_cosine", "support_f1", "spearman_l0_true", "spearman_k_hat_true",
@@ -83,39 +80,6 @@ def summary(rows: pd.DataFrame, law: str) -> pd.DataFrame:
         line["made"] = ", ".join(sorted(set(group.made)))
         lines.append(line)
     return pd.DataFrame(lines)
-
-
-def look_of(name: str) -> Look:
-    if name == ORACLE:
-        return Look("Oracle k", "#222222", "d")
-    known = look(variant_of(name))
-    setting = name.partition("-")[2]
-    return replace(known, label=f"{known.label}, {setting}") if setting else known
-
-
-def draw_calibration(rows: pd.DataFrame, file: str) -> None:
-    """Mean L0 against the true number of active features, on the varying data."""
-    own = rows[(rows.law == "varying") & (rows.control == "")]
-    if own.empty:
-        return
-    with context():
-        figure = new_figure(COLUMN_WIDTH, 4.2)
-        ax = figure.subplots()
-        ax.plot([1, MOST], [1, MOST], color="#BBBBBB", linewidth=0.8, zorder=0)
-        drawn: list[float] = []
-        for name, group in own.groupby("sae", sort=False):
-            curves = pd.DataFrame(list(group.calibration)).mean()
-            curves.index = curves.index.astype(int)
-            style = look_of(str(name))
-            ax.plot(curves.index, curves, color=style.color, marker=style.marker, label=style.label)
-            drawn += curves.tolist()
-        log_axis(ax, "x", 0.9, 1.1 * MOST)
-        log_axis(ax, "y", 0.8 * min(drawn), 1.2 * max(drawn))
-        ax.set_xlabel("true active features")
-        ax.set_ylabel("mean L0")
-        ax.grid()
-        figure.legend(loc="outside lower center", ncols=2)
-        save(figure, RESULTS / file)
 
 
 def compute(tasks: Sequence[Task], workers: int) -> None:
@@ -170,8 +134,9 @@ def report(every: pd.DataFrame, name: str, asked: int) -> None:
     """Write tables and figure of kept runs, of so many that were asked for."""
     rows = nearest(every)
     RESULTS.mkdir(exist_ok=True)
-    draw_calibration(rows, name)
     found = comparisons(rows, every)
+    draw_differences(found, RESULTS / name)
+    draw_calibration(rows, RESULTS / f"{name}_calibration")
     tables = {"Answers": answers(found)}
     for law in rows.law.unique():
         tables[f"World: {law}. Verdicts"] = verdicts(found, rows, law)
@@ -188,7 +153,8 @@ def report(every: pd.DataFrame, name: str, asked: int) -> None:
         "which is at most too large, since FVU is convex in L0) "
         "and against the SAE with its own k's shuffled, handed out by norm, or replaced by their mean; below 0 is better. Answers count these verdicts "
         "over worlds, for the rivals of BatchTopK. `made`: day and commit of the code. Features are active by a power law of their rank, the law by which feature_choice divides its budget: these worlds "
-        "suit it.",
+        f"suit it.\n\n![Difference in FVU from BatchTopK at equal L0, filled where its interval is clear of 0]({name}.svg)\n\n"
+        f"![Mean L0 against the true count, varying]({name}_calibration.svg)",
         command=" ".join(["truth.py", *sys.argv[1:]]),
     )
 

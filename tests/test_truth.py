@@ -172,3 +172,28 @@ def test_no_process_outlives_a_killed_parent() -> None:
 
 def test_the_time_left_is_that_of_the_pace_so_far(processes: ModuleType) -> None:
     assert processes.time_left(10, 40, 600.0) == "10 of 40, 30 min left"
+
+
+def test_differences_are_drawn_from_best_to_worst_and_filled_where_decided(
+    verdicts: ModuleType, tmp_path: Path
+) -> None:
+    figures = importlib.import_module("truth_figures")
+    values = {
+        ("soft_topk", "one"): [0.3, 0.31, 0.32], ("soft_topk", "two"): [-0.1, 0.0, 0.1],
+        ("gated", "one"): [-0.05, -0.05, -0.051], ("gated", "two"): None,
+    }  # fmt: skip
+    found = [
+        verdicts.Comparison(law, sae, verdicts.AT_L0, numbers)
+        for (sae, law), numbers in values.items()
+    ]
+    figures.draw_differences(found, tmp_path / "truth")
+    text = (tmp_path / "truth.svg").read_text()
+    labels = [text.index(f"<!-- {label} -->") for label in ("Gated", "SoftSAE")]
+    assert labels == sorted(labels)
+    colors = {name: figures.look_of(name).color.lower() for name in ("soft_topk", "gated")}
+    filled = {name: text.count(f"fill: {color}; stroke: {color}") for name, color in colors.items()}
+    assert filled == {"soft_topk": 1, "gated": 1}
+    assert text.count(f"fill: #ffffff; stroke: {colors['soft_topk']}") == 1
+    assert f"fill: #ffffff; stroke: {colors['gated']}" not in text
+    figures.draw_differences([], tmp_path / "none")
+    assert not list(tmp_path.glob("none*"))

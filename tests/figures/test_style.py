@@ -52,11 +52,11 @@ def test_variants_differ_in_colour_for_every_kind_of_vision(vision: str) -> None
 def test_every_planned_variant_has_a_colour_and_marker_of_its_own() -> None:
     planned = {
         "relu", "topk", "batch_topk", "gated", "jumprelu", "matryoshka", "p_anneal", "soft_topk",
-        "adaptive_k", "sparsemax", "entmax",
+        "adaptive_k", "sparsemax", "entmax", "feature_choice", "matching_pursuit", "top_afa", "abs_topk",
     }  # fmt: skip
     assert planned == set(style.VARIANTS)
     looks = style.VARIANTS.values()
-    assert len({look.color for look in looks}) == len({look.marker for look in looks}) == 11
+    assert len({look.color for look in looks}) == len({look.marker for look in looks}) == 15
 
 
 def test_baselines_are_grey_and_the_random_decoder_is_one() -> None:

@@ -103,6 +103,10 @@ VARIANTS = {
         ("adaptive_k", "#AE440E", ">"),
         ("sparsemax", "#9760AE", "*"),
         ("entmax", "#540056", "h"),
+        ("feature_choice", "#0931D0", "d"),
+        ("matching_pursuit", "#8E2FAB", "H"),
+        ("top_afa", "#F10284", "8"),
+        ("abs_topk", "#5A794E", "p"),
     )
 }
 BASELINES = {
