@@ -11,6 +11,7 @@ import pytest
 from saeflow.config import SAEConfig, TrainingConfig, expand_runs, load_params, read_yaml, validate
 from saeflow.config.schema import params_schema
 from saeflow.errors import UserError
+from saeflow.figures import check_figures
 from saeflow.plan import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -147,7 +148,7 @@ def test_shipped_parameters_are_valid(path: Path) -> None:
         (
             "stores/smollm2/train_rows",
             0,
-            "stores.smollm2.train_rows: expected 2 or more, as SAEs or probes learn from it, found 0",
+            "stores.smollm2.train_rows: expected 2 or more, which SAEs, probes and the baselines (PCA, the mean) are made of, found 0",
         ),
         (
             "sources/smollm2/evaluation_share",
@@ -232,6 +233,7 @@ def test_shipped_parameters_are_valid(path: Path) -> None:
         ),
         ("complexity/compression/contexts", 0, "complexity.compression.contexts"),
         ("training", ..., "the key training is missing"),
+        ("training", {}, "training: the keys batch_size, tokens are missing. Add them (see"),
         ("figures/names", ["fvu-l0"], "figures.names.0: "),
         ("runtime/device", "gpu", "runtime.device"),
     ],
@@ -241,6 +243,20 @@ def test_a_mistake_is_named_in_one_line(path: str, value: Any, message: str) -> 
         validate(changed(path, value))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_where_nothing_is_trained_no_figure_shows_training() -> None:
+    params = read_yaml(ROOT / "tests/workflow/synthetic.yaml")
+    taken = {"import": {"library": "saelens", "folder": "."}, "store": "synthetic/features"}
+    params |= {"saes": {"taken": taken}, "complexity": {}}
+    del params["figures"]
+    assert validate(params)["figures"]["names"] == ["fvu_l0", "l0_histograms", "firing_rates"]
+    for name in ("training", "schedules", "learning", "table_training_cost"):
+        checked = validate(params | {"figures": {"names": [name]}})
+        with pytest.raises(UserError, match=f"{name} needs an entry of saes that is trained"):
+            check_figures(checked, expand_runs(checked))
+    checked = validate(params | {"figures": {"names": ["recovery"]}})
+    check_figures(checked, expand_runs(checked))
 
 
 @pytest.mark.parametrize(

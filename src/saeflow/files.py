@@ -104,9 +104,9 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise missing_file(path) from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{path}: expected JSON, found {error}. Delete the file and rerun its step."
-        ) from None
+        is_result = "results" in path.parts
+        what = "Delete the file and rerun its step." if is_result else "Give a whole one."
+        raise UserError(f"{path}: expected JSON, found {error}. {what}") from None
 
 
 def json_digest(value: Any) -> str:

@@ -204,7 +204,7 @@ def check_owner(files: Iterable[Path | str]) -> list[str]:
     if owner != names:
         raise UserError(
             f"results: expected the parameter file that they were made from, {', '.join(map(str, owner))}, found "
-            f"{', '.join(names)}. Give each file a folder of its own: add `--directory FOLDER`, or move results away. "
+            f"{', '.join(names)}. Give each file a folder of its own: add `--directory FOLDER` (of `saeflow run`, `--folder FOLDER`), or move results away. "
             f"(If the file was only renamed, delete {OWNER}.)"
         )
     return names

@@ -60,6 +60,16 @@ def test_a_familys_hook_points_are_proved(name: str) -> None:
     assert proof.identities == BLOCKS * len(places)
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_named_for_what_they_are(broken: float) -> None:
+    model = tiny_family("olmo2")
+    next(iter(model.model.layers[1].mlp.parameters())).data[0, 0] = broken
+    with pytest.raises(
+        UserError, match=r"finite activations, found NaN or infinity in resid_post of .*layers\.1"
+    ):
+        prove(model)
+
+
 def test_a_weighted_residual_stream_is_the_models_own() -> None:
     """Doge multiplies the stream by a vector before each sum, Gemma 4 its block's output by a number: as they are written."""
     for name in ("doge", "gemma4_text"):

@@ -136,7 +136,7 @@ def test_an_installed_package_has_the_workflow_and_the_same_keys(
     saeflow(tmp_path, own, *mine)
     assert (tmp_path / "mine/params.yaml").read_text() == (done / "params.yaml").read_text()
     folder = tmp_path / "mine"
-    assert "1 sources" in saeflow(folder, own, "validate")
+    assert "1 source, " in saeflow(folder, own, "validate")
     assert "train" in saeflow(folder, own, "plan")
     listed = saeflow(folder, own, "run", "--", "-n", "--quiet", "rules")
     assert re.search(r"^write_report +1$", listed, re.MULTILINE)

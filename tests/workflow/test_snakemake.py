@@ -375,7 +375,7 @@ def test_an_sae_of_another_library_stands_in_the_same_tables(done: Project) -> N
         assert "taken over from saelens: theirs" in page
         alone = params | {"saes": {"taken": params["saes"]["taken"]}, "complexity": {}}
         done.write(alone | {"figures": params["figures"] | {"names": ["fvu_l0"]}})
-        assert "0 SAEs and 1 of other libraries" in done.run("saeflow", "validate")
+        assert "0 SAEs and 1 of other libraries, 1 figure." in done.run("saeflow", "validate")
         done.snakemake("all")
         page = (done.folder / "results/report.html").read_text()
         assert "1 SAE, 1 figure;" in page

@@ -94,9 +94,14 @@ def main() -> None:
         sys.exit(2)
     except Exception as error:
         number = _os_error(error)
+        where = getattr(error, "filename", None)
+        if number in _NO_RIGHT and where:
+            sys.stderr.write(
+                f"error: {where}: permission denied. Change its permissions, or name another place.\n"
+            )
+            sys.exit(2)
         if number not in _NO_ROOM:
             raise
-        where = getattr(error, "filename", None)
         sys.stderr.write(
             f"error: {where or 'a file'}: {_NO_ROOM[number]}; nothing half-written is kept for whole. Make "
             "room and run the same command again: it goes on from what is complete.\n"
@@ -112,6 +117,7 @@ def _os_error(error: Exception) -> int | None:
     return int(found[1]) if found else None
 
 
+_NO_RIGHT = (errno.EACCES, errno.EPERM)
 _NO_ROOM = {
     errno.ENOSPC: "no space left on the device",
     errno.EDQUOT: "the disk quota is used up",

@@ -42,6 +42,8 @@ def export(
     from saeflow.exchange import export_sae
     from saeflow.stores import open_store
 
+    if not sae.is_dir():
+        raise UserError(f"{sae}: no such folder. Give one that `saeflow run` made, below results/.")
     held_out = None if store is None else open_store(store)
     inputs = [sae, *filter(None, [store and store.parent, evaluation])]
     params = {"library": library}

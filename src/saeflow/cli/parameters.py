@@ -18,6 +18,7 @@ def validate(
     params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
     """Check a parameter file, and print what it asks for."""
+    from saeflow.config.explain import counted
     from saeflow.preflight import device_problem, warnings
 
     plan = _checked(params)
@@ -28,8 +29,8 @@ def validate(
         logging.getLogger(__name__).warning("%s: %s", params, problem)
     imported = f" and {len(plan.imports)} of other libraries" if plan.imports else ""
     typer.echo(
-        f"{params}: {len(plan.sources)} sources, {len(plan.stores)} stores, {len(plan.runs)} SAEs{imported}, "
-        f"{len(values['figures']['names'])} figures."
+        f"{params}: {counted(len(plan.sources), 'source')}, {counted(len(plan.stores), 'store')}, "
+        f"{counted(len(plan.runs), 'SAE')}{imported}, {counted(len(values['figures']['names']), 'figure')}."
     )
 
 

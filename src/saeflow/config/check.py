@@ -272,8 +272,8 @@ def _check_on(
     for name in sorted(own | probed):
         if params["stores"][name]["train_rows"] < 2:
             yield (
-                f"stores.{name}.train_rows: expected 2 or more, as SAEs or probes learn from it, found "
-                f"{params['stores'][name]['train_rows']}."
+                f"stores.{name}.train_rows: expected 2 or more, which SAEs, probes and the baselines (PCA, the mean) are "
+                f"made of, found {params['stores'][name]['train_rows']}. Raise it."
             )
         if params["sources"][name].get("evaluation_share") == 1:
             yield (

@@ -45,6 +45,11 @@ def listed(names: Any) -> str:
     return ", ".join(sorted(names)) or "none"
 
 
+def counted(number: int, of: str) -> str:
+    """Return a number of things in words, such as `1 SAE` and `2,000 SAEs`."""
+    return f"{number:,} {of}{'' if number == 1 else 's'}"
+
+
 def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list) else [value]
 
@@ -106,6 +111,10 @@ def _explain(error: Any) -> str:
             return f"{where}: unknown key {listed(unknown)}. Known keys: {listed(known)}."
         case "required":
             missing = [key for key in error.validator_value if key not in error.instance]
+            if len(missing) > 1:
+                return (
+                    f"{where}: the keys {listed(missing)} are missing. Add them (see {DESCRIBED})."
+                )
             return f"{where}: the key {listed(missing)} is missing. Add it (see {DESCRIBED})."
         case "type":
             wanted = " or ".join(as_list(error.validator_value))

@@ -21,6 +21,7 @@ _HERE = Path(__file__).parents[1]
 ROOT = _HERE / CARRIED if (_HERE / CARRIED).is_dir() else Path(__file__).parents[3]
 """Folder of the Snakefile, rules, profiles, lock and presets: the checkout, or CARRIED."""
 SCHEMA = Path(__file__).with_name("params.schema.yaml")
+_OF_TRAINING = ("training", "table_training_cost")
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _WORDS = {"true": True, "false": False, "null": None}
 
@@ -51,7 +52,22 @@ def conform(params: Any) -> tuple[Any, list[str]]:
     spells a number, true, false or null becomes that where the schema takes no text: YAML 1.1 reads 3e-05 as
     text, and `snakemake --config` gives all that is inside a mapping or a list as text.
     """
-    return _conform(params_schema(), params)
+    return _conform(params_schema(), _without_figures_of_training(params))
+
+
+def _without_figures_of_training(params: Any) -> Any:
+    """Default figures that show no training, where no entry of `saes` is trained; else the parameters as they are."""
+    if not isinstance(params, Mapping):
+        return params
+    saes, figures = params.get("saes"), params.get("figures") or {}
+    if not (isinstance(saes, Mapping) and saes and isinstance(figures, Mapping)):
+        return params
+    is_imported = all(isinstance(entry, Mapping) and "import" in entry for entry in saes.values())
+    if not is_imported or "names" in figures:
+        return params
+    usual = params_schema()["properties"]["figures"]["properties"]["names"]["default"]
+    names = [name for name in usual if name not in _OF_TRAINING]
+    return {**params, "figures": {**figures, "names": names}}
 
 
 def conform_entry(name: str, value: Any, definition: str) -> Any:

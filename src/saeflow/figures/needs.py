@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from saeflow.config import imports
 from saeflow.sources import SourceKind, kind_of
 
 _FIXED = ("topk",)
@@ -22,7 +23,7 @@ class Asked:
     def __init__(self, params: Mapping[str, Any], runs: Iterable[Any]) -> None:
         self.runs = list(runs)
         self.evaluation = params["evaluation"]
-        used = {run.source for run in self.runs}
+        used = {one.source for one in (*self.runs, *imports(params))}
         self.sources = {name: params["sources"][name] for name in used}
         also = self.evaluation.get("also_on", {})
         self.measured = used | {other for name in used for other in also.get(name, ())}
@@ -33,7 +34,7 @@ class Asked:
         self.interpreted = self.evaluation.get("interpretability") or {}
 
     def source(self, fact: Callable[[SourceKind], bool]) -> bool:
-        """Tell whether an SAE is trained on a source of a kind with this fact."""
+        """Tell whether an SAE is measured on a source of a kind with this fact."""
         return any(fact(kind_of(source)) for source in self.sources.values())
 
     def variant(self, *variants: str) -> bool:
@@ -108,6 +109,7 @@ class Need:
     is_there: Callable[[Asked], bool]
 
 
+TRAINED = Need("an entry of saes that is trained", lambda asked: bool(asked.runs))
 SIZES = Need("an entry of saes with several d_sae", Asked.sized)
 DEPTH = Need("SAEs at two or more blocks of a model (hook_points: [blocks.*.PLACE])", Asked.deep)
 LABELLED = Need("a vision source with SAEs and evaluation.labelled_sets", Asked.labelled)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from saeflow.config import SAEConfig, trial_of
+from saeflow.config.explain import counted
 from saeflow.needs.passes import FLOAT, Pass
 from saeflow.needs.rates import Rates
 from saeflow.plan import Plan
@@ -57,7 +58,7 @@ class Needs:
             yield self._evaluation(source, hook_point)
         figures = self.plan.params["figures"]["names"]
         jobs = bool(self.plan.rivals) + bool(self.plan.sweeps) + 1 + len(figures) + 1
-        what = f"tables, {_count(len(figures), 'figure')}, the report"
+        what = f"tables, {counted(len(figures), 'figure')}, the report"
         yield Need("draw", what, jobs, 0, _PROCESS, jobs * self.rates.job_s / 3600)
 
     def hours(self) -> float:
@@ -227,7 +228,9 @@ class Needs:
         jobs += len(dimensions) + sum(name.startswith(place) for name in apart)
         largest = max((run.d_sae for run in runs), default=0)
         memory = _PROCESS + (one.weights if has_model else 0) + 2 * width * largest * FLOAT
-        what = f"{_saes(runs)} on {rows:,} rows" + (
+        imported = sum(one.store == f"{source}/{hook_point}" for one in plan.imports.values())
+        counted = f"{_saes(runs)} and {imported} of other libraries" if imported else _saes(runs)
+        what = f"{counted} on {rows:,} rows" + (
             f" of {', '.join((source, *others))}" if others else ""
         )
         what += f", {contexts:,} contexts through the model" if contexts else ""
@@ -237,16 +240,12 @@ class Needs:
 
 def _saes(runs: list[SAEConfig]) -> str:
     tried = sum(trial_of(run.name) is not None for run in runs)
-    return _count(len(runs), "SAE") + (f" ({_count(tried, 'trial')} of a sweep)" if tried else "")
+    return counted(len(runs), "SAE") + (f" ({counted(tried, 'trial')} of a sweep)" if tried else "")
 
 
 def _jobs_of(group: list[str]) -> int:
     """Jobs of a group: one each run, which takes what another one has made where there are several runs."""
     return len(group) + (len(group) > 1)
-
-
-def _count(number: int, of: str) -> str:
-    return f"{number:,} {of}{'s' if number != 1 else ''}"
 
 
 def _row_bytes(dtype: str, width: int) -> int:

@@ -17,6 +17,10 @@ _NO_WEIGHT = re.compile(
 )
 
 
+_OTHER_SHAPES = "ignore_mismatched_sizes"
+"""The argument that transformers tells one to set where they differ."""
+
+
 @contextmanager
 def one_line(failure: str, advice: str) -> Iterator[None]:
     """Turn what model libraries raise at bad files into one line.
@@ -43,7 +47,10 @@ def one_line(failure: str, advice: str) -> Iterator[None]:
         if type(error) is not Exception:  # tokenizers raises bare ones
             raise
         found = error
-    raise UserError(f"{failure} ({hub.last_line(str(found))}). {advice}") from found
+    said = hub.last_line(str(found))
+    if _OTHER_SHAPES in said:  # its report of them went to the log
+        said = "its weights have other shapes than its config.json says"
+    raise UserError(f"{failure} ({said}). {advice}") from found
 
 
 def check_weights(model: Any, info: Mapping[str, Any], where: Path) -> None:

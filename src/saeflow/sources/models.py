@@ -283,7 +283,7 @@ def load_model(folder: Path | str, device: str = "cpu") -> "nn.Module":
     loaded = read_json(folder / LOADING) if (folder / LOADING).exists() else {}
     dtype = loaded.get("dtype", "float32")
     with pinned_files(folder, weights=True) as (local, files):
-        advice = "Run the step that fetches it again, or give another model."
+        advice = "Give a model whose files are whole; if it was fetched, run that step again."
         with one_line(f"{local}: the model cannot be loaded", advice):
             is_spread = device.startswith("cuda") and not _fits(
                 files, getattr(torch, dtype), device

@@ -215,6 +215,12 @@ def _whole_run(
         else:
             tower = model.get_submodule(structure.body)
             output = tower_output(tower, inputs, output_hidden_states=True)
+    for (path, name), x in streams.items():
+        if not x.isfinite().all():
+            raise UserError(
+                f"{type(model).__name__}: expected finite activations, found NaN or infinity in {name} of {path}. Give a model "
+                "with whole weights, or a wider sources.NAME.model.dtype."
+            )
     return output, streams, given
 
 

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 SHARES = (0.1, 0.2, 0.3, 0.5)
 """Shares of documents or images that may be held out: the first that gives enough contexts to evaluate on."""
+_ROOM = 4
+"""Contexts of text that are looked at for one that is evaluated."""
 _COUNT_S = 60.0
 """Seconds of reading after which no more of the data is counted."""
 _AT_ONCE = 64
@@ -95,13 +97,13 @@ def count_contexts(
 ) -> dict[float, dict[str, int]]:
     """Contexts of each split that the data gives, by the share that is held out; as many as are of use.
 
-    Of a text's evaluation contexts half count, since those that share a run of tokens with the training split are left
-    out later.
+    Of a text's evaluation contexts a quarter counts, since those that share a run of tokens with the training split are
+    left out later.
 
     Sets `prepend_bos` of a source whose tokenizer has no such token.
     """
     rows = model.length - (not model.is_image)
-    enough = {"train": most // rows + 1, "evaluation": 2 * (most // 10 // rows + 1)}
+    enough = {"train": most // rows + 1, "evaluation": _ROOM * (most // 10 // rows + 1)}
     tokens = {share: {"train": 0, "evaluation": 0} for share in SHARES}
     began = time.monotonic()
     if model.is_image:
@@ -128,7 +130,7 @@ def count_contexts(
         if time.monotonic() - began > _COUNT_S:
             logger.info("stopped counting the data after %.0f s; there is more", _COUNT_S)
             break
-    kept = {"train": 1, "evaluation": 1 if model.is_image else 2}
+    kept = {"train": 1, "evaluation": 1 if model.is_image else _ROOM}
     return {
         share: {
             split: min(count // length // kept[split], enough[split])

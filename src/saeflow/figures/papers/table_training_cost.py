@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from saeflow.figures.figure import PaperTable, TableFigure, ordered, without_data
+from saeflow.figures.needs import TRAINED
 from saeflow.tables.load import Tables
 from saeflow.tables.schema import Column
 
@@ -12,7 +13,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
     """Make the table."""
     steps = tables.training
     if steps.empty or "tokens_per_s" not in steps:
-        raise without_data("table_training_cost", "trained SAEs")
+        raise without_data("table_training_cost", TRAINED.what)
     keys = ["source", "hook_point", "d_sae"]
     sae = [*keys, "variant", "entry"]
     by_run = steps.groupby([*sae, "run"])["tokens_per_s"].median().reset_index()
@@ -41,6 +42,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> PaperTable:
 FIGURE = TableFigure(
     title="What training costs",
     draw=draw,
+    needs=TRAINED,
     columns={
         "against_topk": Column(
             definition="Throughput of TopK over the entry's.", label="time against TopK"

@@ -11,6 +11,7 @@ import pandas as pd
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
 from saeflow.figures.figure import Drawing, Figure
+from saeflow.figures.needs import TRAINED
 from saeflow.figures.series import each_setting, in_order, places_of, series_of, stroke
 from saeflow.tables import compare, verdict
 from saeflow.tables.load import Tables
@@ -137,4 +138,4 @@ def _range(values: pd.Series) -> str:
     return least if least == most else f"{least} to {most}"
 
 
-FIGURE = Figure(title="Learning curves", draw=draw)
+FIGURE = Figure(title="Learning curves", draw=draw, needs=TRAINED)

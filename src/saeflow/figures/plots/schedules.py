@@ -11,6 +11,7 @@ import pandas as pd
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
 from saeflow.figures.figure import Drawing, Figure
+from saeflow.figures.needs import TRAINED
 from saeflow.figures.series import (
     Places,
     Series,
@@ -150,4 +151,4 @@ def _panel(
     ax.grid(True)
 
 
-FIGURE = Figure(title="Schedules", draw=draw)
+FIGURE = Figure(title="Schedules", draw=draw, needs=TRAINED)

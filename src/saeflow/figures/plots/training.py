@@ -12,6 +12,7 @@ import pandas as pd
 from saeflow.errors import UserError
 from saeflow.figures import captions, style
 from saeflow.figures.figure import Drawing, Figure
+from saeflow.figures.needs import TRAINED
 from saeflow.figures.series import (
     Places,
     Series,
@@ -288,4 +289,4 @@ def _finish(axes: list[Axes], name: str) -> None:
         ax.grid(True)
 
 
-FIGURE = Figure(title="Training", draw=draw)
+FIGURE = Figure(title="Training", draw=draw, needs=TRAINED)
