@@ -37,6 +37,7 @@ def draw(tables: Tables, options: Mapping[str, Any]) -> Drawing:
             "figures.names: learning needs SAEs trained here that were evaluated, the tables have none. Take learning out of "
             "figures.names in params.yaml."
         )
+    ends = compare.of_one_size(ends)
     compare.check_budgets(tables, tables.wide[tables.wide["trained"].isin(ends["run"])], options)
     steps = tables.training[tables.training["run"].isin(ends["run"])]
     steps = steps[steps["batch_fvu"] > 0]
