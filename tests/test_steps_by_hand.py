@@ -99,9 +99,9 @@ def test_an_entry_given_by_hand_has_the_defaults_of_a_parameter_file(
     ("entry", "wrong"),
     [
         ({**SOURCE, "d_inn": 8}, "--source: unknown key d_inn. Known keys: "),
-        ({**SOURCE, "d_in": "wide"}, "--source.d_in: expected integer, found 'wide'."),
-        ({"kind": "text"}, "--source: the key context_length, evaluation_share, hook_points, model, text is missing"),
-        ([], "--source: expected object, found []."),
+        ({**SOURCE, "d_in": "wide"}, "--source.d_in: expected a whole number, found 'wide'."),
+        ({"kind": "text"}, "--source: the keys context_length, evaluation_share, hook_points, model, text are missing"),
+        ([], "--source: expected a mapping, found []."),
     ],
 )  # fmt: skip
 def test_a_mistake_in_an_entry_given_by_hand_is_one_line(
@@ -120,14 +120,14 @@ def test_a_mistake_in_an_entry_given_by_hand_is_one_line(
 @pytest.mark.parametrize(
     ("arguments", "wrong"),
     [
-        (("fetch", "--model", "{}", "--out"), "--model: the key hook_points, model is missing"),
+        (("fetch", "--model", "{}", "--out"), "--model: the keys hook_points, model are missing"),
         (("fetch", "--model", '{"model": {}, "hook_points": ["blocks.1.resid_post"]}', "--out"), "--model.model: "),
         (("fetch", "--model", '{"model": {"folder": "x"}, "hook_points": ["block"]}', "--out"), "--model.hook_points"),
         (("fetch", "--model", '{"model": {"folder": "x"}, "hook_points": []}', "--out"), "--model.hook_points"),
         (("prepare", "--source", json.dumps(SOURCE), "--rows", '{"test": 9}', "--folder"), "--rows: unknown key test. Known keys: "),
-        (("prepare", "--source", json.dumps(SOURCE), "--rows", '{"train": "9x"}', "--folder"), "--rows.train: expected integer, found '9x'."),
+        (("prepare", "--source", json.dumps(SOURCE), "--rows", '{"train": "9x"}', "--folder"), "--rows.train: expected a whole number, found '9x'."),
         (("prepare", "--source", json.dumps(SOURCE), "--rows", "{}", "--folder"), "--rows: "),
-        (("prepare", "--source", json.dumps(SOURCE), "--rows", "[]", "--folder"), "--rows: expected object, found []."),
+        (("prepare", "--source", json.dumps(SOURCE), "--rows", "[]", "--folder"), "--rows: expected a mapping, found []."),
     ],
 )  # fmt: skip
 def test_a_mistake_in_other_options_is_one_line(

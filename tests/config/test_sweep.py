@@ -126,16 +126,16 @@ def test_numbers_but_the_budget_can_be_tuned() -> None:
 @pytest.mark.parametrize(
     ("ranges", "message"),
     [
-        ({"lr": [0, 1]}, "saes.relu.ranges.lr: 0 is less than or equal to the minimum of 0"),
+        ({"lr": [0, 1]}, "saes.relu.ranges.lr: expected above 0, found 0"),
         ({"l1": [2, 2]}, "saes.relu.ranges.l1: expected [low, high] with 0 <= low < high <= 1e+30, found [2, 2]"),
         ({"l1": [-1, 2]}, "saes.relu.ranges.l1: expected [low, high] with 0 <= low < high"),
         ({"l1": [1, 10**400]}, "saes.relu.ranges.l1: expected [low, high] with 0 <= low < high"),
         ({"l1": [0.1, 1, 2]}, "saes.relu.ranges.l1"),
-        ({"l1": ["low", 2]}, "saes.relu.ranges.l1.0: expected number, found 'low'"),
+        ({"l1": ["low", 2]}, "saes.relu.ranges.l1.0: expected a number, found 'low'"),
         ({"l2": [1, 2]}, "saes.relu.ranges.l2: unknown key l2. Known keys: dead_after_tokens, grad_clip, l1, lr,"),
         ({"betas": [0.1, 0.9]}, "saes.relu.ranges.betas: expected a key with numbers (dead_after_tokens"),
         ({"tokens": [10, 20]}, "saes.relu.ranges.tokens: expected a key that leaves the budget as it is"),
-        ({"lr_warmup_steps": [0.5, 9]}, "saes.relu.ranges.lr_warmup_steps: expected integer, found 0.5"),
+        ({"lr_warmup_steps": [0.5, 9]}, "saes.relu.ranges.lr_warmup_steps: expected a whole number, found 0.5"),
         ({}, "saes.relu.ranges"),
     ],
 )  # fmt: skip
@@ -162,7 +162,7 @@ def test_what_a_sweep_lacks_is_refused_in_one_line() -> None:
     refused(parameters(sweep=None), "saes.relu.ranges: expected the section sweep")
     refused(without_ranges(parameters()), "sweep: expected an entry of saes with ranges")
     refused(parameters(sweep={"trials": 3}), "sweep: the key l0 is missing")
-    refused(parameters(sweep=SWEEP | {"trials": 1}), "sweep.trials: 1 is less than")
+    refused(parameters(sweep=SWEEP | {"trials": 1}), "sweep.trials: expected at least 2, found 1")
     refused(
         parameters(sweep=SWEEP | {"trial": 1}), "sweep: unknown key trial. Known keys: l0, seed"
     )

@@ -47,16 +47,16 @@ class Options(VariantOptions):
         (7, "expected the options .*, found 7"),
         ({"count": 0}, r"count: expected 1\.\.8 \(d_sae\), found 0"),
         ({"count": 9}, r"count: expected 1\.\.8 \(d_sae\), found 9"),
-        ({"count": 1.0}, "count: expected integer, found 1.0"),
-        ({"count": True}, "count: expected integer, found True"),
-        ({"count": 1, "weight": -0.5}, "weight: -0.5 is less than the minimum of 0"),
-        ({"count": 1, "weight": 2.5}, "weight: 2.5 is greater than the maximum of 2"),
-        ({"count": 1, "weight": float("nan")}, "weight: expected number, found nan"),
-        ({"count": 1, "weight": "1"}, "weight: expected number, found '1'"),
+        ({"count": 1.0}, "count: expected a whole number, found 1.0"),
+        ({"count": True}, "count: expected a whole number, found True"),
+        ({"count": 1, "weight": -0.5}, "weight: expected at least 0, found -0.5"),
+        ({"count": 1, "weight": 2.5}, "weight: expected at most 2, found 2.5"),
+        ({"count": 1, "weight": float("nan")}, "weight: expected a number, found nan"),
+        ({"count": 1, "weight": "1"}, "weight: expected a number, found '1'"),
         ({"count": 1, "word": "c"}, "word: expected one of a, b, found 'c'"),
-        ({"count": 1, "perhaps": 0}, "perhaps: 0 is less than or equal to the minimum of 0"),
-        ({"count": 1, "perhaps": "x"}, "perhaps: expected number or null, found 'x'"),
-        ({"count": 1, "flag": 1}, "flag: expected boolean, found 1"),
+        ({"count": 1, "perhaps": 0}, "perhaps: expected above 0, found 0"),
+        ({"count": 1, "perhaps": "x"}, "perhaps: expected a number or null, found 'x'"),
+        ({"count": 1, "flag": 1}, "flag: expected true or false, found 1"),
         ({"count": 1, "schedule": {"kind": "zigzag"}}, "schedule"),
         (
             {"count": 1, "schedule": {"kind": "linear", "from": 9, "until": 0.5}},
@@ -189,7 +189,7 @@ def test_a_new_variant_is_one_file_and_its_line_in_the_table(with_toy: Path) -> 
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "error: bad.yaml: saes.toy.options: unknown key flor. Known keys: aligned, floor, orthogonality_chunk, orthogonality_weight.",
-        "error: bad.yaml: saes.toy.options.floor: -1 is less than the minimum of 0.",
+        "error: bad.yaml: saes.toy.options.floor: expected at least 0, found -1.",
     ]
 
 

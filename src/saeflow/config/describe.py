@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from saeflow.config.explain import BOUNDS, TYPES
 from saeflow.config.options import VariantOptions, fields_of, options_schema, stated
 from saeflow.config.schema import params_schema
 from saeflow.config.variants import variants
@@ -17,12 +18,6 @@ _NAME = "NAME"
 _REQUIRED = "required"
 _LARGE = 2**31 - 1
 """Bounds from here on only say what a computer holds."""
-_BOUNDS = {
-    "minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below",
-}  # fmt: skip
-_TYPES = {
-    "integer": "whole number", "boolean": "true or false", "string": "text", "object": "mapping", "array": "list",
-}  # fmt: skip
 _INTRODUCTION = """\
 # Parameters
 
@@ -209,10 +204,10 @@ def _allowed(schema: Mapping[str, Any]) -> str:
         return f"{{{names}}}" if names else "mapping"
     if kinds == "array":
         return f"list of {_allowed(whole['items'])}"
-    words = [_TYPES.get(one, one) for one in ([kinds] if isinstance(kinds, str) else kinds)]
+    words = [TYPES.get(one, one) for one in ([kinds] if isinstance(kinds, str) else kinds)]
     bounds = [
         f"{said} {whole[word]:g}"
-        for word, said in _BOUNDS.items()
+        for word, said in BOUNDS.items()
         if word in whole and whole[word] < _LARGE
     ]
     if words and bounds:

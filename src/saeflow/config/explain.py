@@ -8,6 +8,15 @@ from typing import Any
 
 DESCRIBED = "docs/parameters.md"
 """The document that describes every key."""
+BOUNDS = {
+    "minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below",
+}  # fmt: skip
+"""Words for the bounds of a schema."""
+TYPES = {
+    "integer": "whole number", "boolean": "true or false", "string": "text", "object": "mapping", "array": "list",
+}  # fmt: skip
+"""Words for the types of a schema."""
+_WITHOUT_ARTICLE = ("boolean", "string", "null")
 _CHOICES = 12
 """More names than this are not listed in a message."""
 
@@ -70,13 +79,21 @@ def _wanted(branch: list[Any]) -> str:
         return ""
     match error.validator:
         case "type":
-            return " or ".join(as_list(error.validator_value))
+            return _types(error)
         case "enum":
             return _choices(error)
         case "minimum":
-            return f"at least {error.validator_value}"
+            return f"{BOUNDS['minimum']} {error.validator_value}"
         case _:
             return ""
+
+
+def _types(error: Any) -> str:
+    """Say of which types a value may be, such as `a whole number or null`."""
+    return " or ".join(
+        ("" if kind in _WITHOUT_ARTICLE else "a ") + TYPES.get(kind, kind)
+        for kind in as_list(error.validator_value)
+    )
 
 
 def _explain(error: Any) -> str:
@@ -117,8 +134,9 @@ def _explain(error: Any) -> str:
                 )
             return f"{where}: the key {listed(missing)} is missing. Add it (see {DESCRIBED})."
         case "type":
-            wanted = " or ".join(as_list(error.validator_value))
-            return f"{where}: expected {wanted}, found {found}."
+            return f"{where}: expected {_types(error)}, found {found}."
+        case bound if bound in BOUNDS:
+            return f"{where}: expected {BOUNDS[bound]} {error.validator_value}, found {found}."
         case "enum":
             return f"{where}: expected one of {_choices(error)}, found {found}."
         case "const":
