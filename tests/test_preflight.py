@@ -209,7 +209,7 @@ def test_a_file_without_the_column_is_refused_before_the_first_job(tmp_path: Pat
 def test_a_stream_keeps_two_windows_at_least(keep: Any) -> None:
     with pytest.raises(
         UserError,
-        match=r"stores\.synthetic\.keep_windows: expected null or all or (at least 2|integer), found",
+        match=r"stores\.synthetic\.keep_windows: expected null or all or (at least 2|a whole number), found",
     ):
         changed("stores/synthetic/keep_windows", keep)
 

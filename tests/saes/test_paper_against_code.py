@@ -178,10 +178,10 @@ def test_no_gradient_reaches_k_hat_beyond_the_positive_latents(x: Tensor) -> Non
     [
         (3, r"k_max: expected a number in 4\.\.64"),
         (0.5, r"k_max: expected 1\.\.64"),
-        ({"times_k": 0.9}, r"k_max\.times_k: 0\.9 is less than the minimum of 1"),
+        ({"times_k": 0.9}, r"k_max\.times_k: expected at least 1, found 0\.9"),
         ({"times_k": 20}, r"k_max\.times_k: expected a number in 4\.\.64"),
         ({"of_d": 2}, "k_max: unknown key of_d"),
-        ("2k", "k_max: expected number or object, found '2k'"),
+        ("2k", "k_max: expected a number or a mapping, found '2k'"),
     ],
 )
 def test_a_k_max_out_of_range_is_refused(k_max: Any, message: str, x: Tensor) -> None:

@@ -160,7 +160,7 @@ def test_seeds_on_the_command_line_are_seeds_of_every_sae(done: Project) -> None
     )  # seed 1; 0 is there
     assert todo["compare_seeds"] == todo["train_sae"]
     text = done.snakemake("all", "-n", "--config", "seeds=[0,one]", code=2)
-    assert "error: params.yaml: seeds.1: expected integer, found 'one'." in text
+    assert "error: params.yaml: seeds.1: expected a whole number, found 'one'." in text
 
 
 def test_inputs_made_again_under_a_whole_store_make_it_again(done: Project) -> None:
