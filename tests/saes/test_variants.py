@@ -638,7 +638,9 @@ def test_a_k_out_of_range_is_refused(variant: str, k: int) -> None:
 
 
 def test_a_k_that_is_not_whole_is_refused() -> None:
-    with pytest.raises(UserError, match=r"topk: k: expected a whole number or a mapping, found 2\.5"):
+    with pytest.raises(
+        UserError, match=r"topk: k: expected a whole number or a mapping, found 2\.5"
+    ):
         build("topk", D_IN, D_SAE, {**TOPK, "k": 2.5})
 
 
