@@ -22,6 +22,7 @@ ROOT = _HERE / CARRIED if (_HERE / CARRIED).is_dir() else Path(__file__).parents
 """Folder of the Snakefile, rules, profiles, lock and presets: the checkout, or CARRIED."""
 SCHEMA = Path(__file__).with_name("params.schema.yaml")
 _OF_TRAINING = ("training", "table_training_cost")
+"""Default figures that need an entry of `saes` that is trained (`figures.needs.TRAINED`)."""
 _NUMBER = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _WORDS = {"true": True, "false": False, "null": None}
 

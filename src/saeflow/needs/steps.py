@@ -229,8 +229,8 @@ class Needs:
         largest = max((run.d_sae for run in runs), default=0)
         memory = _PROCESS + (one.weights if has_model else 0) + 2 * width * largest * FLOAT
         imported = sum(one.store == f"{source}/{hook_point}" for one in plan.imports.values())
-        counted = f"{_saes(runs)} and {imported} of other libraries" if imported else _saes(runs)
-        what = f"{counted} on {rows:,} rows" + (
+        others_too = f" and {imported} of other libraries" if imported else ""
+        what = f"{_saes(runs)}{others_too} on {rows:,} rows" + (
             f" of {', '.join((source, *others))}" if others else ""
         )
         what += f", {contexts:,} contexts through the model" if contexts else ""
