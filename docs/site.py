@@ -36,10 +36,11 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages from outside of docs/."""
+    """Add the pages from outside of docs/, and the pictures that they show."""
     from mkdocs.structure.files import File
 
-    for path in [*map(ROOT.joinpath, FROM_ROOT), *sorted(RESULTS.glob("*.md"))]:
+    results = [path for end in ("md", "svg") for path in sorted(RESULTS.glob(f"*.{end}"))]
+    for path in [*map(ROOT.joinpath, FROM_ROOT), *results]:
         name = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, FROM_ROOT.get(name, name), abs_src_path=str(path)))
     files.append(File.generated(config, TUTORIAL, content=tutorial()))
