@@ -21,6 +21,7 @@ from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTok
 
 from saeflow.errors import UserError
 from saeflow.files import file_digest, read_json
+from saeflow.sources.model_checks import check_source_model
 from saeflow.sources.models import (
     fetch_model,
     load_config,
@@ -232,10 +233,22 @@ def test_files_that_came_after_the_model_was_fetched_are_not_read(
 
 def test_a_truncated_file_is_one_line(local: Path, out: Path) -> None:
     path = local / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
+    path.write_bytes(path.read_bytes()[:-1])
+    for check in (check_source_model, lambda source, out: fetch_model(source["model"], HOOKS, out)):
+        with pytest.raises(
+            UserError, match=r"model\.safetensors: the file of weights is damaged or not whole"
+        ):
+            check({"model": {"folder": str(local)}, "hook_points": HOOKS}, out)
+
+
+def test_a_part_that_the_index_names_and_nobody_downloaded_is_named(local: Path, out: Path) -> None:
+    (local / "model.safetensors").unlink()
+    tiny_model("llama").save_pretrained(local, max_shard_size="20KB")
+    (gone, *_) = sorted(local.glob("model-*.safetensors"))
     fetch_model({"folder": str(local)}, HOOKS, out)
-    with pytest.raises(UserError, match="the model cannot be loaded"):
-        load_model(out, "cpu")
+    gone.unlink()
+    with pytest.raises(UserError, match=rf"index\.json names, found no {gone.name}\. Download"):
+        check_source_model({"model": {"folder": str(local)}, "hook_points": HOOKS}, out)
 
 
 def test_a_layer_the_model_lacks_is_refused_when_it_is_fetched(local: Path, out: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from saeflow.errors import UserError
+from saeflow.files import read_json
 from saeflow.sources import hub
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,32 @@ def one_line(failure: str, advice: str) -> Iterator[None]:
     if _OTHER_SHAPES in said:  # its report of them went to the log
         said = "its weights have other shapes than its config.json says"
     raise UserError(f"{failure} ({said}). {advice}") from found
+
+
+def check_weight_files(folder: Path) -> None:
+    """Check that each file of weights is whole by its header, and that all that an index names are there.
+
+    Args:
+        folder: of a model; the weights themselves are not read.
+
+    Raises:
+        UserError: a file is truncated, damaged or missing.
+    """
+    from safetensors import safe_open
+
+    again = "Download or save the model again."
+    for path in sorted(folder.glob("*.safetensors")):
+        with one_line(f"{path}: the file of weights is damaged or not whole", again):
+            safe_open(path, framework="numpy")
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        if (folder / index.name.removesuffix(".index.json")).is_file():
+            continue  # the whole file is read then
+        with one_line(f"{index}: the index of weights cannot be read", again):
+            names = set(read_json(index)["weight_map"].values())
+        if missing := sorted(name for name in names if not (folder / name).is_file()):
+            raise UserError(
+                f"{folder}: expected the files of weights that {index.name} names, found no {_some(missing)}. {again}"
+            )
 
 
 def check_weights(model: Any, info: Mapping[str, Any], where: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from saeflow.errors import UserError
 from saeflow.files import read_json
 from saeflow.sources.layouts import VISION, HookPoint
+from saeflow.sources.loading import check_weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def check_source_model(params: Mapping[str, Any], folder: Path) -> None:
 
     Raises:
         UserError: no list of blocks, a place that a block lacks, a module that is not there, does not run or gives no tensor,
-            or a tokenizer without the tokens that begin and end a text.
+            a file of weights that is not whole, or a tokenizer without the tokens that begin and end a text.
     """
     model, record = params["model"], folder / "model" / "provenance.json"
     if record.is_file() and read_json(record).get("params", {}).get("model") == dict(model):
@@ -33,6 +34,7 @@ def check_source_model(params: Mapping[str, Any], folder: Path) -> None:
     if "folder" in model:
         local = Path(model["folder"])
         check_structure(local, params["hook_points"])
+        check_weight_files(local)
         begins = bool(params.get("prepend_bos"))
         check_ends(local, params["hook_points"], prepend_bos=begins, must_load=True)
     elif "hub" in model:

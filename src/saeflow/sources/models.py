@@ -19,7 +19,7 @@ from saeflow.files import file_digest, read_json, write_json
 from saeflow.shapes import Shape, check_config, config_shape, gguf_shape
 from saeflow.sources import gguf_files, hub
 from saeflow.sources.layouts import check_shape
-from saeflow.sources.loading import check_weights, one_line
+from saeflow.sources.loading import check_weight_files, check_weights, one_line
 from saeflow.sources.model_checks import check_ends, check_structure
 
 if TYPE_CHECKING:
@@ -183,6 +183,7 @@ def _digests(folder: Path) -> dict[str, str]:
             f"{folder}: expected a whole model, found an adapter ({_ADAPTER}). Merge it into its model "
             "(merge_and_unload in peft), save that with save_pretrained and give its folder."
         )
+    check_weight_files(folder)
     return {name: file_digest(folder / name) for name in sorted(names)}
 
 
