@@ -100,7 +100,7 @@ def import_sae(folder: Path, library: str, about: Mapping[str, Any], out: Path) 
         out: an existing folder that gets the SAE.
 
     Returns:
-        Its variant, d_in and d_sae.
+        Its variant, d_in and d_sae, and its k, None for a variant without one.
 
     Raises:
         UserError: an unknown library, an SAE that is damaged, incomplete or of an unknown kind, or one of
@@ -113,7 +113,7 @@ def import_sae(folder: Path, library: str, about: Mapping[str, Any], out: Path) 
         "training": {"tokens": None}, "imported": library, **about,
     }  # fmt: skip
     save(sae.state_dict(), out, config)
-    return {key: config[key] for key in ("variant", "d_in", "d_sae")}
+    return {key: config[key] for key in ("variant", "d_in", "d_sae")} | {"k": options.get("k")}
 
 
 def check_import(folder: Path, library: str, hook_point: str) -> None:

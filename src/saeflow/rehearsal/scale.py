@@ -199,7 +199,9 @@ def _count_latents(values: dict[str, Any], small: Callable[[float], int]) -> Non
 
 def _scale_training(params: dict[str, Any]) -> None:
     """Scale budgets, batches and what counts in steps or tokens; equal budgets stay equal."""
-    shared = params["training"]
+    shared = params.get("training")
+    if shared is None:  # every SAE is imported
+        return
     before = dict(shared)
     for values in (*params["saes"].values(), shared):
         if "import" in values:

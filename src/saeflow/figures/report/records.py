@@ -181,6 +181,7 @@ def _imported(record: Mapping[str, Any]) -> dict[str, Any]:
     params, sae = record["params"], record["notes"]
     look = style.look(sae["variant"], entry)
     folder = Path(min(record["external"])).parent.as_posix()
+    options = [] if sae["k"] is None else [f"k = {plain(sae['k'])}"]
     untrained = dict.fromkeys(("seeds", "tokens", "batch", "input_scale", "lr"), "")
     return {
         "color": look.color,
@@ -189,7 +190,7 @@ def _imported(record: Mapping[str, Any]) -> dict[str, Any]:
         "label": look.label,
         "stores": params["store"],
         "d_sae": plain(sae["d_sae"]),
-        "options": [f"taken over from {params['library']}: {folder}"],
+        "options": [*options, f"taken over from {params['library']}: {folder}"],
         **untrained,
         "runs": 1,
     }
