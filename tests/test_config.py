@@ -12,6 +12,8 @@ from saeflow.config import SAEConfig, TrainingConfig, expand_runs, load_params, 
 from saeflow.config.schema import params_schema
 from saeflow.errors import UserError
 from saeflow.figures import check_figures
+from saeflow.figures.needs import TRAINED
+from saeflow.figures.registry import find
 from saeflow.plan import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -174,6 +176,11 @@ def test_shipped_parameters_are_valid(path: Path) -> None:
         ),
         ("sources/smollm2/text", {"files": ["nowhere.txt"], "column": "text"}, "nowhere.txt"),
         (
+            "sources/smollm2/text",
+            {"files": ["texts"], "column": "text"},
+            "sources.smollm2.text.files.0: expected a file that ends in .txt",
+        ),
+        (
             "sources/smollm2/hook_points",
             ["blocks.x.resid"],
             "sources.smollm2.hook_points.0: expected blocks.N.PLACE",
@@ -249,8 +256,16 @@ def test_where_nothing_is_trained_no_figure_shows_training() -> None:
     params = read_yaml(ROOT / "tests/workflow/synthetic.yaml")
     taken = {"import": {"library": "saelens", "folder": "."}, "store": "synthetic/features"}
     params |= {"saes": {"taken": taken}, "complexity": {}}
-    del params["figures"]
-    assert validate(params)["figures"]["names"] == ["fvu_l0", "l0_histograms", "firing_rates"]
+    del params["figures"], params["training"]
+    usual = params_schema()["properties"]["figures"]["properties"]["names"]["default"]
+    of_any = [name for name in usual if find(name).needs is not TRAINED]
+    assert 2 <= len(of_any) < len(usual)
+    assert validate(params)["figures"]["names"] == of_any
+    trained = {
+        "saes": {**params["saes"], "own": {"variant": "topk", "store": "synthetic/features"}}
+    }
+    with pytest.raises(UserError, match="the key training is missing"):
+        validate(params | trained)
     for name in ("training", "schedules", "learning", "table_training_cost"):
         checked = validate(params | {"figures": {"names": [name]}})
         with pytest.raises(UserError, match=f"{name} needs an entry of saes that is trained"):

@@ -81,6 +81,18 @@ def test_the_file_is_short_valid_and_allowed_to_run(model: Path, tmp_path: Path)
         assert run.training.lr_warmup_steps < run.training.steps / 10
 
 
+def test_names_of_many_files_stand_one_below_the_other(model: Path, tmp_path: Path) -> None:
+    folder = texts(tmp_path, 30)
+    for number in range(9):
+        (folder / f"part-{number}.txt").write_text("\n\n".join(DOCUMENTS[number::9]), "utf-8")
+    write_first(Asked(str(model), text=(folder,)), tmp_path / "mine")
+    path = tmp_path / "mine/params.yaml"
+    (source,) = load_params(path)["sources"].values()
+    assert len(source["text"]["files"]) == 10
+    lines = path.read_text("utf-8").splitlines()
+    assert sum(line.strip().startswith("- ") for line in lines) == 10
+
+
 def test_the_encoding_of_a_text_is_asked_for_once(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "old.txt"
     path.write_text("\n\n".join(f"{text} — déjà vu" for text in DOCUMENTS[:30]), encoding="cp1252")

@@ -374,11 +374,14 @@ def test_an_sae_of_another_library_stands_in_the_same_tables(done: Project) -> N
         page = (done.folder / "results/report.html").read_text()
         assert "taken over from saelens: theirs" in page
         alone = params | {"saes": {"taken": params["saes"]["taken"]}, "complexity": {}}
+        del alone["training"]
         done.write(alone | {"figures": params["figures"] | {"names": ["fvu_l0"]}})
         assert "0 SAEs and 1 of other libraries, 1 figure." in done.run("saeflow", "validate")
-        done.snakemake("all")
+        said = done.snakemake("all")
+        assert "results/figures/recovery: figures.names does not name it" in said
         page = (done.folder / "results/report.html").read_text()
         assert "1 SAE, 1 figure;" in page
+        assert "Schedules" not in page
         assert "untuned" not in page
         (done.folder / "theirs/cfg.json").unlink()
         params["saes"]["taken"]["import"]["folder"] = "nowhere"

@@ -142,9 +142,10 @@ def _explain(error: Any) -> str:
         case "const":
             return f"{where}: expected {error.validator_value!r}, found {found}."
         case "pattern" if "description" in error.schema:
-            return (
-                f"{where}: expected {error.schema['description'].removesuffix('.')}; found {found}."
-            )
+            words = error.schema["description"].removesuffix(".")
+            if words[1:2].islower() or words[1:2] == " ":
+                words = words[0].lower() + words[1:]
+            return f"{where}: expected {words}; found {found}."
         case _:
             hint = error.schema.get("description", "").removesuffix(".")
             return f"{where}: {error.message}" + (f" ({hint})" if hint else "") + "."

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ _STEPS = 500
 """Steps that training has at least, where the batch can be made small enough."""
 _KS = (16, 32, 64)
 _CE_CONTEXTS = 32
+_LINE = 120
+"""Characters of a line of the file at most, where there is a choice."""
 
 
 def fit_rows(source: Mapping[str, Any], model: Model, folder: Path) -> tuple[int, dict[str, Any]]:
@@ -86,7 +89,7 @@ def render(
     template = Path(__file__).with_name("params.yaml.in").read_text(encoding="utf-8")
     return template.format(
         name=model.name,
-        source="\n".join(f"    {key}: {_flow(value)}" for key, value in source.items()),
+        source="\n".join(_entry(key, value) for key, value in source.items()),
         share=share,
         train=train,
         evaluation=evaluation,
@@ -105,6 +108,15 @@ def render(
         ce="" if model.is_image else f"\n  ce_contexts: {min(_CE_CONTEXTS, evaluation // each)}",
         figures="fvu_l0, ce_l0, controls" if model.predicts else "fvu_l0, controls",
     )
+
+
+def _entry(key: str, value: Any) -> str:
+    """A key of a source, on one line if it fits there: names of many files stand one below the other."""
+    line = f"    {key}: {_flow(value)}"
+    if len(line) <= _LINE:
+        return line
+    text = yaml.safe_dump({key: value}, width=math.inf, sort_keys=False, allow_unicode=True)
+    return textwrap.indent(text, "    ").removesuffix("\n")
 
 
 def _flow(value: Any) -> str:
