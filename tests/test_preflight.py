@@ -177,6 +177,22 @@ def test_many_passes_over_few_rows_are_said() -> None:
     )
 
 
+def test_settings_that_training_does_not_reach_are_said() -> None:
+    params = changed("training/lr_warmup_steps", PARAMS["training"]["tokens"])
+    (warning, *_) = warnings(checked_plan(validate(params)))
+    assert ": lr_warmup_steps is " in warning
+    assert "so that its learning rate never reaches lr. Lower it, or raise tokens." in warning
+    store = "synthetic/features"
+    late = {
+        "variant": "batch_topk",
+        "store": store,
+        "d_sae": 128,
+        "options": {"k": 4, "threshold_start_step": 10**6},
+    }
+    (warning,) = warnings(checked_plan(validate(changed("saes/late", late))))
+    assert warning.startswith("saes.late: threshold_start_step is 1000000, and training has ")
+
+
 def test_an_evaluation_on_training_data_is_refused() -> None:
     """`python` reading the text of smollm2 with a larger evaluation split: part of it was trained on."""
     params = copy.deepcopy(PARAMS)

@@ -2,6 +2,7 @@
 
 import os
 import pydoc_data.topics
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -200,7 +201,9 @@ def test_what_cannot_be_used_is_one_line_and_nothing_is_written(
     (tmp_path / "short.txt").write_text("Too short.")
     (tmp_path / "empty").mkdir()
     (tmp_path / "old.txt").write_text("é" * 9000, encoding="latin-1")
-    own = str(model)
+    own, truncated = str(model), Path(shutil.copytree(model, tmp_path / "truncated"))
+    weights = truncated / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
     cases = [
         (Asked(own), "expected one of --text, --images and --dataset, found none"),
         (Asked(own, text=(text,), dataset="a/b"), "found 2"),
@@ -214,8 +217,12 @@ def test_what_cannot_be_used_is_one_line_and_nothing_is_written(
         (Asked(own, text=(text,), hook_point="attic"), "found 'attic'"),
         (Asked(own, dataset="a/b", encoding="latin-1"), "--encoding: expected --text"),
         (Asked(own, text=(text,), encoding="latin-l"), "expected an encoding that Python knows"),
-        (Asked(own, text=(tmp_path / "old.txt",)), "Set text.encoding to the file's own"),
+        (
+            Asked(own, text=(tmp_path / "old.txt",)),
+            r"Set text.encoding .of .saeflow init.: --encoding. to the file's own",
+        ),
         (Asked(own, dataset=str(text)), "expected OWNER/NAME of the hub"),
+        (Asked(str(truncated), text=(text,)), "file of weights is damaged or not whole"),
     ]
     for asked, said in cases:
         with pytest.raises(UserError, match=said):
@@ -227,3 +234,17 @@ def test_what_cannot_be_used_is_one_line_and_nothing_is_written(
         write_first(Asked(own, text=(text,)), tmp_path / "mine")
     assert (tmp_path / "mine/params.yaml").read_text() == before
     assert len(Plan(load_params(tmp_path / "mine/params.yaml")).runs) == 6
+
+
+def test_a_run_of_a_file_that_is_no_yaml_names_the_place(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text("sources: {a: 1\nstores: [\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "saeflow", "run", "--folder", str(tmp_path)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert str(path) in line
+    assert "line 2" in line
+    assert [one.name for one in tmp_path.iterdir()] == ["params.yaml"]

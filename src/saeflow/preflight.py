@@ -82,10 +82,17 @@ def check_saes(plan: Plan) -> None:
 
 
 _MANY_PASSES = 10
+_LATE = {
+    "lr_warmup_steps": "its learning rate never reaches lr",
+    "threshold_start_step": "the threshold that replaces k after training is an average over its first steps too",
+}
+"""Settings in steps, and what comes of one that training does not reach."""
 
 
 def warnings(plan: Plan) -> list[str]:
-    """Yield warnings of what is allowed and seldom meant: baselines without rows, sorted windows, rows that are read very often."""
+    """Yield warnings of what is allowed and seldom meant: baselines without rows, sorted windows, rows that are read very often,
+    settings that training is too short for.
+    """
     found: dict[tuple[str, int, int], list[str]] = {}
     for run in plan.runs.values():
         rows = plan.rows(run.source)["train"]
@@ -110,11 +117,22 @@ def warnings(plan: Plan) -> list[str]:
         if plan.windows(source, "train") > 1
         and plan.params["sources"][source].get("images", {}).get("shuffle_seed", 0) is None
     ]
-    return without + [
-        f"{', '.join(f'saes.{entry}' for entry in dict.fromkeys(entries))}: training passes {tokens / rows:,.0f} times "
-        f"over the {rows:,} rows of stores.{source}.train_rows (tokens {tokens:,}). More rows may serve better."
-        for (source, rows, tokens), entries in found.items()
-    ]
+    late = {
+        f"saes.{run.entry}: {key} is {value}, and training has {run.training.steps} steps of batch_size {run.training.batch_size}, "
+        f"so that {_LATE[key]}. Lower it, or raise tokens."
+        for run in plan.runs.values()
+        for key in _LATE
+        if (value := {**vars(run.training), **run.options}.get(key, 0)) >= run.training.steps
+    }
+    return (
+        without
+        + sorted(late)
+        + [
+            f"{', '.join(f'saes.{entry}' for entry in dict.fromkeys(entries))}: training passes {tokens / rows:,.0f} times "
+            f"over the {rows:,} rows of stores.{source}.train_rows (tokens {tokens:,}). More rows may serve better."
+            for (source, rows, tokens), entries in found.items()
+        ]
+    )
 
 
 def check_inputs(plan: Plan) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from saeflow.config import ROOT
+from saeflow.config import ROOT, read_yaml
 from saeflow.errors import UserError
 from saeflow.installed import interpreter
 
@@ -83,6 +83,7 @@ def run(
         raise UserError(
             f"{file}: no such parameter file. Write one: saeflow init {folder} --model ..."
         )
+    read_yaml(file)  # names the place of what is no YAML, which Snakemake does not
     python = interpreter()
     command = [
         python, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder),

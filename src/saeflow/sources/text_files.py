@@ -79,7 +79,7 @@ def read_lines(path: Path, encoding: str | None) -> Iterator[str]:
         number += 1 + error.object.count(b"\n", 0, error.start)  # decoding runs ahead of lines
         raise UserError(
             f"{path}, line {number}: expected {error.encoding}, found byte 0x{found} ({error.reason}). Set "
-            "text.encoding to the file's own, such as latin-1 or cp1252, or save the file as UTF-8."
+            "text.encoding (of `saeflow init`: --encoding) to the file's own, such as latin-1 or cp1252, or save the file as UTF-8."
         ) from None
     except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise UserError(

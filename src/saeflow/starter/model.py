@@ -10,6 +10,7 @@ from saeflow.errors import UserError
 from saeflow.shapes import config_shape
 from saeflow.sources import hub
 from saeflow.sources.layouts import EMBEDDING
+from saeflow.sources.loading import check_weight_files
 from saeflow.sources.models import FILES, config_in
 from saeflow.starter.asked import Asked
 
@@ -40,6 +41,7 @@ def read_model(asked: Asked) -> Model:
     """Facts of the model, from its folder or the hub."""
     local, named = Path(asked.model), asked.model
     if local.is_dir():
+        check_weight_files(local)
         entry: dict[str, Any] = {"folder": str(local.resolve())}
         folder = local
     elif local.exists() or named.startswith((".", "/", "~")) or named.count("/") != 1:
