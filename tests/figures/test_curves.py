@@ -10,6 +10,7 @@ import pytest
 from saeflow.errors import UserError
 from saeflow.figures import FIGURES, captions, load_tables, style
 from saeflow.figures.plots.training import loss_terms
+from saeflow.figures.report.shown import _scheduled
 from saeflow.tables import verdict
 
 from .conftest import TEXT, Maker
@@ -119,6 +120,25 @@ def test_the_schedule_lies_under_the_active_latents(folder: Path) -> None:
     topk = run[run["entry"] == "topk"]
     assert list(schedules[0].get_ydata()) == list(topk["k"])
     assert list(schedules[0].get_xdata()) == list(topk["tokens_seen"])
+
+
+def test_one_logged_step_is_a_point(folder: Path) -> None:
+    loaded = load_tables(folder)
+    first = loaded.training.groupby("run").head(1)
+    for steps, marker in ((first, "."), (loaded.training, "None")):
+        with style.context():
+            drawing = FIGURES["training"].draw(dataclasses.replace(loaded, training=steps), STRICT)
+        thin = [line for ax in drawing.figure.axes for line in ax.lines if len(line.get_xdata())]
+        assert {line.get_marker() or "None" for line in thin} == {marker}
+
+
+def test_the_report_shows_the_setting_that_moves() -> None:
+    steps = pd.DataFrame(
+        {"run": ["a", "a", "b", "b"], "k": [16, 16, 32, 32], "temperature": [0.3, 0.1, 0.3, 0.1]}
+    )
+    assert _scheduled(steps) == "temperature"
+    assert _scheduled(steps.assign(k=[16, 8, 32, 16])) == "k"
+    assert _scheduled(steps.assign(temperature=0.1)) == "k"
 
 
 def test_no_logged_step_is_an_error(folder: Path) -> None:

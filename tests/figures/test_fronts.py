@@ -1,6 +1,7 @@
 """Fronts show the tables' numbers."""
 
 import csv
+import dataclasses
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -141,6 +142,9 @@ def test_one_seed_of_one_setting_can_be_drawn(make_tables: Maker, tmp_path: Path
     with style.context():
         drawing = FIGURES["fvu_l0"].draw(loaded, STRICT)
     assert "Each point is one seed, error bars 95 % bootstrap intervals" in drawing.caption
+    none = dataclasses.replace(loaded, intervals=loaded.intervals.assign(low=np.nan, high=np.nan))
+    with style.context():
+        assert "Each point is one seed. " in FIGURES["fvu_l0"].draw(none, STRICT).caption
     assert drawing.data["fvu_seed_sd"].isna().all()
     bars = drawing.figure.axes[0].collections
     heights = [
@@ -158,6 +162,21 @@ def test_one_seed_of_one_setting_can_be_drawn(make_tables: Maker, tmp_path: Path
     crossing = np.interp(np.log(ends), np.log(pca["l0_mean"]), pca["fvu"])
     assert (bottom <= crossing).all()
     assert (crossing <= top).all()
+
+
+@pytest.mark.parametrize(("k", "is_in_sight"), [(22, True), (2000, False)])
+def test_pca_that_does_not_reach_the_saes_is_neither_drawn_nor_named(
+    k: int, is_in_sight: bool, make_tables: Maker, tmp_path: Path
+) -> None:
+    loaded = load_tables(
+        make_tables(tmp_path, panels=[TEXT], entries=[("topk", "topk", 1.0, (k,))])
+    )
+    with style.context():
+        drawing = FIGURES["fvu_l0"].draw(loaded, STRICT)
+    (legend,) = drawing.figure.legends
+    assert ("PCA" in [text.get_text() for text in legend.get_texts()]) is is_in_sight
+    assert ("PCA" in drawing.caption) is is_in_sight
+    assert ("pca" in set(drawing.data["variant"])) is is_in_sight
 
 
 def test_error_bars_of_a_figure_mean_one_thing(make_tables: Maker, tmp_path: Path) -> None:

@@ -31,9 +31,8 @@ def seeds(rows: pd.DataFrame) -> str:
 def seed_sentence(rows: pd.DataFrame) -> str:
     """State the meaning of a front's points and error bars."""
     count = seeds(rows)
-    resampled = (
-        "95 % bootstrap intervals over documents, images or samples" if "low" in rows else ""
-    )
+    has_bounds = "low" in rows and rows["low"].notna().any()  # one document alone gives none
+    resampled = "95 % bootstrap intervals over documents, images or samples" if has_bounds else ""
     if count == "1":
         return "Each point is one seed" + (f", error bars {resampled}." if resampled else ".")
     bars = resampled if resampled and not is_seeded(rows) else "one sample standard deviation"

@@ -42,10 +42,22 @@ def compared(tables: Tables, options: Mapping[str, Any], metric: str, figure: st
     wide = tables.wide
     held = pd.concat([compare.one_panel(wide, panel) for panel in panels])
     held = held[held[metric].notna() & held["l0_mean"].notna()]
-    held = compare.of_one_size(held)
+    held = _in_sight(compare.of_one_size(held))
     compare.check_budgets(tables, held, options)
     known = tables.intervals[tables.intervals["metric"] == metric][["run", "low", "high"]]
     return held.merge(known, on="run", how="left") if len(known) else held
+
+
+def _in_sight(rows: pd.DataFrame) -> pd.DataFrame:
+    """Leave out PCA where its line does not reach the L0 of a panel's SAEs."""
+    kept = []
+    for panel in compare.panels_of(rows):
+        own = compare.one_panel(rows, panel)
+        is_pca = own["variant"] == "pca"
+        low, high, _ = _visible(own)
+        ranks = own.loc[is_pca, "l0_mean"]
+        kept.append(own if (ranks.min() <= high) and (ranks.max() >= low) else own[~is_pca])
+    return pd.concat(kept)
 
 
 def saes_of(rows: pd.DataFrame) -> pd.DataFrame:

@@ -142,7 +142,7 @@ def _draw(steps: pd.DataFrame, places: Places) -> Canvas:
                 lost = run[_RECONSTRUCTION if _RECONSTRUCTION in run else "loss"]
                 values = (lost / lost.iloc[0], run["l0"], run["dead"])
                 for ax, value in zip(line, values, strict=True):
-                    ax.plot(run["tokens_seen"], value, **drawn | {"color": color, "lw": 0.8})
+                    ax.plot(run["tokens_seen"], value, **drawn | _line_of(run, color))
         for name, ax in axes.items():
             _finish([ax], name)
             ax.set_xlabel(compare.panel_axis("tokens_seen", panel))
@@ -208,6 +208,11 @@ def _block(part: Canvas, panel: compare.Panel, block: list[Series], terms: list[
         _finish(own, name)
 
 
+def _line_of(run: pd.DataFrame, color: Any) -> dict[str, Any]:
+    """Return how a run's values are drawn: as a line, and those of one logged step as a point."""
+    return {"color": color, "lw": 0.8, "marker": "." if len(run) == 1 else ""}
+
+
 def _settings(series: Series) -> list[tuple[str, pd.DataFrame, Any]]:
     """Label, steps and shade of each setting, those with the fewest active latents first."""
     settings = [held for _, held in each_setting(series.rows)]
@@ -224,7 +229,7 @@ def _row(axes: dict[str, Axes], series: Series, terms: list[str]) -> None:
     own = [term for term in terms if series.rows[term].fillna(0).ne(0).any()]
     for _, held, color in _settings(series):
         for _, run in held.groupby("run"):
-            x, stroke = run["tokens_seen"], {"color": color, "lw": 0.8}
+            x, stroke = run["tokens_seen"], _line_of(run, color)
             axes["reconstruction"].plot(x, run[loss], **stroke)
             axes["l0"].plot(x, run["l0"], **stroke)
             axes["dead"].plot(x, run["dead"], **stroke)

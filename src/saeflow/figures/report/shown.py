@@ -126,12 +126,15 @@ def schedules(steps: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def _scheduled(steps: pd.DataFrame) -> str | None:
-    """The logged column that a schedule drives: k, else a weight."""
-    weights = [column for column in steps.columns if str(column).endswith("_weight")]
-    for column in ["k", *weights]:
-        if column in steps and steps[column].notna().all():
-            return str(column)
-    return None
+    """The logged column that a schedule drives, k before weights before the others; else the first that there is."""
+    weights = [str(column) for column in steps.columns if str(column).endswith("_weight")]
+    found = [
+        column
+        for column in ("k", *weights, "p", "alpha", "temperature")
+        if column in steps and steps[column].notna().all()
+    ]
+    moving = [c for c in found if (steps.groupby("run")[c].nunique() > 1).any()]
+    return next(iter([*moving, *found]), None)
 
 
 def _spark(runs: Sequence[pd.DataFrame], column: str, colors: Sequence[str]) -> list[Line]:
