@@ -128,8 +128,10 @@ def test_a_job_ends_with_its_client(python: Path, tmp_path: Path) -> None:
 def test_a_client_s_signals_reach_its_job(python: Path, tmp_path: Path) -> None:
     with waiting(python, tmp_path) as client:
         client.send_signal(signal.SIGINT)
-        assert client.wait() != 0
-        assert b"KeyboardInterrupt" in client.stderr.read()  # type: ignore[union-attr]
+        code, said = client.wait(), client.stderr.read()  # type: ignore[union-attr]
+        assert (
+            code == 130 or b"KeyboardInterrupt" in said
+        )  # the command line's own code, once it runs
         assert not jobs_in(tmp_path)
 
 
