@@ -178,8 +178,7 @@ class Plan:
 
     def _drawn(self, run: SAEConfig) -> str:
         """Values that a trial has for the keys of its entry's ranges."""
-        known = {**vars(run.training), **run.options}
-        values = {key: known[key] for key in self.params["saes"][run.entry]["ranges"]}
+        values = {key: run.settings[key] for key in self.params["saes"][run.entry]["ranges"]}
         return ", ".join(
             f"{key} {value:g}" if isinstance(value, int | float) else f"{key} {value}"
             for key, value in values.items()

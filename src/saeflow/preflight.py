@@ -122,7 +122,7 @@ def warnings(plan: Plan) -> list[str]:
         f"so that {_LATE[key]}. Lower it, or raise tokens."
         for run in plan.runs.values()
         for key in _LATE
-        if (value := {**vars(run.training), **run.options}.get(key, 0)) >= run.training.steps
+        if (value := run.settings.get(key, 0)) >= run.training.steps
     }
     return (
         without

@@ -129,9 +129,8 @@ def test_a_client_s_signals_reach_its_job(python: Path, tmp_path: Path) -> None:
     with waiting(python, tmp_path) as client:
         client.send_signal(signal.SIGINT)
         code, said = client.wait(), client.stderr.read()  # type: ignore[union-attr]
-        assert (
-            code == 130 or b"KeyboardInterrupt" in said
-        )  # the command line's own code, once it runs
+        # Python's own end while modules are loaded; once the command line runs, its code without a word
+        assert code == (1 if b"KeyboardInterrupt" in said else 130)
         assert not jobs_in(tmp_path)
 
 

@@ -57,6 +57,11 @@ class SAEConfig:
     training: TrainingConfig
     guide: str | None = None
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Keys of `training` and options of the variant, each with its value."""
+        return {**vars(self.training), **self.options}
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SAEConfig":
         """Read back what `dataclasses.asdict` wrote."""
