@@ -3,6 +3,8 @@
 With `first`, each kernel is compiled in one form only.
 """
 
+import itertools
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +18,7 @@ from saeflow.operators.gpu.kernels import (
     dense,
     lists,
     ranks,
+    record,
     rows,
     selection,
     soft,
@@ -50,12 +53,29 @@ def cases() -> Iterator[Case]:
     yield from selections()
     yield from products()
     for is_unit in FLAGS:
-        yield update.measure_rows, [F, F, F, INT], {"IS_UNIT": is_unit, "BLOCK": 1024}, 4
+        yield update.measure_rows, [F, F, F, INT, INT], {"IS_UNIT": is_unit, "BLOCK": 1024}, 4
     for has_shadow in FLAGS:
         for is_unit in FLAGS:
             types = [F, F, F, F, H if has_shadow else F, F, U, *[FLOAT] * 4, INT, INT]
             constants = {"HAS_SHADOW": has_shadow, "IS_UNIT": is_unit, "BLOCK": 1024}
             yield update.update_rows, types, constants, 4
+    for beta, largest in ((-0.1, 1.0), (-math.inf, math.inf)):
+        constants = {"LOG_BETA1": beta, "LOG_BETA2": beta, "LARGEST_NORM": largest}
+        yield update.numbers_of_parts, [F, F, F, U, F, INT], constants, 1
+    yield from records()
+
+
+def records() -> Iterator[Case]:
+    """Yield what a step notes."""
+    for of_finite, has_before in itertools.product(FLAGS, FLAGS):
+        constants = {"OF_FINITE": of_finite, "HAS_BEFORE": has_before, "WIDE": 16}
+        values = F if of_finite else L
+        yield record.keep_first, [values, L, values, L, U, U, INT], constants, 1
+    for has_number in FLAGS:
+        constants = {"FLAG": 1, "HAS_NUMBER": has_number, "WIDE": 1024}
+        yield record.count_flagged, [S, L, L, INT], constants, 4
+    yield record.fired_columns, [F, L, S, U, INT], {"WIDE": 128}, 4
+    yield record.count_silent, [L, U, U, INT, INT, INT], {"WIDE": 1024}, 4
 
 
 def dense_steps(A: str) -> Iterator[Case]:
@@ -176,7 +196,7 @@ for kernel, types, constants, warps in cases():
     sys.stdout.write(f"{kernel.__name__} {types} {constants} {len(binary)} bytes\n")
 written = {
     name
-    for module in (columns, dense, lists, ranks, rows, selection, soft, sparse, update)
+    for module in (columns, dense, lists, ranks, record, rows, selection, soft, sparse, update)
     for name, member in vars(module).items()
     if name.endswith(
         (
@@ -188,6 +208,10 @@ written = {
             "_dense",
             "_pieces",
             "_keys",
+            "_parts",
+            "_first",
+            "_flagged",
+            "_silent",
         )
     )
     and isinstance(member, triton.JITFunction)

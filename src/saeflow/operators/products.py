@@ -129,7 +129,7 @@ def gather_pre_acts(
         decoder = W_enc.detach().t() if W_dec is None else W_dec
         walk = on_lists.walk(W_enc, b_enc, b_dec, decoder)
     values = on_lists.gather(x, lists, walk, is_rounded=is_rounded)
-    return replace(selection.with_values(values.view(-1)), walk=walk)
+    return replace(selection.with_whole(values.view(-1)), walk=walk)
 
 
 def gather_columns(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from saeflow.operators import gpu, native
+from saeflow.operators.gpu import record
 from saeflow.operators.gpu import selection as select
 from saeflow.operators.gpu import weights as on_lists
-from saeflow.operators.gpu.lists import OVERFLOW, Lists, capacity_for, spare_for
+from saeflow.operators.gpu.lists import Lists, capacity_for, spare_for
 from saeflow.operators.gpu.sparse import column_totals
 from saeflow.operators.gpu.weights import Walk
 from saeflow.operators.rows import pad, positions
@@ -37,7 +38,7 @@ class SparseLatents:
     column 0 and value 0, takes no gradient and counts nowhere.
 
     Attributes:
-        offsets: (B + 1,) int64; row b holds entries offsets[b] up to offsets[b + 1].
+        offsets: (B + 1,) int64; row b holds entries offsets[b] up to offsets[b + 1]. Empty where rows have the same room.
         columns: (count,) int64 in 0..d_sae-1, ascending within a row, no column twice in a row.
         values: (count,) floating point; the only differentiable part.
         d_sae: number of columns.
@@ -56,10 +57,9 @@ class SparseLatents:
     @staticmethod
     def of(lists: Lists) -> "SparseLatents":
         """Lists of a fixed size as sparse latents."""
-        n_lists, room = lists.columns.shape
-        offsets = torch.arange(n_lists + 1, device=lists.columns.device) * room
+        none = lists.columns.new_empty(0, dtype=torch.int64)
         return SparseLatents(
-            offsets, lists.columns.view(-1), lists.values.view(-1), lists.d_sae, lists
+            none, lists.columns.view(-1), lists.values.view(-1), lists.d_sae, lists
         )
 
     @staticmethod
@@ -173,13 +173,16 @@ class SparseLatents:
         """The same entries with other values (count,)."""
         if values.shape != self.columns.shape:
             raise ValueError(f"expected {len(self.columns)} values, got {tuple(values.shape)}")
-        if self.lists is None:
-            other = replace(self, values=values)
-        else:
+        if self.lists is not None:
             values = values.where(self.is_real, 0)
-            lists = self.lists.with_values(values.view_as(self.lists.columns))
-            other = replace(self, values=values, lists=lists)
-        return self._tell(other)
+        return self.with_whole(values)
+
+    def with_whole(self, values: Tensor) -> "SparseLatents":
+        """The same entries with values (count,) that are 0 already where there is no entry, and take no gradient there."""
+        lists = self.lists
+        if lists is not None:
+            lists = lists.with_values(values.view_as(lists.columns))
+        return self._tell(replace(self, values=values, lists=lists))
 
     def _tell(self, other: "SparseLatents") -> "SparseLatents":
         """Give other values of the same entries what is known of their places."""
@@ -198,7 +201,7 @@ class SparseLatents:
 
     def relu(self) -> "SparseLatents":
         """The same entries, 0 where they are negative."""
-        return self.with_values(self.values.relu())
+        return self.with_whole(self.values.relu())
 
     def of_columns(self, vector: Tensor) -> Tensor:
         """Return the number (count,) that a vector (d_sae,) has for each entry, with gradient."""
@@ -263,12 +266,11 @@ class SparseLatents:
 
     def fired(self) -> Tensor:
         """(d_sae,) bool: latents that are not zero somewhere in the batch."""
-        is_active = self.values.detach() != 0
-        if self.lists is None:
-            fired = torch.zeros(self.d_sae, dtype=torch.bool, device=self.values.device)
-            fired[self.columns[is_active]] = True
-            return fired
-        return self.count() > 0
+        if self.lists is not None:
+            return record.fired(self.lists)
+        fired = torch.zeros(self.d_sae, dtype=torch.bool, device=self.values.device)
+        fired[self.columns[self.values.detach() != 0]] = True
+        return fired
 
     def count(self) -> Tensor:
         """(d_sae,) int64: in how many rows each latent is not zero."""
@@ -300,12 +302,6 @@ class SparseLatents:
             return numbers.new_zeros(len(self)).index_add(0, self.rows, numbers)
         real = numbers.where(self.is_real, 0).view_as(self.lists.columns)
         return self.lists.of_rows(real.sum(1))
-
-    def cut_rows(self) -> Tensor:
-        """() int64: rows that have more entries than their room, and lost some."""
-        if self.lists is None:
-            return self.offsets.new_zeros(())
-        return (self.lists.status & OVERFLOW != 0).sum()
 
     def dense(self) -> Tensor:
         """(B, d_sae) with zeros elsewhere, differentiable in the values."""

@@ -81,7 +81,7 @@ class Contract(Totals):
     def __init__(self, d_in: int, d_sae: int, d_out: int | None = None) -> None:
         super().__init__()
         self.numbers: dict[str, Any] = {}  # see `Moving`
-        self.copies: dict[str, Tensor] = {}
+        self.copies: dict[tuple[str, torch.dtype], Tensor] = {}
         self.d_in, self.d_sae = d_in, d_sae
         self.d_out = d_in if d_out is None else d_out
         self.widened = 1  # times `most` that there is room for, once rows had more latents
@@ -155,7 +155,7 @@ class Contract(Totals):
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         """Selected pre-activations, with gradient, to latents: what `activate` makes of them."""
-        return selected.with_values(selected.values.relu())
+        return selected.relu()
 
     # Losses, schedules and statistics.
 
@@ -298,11 +298,12 @@ class Contract(Totals):
         """
         if self.room is None or not acts_as_gpu(self.W_dec):
             return getattr(self, name)
-        copy = self.copies.get(name)
+        key = name, self.W_dec.dtype if dtype is None else dtype
+        copy = self.copies.get(key)
         if copy is None or copy.device != self.W_dec.device:
-            copy = self.W_dec.new_full((), getattr(self, name), dtype=torch.float64)
-            self.copies[name] = copy
-        return copy.to(self.W_dec.dtype if dtype is None else dtype)
+            copy = self.W_dec.new_full((), getattr(self, name), dtype=key[1])
+            self.copies[key] = copy
+        return copy
 
     def above_zero(self, pre_acts: Tensor, margin: Tensor | float) -> SparseLatents:
         """Return the entries above 0, or within a margin of it: `select` of a variant whose latents are a relu."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from saeflow.batch import Batch
 from saeflow.operators import SparseLatents
-from saeflow.operators.gpu import dense
+from saeflow.operators.gpu import dense, record
 
 
 class Errors(NamedTuple):
@@ -127,11 +127,12 @@ class Forward:
 
     def lacking(self) -> Tensor:
         """Return (2,) int64: rows that lost latents for want of room, and dead latents where there was none for all."""
-        nothing = torch.zeros((), dtype=torch.int64, device=self.x.device)
-        rows = nothing
-        if isinstance(self.latents, SparseLatents):
-            rows = self.latents.cut_rows()
-        return torch.stack((rows, nothing if self.dead is None else self.dead))
+        if isinstance(self.latents, SparseLatents) and self.latents.lists is not None:
+            return record.lacking(self.latents.lists, self.dead)
+        lacking = torch.zeros(2, dtype=torch.int64, device=self.x.device)
+        if self.dead is not None:
+            lacking[1].copy_(self.dead)
+        return lacking
 
     def fired(self) -> Tensor:
         """(d_sae,) bool: latents that are not zero somewhere in the batch."""

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Generic, TypeVar, overload
 
-from torch import Tensor
-
 from saeflow.config.explain import explained, validator
 from saeflow.config.options import Form
 from saeflow.errors import UserError
@@ -80,9 +78,9 @@ class Schedule:
 
 
 class Moving(Generic[Number]):
-    """An attribute of an SAE that a schedule moves: the host's number, and a copy that a GPU's kernels read.
+    """An attribute of an SAE that a schedule moves: the host's number, and copies that a GPU's kernels read, one of each type.
 
-    The copy stays where it is, so that a step that was recorded once serves while the number moves.
+    A copy stays where it is, so that a step that was recorded once serves while the number moves.
     """
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -102,10 +100,9 @@ class Moving(Generic[Number]):
 
     def __set__(self, sae: Any, number: Number) -> None:
         sae.numbers[self.name] = number
-        copy: Tensor | None = sae.copies.get(self.name)
-        if copy is not None:
-            value: Any = number
-            copy.fill_(value)
+        for (name, _), copy in sae.copies.items():
+            if name == self.name:
+                copy.fill_(number)
 
 
 def make_schedule(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from saeflow.batch import Batch
+from saeflow.operators.gpu.record import keep_first
 
 
 class NotFinite(NamedTuple):
@@ -38,7 +39,7 @@ class Watch:
     def look(
         self, batch: Batch, terms: Mapping[str, Tensor], ignored: Tensor | None = None
     ) -> Tensor:
-        """Return whether this step, or one before it, cannot be taken.
+        """Return whether this step, or one before it, cannot be taken; true where it is ignored.
 
         Args:
             batch: of the step.
@@ -52,12 +53,7 @@ class Watch:
         values = torch.stack([total, *(term.detach().float() for term in terms.values())])
         if self.names != list(terms):
             self.names, self.values = list(terms), torch.zeros_like(values)
-        is_first = (self.step < 0) & ~values.isfinite().all()
-        if ignored is not None:
-            is_first = is_first & ~ignored
-        self.values.copy_(torch.where(is_first, values, self.values))
-        self.step.copy_(torch.where(is_first, self.now, self.step))
-        return self.step >= 0
+        return keep_first(values, self.now, self.values, self.step, ignored)
 
     def read(self) -> NotFinite | None:
         """The first step that could not be taken; None where all could. Waits for the device."""

@@ -5,6 +5,7 @@ whose first call imports torch's compiler: 2 s and 150 MiB of every training pro
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from saeflow.config import TrainingConfig
 from saeflow.operators import acts_as_gpu, native
 from saeflow.operators.gpu import shadows
-from saeflow.operators.gpu.update import Part, measure, update
+from saeflow.operators.gpu.update import Part, measure, squares_in, update
 from saeflow.saes import SAE
 from saeflow.training.alignment import Alignment
 
@@ -33,7 +34,7 @@ class Optimizer:
         param_groups: params, lr, betas and eps; the first holds what is clipped together, the second, where
             there is one, what the variant sets apart.
         state: of each parameter, laid out alike: its moments exp_avg and exp_avg_sq, and (), the steps in
-            which it had a gradient. They are made before the first step, so that on a CPU what a step needs and
+            which it had a gradient, a view of the group's `steps`. They are made before the first step, so that on a CPU what a step needs and
             frees is one block of memory, which the next step finds whole.
     """
 
@@ -43,19 +44,21 @@ class Optimizer:
         groups = [list(trained.values()), *([apart] if apart else [])]
         settings = {"lr": 0.0, "betas": sae.betas or config.betas, "eps": EPSILON}
         self.param_groups: list[dict[str, Any]] = [{"params": g, **settings} for g in groups]
+        device = sae.W_dec.device
+        self.steps = [torch.zeros(len(group), device=device) for group in groups]
         self.state: dict[Tensor, dict[str, Tensor]] = {
             parameter: {
-                "step": torch.zeros((), device=parameter.device),
+                "step": step,
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
-            for group in groups
-            for parameter in group
+            for group, steps in zip(groups, self.steps, strict=True)
+            for parameter, step in zip(group, steps.unbind(), strict=True)
         }
         self.sae = sae
         self.alignment = Alignment(sae) if sae.aligned else None
         self.largest_norm = math.inf if config.grad_clip is None else config.grad_clip
-        self.rates = torch.zeros(len(groups), device=sae.W_dec.device).unbind()  # of each group
+        self.rates = torch.zeros(len(groups), device=device).unbind()  # of each group
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -83,18 +86,17 @@ class Optimizer:
             self.sae.project_grad()
         if self.alignment is not None:
             self.alignment.project_grad()
-        device = self.sae.W_dec.device
-        divided, held = torch.zeros(2, dtype=torch.float64, device=device).unbind()
-        for parameter, found in gradients:
-            if at_once:
-                square = self._measure_at_once(parameter, found)
-            elif is_native:
-                square = self._measure(parameter, found)
-            else:
-                square = torch.linalg.vector_norm(found, dtype=torch.float64) ** 2
-            total = divided if self._is_divided(parameter) else held
-            total += square
-        norm = (self.sae.ranks.over_latents(divided) + held).sqrt().float()
+        if at_once:
+            norm = self._norm_at_once(gradients)
+        else:
+            measure_one = self._measure if is_native else _square
+            divided, held = torch.zeros(
+                2, dtype=torch.float64, device=self.sae.W_dec.device
+            ).unbind()
+            for parameter, found in gradients:
+                total = divided if self._is_divided(parameter) else held
+                total += measure_one(parameter, found)
+            norm = (self.sae.ranks.over_latents(divided) + held).sqrt().float()
         for group in apart:
             own = clip_grad_norm_([p for p, _ in self._gradients(group)], self.largest_norm)
             norm = norm + 0 * own
@@ -110,13 +112,19 @@ class Optimizer:
         native.spread("adam.measure_rows", len(weights), *arrays)
         return squares.sum(dtype=torch.float64)
 
-    def _measure_at_once(self, parameter: Tensor, found: Tensor) -> Tensor:
-        """The same in one pass, for which the host does not wait."""
-        if found.stride() != parameter.stride():
-            parameter.grad = found = torch.empty_like(parameter).copy_(found)
-        gradient, weights = _rows(found), _rows(parameter)
-        squares = measure(gradient, weights if self._is_unit(parameter) else None)
-        return squares.sum(dtype=torch.float64)
+    def _norm_at_once(self, gradients: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """() float32 the norm of gradients, without their parts along unit rows: a pass over each, for which the host does not wait."""
+        parts: dict[bool, list[tuple[Tensor, Tensor | None]]] = {True: [], False: []}
+        for parameter, gradient in gradients:
+            found = _laid_out_as(parameter, gradient)
+            parameter.grad = found
+            unit_rows = _rows(parameter) if self._is_unit(parameter) else None
+            as_rows = _rows if found.ndim == 2 else _flat
+            parts[self._is_divided(parameter)].append((as_rows(found), unit_rows))
+        square = _squares(parts[False], self.sae.W_dec)
+        if parts[True]:
+            square = square + self.sae.ranks.over_latents(_squares(parts[True], self.sae.W_dec))
+        return square.sqrt().float()
 
     def share(self) -> None:
         """Sum over ranks the gradients of what more than one of them holds."""
@@ -140,8 +148,8 @@ class Optimizer:
         gradients = self._gradients(*self.param_groups)
         if acts_as_gpu(norm) or not native.serves(*(parameter for parameter, _ in gradients)):
             largest = self.largest_norm
-            for group, rate in zip(self.param_groups, self.rates, strict=True):
-                self._update_at_once(group, rate, norm, skip, largest)
+            for group, steps, rate in zip(self.param_groups, self.steps, self.rates, strict=True):
+                self._update_at_once(group, steps, rate, norm, skip, largest)
                 largest = math.inf
             self._align(skip)
             return
@@ -173,24 +181,29 @@ class Optimizer:
             native.spread("adam.update_rows", len(rows[0]), *rows, is_unit, *numbers)
 
     def _update_at_once(
-        self, group: dict[str, Any], rate: Tensor, norm: Tensor, skip: Tensor, largest_norm: float
+        self,
+        group: dict[str, Any],
+        steps: Tensor,
+        rate: Tensor,
+        norm: Tensor,
+        skip: Tensor,
+        largest_norm: float,
     ) -> None:
         """One pass over each parameter of a group, for which the host does not wait."""
-        parts, steps = [], []
-        for parameter, gradient in self._gradients(group):
-            state = self.state[parameter]
-            if gradient.stride() != parameter.stride():
-                gradient = torch.empty_like(parameter).copy_(gradient)
+        parts: list[Part | None] = []
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                parts.append(None)
+                continue
+            state, gradient = self.state[parameter], _laid_out_as(parameter, parameter.grad)
             as_rows = _rows if parameter.ndim == 2 else _flat
             moments = as_rows(state["exp_avg"]), as_rows(state["exp_avg_sq"])
             copy = shadows.refresh(parameter)
             shadow = None if copy is None else as_rows(copy)
             tensors = as_rows(parameter), as_rows(gradient), *moments, shadow
             parts.append(Part(*tensors, is_unit=self._is_unit(parameter)))
-            steps.append(state["step"])
         options = {"betas": group["betas"], "eps": group["eps"], "largest_norm": largest_norm}
-        if parts:
-            update(parts, norm, steps, rate, skip, **options)
+        update(parts, norm, steps, rate, skip, **options)
         for parameter, _ in self._gradients(group):
             shadows.written(parameter)
 
@@ -205,6 +218,33 @@ class Optimizer:
 
     def _is_unit(self, parameter: Tensor) -> bool:
         return self.sae.has_unit_norm and parameter is self.sae.W_dec
+
+
+def _square(parameter: Tensor, found: Tensor) -> Tensor:
+    """() the square of a parameter's gradient, in float64."""
+    norm: Tensor = torch.linalg.vector_norm(found, dtype=torch.float64)
+    return norm**2
+
+
+def _squares(parts: Sequence[tuple[Tensor, Tensor | None]], like: Tensor) -> Tensor:
+    """() float64 the sum of squares of gradients, on the device of another tensor.
+
+    Args:
+        parts: each gradient, with the unit rows whose part is removed from it.
+    """
+    counts = [squares_in(gradient) for gradient, _ in parts]
+    squares = like.new_empty(sum(counts))
+    for (gradient, unit_rows), own in zip(parts, squares.split(counts), strict=True):
+        measure(gradient, own, unit_rows)
+    total: Tensor = squares.sum(dtype=torch.float64)
+    return total
+
+
+def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """A gradient in its parameter's layout."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)
 
 
 def _flat(tensor: Tensor) -> Tensor:

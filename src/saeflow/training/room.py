@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from saeflow.batch import Batch
+from saeflow.operators.gpu.record import keep_first
 
 Taken = TypeVar("Taken")
 AHEAD = 8
@@ -61,7 +62,6 @@ class Room:
         else:
             kept += [tensor.clone() for tensor in self.state]
 
-    @torch.no_grad()
     def look(self, step: Tensor, lacking: Tensor) -> Tensor:
         """Return whether this step, or one before it, must be taken again.
 
@@ -72,10 +72,7 @@ class Room:
         Returns:
             () bool, on the device.
         """
-        is_first = (self.step < 0) & lacking.any()
-        self.lacking.copy_(torch.where(is_first, lacking, self.lacking))
-        self.step.copy_(torch.where(is_first, step, self.step))
-        return self.step >= 0
+        return keep_first(lacking, step, self.lacking, self.step)
 
     def send(self, step: int, batch: Batch) -> None:
         """Send for the outcome of a step, of a batch that is kept until it is known."""

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Generator, Mapping
 from contextlib import closing
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -18,6 +19,7 @@ from saeflow.config import SAEConfig
 from saeflow.errors import UserError
 from saeflow.files import file_digest, json_digest
 from saeflow.operators import acts_as_gpu
+from saeflow.operators.gpu.record import count_silent
 from saeflow.saes import SAE, Forward, InputScale, Ranks, build, save
 from saeflow.saes.ranks import check_divides
 from saeflow.stores.batches import on_device
@@ -259,12 +261,12 @@ class Run:
 
     def judge(self, fwd: Forward) -> dict[str, Tensor]:
         """Count which latents fired; the loss of a pass, and its terms."""
-        self.silent.add_(self.ranks.rows(fwd.x))
-        self.silent.masked_fill_(self.ranks.any_row(fwd.fired()), 0)
-        terms = self.sae.losses(fwd, self.usage.trained_by_auxk(fwd, self.dead))
+        fired, rows = self.ranks.any_row(fwd.fired()), self.ranks.rows(fwd.x)
+        dead = count_silent(self.silent, fired, rows, self.config.training.dead_after_tokens)
+        terms = self.sae.losses(fwd, self.usage.trained_by_auxk(fwd, dead))
         if self.orthogonality is not None:
             terms = terms | {"orthogonality": self.orthogonality.loss()}
-        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+        return {"loss": reduce(torch.add, terms.values()), **terms}
 
     def learn(self, fwd: Forward, losses: Mapping[str, Tensor]) -> Stepped:
         """Update weights and statistics, once gradients are there."""
@@ -275,8 +277,6 @@ class Run:
         if self.has_room:
             again = self.room.look(self.watch.now, self.ranks.largest(fwd.lacking()))
         cannot_be_taken = self.watch.look(fwd.batch, terms, again)
-        if again is not None:
-            cannot_be_taken = cannot_be_taken | again
         if not acts_as_gpu(fwd.x):  # where nothing is waited for
             self.check()
         self.optimizer.update(norm, cannot_be_taken)

@@ -1,9 +1,11 @@
 """The update in one pass, against torch's own clipping and Adam, and unit rows after each step."""
 
+import math
+
 import pytest
 import torch
 
-from saeflow.operators.gpu.update import Part, measure, update
+from saeflow.operators.gpu.update import BLOCK, Part, measure, squares_in, update
 
 RATE, EPS, LARGEST = 0.01, 1e-8, 1.0
 SHAPES = {
@@ -33,7 +35,7 @@ def test_steps_are_those_of_torchs_adam(betas: tuple[float, float], path: str) -
         )
         for name, t in start.items()
     }
-    steps = {name: torch.zeros((), device=path) for name in SHAPES}
+    steps = torch.zeros(len(SHAPES), device=path)
     for number in range(3):
         moving = [name for name in SHAPES if name != "short vector" or number != 1]
         for name, leaf in reference.items():
@@ -49,15 +51,9 @@ def test_steps_are_those_of_torchs_adam(betas: tuple[float, float], path: str) -
             reference["unit rows"] /= reference["unit rows"].norm(dim=1, keepdim=True)
         numbers = {"betas": betas, "eps": EPS, "largest_norm": LARGEST}
         rate, skip = torch.tensor(RATE, device=path), torch.tensor(False, device=path)
-        of_moving = (
-            [parts[name] for name in moving],
-            norm.to(path),
-            [steps[name] for name in moving],
-        )
-        update(*of_moving, rate, skip, **numbers)
-    assert {name: int(step) for name, step in steps.items()} == {
-        name: int(adam.state[leaf]["step"]) for name, leaf in reference.items()
-    }
+        of_moving = [part if name in moving else None for name, part in parts.items()]
+        update(of_moving, norm.to(path), steps, rate, skip, **numbers)
+    assert steps.tolist() == [int(adam.state[leaf]["step"]) for leaf in reference.values()]
     for name, leaf in reference.items():
         part = parts[name]
         torch.testing.assert_close(part.parameter.cpu(), leaf.detach(), rtol=1e-5, atol=1e-6)
@@ -74,10 +70,10 @@ def test_a_skipped_update_writes_nothing(path: str) -> None:
     tensors[1][2, 3] = torch.nan
     before = [t.clone() for t in tensors]
     part = Part(*tensors, shadow=torch.zeros(4, 6, device=path, dtype=torch.bfloat16), is_unit=True)
-    step = torch.tensor(5.0, device=path)
+    step = torch.tensor([5.0], device=path)
     norm, rate = torch.tensor(torch.nan, device=path), torch.tensor(0.1, device=path)
     skip = torch.tensor(True, device=path)
-    update([part], norm, [step], rate, skip, betas=(0.9, 0.999), eps=EPS, largest_norm=1.0)
+    update([part], norm, step, rate, skip, betas=(0.9, 0.999), eps=EPS, largest_norm=1.0)
     for now, then in zip(tensors, before, strict=True):
         torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
     assert part.shadow is not None
@@ -95,10 +91,40 @@ def test_a_gradient_is_measured_without_its_part_along_unit_rows(
     gradient[-1] = 0
     plain = gradient.float().to(path)
     expected = gradient.square().sum(1)
-    torch.testing.assert_close(measure(plain).double().cpu(), expected, rtol=1e-5, atol=1e-6)
+    squares = torch.empty(squares_in(plain), device=path)
+    measure(plain, squares)
+    torch.testing.assert_close(squares.double().cpu(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(plain.cpu(), gradient.float())
-    squares = measure(plain, rows.float().to(path))
+    measure(plain, squares, rows.float().to(path))
     projected = gradient - (gradient * rows).sum(1, keepdim=True) * rows
     torch.testing.assert_close(plain.double().cpu(), projected, rtol=1e-4, atol=1e-5)
     expected = projected.square().sum(1)
     torch.testing.assert_close(squares.double().cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 5, BLOCK, 2 * BLOCK + 3])
+def test_a_vector_is_measured_by_blocks(length: int, path: str) -> None:
+    gradient = torch.randn(length, generator=torch.Generator().manual_seed(2))
+    squares = torch.full((squares_in(gradient),), torch.nan, device=path)
+    measure(gradient.to(path), squares)
+    expected = torch.stack([block.double().square().sum() for block in gradient.split(BLOCK)])
+    torch.testing.assert_close(squares.double().cpu(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("step", [0, 3, 4_000_000])
+@pytest.mark.parametrize(("betas", "largest"), [((0.9, 0.999), 0.1), ((0.0, 0.9999), math.inf)])
+def test_numbers_of_a_step_are_those_of_adam(
+    step: int, betas: tuple[float, float], largest: float, path: str
+) -> None:
+    """The first weight shows rate, correction and clipping: its gradient is 2, its moments were 0."""
+    part = Part(*(torch.tensor([v], device=path) for v in (1.0, 2.0, 0.0, 0.0)))
+    steps = torch.tensor([step, step], dtype=torch.float32, device=path)
+    norm, rate = torch.tensor(2.0, device=path), torch.tensor(0.01, device=path)
+    skip = torch.tensor(False, device=path)
+    update([part, None], norm, steps, rate, skip, betas=betas, eps=1e-30, largest_norm=largest)
+    assert steps.tolist() == [step + 1, step]
+    g = 2 * min(1.0, largest / (2 + 1e-6))
+    first, second = (1 - betas[0]) * g, (1 - betas[1]) * g * g
+    falls = [1 - beta ** (step + 1) for beta in betas]
+    expected = 1 - 0.01 * (first / falls[0]) / math.sqrt(second / falls[1])
+    assert float(part.parameter) == pytest.approx(expected, rel=1e-6)

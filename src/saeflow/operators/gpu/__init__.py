@@ -13,7 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MODULES = ("rows", "ranks", "selection", "soft", "lists", "sparse", "columns", "dense", "update")
+MODULES = (
+    "rows",
+    "ranks",
+    "selection",
+    "soft",
+    "lists",
+    "sparse",
+    "columns",
+    "dense",
+    "update",
+    "record",
+)
 _SUM_BLOCK = 256
 _WIDE = 1024  # entries of a row that are looked at together
 is_on = True

@@ -67,7 +67,7 @@ def decode(lists: Lists, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """(B, d) float32, the sum of values times rows of W_dec (M, d) float32 or bfloat16, plus b_dec (d,)."""
     if not _runs_triton(W_dec, lists):
         total = torch.zeros(len(lists.columns), W_dec.shape[1], device=W_dec.device)
-        for columns, values in _by_slot(lists.columns, lists.values.detach()):
+        for columns, values in _by_slot(lists, lists.values.detach()):
             total = total + values[:, None] * W_dec[columns].float()
         total = lists.of_rows(total)
         return total if b_dec is None else total + b_dec
@@ -83,8 +83,7 @@ def row_products(left: Tensor, right: Tensor, lists: Lists) -> Tensor:
     if not _runs_triton(left, lists):
         rows = lists.of_lists(left).float()
         found = [
-            (rows * right[columns].float()).sum(1)
-            for columns, _ in _by_slot(lists.columns, lists.values)
+            (rows * right[columns].float()).sum(1) for columns, _ in _by_slot(lists, lists.values)
         ]
         return torch.where(lists.real, torch.stack(found, 1), 0)
     out = torch.empty_like(lists.values)
@@ -154,7 +153,7 @@ def nested_errors(
         row = torch.arange(len(lists.columns), device=x.device)
         parts = x.new_zeros(len(row), groups, width)
         of = torch.bucketize(lists.columns, boundaries.to(torch.int32), right=True)
-        slots = list(_by_slot(lists.columns, lists.values.detach()))
+        slots = list(_by_slot(lists, lists.values.detach()))
         for group, (columns, values) in zip(of.T, slots, strict=True):
             parts[row, group] = parts[row, group] + values[:, None] * W_dec[columns].float()
         errors = lists.of_rows(parts).cumsum(1) + (b_dec - x)[:, None]
@@ -191,7 +190,7 @@ def weight_gradients(
         grad: (B, d) gradient at x_hat, or (B, G, d) at what each group of latents adds to it.
         lists: latents, of which the decoder's gradient is the sum of value * grad[row].
         value_grads: (B, C) gradient at the pre-activations, of which the encoder's is the sum of
-            value_grad * centred[row]; 0 where an entry is not real.
+            value_grad * centred[row].
         into: gradients that these are added to; their memory is used.
         boundaries: (G - 1,) int64, of the groups.
         scales: (B,) float32, what each row of grad is to be multiplied with; None: 1.
@@ -228,7 +227,7 @@ def column_sums(
     Args:
         matrix: (B, d), or (B, G, d) with one row for each group of latents.
         lists: whose values are left aside.
-        weights: (B, C), 0 where an entry is not real.
+        weights: (B, C).
         boundaries: (G - 1,) int64, of the groups.
         scales: (B,) float32, what each row of the matrix is to be multiplied with; None: 1.
 
@@ -243,7 +242,7 @@ def column_sums(
         totals = sums.new_zeros(M)
         of_lists = lists.of_lists(matrix)
         row = torch.arange(len(of_lists), device=matrix.device)
-        for columns, of_slot in _by_slot(lists.columns, weights):
+        for columns, of_slot in _by_slot(lists, weights):
             rows = of_lists
             if boundaries is not None:
                 rows = of_lists[row, torch.bucketize(columns.contiguous(), boundaries, right=True)]
@@ -315,9 +314,9 @@ def _products(lists: Lists) -> Tensor:
     return torch.empty_like(values) if lists.spill is None else torch.zeros_like(values)
 
 
-def _by_slot(columns: Tensor, values: Tensor) -> Any:
-    """Columns (B,) and values (B,) of the first entry of each row, of the second, ..."""
-    return zip(columns.T.long(), values.T, strict=True)
+def _by_slot(lists: Lists, values: Tensor) -> Any:
+    """Columns (R,) and values (R,) of the first entry of each list, of the second, ...; 0 where there is none."""
+    return zip(lists.columns.T.long(), values.where(lists.real, 0).T, strict=True)
 
 
 def _runs_triton(tensor: Tensor, lists: Lists) -> bool:

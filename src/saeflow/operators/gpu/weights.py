@@ -181,7 +181,7 @@ class _Token(torch.autograd.Function):
         ctx.save_for_backward(W_enc, W_dec)  # that they are still what they were is checked
         ctx.left = left
         ctx.set_materialize_grads(False)
-        return W_dec.new_zeros(())
+        return W_dec.new_empty(())  # of no value
 
     @staticmethod
     @once_differentiable
@@ -291,11 +291,14 @@ class _SquaredErrors(torch.autograd.Function):
         ctx.lists, ctx.left, ctx.boundaries = lists, left, boundaries
         ctx.number = 0 if left is None else left.number()
         ctx.mark_non_differentiable(found.error)
+        ctx.set_materialize_grads(False)
         return found.squares, found.error
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 9
         error, products, of_all = ctx.saved_tensors
         twice = 2 * grad
         of_values = None

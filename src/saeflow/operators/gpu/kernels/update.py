@@ -36,15 +36,15 @@ def update_rows(
 
 @triton.jit
 def measure_rows(
-    gradient, unit_rows, squares, width, IS_UNIT: tl.constexpr, BLOCK: tl.constexpr
+    gradient, unit_rows, squares, width, count, IS_UNIT: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Sum the squares of each row, without its part along a unit row, which is removed."""
+    """Sum the squares of each row of `count` numbers, without its part along a unit row, which is removed."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
-        inside = start + at < width
         where = row * width + start + at
+        inside = (start + at < width) & (where < count)
         found = tl.load(gradient + where, mask=inside, other=0.0)
         if IS_UNIT:
             direction = tl.load(unit_rows + where, mask=inside, other=0.0)
@@ -52,3 +52,23 @@ def measure_rows(
             tl.store(gradient + where, found, mask=inside)
         total += found * found
     tl.store(squares + row, tl.sum(total, 0))
+
+
+@triton.jit
+def numbers_of_parts(
+    steps, norm, lr, skip, numbers, moving, LOG_BETA1: tl.constexpr, LOG_BETA2: tl.constexpr,
+    LARGEST_NORM: tl.constexpr,
+):  # fmt: skip
+    """Count a step of those parts whose bit of `moving` is set; write what `update_rows` reads of each."""
+    part = tl.program_id(0)
+    is_moving = (moving >> part) & 1
+    taken = tl.load(steps + part) + tl.where(tl.load(skip) == 0, is_moving, 0)
+    tl.store(steps + part, taken)
+    t = tl.maximum(taken, 1.0).to(tl.float64)
+    fall1 = tl.exp(t * tl.full((), LOG_BETA1, tl.float64))
+    fall2 = tl.exp(t * tl.full((), LOG_BETA2, tl.float64))
+    clip = tl.full((), LARGEST_NORM, tl.float64) / (tl.load(norm).to(tl.float64) + 1e-6)
+    own = numbers + part * 4
+    tl.store(own, tl.where(clip > 1.0, 1.0, clip).to(tl.float32))
+    tl.store(own + 1, (tl.load(lr).to(tl.float64) / (1.0 - fall1)).to(tl.float32))
+    tl.store(own + 2, (1.0 / tl.sqrt(1.0 - fall2)).to(tl.float32))

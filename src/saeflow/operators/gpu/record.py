@@ -1,0 +1,95 @@
+"""What a step notes on the device, one kernel each: its faults, the latents that fired, the tokens since they did."""
+
+import torch
+from torch import Tensor
+
+from saeflow.operators import gpu
+from saeflow.operators.gpu.lists import OVERFLOW, Lists
+
+WIDE = 1024
+COLUMNS = 128  # that a program reads entries of
+
+
+@torch.no_grad()
+def keep_first(
+    values: Tensor, now: Tensor, kept: Tensor, step: Tensor, before: Tensor | None = None
+) -> Tensor:
+    """Keep the values and the number of the first step with a fault, and tell whether there was one by now.
+
+    Args:
+        values: (n,); a fault is a value that is not finite in float32, and one that is not 0 in int64.
+        now: () int64, the step's number.
+        kept: (n,), written if this is the first step with a fault.
+        step: () int64, the number of that step, below 0 until there is one; written.
+        before: () bool; true of a step that is not taken for another reason and is not looked at.
+
+    Returns:
+        () bool: there was a fault by now, or `before`.
+    """
+    if not (gpu.runs_triton(values) and len(values)):
+        is_finite = values.dtype.is_floating_point
+        has_fault = ~values.isfinite().all() if is_finite else values.any()
+        was_stopped = step >= 0 if before is None else (step >= 0) | before
+        is_first = has_fault & ~was_stopped
+        kept.copy_(torch.where(is_first, values, kept))
+        step.copy_(torch.where(is_first, now, step))
+        return has_fault | was_stopped
+    is_stopped = torch.empty((), dtype=torch.bool, device=values.device)
+    tensors = (values, now, kept, step, is_stopped if before is None else before)
+    gpu.load("record").keep_first[(1,)](
+        *(_as_bytes(tensor) for tensor in (*tensors, is_stopped)), len(values),
+        OF_FINITE=values.dtype.is_floating_point, HAS_BEFORE=before is not None,
+        WIDE=1 << max(4, (len(values) - 1).bit_length()), num_warps=1,
+    )  # fmt: skip
+    return is_stopped
+
+
+def lacking(lists: Lists, number: Tensor | None = None) -> Tensor:
+    """Return how many rows of lists have more entries than room, and a number () int64 beside it, 0 unless given: (2,) int64."""
+    if not gpu.runs_triton(lists.status):
+        rows = (lists.status & OVERFLOW != 0).sum()
+        return torch.stack((rows, torch.zeros_like(rows) if number is None else number))
+    out = torch.empty(2, dtype=torch.int64, device=lists.status.device)
+    gpu.load("record").count_flagged[(1,)](
+        lists.status, out if number is None else number, out, len(lists.status),
+        FLAG=OVERFLOW, HAS_NUMBER=number is not None, WIDE=WIDE, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def fired(lists: Lists) -> Tensor:
+    """Return which columns (M,) bool of lists have an entry that is not 0."""
+    values = lists.values.detach()
+    if not (gpu.runs_triton(values) and values.numel()):
+        is_active = (values != 0) & lists.real
+        found = torch.zeros(lists.d_sae, dtype=torch.int32, device=values.device)
+        found.index_add_(0, lists.columns.view(-1), is_active.int().view(-1))
+        return found > 0
+    out = torch.empty(lists.d_sae, dtype=torch.bool, device=values.device)
+    gpu.load("record").fired_columns[(-(-lists.d_sae // COLUMNS),)](
+        values.contiguous(), *lists.transposed, out.view(torch.uint8), lists.d_sae, WIDE=COLUMNS, num_warps=4
+    )  # fmt: skip
+    return out
+
+
+@torch.no_grad()
+def count_silent(silent: Tensor, has_fired: Tensor, rows: int, limit: int) -> Tensor:
+    """Add a step's rows to what latents (M,) int64 have been silent for, or begin anew where one (M,) bool fired.
+
+    Returns:
+        (M,) bool: silent for at least the limit.
+    """
+    if not (gpu.runs_triton(silent) and len(silent)):
+        silent.add_(rows)
+        silent.masked_fill_(has_fired, 0)
+        return silent >= limit
+    out = torch.empty_like(has_fired)
+    gpu.load("record").count_silent[(-(-len(silent) // WIDE),)](
+        silent, *map(_as_bytes, (has_fired, out)), rows, limit, len(silent), WIDE=WIDE, num_warps=4
+    )
+    return out
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """Return a tensor as kernels read it: a bool as the byte that it is."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
