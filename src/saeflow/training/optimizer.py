@@ -5,13 +5,13 @@ whose first call imports torch's compiler: 2 s and 150 MiB of every training pro
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from saeflow.config import TrainingConfig
 from saeflow.operators import acts_as_gpu, native
@@ -73,34 +73,34 @@ class Optimizer:
             for parameter in group["params"]:
                 shadows.refresh(parameter)
 
-    def measure(self) -> Tensor:
-        """Remove the parts of gradients that would leave a constraint; the norm () of what is clipped together.
+    def measure(self) -> list[Tensor]:
+        """Remove the parts of gradients that would leave a constraint; the norm () of each group's gradient.
 
-        What is set apart is clipped here. The norm is not finite where any gradient is not.
+        A norm is not finite where any gradient of its group is not.
         """
-        together, *apart = self.param_groups
-        gradients = self._gradients(together)
+        gradients = self._gradients(*self.param_groups)
         is_native = native.serves(*(gradient for _, gradient in gradients))
         at_once = acts_as_gpu(self.sae.W_dec)
         if not (is_native or at_once):
             self.sae.project_grad()
         if self.alignment is not None:
             self.alignment.project_grad()
-        if at_once:
-            norm = self._norm_at_once(gradients)
-        else:
-            measure_one = self._measure if is_native else _square
-            divided, held = torch.zeros(
-                2, dtype=torch.float64, device=self.sae.W_dec.device
-            ).unbind()
-            for parameter, found in gradients:
-                total = divided if self._is_divided(parameter) else held
-                total += measure_one(parameter, found)
-            norm = (self.sae.ranks.over_latents(divided) + held).sqrt().float()
-        for group in apart:
-            own = clip_grad_norm_([p for p, _ in self._gradients(group)], self.largest_norm)
-            norm = norm + 0 * own
-        return norm
+        norm = self._norm_at_once
+        if not at_once:
+            norm = partial(self._norm, self._measure if is_native else _square)
+        return [norm(self._gradients(group)) for group in self.param_groups]
+
+    def _norm(
+        self,
+        square: Callable[[Tensor, Tensor], Tensor],
+        gradients: Sequence[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """() float32 the norm of gradients, from the square of each parameter's."""
+        divided, held = torch.zeros(2, dtype=torch.float64, device=self.sae.W_dec.device).unbind()
+        for parameter, found in gradients:
+            total = divided if self._is_divided(parameter) else held
+            total += square(parameter, found)
+        return (self.sae.ranks.over_latents(divided) + held).sqrt().float()
 
     def _measure(self, parameter: Tensor, found: Tensor) -> Tensor:
         """() the square of a parameter's gradient, in float64, once its part along unit rows is removed."""
@@ -138,27 +138,24 @@ class Optimizer:
                 ]
             )
 
-    def update(self, norm: Tensor, skip: Tensor) -> None:
-        """Scale a gradient of this norm down to the largest, take a step, go back to the constraints.
+    def update(self, norms: Sequence[Tensor], skip: Tensor) -> None:
+        """Scale each group's gradient, of its norm, down to the largest, take a step, go back to the constraints.
 
         Args:
-            norm: () of the gradient of what is clipped together.
+            norms: () of each group's gradient.
             skip: () bool; true: weights and moments stay as they are.
         """
         gradients = self._gradients(*self.param_groups)
-        if acts_as_gpu(norm) or not native.serves(*(parameter for parameter, _ in gradients)):
-            largest = self.largest_norm
-            for group, steps, rate in zip(self.param_groups, self.steps, self.rates, strict=True):
-                self._update_at_once(group, steps, rate, norm, skip, largest)
-                largest = math.inf
+        if acts_as_gpu(skip) or not native.serves(*(parameter for parameter, _ in gradients)):
+            of_groups = zip(self.param_groups, self.steps, self.rates, norms, strict=True)
+            for group, steps, rate, norm in of_groups:
+                self._update_at_once(group, steps, rate, norm, skip)
             self._align(skip)
             return
         if bool(skip):
             return
-        clip = min(1.0, self.largest_norm / (float(norm) + 1e-6))
-        for group in self.param_groups:
-            self._update_group(group, clip)
-            clip = 1.0
+        for group, norm in zip(self.param_groups, norms, strict=True):
+            self._update_group(group, min(1.0, self.largest_norm / (float(norm) + 1e-6)))
         self._align(skip)
 
     def _align(self, skip: Tensor) -> None:
@@ -187,7 +184,6 @@ class Optimizer:
         rate: Tensor,
         norm: Tensor,
         skip: Tensor,
-        largest_norm: float,
     ) -> None:
         """One pass over each parameter of a group, for which the host does not wait."""
         parts: list[Part | None] = []
@@ -202,7 +198,7 @@ class Optimizer:
             shadow = None if copy is None else as_rows(copy)
             tensors = as_rows(parameter), as_rows(gradient), *moments, shadow
             parts.append(Part(*tensors, is_unit=self._is_unit(parameter)))
-        options = {"betas": group["betas"], "eps": group["eps"], "largest_norm": largest_norm}
+        options = {"betas": group["betas"], "eps": group["eps"], "largest_norm": self.largest_norm}
         update(parts, norm, steps, rate, skip, **options)
         for parameter, _ in self._gradients(group):
             shadows.written(parameter)

@@ -271,15 +271,16 @@ class Run:
     def learn(self, fwd: Forward, losses: Mapping[str, Tensor]) -> Stepped:
         """Update weights and statistics, once gradients are there."""
         self.optimizer.share()
-        norm = self.optimizer.measure()
-        terms = {**losses, "gradient norm": norm}
+        norms = self.optimizer.measure()
+        names = "gradient norm", f"gradient norm of {' and '.join(self.sae.apart)}"
+        terms = {**losses, **dict(zip(names, norms, strict=False))}
         again = None
         if self.has_room:
             again = self.room.look(self.watch.now, self.ranks.largest(fwd.lacking()))
         cannot_be_taken = self.watch.look(fwd.batch, terms, again)
         if not acts_as_gpu(fwd.x):  # where nothing is waited for
             self.check()
-        self.optimizer.update(norm, cannot_be_taken)
+        self.optimizer.update(norms, cannot_be_taken)
         self.sae.end_step(fwd)
         fwd.forget_graph()
         return Stepped(fwd, {name: term.detach() for name, term in losses.items()})
