@@ -1,4 +1,4 @@
-"""What a step notes on the device, against its definition in plain Python."""
+"""Notes of a step, against their definition in plain Python."""
 
 import math
 

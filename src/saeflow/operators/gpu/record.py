@@ -1,4 +1,4 @@
-"""What a step notes on the device, one kernel each: its faults, the latents that fired, the tokens since they did."""
+"""Notes of a step on the device, one kernel each: its faults, the latents that fired, the tokens since they did."""
 
 import torch
 from torch import Tensor

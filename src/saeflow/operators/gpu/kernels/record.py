@@ -1,4 +1,4 @@
-"""Kernels of what a step notes on the device: its faults, the latents that fired, the tokens since they did."""
+"""Kernels of the notes of a step: its faults, the latents that fired, the tokens since they did."""
 
 import triton
 import triton.language as tl
