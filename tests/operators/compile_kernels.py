@@ -23,12 +23,13 @@ from saeflow.operators.gpu.kernels import (
     selection,
     soft,
     sparse,
+    spill,
     update,
 )
 
 F, H, D, S, L, U = "*fp32", "*bf16", "*fp64", "*i32", "*i64", "*u8"
 INT, FLOAT = "i32", "fp32"
-RANK, SIMPLEX, ABOVE = 0, 1, 2
+RANK, SIMPLEX, ABOVE, AT_LEAST = 0, 1, 2, 3
 # entmax of any alpha, of 2, of 1.5
 POWERS = [{"LINEAR": linear, "SQUARES": squares} for linear, squares in ((0, 0), (1, 0), (0, 1))]
 FLAGS = (False, True)
@@ -97,28 +98,26 @@ def dense_steps(A: str) -> Iterator[Case]:
 
 
 def selections() -> Iterator[Case]:
-    tensors = [F, U, S, F, S, S, S]
+    tensors = [F, U, S, F, S, S, S, INT]
     sizes = {"WIDE": 1024, "ROOM": 128}
     fast = {"GROUPS": 1024, "PER_COLUMN": True}
     of_long = {"EACH": 8, "WIDE": 4096}
-    plain = {"HAS_ALLOWED": False, "IS_POSITIVE": False, "OF_RELU": False} | POWERS[0]
+    none = {"IS_NEAR": False, "HAS_ALLOWED": False, "IS_POSITIVE": False, "OF_RELU": False}
+    plain = none | POWERS[0]
     chosen = {"HAS_ALLOWED": True, "IS_POSITIVE": True}
-    for scores, places, changes in (
-        (H, 16, {}),
-        (H, 16, chosen),
-        (H, 16, {"OF_RELU": True}),
-        (F, 32, {}),
+    near = {"IS_NEAR": True}
+    for scores, places, ranks_of, changes in (
+        (H, 16, S, {}),
+        (H, 16, L, chosen),
+        (H, 16, F, near | {"OF_RELU": True}),
+        (F, 32, L, {}),
+        (F, 32, F, near),
     ):
         constants = {"KIND": RANK, "PLACES": places} | sizes | plain | changes
-        yield selection.collect_rows, [scores, S, *tensors, INT], constants | fast, 4
-        for is_exact in FLAGS:
-            exact = {"IS_EXACT": is_exact}
-            yield (
-                selection.collect_long_rows,
-                [scores, S, *tensors, INT, INT],
-                constants | of_long | exact,
-                8,
-            )
+        yield selection.collect_rows, [scores, ranks_of, *tensors, INT], constants | fast, 4
+        exact = {"IS_EXACT": not constants["IS_NEAR"]}
+        types = [scores, ranks_of, *tensors, INT, INT]
+        yield selection.collect_long_rows, types, constants | of_long | exact, 8
     for power in POWERS:
         constants = {"KIND": SIMPLEX, "PLACES": 16} | sizes | plain | power
         yield selection.collect_rows, [H, F, *tensors, INT], constants | fast, 4
@@ -129,23 +128,36 @@ def selections() -> Iterator[Case]:
             constants | of_long | exact,
             8,
         )
-    for per_column in FLAGS:
-        constants = (
-            {"KIND": ABOVE, "PLACES": 16} | sizes | plain | fast | {"PER_COLUMN": per_column}
-        )
+    for kind, per_column in ((ABOVE, False), (ABOVE, True), (AT_LEAST, False)):
+        constants = {"KIND": kind, "PLACES": 16} | sizes | plain | fast | {"PER_COLUMN": per_column}
         yield selection.collect_rows, [H, F, *tensors, INT], constants, 4
-        for has_spill in FLAGS:
-            of_rows = {"PER_COLUMN": per_column, "HAS_SPILL": has_spill, "ROOM": 128, "LONG": 512}
-            types = [H, F, S, S, S, S, F, S, F, INT]
-            yield selection.spill_rows, types, of_rows | {"WIDE": 4096}, 8
-    for level in range(4):
-        yield ranks.count_keys, [F, S, S, INT], {"LEVEL": level, "WIDE": 4096}, 8
-    for levels in (2, 4):
-        yield ranks.ranked_keys, [S, S, F], {"LEVELS": levels}, 1
+    yield from spills()
     yield ranks.keep_rows, [F, F, INT, INT], {"WIDE": 4096}, 8
     for places, room, warps in ((16, 128, 1), (32, 1024, 4)):
         constants = {"PLACES": places, "ROOM": room, "CAPACITY": 64}
-        yield selection.choose_rows, [S, F, S, S, S, S, F, S, S], constants, warps
+        yield selection.choose_rows, [S, F, S, S, S, S, F, S, S, INT], constants, warps
+
+
+def spills() -> Iterator[Case]:
+    """Yield what chooses among all rows' entries and divides them among lists."""
+    sizes = {"LONG": 512, "WIDE": 4096}
+    for scores, levels in ((H, 2), (F, 4)):
+        for level in range(levels):
+            constants: dict[str, Any] = {"LEVEL": level, "WIDE": 4096}
+            yield ranks.count_keys, [L, L, scores, INT], constants, 8
+            of_rows = sizes | {"LEVEL": level, "EACH": 8}
+            yield spill.count_rows, [L, L, scores, F, S, INT, INT], of_rows, 8
+        yield ranks.ranked_keys, [L, L, F, L], {"LEVELS": levels}, 1
+        yield spill.compare_rows, [scores, F, S, F, S, S, INT], sizes, 4
+    for has_ties in FLAGS:
+        constants = {"HAS_TIES": has_ties, "ROOM": 128, "WIDE": 4096}
+        yield spill.spread_rows, [S, S, L, *[S] * 6, INT, INT], constants, 16
+        for has_spill in FLAGS:
+            for per_column in FLAGS[: 2 - has_ties]:
+                constants = {"PER_COLUMN": per_column, "HAS_TIES": has_ties} | sizes
+                constants |= {"HAS_SPILL": has_spill, "ROOM": 128}
+                types = [H, F, S, S, S, S, S, S, F, S, F, INT, INT]
+                yield spill.spill_rows, types, constants, 8
 
 
 def products() -> Iterator[Case]:
@@ -196,7 +208,19 @@ for kernel, types, constants, warps in cases():
     sys.stdout.write(f"{kernel.__name__} {types} {constants} {len(binary)} bytes\n")
 written = {
     name
-    for module in (columns, dense, lists, ranks, record, rows, selection, soft, sparse, update)
+    for module in (
+        columns,
+        dense,
+        lists,
+        ranks,
+        record,
+        rows,
+        selection,
+        soft,
+        sparse,
+        spill,
+        update,
+    )
     for name, member in vars(module).items()
     if name.endswith(
         (

@@ -7,7 +7,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 
 from saeflow.operators.gpu import selection
-from saeflow.operators.gpu.lists import NAN, OVERFLOW, Lists
+from saeflow.operators.gpu.lists import NAN, OVERFLOW, Lists, spread
 
 ODD = 4603  # columns: more than are looked at together, a multiple of no block
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -114,29 +114,58 @@ def test_rows_with_more_entries_go_on_in_spare_lists(path: str) -> None:
         assert ((short.status & OVERFLOW) > 0).tolist() == [i == last for i in range(6)]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "capacity"), [(torch.float32, 16), (torch.bfloat16, 16), (torch.float16, 64)]
+)
 @pytest.mark.parametrize("total", [0, 1, 60, 700, 100000])
-def test_batch_topk_takes_the_largest_of_all_rows(total: int, path: str) -> None:
+def test_batch_topk_takes_the_largest_of_all_rows(
+    total: int, dtype: torch.dtype, capacity: int, path: str
+) -> None:
     """Rows are ordinary ones, one of many ties, one of -inf, one with most of the answer, one with NaN."""
-    scores = torch.randn(6, 300, generator=torch.Generator().manual_seed(2))
+    scores = torch.randn(6, 300, generator=torch.Generator().manual_seed(2)).to(dtype)
     scores[2] = scores[2].round()
     scores[3] = -torch.inf
     scores[4] += 3
-    scores[5, 7] = torch.nan
-    exact = scores.nan_to_num(nan=-torch.inf, neginf=-torch.inf).reshape(-1).numpy()
+    scores[5, 7:9] = torch.tensor([torch.nan, torch.inf])
+    exact = scores.float().where(scores == scores, -torch.inf).reshape(-1).numpy()
     flat = [i for i in np.argsort(-exact, kind="stable")[:total] if exact[i] > -np.inf]
     expected = [sorted(int(i) % 300 for i in flat if i // 300 == row) for row in range(6)]
     number = torch.tensor(total, device=path)
-    for capacity in (16, 512):
-        found = selection.batch_topk(scores.to(path), number, capacity, 100)
-        assert rows_of(found) == expected
-        assert (found.status & OVERFLOW).tolist() == [0] * 6
+    found = selection.batch_topk(scores.to(path), number, capacity, 100)
+    assert rows_of(found) == expected
+    assert found.status.tolist() == [0, 0, 0, 0, 0, NAN]
+    taken = found.of_lists(scores.float().to(path)).gather(1, found.columns.long())
+    assert torch.equal(found.values, taken.where(found.real, 0))
 
 
 def test_batch_topk_of_ties_keeps_those_with_the_lower_flat_index(path: str) -> None:
     scores = torch.zeros(3, 40, device=path)
-    scores[0, ::2] = -1
-    found = selection.batch_topk(scores, 50, 16, 8)
-    assert rows_of(found) == [list(range(1, 40, 2)), list(range(30)), []]
+    scores[0, ::2], scores[1, ::3] = -1, -0.0
+    for dtype in DTYPES:
+        found = selection.batch_topk(scores.to(dtype), 50, 16, 8)
+        assert rows_of(found) == [list(range(1, 40, 2)), list(range(30)), []]
+        assert not found.status.any()
+
+
+@pytest.mark.parametrize("spare", [0, 5, 40])
+def test_spare_lists_go_to_rows_in_their_order(spare: int, path: str) -> None:
+    found = torch.tensor([9, 4, 0, 23, 8, 5, 200], dtype=torch.int32, device=path)
+    status = torch.tensor([0, NAN, 0, NAN, 0, OVERFLOW, 0], dtype=torch.int32, device=path)
+    counts, new, spill = spread(found, status, 4, spare)
+    expected, owners, is_cut = [min(n, 4) for n in found.tolist()], list(range(7)), []
+    for row, left in enumerate(found.tolist()):
+        more = range(4, left, 4)
+        is_cut.append(len(more) > 7 + spare - len(owners))
+        had = more[: 7 + spare - len(owners)]
+        assert spill.parts[row] == 1 + len(had)
+        assert not had or spill.first[row] == len(owners)
+        owners += [row] * len(had)
+        expected += [min(left - begin, 4) for begin in had]
+    unused = [0] * (7 + spare - len(owners))
+    assert spill.owners.tolist() == owners + unused
+    assert counts.tolist() == expected + unused
+    assert (new & OVERFLOW).tolist() == [OVERFLOW * cut for cut in is_cut]
+    assert torch.equal(new & NAN, status & NAN)
 
 
 def test_batch_topk_says_which_row_has_more_than_there_is_room_for(path: str) -> None:
@@ -147,11 +176,10 @@ def test_batch_topk_says_which_row_has_more_than_there_is_room_for(path: str) ->
     assert len(rows_of(found)[1]) == 32
 
 
-def test_equal_scores_overflow_every_list_and_say_so(path: str) -> None:
+def test_equal_scores_overflow_where_all_are_wanted_and_not_where_few_are(path: str) -> None:
     scores = torch.full((3, 300), -0.0, device=path)
     whole = {
         "above": selection.above(scores, torch.tensor(-1.0, device=path), 64, 2),
-        "batch": selection.batch_topk(scores, 100, 64, 2),
         "soft": selection.near_rank(scores, 2.0, 64, 0.1),
         "simplex": selection.near_simplex(scores, 1.0, 64, 0.0),
     }
@@ -159,7 +187,10 @@ def test_equal_scores_overflow_every_list_and_say_so(path: str) -> None:
         assert (found.status & OVERFLOW).bool().all(), name
     exact = selection.topk(scores, 20, 32)  # of which the answer is as long as it may be
     assert entries(exact) == [list(range(20))] * 3
+    of_all = selection.batch_topk(scores, 350, 64, 4)
+    assert rows_of(of_all) == [list(range(300)), list(range(50)), []]
     assert not exact.status.any()
+    assert not of_all.status.any()
 
 
 @pytest.mark.parametrize("slack", [0.0, 0.3])

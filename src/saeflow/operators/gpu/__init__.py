@@ -17,6 +17,7 @@ MODULES = (
     "rows",
     "ranks",
     "selection",
+    "spill",
     "soft",
     "lists",
     "sparse",

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from saeflow.operators import gpu
+
 OVERFLOW, NAN = 1, 2
 """Bits of a row's status: its answer has more entries than the list, the row holds NaN."""
 
@@ -67,7 +69,7 @@ class Lists:
             columns, values = pack(columns, scores.float(), mask, capacity)
             status = OVERFLOW * (found > capacity) + is_nan
             return Lists(columns, values, found.clamp(max=capacity), status.int(), d_sae)
-        counts, cut, spill = spread(found, capacity, spare)
+        counts, status, spill = spread(found, is_nan, capacity, spare)
         places = mask.cumsum(1) - 1
         part = places.div(capacity, rounding_mode="floor")
         row = torch.arange(len(mask), device=mask.device)[:, None]
@@ -79,7 +81,7 @@ class Lists:
         for entries in (columns, scores.float()):
             out = entries.new_zeros(nowhere + 1).scatter(0, flat, entries.reshape(-1))
             made.append(out[:nowhere].view(-1, capacity))
-        return Lists(made[0], made[1], counts, OVERFLOW * cut.int() + is_nan, d_sae, spill)
+        return Lists(made[0], made[1], counts, status, d_sae, spill)
 
     def of_lists(self, of_rows: Tensor) -> Tensor:
         """Give each list what its row has: (B, ...) to (R, ...)."""
@@ -151,13 +153,23 @@ def spare_for(n_rows: int) -> int:
     return n_rows // 2 + 8
 
 
-def spread(found: Tensor, capacity: int, spare: int) -> tuple[Tensor, Tensor, Spill]:
+def spread(
+    found: Tensor, status: Tensor, capacity: int, spare: int
+) -> tuple[Tensor, Tensor, Spill]:
     """Divide spare lists among rows of found (B,) entries, in the order of rows.
 
+    Args:
+        found: int32.
+        status: (B,) int32, of which the bit NAN counts.
+        capacity: C.
+        spare: number of spare lists.
+
     Returns:
-        counts (B + spare,) int32 of all lists, which rows have more entries than room (B,) bool, and the lists of
-        each row.
+        counts (B + spare,) int32 of all lists; status (B,) int32, with OVERFLOW for rows that have more entries than
+        room; and the lists of each row.
     """
+    if gpu.runs_triton(found) and len(found):
+        return share_out(found, status, capacity, spare)
     n_rows, device = len(found), found.device
     more = (found - 1).clamp(min=0).div(capacity, rounding_mode="floor")  # lists beyond the first
     ends = more.cumsum(0)
@@ -172,7 +184,36 @@ def spread(found: Tensor, capacity: int, spare: int) -> tuple[Tensor, Tensor, Sp
     rows = torch.arange(n_rows, device=device)
     owners = torch.cat((rows, torch.where(is_used, owner, 0))).int()
     spill = Spill(owners, (n_rows + begins).int(), (1 + had).int())
-    return torch.cat((found.clamp(max=capacity), counts)).int(), had < more, spill
+    status = (status & NAN) | OVERFLOW * (had < more).int()
+    return torch.cat((found.clamp(max=capacity), counts)).int(), status, spill
+
+
+def share_out(
+    found: Tensor,
+    status: Tensor,
+    capacity: int,
+    spare: int,
+    ties: Tensor | None = None,
+    left: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Spill]:
+    """Do `spread` by a kernel, for rows that may have entries more.
+
+    Args:
+        found, status, capacity, spare: as for `spread`.
+        ties: (B,) int32, of each row; it becomes how many of them are entries too.
+        left: (1,) int64, how many ties of all are, those of the first rows.
+    """
+    n_rows = len(found)
+    counts, owners = found.new_empty(2, n_rows + spare).unbind()
+    new_status, first, parts = found.new_empty(3, n_rows).unbind()
+    wide = min(4096, 1 << max(4, (n_rows - 1).bit_length()))
+    none = found  # where the kernel reads nothing
+    gpu.load("spill").spread_rows[(1,)](
+        found, none if ties is None else ties, none if left is None else left, status,
+        counts, new_status, owners, first, parts, n_rows, spare,
+        HAS_TIES=ties is not None, ROOM=capacity, WIDE=wide, num_warps=max(1, min(16, wide // 256)),
+    )  # fmt: skip
+    return counts, new_status, Spill(owners, first, parts)
 
 
 def pack(columns: Tensor, values: Tensor, mask: Tensor, capacity: int) -> tuple[Tensor, Tensor]:

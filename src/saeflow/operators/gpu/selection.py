@@ -7,12 +7,14 @@ among them. A row with more of them than there is room for is solved by further 
 kernel whose programs return at once for every other row.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from saeflow.operators import gpu
-from saeflow.operators.gpu.lists import NAN, OVERFLOW, Lists, capacity_for, spread
-from saeflow.operators.rows import group_maxima, next_below
+from saeflow.operators.gpu.lists import Lists, Spill, capacity_for, share_out
+from saeflow.operators.rows import group_maxima
 
 GROUPS_PER_ENTRY = 2  # of a batch-wide choice, for each place in a list
 MOST_GROUPS = 4096  # maxima that a program keeps in registers
@@ -24,7 +26,7 @@ SPARE_TIMES, MOST_IN_ORDER = (
 )  # a row above a threshold is read again beyond so many times its room, or entries
 MOST_IN_A_PROGRAM = 8192  # entries of a row that is held whole
 EACH = 8  # rows that one program looks for those in
-RANK, SIMPLEX, ABOVE = 0, 1, 2  # kinds of a floor
+RANK, SIMPLEX, ABOVE, AT_LEAST = 0, 1, 2, 3  # kinds of a floor
 
 
 def topk(
@@ -57,9 +59,7 @@ def topk(
         mask = (ranks < ks[:, None]) & (kept > -torch.inf)
         return Lists.from_mask(scores, mask, capacity)
     room = max(128, 2 * capacity)
-    found = _collect(
-        scores, ks, room, kind=RANK, allowed=allowed, is_positive=is_positive, is_exact=True
-    )
+    found, _ = _collect(scores, ks, room, kind=RANK, allowed=allowed, is_positive=is_positive)
     return _choose(found, ks, capacity, _places(scores))
 
 
@@ -99,47 +99,48 @@ def batch_topk(scores: Tensor, total: Tensor | int, capacity: int, spare: int) -
     Returns:
         Lists of `total` entries together. OVERFLOW where there may be more entries than lists.
     """
-    total = gpu.on_device(total, torch.int64, scores)
-    groups = min(scores.shape[1], GROUPS_PER_ENTRY * capacity)
-    maxima = group_maxima(scores.detach(), scores.shape[1] // groups).float()
-    maxima = maxima.where(maxima == maxima, -torch.inf).view(-1)
-    floor = _ranked(maxima, total, _places(scores))
-    floor = torch.where(total > len(maxima), -torch.inf, floor)
-    rows = above(scores, next_below(floor), capacity, spare)
-    values = rows.values.masked_fill(~rows.real, -torch.inf)
-    threshold = torch.where(total > 0, _ranked(values.view(-1), total, _places(scores)), torch.inf)
-    is_above = values > threshold
-    ties = (values == threshold) & rows.real
-    rank = ties.cumsum(1) + _before(ties.sum(1), rows)[:, None]
-    return rows.keep(is_above | (ties & (rank <= total - is_above.sum())))
+    total, n = gpu.on_device(total, torch.int64, scores), scores.shape[1]
+    if not gpu.serves_scores(scores):
+        kept = _excluded(scores).view(-1)
+        order = kept.sort(descending=True, stable=True).indices
+        is_chosen = torch.arange(len(order), device=order.device) < total
+        mask = torch.zeros_like(is_chosen).scatter(0, order, is_chosen) & (kept > -torch.inf)
+        return Lists.from_mask(scores, mask.view_as(scores), capacity, spare)
+    kernels, places, rows = gpu.load("spill"), _places(scores), scores.detach().contiguous()
+    maxima = group_maxima(rows, n // min(n, GROUPS_PER_ENTRY * capacity)).view(-1)
+    of_maxima = (maxima, len(maxima))
+    count = gpu.load("ranks").count_keys
+    floor, _ = _ranked(total, places, count, -(-len(maxima) // WIDE), *of_maxima, WIDE=WIDE)
+    some, found = _collect(rows, floor, _long_for(capacity, n), kind=AT_LEAST)
+    long, wide = some.capacity, min(_widest(n), WIDE)
+    each = max(1, WIDE // long)
+    of_rows, sizes = (rows, some.values, found), {"LONG": long, "WIDE": wide}
+    threshold, left = _ranked(
+        total, places, kernels.count_rows, -(-len(rows) // each), *of_rows, len(rows), n, EACH=each, **sizes
+    )  # fmt: skip
+    chosen, ties = torch.empty(2, len(rows), dtype=torch.int32, device=rows.device).unbind()
+    kernels.compare_rows[(len(rows),)](*of_rows, threshold, chosen, ties, n, **sizes, num_warps=4)
+    shares = share_out(chosen, some.status, capacity, spare, ties, left)
+    return _divided(rows, threshold, some, found, shares, capacity, ties)
 
 
-def _ranked(entries: Tensor, rank: Tensor, places: int) -> Tensor:
-    """Return the rank-th largest () of entries (n,) float32, whose first `places` bits say all; the last where there are fewer.
+def _ranked(
+    rank: Tensor, places: int, count: Any, programs: int, *arguments: Any, **constants: int
+) -> tuple[Tensor, Tensor]:
+    """Find the rank-th largest of floats, of which `places` bits say all, that a kernel counts the bytes of.
 
     A byte of the answer after the other is found by counting, in a tenth of the time of a sort.
+
+    Returns:
+        (1,) float32, see `ranked_keys`; and (1,) int64, how many of those equal to it are among the first `rank`.
     """
-    if not (gpu.runs_triton(entries) and len(entries)):
-        at = (rank - 1).clamp(0, len(entries) - 1)
-        return entries.sort(descending=True).values.index_select(0, at.view(1))[0]
-    levels, kernels = places // 8, gpu.load("ranks")
-    counts = torch.zeros(levels, 256, dtype=torch.int32, device=entries.device)
-    ranks, value = rank.int().view(1), torch.empty(1, device=entries.device)
+    levels = places // 8
+    counts = torch.zeros(levels, 256, dtype=torch.int64, device=rank.device)
     for level in range(levels):
-        kernels.count_keys[(-(-len(entries) // WIDE),)](
-            entries, counts, ranks, len(entries), LEVEL=level, WIDE=WIDE, num_warps=8
-        )
-    kernels.ranked_keys[(1,)](counts, ranks, value, LEVELS=levels, num_warps=1)
-    return value[0]
-
-
-def _before(counts: Tensor, lists: Lists) -> Tensor:
-    """Return the sums of counts (R,) over the lists before each, in the order of rows and columns."""
-    if lists.spill is None:
-        return counts.cumsum(0) - counts
-    order = lists.spill.owners.sort(stable=True).indices
-    in_order = counts[order]
-    return torch.zeros_like(counts).scatter(0, order, in_order.cumsum(0) - in_order)
+        count[(programs,)](counts, rank, *arguments, LEVEL=level, **constants, num_warps=8)
+    value, left = torch.empty(1, device=rank.device), counts.new_empty(1)
+    gpu.load("ranks").ranked_keys[(1,)](counts, rank, value, left, LEVELS=levels, num_warps=1)
+    return value, left
 
 
 def above(scores: Tensor, threshold: Tensor, capacity: int, spare: int = 0) -> Lists:
@@ -154,8 +155,10 @@ def above(scores: Tensor, threshold: Tensor, capacity: int, spare: int = 0) -> L
     if not gpu.serves_scores(scores):
         mask = (_excluded(scores) > threshold) & (scores > -torch.inf)
         return Lists.from_mask(scores, mask, capacity, spare)
-    threshold = threshold.float().contiguous()
-    return _collect(scores, threshold, capacity, kind=ABOVE, spare=spare)
+    threshold, rows = threshold.float().contiguous(), scores.detach().contiguous()
+    some, found = _collect(rows, threshold, _long_for(capacity, rows.shape[1]), kind=ABOVE)
+    shares = share_out(found, some.status, capacity, spare)
+    return _divided(rows, threshold, some, found, shares, capacity)
 
 
 def near_rank(
@@ -181,16 +184,15 @@ def near_rank(
     Returns:
         Lists of at least these entries; how many more is not determined.
     """
-    ranks = 2 * gpu.on_device(k, torch.float32, scores).ceil().clamp(min=1)
-    ranks = _per_row(ranks.clamp(max=scores.shape[1]), scores, torch.int32)
-    slack = _scalar(slack, scores)
+    ks, slack = _per_row(k, scores, torch.float32), _scalar(slack, scores)
     if not gpu.serves_scores(scores):
+        ranks = (2 * ks.ceil().clamp(min=1)).clamp(max=scores.shape[1])
         kept = _excluded(scores.relu() if of_relu else scores)
         ordered = kept.sort(dim=1, descending=True).values
         floor = ordered.gather(1, ranks[:, None].long() - 1) - slack
         mask = (kept >= floor) & (kept > -torch.inf)
         return Lists.from_mask(scores, mask, capacity)
-    return _collect(scores, ranks, capacity, kind=RANK, slack=slack, of_relu=of_relu)
+    return _collect(scores, ks, capacity, kind=RANK, slack=slack, of_relu=of_relu)[0]
 
 
 def near_simplex(
@@ -217,7 +219,7 @@ def near_simplex(
         mask = (kept >= floor) & (kept > -torch.inf)
         return Lists.from_mask(scores, mask, capacity)
     power = None if isinstance(scale, Tensor) else 1 / scale
-    return _collect(scores, scales, capacity, kind=SIMPLEX, slack=slack, power=power)
+    return _collect(scores, scales, capacity, kind=SIMPLEX, slack=slack, power=power)[0]
 
 
 def _simplex_floor(entries: Tensor, scale: Tensor) -> Tensor:
@@ -240,56 +242,80 @@ def _collect(
     slack: Tensor | None = None,
     allowed: Tensor | None = None,
     is_positive: bool = False,
-    is_exact: bool = False,
     of_relu: bool = False,
     power: float | None = None,
-    spare: int = 0,
-) -> Lists:
-    """The entries of each row that reach its floor, see the kernel; where too many, its exact floor."""
+) -> tuple[Lists, Tensor]:
+    """Collect the entries of each row that reach its floor, see the kernel, and say how many there are (B,) int32.
+
+    A row with more of them than room is solved again for its exact floor, or without a slack for its exact choice; of
+    one above a threshold the list has any.
+    """
     rows, (n_rows, n) = scores.detach().contiguous(), scores.shape
-    widest = 1 << max(4, (n - 1).bit_length())
-    wanted = room
-    if kind == ABOVE:  # rows may have many: most of these are then not read again
-        room = min(widest, max(room, min(SPARE_TIMES * room, MOST_IN_ORDER)))
-    out = _room(scores, room)
+    widest, out = _widest(n), _room(scores, room)
     found = torch.empty_like(out.status)
-    slack = torch.zeros((), device=scores.device) if slack is None else slack
+    is_near = kind == RANK and slack is not None
     allowed_or_any = rows if allowed is None else allowed.view(torch.uint8)  # read only if given
     groups = min(widest, max(1024, min(MOST_GROUPS, 2 * room)))
-    tensors = (rows, floors, slack, allowed_or_any, out.columns, out.values, out.counts)
+    of_rows = kind in (RANK, SIMPLEX)
+    stride = floors.stride(0) if of_rows else 0
+    tensors = (rows, floors, rows if slack is None else slack, allowed_or_any)
+    results = (out.columns, out.values, out.counts, found, out.status, stride)
     constants = {
         "KIND": kind,
         "PLACES": _places(scores),
         "HAS_ALLOWED": allowed is not None,
         "IS_POSITIVE": is_positive,
+        "IS_NEAR": is_near,
         "OF_RELU": of_relu,
         "LINEAR": power == 1,
         "SQUARES": power == 2,
         "ROOM": room,
     }
     kernels = gpu.load("selection")
-    per_column = floors.ndim == 1
     kernels.collect_rows[(n_rows,)](
-        *tensors, found, out.status, n, **constants, GROUPS=groups, WIDE=min(widest, AT_ONCE),
-        PER_COLUMN=per_column, num_warps=8 if max(groups, room) > 1024 else 4,
+        *tensors, *results, n, **constants, GROUPS=groups, WIDE=min(widest, AT_ONCE),
+        PER_COLUMN=kind == ABOVE and floors.ndim == 1, num_warps=8 if max(groups, room) > 1024 else 4,
     )  # fmt: skip
-    wide = {"WIDE": min(widest, WIDE), "num_warps": 8}
-    if kind != ABOVE:
+    if of_rows:
         kernels.collect_long_rows[(-(-n_rows // EACH),)](
-            *tensors, found, out.status, n_rows, n, **(constants | wide), EACH=EACH, IS_EXACT=is_exact
+            *tensors, *results, n_rows, n, **constants, EACH=EACH, WIDE=min(widest, WIDE),
+            IS_EXACT=slack is None, num_warps=8,
         )  # fmt: skip
-        return out
-    whole = _room(scores, wanted, spare=spare)
-    counts, is_cut, spill = found.clamp(max=wanted), found > wanted, None
-    if spare:
-        counts, is_cut, spill = spread(found, wanted, spare)
-    of_rows = (found, found) if spill is None else spill[1:]
-    kernels.spill_rows[(n_rows,)](
-        rows, floors, found, *of_rows, out.columns, out.values, whole.columns, whole.values, n,
-        PER_COLUMN=per_column, HAS_SPILL=spill is not None, LONG=room, ROOM=wanted, **wide,
+    return out, found
+
+
+def _divided(
+    rows: Tensor,
+    threshold: Tensor,
+    some: Lists,
+    found: Tensor,
+    shares: tuple[Tensor, Tensor, Spill],
+    capacity: int,
+    ties: Tensor | None = None,
+) -> Lists:
+    """Divide the entries above a threshold among the lists of each row.
+
+    Args:
+        rows: (B, M) scores.
+        threshold: () or (1,), or (M,) float32.
+        some: first lists of the entries above it and maybe others, of rows that have not more than room.
+        found: (B,) int32, how many these are.
+        shares: see `lists.spread`.
+        capacity: C.
+        ties: (B,) int32, how many of the entries equal to the threshold are taken as well.
+    """
+    (n_rows, n), (counts, status, spill) = rows.shape, shares
+    columns, values = (
+        some.columns.new_empty(len(counts), capacity),
+        some.values.new_empty(len(counts), capacity),
+    )
+    gpu.load("spill").spill_rows[(len(counts),)](
+        rows, threshold, found if ties is None else ties, found, counts, *spill[1:],
+        some.columns, some.values, columns, values, n_rows, n,
+        PER_COLUMN=threshold.ndim == 1 and ties is None, HAS_TIES=ties is not None, HAS_SPILL=len(counts) > n_rows,
+        LONG=some.capacity, ROOM=capacity, WIDE=min(_widest(n), WIDE), num_warps=8,
     )  # fmt: skip
-    status = (out.status & NAN) | OVERFLOW * is_cut.int()
-    return Lists(whole.columns, whole.values, counts, status, n, spill)
+    return Lists(columns, values, counts, status, n, spill if len(counts) > n_rows else None)
 
 
 def _choose(found: Lists, ranks: Tensor, capacity: int, places: int) -> Lists:
@@ -298,21 +324,29 @@ def _choose(found: Lists, ranks: Tensor, capacity: int, places: int) -> Lists:
     tensors = (found.columns, found.values, found.counts, found.status, ranks)
     chosen = (out.columns, out.values, out.counts, out.status)
     gpu.load("selection").choose_rows[(len(ranks),)](
-        *tensors, *chosen,
+        *tensors, *chosen, ranks.stride(0),
         PLACES=places, ROOM=found.capacity, CAPACITY=capacity, num_warps=max(1, min(8, found.capacity // 256)),
     )  # fmt: skip
     return out
 
 
-def _room(rows: Tensor, capacity: int, d_sae: int | None = None, spare: int = 0) -> Lists:
-    """Make lists whose entries are not yet written, and spare ones without any."""
+def _room(rows: Tensor, capacity: int, d_sae: int | None = None) -> Lists:
+    """Make lists whose entries are not yet written."""
     n_rows = len(rows)
-    columns = torch.empty(n_rows + spare, capacity, dtype=torch.int32, device=rows.device)
-    values = torch.empty(n_rows + spare, capacity, device=rows.device)
-    for entries in (columns, values):
-        entries[n_rows:].zero_()
+    columns = torch.empty(n_rows, capacity, dtype=torch.int32, device=rows.device)
+    values = torch.empty(n_rows, capacity, device=rows.device)
     counts, status = torch.empty(2, n_rows, dtype=torch.int32, device=rows.device)
     return Lists(columns, values, counts, status, d_sae or rows.shape[1])
+
+
+def _long_for(capacity: int, n: int) -> int:
+    """Return the room of first lists of rows that may have many entries: most of these are then not read again."""
+    return min(_widest(n), max(capacity, min(SPARE_TIMES * capacity, MOST_IN_ORDER)))
+
+
+def _widest(n: int) -> int:
+    """Return the numbers that a program holds of a whole row of n."""
+    return 1 << max(4, (n - 1).bit_length())
 
 
 def _places(scores: Tensor) -> int:
@@ -321,7 +355,9 @@ def _places(scores: Tensor) -> int:
 
 
 def _per_row(value: Tensor | float, scores: Tensor, dtype: torch.dtype) -> Tensor:
-    return gpu.on_device(value, dtype, scores).expand(len(scores)).contiguous()
+    """(B,) a number for each row, which may be one for all; of a number, of the type said."""
+    kept = value.dtype if isinstance(value, Tensor) else dtype
+    return gpu.on_device(value, kept, scores).expand(len(scores))
 
 
 def _scalar(value: Tensor | float, scores: Tensor) -> Tensor:

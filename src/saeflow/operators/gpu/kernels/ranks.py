@@ -79,26 +79,41 @@ def bytes_before(counts, rank, LEVEL: tl.constexpr):
 
 
 @triton.jit
-def count_keys(entries, counts, ranks, n, LEVEL: tl.constexpr, WIDE: tl.constexpr):
-    """Count the bytes at a level of those keys whose upper bytes are the answer's; counts (levels, 256)."""
-    prefix, _ = bytes_before(counts, tl.load(ranks), LEVEL)
-    at = tl.program_id(0).to(tl.int64) * WIDE + tl.arange(0, WIDE)
-    value = tl.load(entries + at, mask=at < n, other=0.0)
-    key = keys_of(value, 32) ^ (-1 << 31)  # ascending without a sign
-    is_in = at < n
+def count_bytes(values, is_in, prefix, LEVEL: tl.constexpr):
+    """Return how many keys have each byte at a level (512,), of those whose upper bytes are the prefix."""
+    key = keys_of(values, 32) ^ (-1 << 31)  # ascending without a sign
     if LEVEL > 0:
         is_in = is_in & (((key >> (32 - 8 * LEVEL)) & ((1 << (8 * LEVEL)) - 1)) == prefix)
     byte = (key >> (24 - 8 * LEVEL)) & 255
-    number = tl.histogram(tl.where(is_in, byte, 256), 512)  # the others lie beyond those that count
-    place = tl.arange(0, 512)
-    tl.atomic_add(
-        counts + 256 * LEVEL + place, number, mask=(place < 256) & (number > 0), sem="relaxed"
-    )
+    return tl.histogram(tl.where(is_in, byte, 256), 512)  # the others lie beyond those that count
 
 
 @triton.jit
-def ranked_keys(counts, ranks, value, LEVELS: tl.constexpr):
-    """Write the float of the rank-th largest key; -inf where there are fewer."""
-    prefix, _ = bytes_before(counts, tl.load(ranks), LEVELS)
+def add_counts(counts, number, LEVEL: tl.constexpr):
+    """Add what `count_bytes` found to counts (levels, 256)."""
+    place = tl.arange(0, 512)
+    is_some = (place < 256) & (number > 0)
+    tl.atomic_add(counts + 256 * LEVEL + place, number.to(tl.int64), mask=is_some, sem="relaxed")
+
+
+@triton.jit
+def count_keys(counts, ranks, entries, n, LEVEL: tl.constexpr, WIDE: tl.constexpr):
+    """Count the bytes at a level of those keys whose upper bytes are the answer's; NaN counts as -inf."""
+    prefix, _ = bytes_before(counts, tl.load(ranks), LEVEL)
+    at = tl.program_id(0).to(tl.int64) * WIDE + tl.arange(0, WIDE)
+    value = tl.load(entries + at, mask=at < n, other=0.0).to(tl.float32)
+    value = tl.where(value == value, value, NEVER)
+    add_counts(counts, count_bytes(value, at < n, prefix, LEVEL), LEVEL)
+
+
+@triton.jit
+def ranked_keys(counts, ranks, value, left, LEVELS: tl.constexpr):
+    """Write the float of the rank-th largest key, and how many of those equal to it are among the first `rank`.
+
+    It is -inf where there are fewer, and inf for rank 0.
+    """
+    rank = tl.load(ranks)
+    prefix, rest = bytes_before(counts, rank, LEVELS)
     key = (prefix << (32 - 8 * LEVELS)) ^ (-1 << 31)
-    tl.store(value, value_of(key, 32))
+    tl.store(value, tl.where(rank > 0, value_of(key, 32), float("inf")))
+    tl.store(left, rest)

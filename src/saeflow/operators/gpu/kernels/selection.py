@@ -11,6 +11,7 @@ from saeflow.operators.gpu.kernels.ranks import keys_of, kth_largest, lowest_key
 RANK = tl.constexpr(0)
 SIMPLEX = tl.constexpr(1)
 ABOVE = tl.constexpr(2)
+AT_LEAST = tl.constexpr(3)
 OVERFLOW = tl.constexpr(1)
 NAN = tl.constexpr(2)
 NEVER = tl.constexpr(float("-inf"))
@@ -48,6 +49,15 @@ def read(
 
 
 @triton.jit
+def rank_of(floors, row, stride, n, IS_NEAR: tl.constexpr):
+    """Return the rank of a row's floor: the number that it is given, or, if IS_NEAR, twice that rounded up, 2 to n."""
+    k = tl.load(floors + row * stride)
+    if IS_NEAR:
+        k = tl.minimum(2 * tl.maximum(tl.ceil(k.to(tl.float32)), 1.0), n)
+    return k.to(tl.int32)
+
+
+@triton.jit
 def simplex_total(values, top, scale, tau, LINEAR: tl.constexpr, SQUARES: tl.constexpr):
     """() the part of these entries in the sum of entmax at a threshold."""
     excess = tl.maximum((values - top) * scale - tau, 0.0)
@@ -56,22 +66,25 @@ def simplex_total(values, top, scale, tau, LINEAR: tl.constexpr, SQUARES: tl.con
 
 @triton.jit
 def collect_rows(
-    scores, floors, slack, allowed, columns, values, counts, found, status, n,
-    KIND: tl.constexpr, PLACES: tl.constexpr, PER_COLUMN: tl.constexpr,
+    scores, floors, slack, allowed, columns, values, counts, found, status, stride, n,
+    KIND: tl.constexpr, PLACES: tl.constexpr, PER_COLUMN: tl.constexpr, IS_NEAR: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.constexpr, OF_RELU: tl.constexpr,
     LINEAR: tl.constexpr, SQUARES: tl.constexpr,
     GROUPS: tl.constexpr, WIDE: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """The entries of each row that reach its floor, ascending; found[b]: how many, where above ROOM any ROOM of them.
 
-    floors: RANK, a rank per row; SIMPLEX, a scale per row; ABOVE, a threshold, or one per column.
+    floors: RANK, a rank per row; SIMPLEX, a scale per row; ABOVE, a threshold, or one per column; AT_LEAST, the
+    least entry. Those of rows lie `stride` apart. slack: read if IS_NEAR or SIMPLEX.
     """
     row = tl.program_id(0).to(tl.int64)
     base = scores + row * n
-    near = tl.load(slack)
+    near = 0.0
+    if IS_NEAR or KIND == SIMPLEX:
+        near = tl.load(slack)
     scale, top, floor = 1.0, 0.0, 0.0
     is_wanted = True
-    if KIND != ABOVE:
+    if KIND < ABOVE:
         group = tl.arange(0, GROUPS)
         maxima = tl.full((GROUPS,), NEVER, tl.float32)
         for start in range(0, n, AHEAD * GROUPS):
@@ -85,11 +98,11 @@ def collect_rows(
         if OF_RELU:
             maxima = tl.where(maxima > NEVER, tl.maximum(maxima, 0.0), NEVER)
         if KIND == RANK:
-            k = tl.load(floors + row)
+            k = rank_of(floors, row, stride, n, IS_NEAR)
             floor = value_of(kth_largest(keys_of(maxima, PLACES), k, PLACES), PLACES) - near
             is_wanted = k > 0
         else:
-            scale = tl.load(floors + row)
+            scale = tl.load(floors + row * stride)
             top = tl.max(maxima, 0)
             top = tl.where(top > NEVER, top, 0.0)
             low = tl.full((), -1.0, tl.float32)
@@ -126,6 +139,8 @@ def collect_rows(
             hit = (reached - top) * scale >= floor
         elif PER_COLUMN:
             hit = reached > tl.load(floors + at, mask=at < n, other=float("inf"))
+        elif KIND == AT_LEAST:
+            hit = reached >= floor
         else:
             hit = reached > floor
         hit = hit & (reached > NEVER)
@@ -156,59 +171,6 @@ def has_long(first, found, n_rows, ROOM: tl.constexpr, EACH: tl.constexpr):
 
 
 @triton.jit
-def spill_rows(
-    scores, floors, found, first, parts, some_columns, some_values, columns, values, n,
-    PER_COLUMN: tl.constexpr, HAS_SPILL: tl.constexpr, WIDE: tl.constexpr, LONG: tl.constexpr,
-    ROOM: tl.constexpr,
-):  # fmt: skip
-    """Divide the entries of each row among its own list and its spare ones, in their order.
-
-    They are in lists with room for LONG; a row with more of them is read again.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    all_of_row = tl.load(found + row)
-    begin, lists = row, 1
-    if HAS_SPILL:
-        begin = tl.load(first + row).to(tl.int64) - 1
-        lists = tl.load(parts + row)
-    slot = tl.arange(0, ROOM)
-    is_free = slot >= all_of_row
-    tl.store(columns + row * ROOM + slot, tl.zeros((ROOM,), tl.int32), mask=is_free)
-    tl.store(values + row * ROOM + slot, tl.zeros((ROOM,), tl.float32), mask=is_free)
-    if all_of_row <= LONG:
-        place = tl.arange(0, LONG)
-        part = place // ROOM
-        fits = (place < all_of_row) & (part < lists)
-        at = tl.load(some_columns + row * LONG + place, mask=fits, other=0)
-        entries = tl.load(some_values + row * LONG + place, mask=fits, other=0.0)
-        where = tl.where(part > 0, begin + part, row) * ROOM + place % ROOM
-        tl.store(columns + where, at, mask=fits)
-        tl.store(values + where, entries, mask=fits)
-    else:
-        base = scores + row * n
-        floor = 0.0
-        if not PER_COLUMN:
-            floor = tl.load(floors)
-        wide = tl.arange(0, WIDE)
-        count = 0
-        for start in range(0, n, WIDE):
-            at = start + wide
-            entries, _ = read(base, base, at, n, False, False, False)
-            if PER_COLUMN:
-                hit = entries > tl.load(floors + at, mask=at < n, other=float("inf"))
-            else:
-                hit = entries > floor
-            hit = hit & (entries > NEVER)
-            place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
-            part = place // ROOM
-            fits = hit & (part < lists)
-            where = tl.where(part > 0, begin + part, row) * ROOM + place % ROOM
-            tl.store(columns + where, at, mask=fits)
-            tl.store(values + where, entries, mask=fits)
-            count += tl.sum(hit.to(tl.int32), 0)
-
-
-@triton.jit
 def finish(columns, values, counts, status, row, count, has_nan, ROOM: tl.constexpr):
     """Zero what a list of `count` entries leaves free, and note how many there are."""
     slot = tl.arange(0, ROOM)
@@ -221,8 +183,8 @@ def finish(columns, values, counts, status, row, count, has_nan, ROOM: tl.conste
 
 @triton.jit
 def collect_long_rows(
-    scores, floors, slack, allowed, columns, values, counts, found, status, n_rows, n,
-    KIND: tl.constexpr, PLACES: tl.constexpr, IS_EXACT: tl.constexpr,
+    scores, floors, slack, allowed, columns, values, counts, found, status, stride, n_rows, n,
+    KIND: tl.constexpr, PLACES: tl.constexpr, IS_EXACT: tl.constexpr, IS_NEAR: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.constexpr, OF_RELU: tl.constexpr,
     LINEAR: tl.constexpr, SQUARES: tl.constexpr,
     EACH: tl.constexpr, WIDE: tl.constexpr, ROOM: tl.constexpr,
@@ -236,12 +198,14 @@ def collect_long_rows(
         for row in range(begin_row, begin_row + EACH):
             if tl.load(found + row, mask=row < n_rows, other=0) > ROOM:
                 base = scores + row * n
-                near = tl.load(slack)
+                near = 0.0
+                if IS_NEAR or KIND == SIMPLEX:
+                    near = tl.load(slack)
                 wide = tl.arange(0, WIDE)
                 scale, top, floor = 1.0, 0.0, 0.0
                 key, left = 0, 0
                 if KIND == RANK:
-                    k = tl.load(floors + row)
+                    k = rank_of(floors, row, stride, n, IS_NEAR)
                     best = lowest_key(PLACES)
                     for bit in range(PLACES):
                         candidate = next_bit(best, bit, PLACES)
@@ -264,7 +228,7 @@ def collect_long_rows(
                             is_above = (keys_of(entries, PLACES) > key) & (entries > NEVER)
                             left -= tl.sum(is_above.to(tl.int32), 0)
                 else:
-                    scale = tl.load(floors + row)
+                    scale = tl.load(floors + row * stride)
                     maxima = tl.full((WIDE,), NEVER, tl.float32)
                     for start in range(0, n, WIDE):
                         entries, _ = read(
@@ -311,7 +275,7 @@ def collect_long_rows(
 
 @triton.jit
 def choose_rows(
-    columns, values, counts, status, ranks, chosen_columns, chosen_values, chosen_counts, chosen_status,
+    columns, values, counts, status, ranks, chosen_columns, chosen_values, chosen_counts, chosen_status, stride,
     PLACES: tl.constexpr, ROOM: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """The ranks[b] largest entries of each list, of equal ones the first, in their order."""
@@ -320,7 +284,7 @@ def choose_rows(
     inside = slot < tl.load(counts + row)
     column = tl.load(columns + row * ROOM + slot, mask=inside, other=0)
     value = tl.load(values + row * ROOM + slot, mask=inside, other=0.0)
-    k = tl.load(ranks + row)
+    k = tl.load(ranks + row * stride).to(tl.int32)
     keys = tl.where(inside, keys_of(value, PLACES), lowest_key(PLACES).to(tl.int32))
     threshold = kth_largest(keys, k, PLACES)
     above = (keys > threshold) & inside
