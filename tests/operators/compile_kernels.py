@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 
 from saeflow.operators.gpu.kernels import (
     columns,
+    dead,
     dense,
     lists,
     ranks,
@@ -53,6 +54,7 @@ def cases() -> Iterator[Case]:
         yield lists.soft_lists, [F, S, D, F, F], {"CAPACITY": capacity}, warps
     yield from selections()
     yield from products()
+    yield from of_dead()
     for is_unit in FLAGS:
         yield update.measure_rows, [F, F, F, INT, INT], {"IS_UNIT": is_unit, "BLOCK": 1024}, 4
     for has_shadow in FLAGS:
@@ -97,6 +99,24 @@ def dense_steps(A: str) -> Iterator[Case]:
     yield dense.dot_gradient_dense, [A, F, F, A, F, F, INT, INT], tiles, 8
 
 
+def of_dead() -> Iterator[Case]:
+    """Kernels of AuxK."""
+    yield dead.dead_columns, [U, L, L, INT, INT], {"WIDE": 4096}, 8
+    tiles, block = {"ROWS": 8, "TALL": 256, "WIDE": 256}, {"BLOCK": 1024}
+    for scores, places, wide, warps in ((H, 16, 4096, 8), (H, 16, 16384, 32), (F, 32, 16384, 32)):
+        for is_signed in FLAGS:
+            constants = {"PLACES": places, "IS_SIGNED": is_signed, "WIDE": wide}
+            yield dead.dead_rows, [scores, L, L, scores, INT, INT, INT], constants, warps
+    for A in (F, H):
+        yield dead.dead_gradient_columns, [A, A, A, F, INT, INT], tiles, 8
+        yield dead.share_rows, [F, A, F, F, F, INT, INT], block, 4
+        yield dead.share_gradient_rows, [F, A, F, A, INT], block, 4
+        yield dead.add_rows, [F, L, A, INT], block, 4
+        yield dense.centred_dense, [A, F, H, INT], {"WIDE": 1024}, 8
+    yield dead.add_rows, [F, L, F, INT], {"BLOCK": 16}, 1
+    yield dead.defined_share, [F, F, L, F, F], {}, 1
+
+
 def selections() -> Iterator[Case]:
     tensors = [F, U, S, F, S, S, S, INT]
     sizes = {"WIDE": 1024, "ROOM": 128}
@@ -132,7 +152,6 @@ def selections() -> Iterator[Case]:
         constants = {"KIND": kind, "PLACES": 16} | sizes | plain | fast | {"PER_COLUMN": per_column}
         yield selection.collect_rows, [H, F, *tensors, INT], constants, 4
     yield from spills()
-    yield ranks.keep_rows, [F, F, INT, INT], {"WIDE": 4096}, 8
     for places, room, warps in ((16, 128, 1), (32, 1024, 4)):
         constants = {"PLACES": places, "ROOM": room, "CAPACITY": 64}
         yield selection.choose_rows, [S, F, S, S, S, S, F, S, S, INT], constants, warps
@@ -210,6 +229,7 @@ written = {
     name
     for module in (
         columns,
+        dead,
         dense,
         lists,
         ranks,
@@ -236,6 +256,7 @@ written = {
             "_first",
             "_flagged",
             "_silent",
+            "_share",
         )
     )
     and isinstance(member, triton.JITFunction)

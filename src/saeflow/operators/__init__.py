@@ -1,6 +1,6 @@
 """Operators: pure, differentiable functions on the last dimension, and sparse latents."""
 
-from saeflow.operators.auxk import auxk_loss, first_of, keep_largest, residual_share, select_auxk
+from saeflow.operators.auxk import auxk_loss, rebuild, residual_share, select_auxk, share_left
 from saeflow.operators.batch_topk import batch_topk, batch_topk_sparse
 from saeflow.operators.entmax import entmax, entmax_of, entmax_sparse
 from saeflow.operators.feature_choice import (
@@ -15,7 +15,6 @@ from saeflow.operators.matching_pursuit import matching_pursuit
 from saeflow.operators.orthogonality import orthogonality
 from saeflow.operators.pre_acts import lowered, perceptron, pre_acts, rounding
 from saeflow.operators.products import (
-    decode_columns,
     decode_sparse,
     gather_columns,
     gather_pre_acts,
@@ -35,19 +34,16 @@ __all__ = [
     "batch_topk",
     "batch_topk_sparse",
     "choose_by_column",
-    "decode_columns",
     "decode_sparse",
     "entmax",
     "entmax_of",
     "entmax_sparse",
     "feature_choice",
-    "first_of",
     "fit_zipf",
     "gather_columns",
     "gather_pre_acts",
     "geometric_median",
     "jumprelu",
-    "keep_largest",
     "keep_topk",
     "lowered",
     "matching_pursuit",
@@ -55,10 +51,12 @@ __all__ = [
     "orthogonality",
     "perceptron",
     "pre_acts",
+    "rebuild",
     "residual_share",
     "room",
     "rounding",
     "select_auxk",
+    "share_left",
     "soft_topk",
     "soft_topk_of",
     "soft_topk_sparse",

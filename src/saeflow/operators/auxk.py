@@ -7,8 +7,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saeflow.operators import gpu
 from saeflow.operators.autograd import applied
-from saeflow.operators.gpu import selection
+from saeflow.operators.gpu import dead, dense, selection
+from saeflow.operators.gpu.shadows import shadow
+from saeflow.operators.gpu.weights import Left, OfRows, Walk
 from saeflow.operators.sparse import SparseLatents, room
 from saeflow.operators.topk import keep_topk, topk_sparse
 
@@ -75,30 +78,53 @@ def select_auxk(
     return SparseLatents.from_positions(flat, top.values[active], *pre_acts.shape)
 
 
-def first_of(dead: Tensor, count: int) -> Tensor:
-    """Return the columns of the first `count` dead latents, ascending, then of live ones if there are fewer.
+def rebuild(
+    x: Tensor,
+    W_enc: Tensor,
+    b_enc: Tensor,
+    centre: Tensor,
+    W_dec: Tensor,
+    active: Tensor,
+    columns: Tensor,
+    walk: Walk | None = None,
+) -> Tensor:
+    """Return the sum of some latents times their rows of W_dec, with the gradient of all weights that they come from.
+
+    Products are in the precision of the latents: of copies of the rows, with no (B, d_sae) tensor.
 
     Args:
-        dead: (d_sae,) bool.
-        count: at most d_sae.
+        x: (B, d_in).
+        W_enc, b_enc, centre: (d_in, d_sae), (d_sae,) and (d_in,), by which pre-activations are (x - centre) W_enc + b_enc.
+        W_dec: (d_sae, d_out).
+        active: (B, n) the latents, constants, 0 where one is not active: pre-activations, of the columns.
+        columns: (n,) int64, no column twice.
+        walk: the step whose weights' gradients these are added to, if its decoder is W_dec.
 
     Returns:
-        (count,) int64, no column twice; the host waits for nothing.
+        (B, d_out), dtype of the latents, differentiable in the weights, not in x.
     """
-    return (~dead).to(torch.uint8).sort(stable=True).indices[:count]
+    weights: tuple[Tensor, ...] = (W_enc, b_enc, centre, W_dec)
+    token, left = None, None
+    if walk is not None and walk.left.W_dec is W_dec:
+        (token, left), weights = walk, tuple(w.detach() for w in weights)
+    return applied(_Rebuild, token, *weights, x, active, columns, left)
 
 
-def keep_largest(active: Tensor, k: int) -> Tensor:
-    """Zero all but the k largest positive entries of each row, as `keep_topk` does, for which the host does not wait.
+def share_left(
+    error: Tensor,
+    e_hat: Tensor,
+    number: Tensor,
+    total: Callable[[Tensor], Tensor],
+    rows: int,
+) -> Tensor:
+    """`residual_share` of minus an error (B, d_out), 0 where a number () is 0, for which the host does not wait.
 
     Args:
-        active: (B, n), none below 0.
-        k: one for all rows.
-
-    Returns:
-        (B, n), with the gradient of the entries that are kept.
+        rows: of the whole batch.
     """
-    return applied(_KeepLargest, active, k)
+    if gpu.serves(error) and gpu.serves_scores(e_hat):
+        return dead.share(error, e_hat, number, total, rows)
+    return residual_share(-error, e_hat, total).where(number > 0, 0)
 
 
 def residual_share(
@@ -121,18 +147,45 @@ def residual_share(
     return ratio.where(is_defined, 0)
 
 
-class _KeepLargest(torch.autograd.Function):
+class _Rebuild(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, active: Tensor, k: int) -> Tensor:
-        kept = selection.keep_largest(active, k)
-        ctx.save_for_backward(kept)
-        return kept
+    def forward(
+        ctx: Any,
+        token: Tensor | None,
+        W_enc: Tensor,
+        b_enc: Tensor,
+        centre: Tensor,
+        W_dec: Tensor,
+        x: Tensor,
+        active: Tensor,
+        columns: Tensor,
+        left: Left | None,
+    ) -> Tensor:
+        is_lower = active.dtype == torch.bfloat16 and W_dec.dtype == torch.float32
+        rows = (shadow(W_dec) if is_lower else W_dec).index_select(0, columns)
+        ctx.save_for_backward(W_enc, centre, x, active, rows, columns)
+        ctx.left, ctx.shape = left, W_dec.shape
+        ctx.number = 0 if left is None else left.number()
+        return active @ rows
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (kept,) = ctx.saved_tensors
-        return grad.where(kept > 0, 0), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        W_enc, centre, x, active, rows, columns = ctx.saved_tensors
+        of_active, of_b_enc = dead.where_active(grad @ rows.t(), active)
+        of_W_enc = of_active.t() @ dense.centred(x, centre, active.dtype)
+        is_trained = ctx.needs_input_grad[4] if ctx.left is None else ctx.left.W_dec.requires_grad
+        of_W_dec = active.t() @ grad if is_trained else None
+        if ctx.left is not None:
+            ctx.left.of_rows[ctx.number] = OfRows(columns, of_W_enc, of_b_enc, of_W_dec)
+            return (None,) * 9
+        W, b = W_enc.new_zeros(W_enc.shape[::-1]), W_enc.new_zeros(W_enc.shape[1])
+        dead.add_rows(W, columns, of_W_enc)
+        dead.add_rows(b, columns, of_b_enc)
+        if of_W_dec is not None:
+            part, of_W_dec = of_W_dec, W_enc.new_zeros(ctx.shape)
+            dead.add_rows(of_W_dec, columns, part)
+        return None, W.t(), b, -(W_enc @ b), of_W_dec, None, None, None, None
 
 
 def _check_dead(pre_acts: Tensor, dead: Tensor) -> None:

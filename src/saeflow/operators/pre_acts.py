@@ -94,7 +94,7 @@ class _PreActs(torch.autograd.Function):
             centred = x - b_dec
             a = torch.addmm(b_enc, centred, W_enc)
         else:
-            centred = torch.sub(x, b_dec, out=torch.empty_like(x, dtype=lower.dtype))
+            centred = dense.centred(x, b_dec, lower.dtype)
             a = torch.addmm(b_enc.to(lower.dtype), centred, lower)
         if any(ctx.needs_input_grad):
             ctx.save_for_backward(centred.to(a.dtype), W_enc)

@@ -6,8 +6,6 @@ rows of `W_dec` for each input, the weight gradients sum inputs for each latent.
 fixed order, so the same input gives the same bits.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -143,38 +141,12 @@ def gather_columns(
     """Some columns (n,) of a = (x - b_dec) W_enc + b_enc, with the encoder's gradient.
 
     Args:
-        pre_acts: a (B, d_sae); None, where it is rounded: the columns are worked out here, on a GPU in TF32.
+        pre_acts: a (B, d_sae); None, where it is rounded: the columns are worked out here.
 
     Returns:
         (B, n), dtype of `W_enc`, differentiable in W_enc, b_enc and b_dec, not in x.
     """
     return applied(_GatherColumns, x, W_enc, b_enc, b_dec, pre_acts, columns)
-
-
-def decode_columns(latents: Tensor, W_dec: Tensor, columns: Tensor, *, is_rounded: bool) -> Tensor:
-    """Return the sum of latents times some rows of W_dec, of which a copy is multiplied.
-
-    Args:
-        latents: (B, n), of the columns.
-        W_dec: (d_sae, d_in).
-        columns: (n,) int64, no column twice.
-        is_rounded: multiply in TF32, where a GPU has that: other products of the step are in bfloat16.
-
-    Returns:
-        (B, d_in), differentiable in the latents and in W_dec.
-    """
-    return applied(_DecodeColumns, latents, W_dec, columns, is_rounded)
-
-
-@contextmanager
-def _in_tf32(is_on: bool) -> Iterator[None]:
-    """Products of float32 matrices on a GPU in TF32, which takes an eighth of the time, where that is wanted."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = before or is_on
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _sum_rows(matrix: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:
@@ -295,11 +267,9 @@ class _GatherColumns(torch.autograd.Function):
         columns: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(x, W_enc, b_dec, columns)
-        ctx.is_rounded = pre_acts is None
         if pre_acts is None:
             rows = W_enc.t().index_select(0, columns)
-            with _in_tf32(True):
-                return torch.addmm(b_enc[columns], (x - b_dec).to(W_enc.dtype), rows.t())
+            return torch.addmm(b_enc[columns], (x - b_dec).to(W_enc.dtype), rows.t())
         return pre_acts.index_select(1, columns).to(W_enc.dtype)
 
     @staticmethod
@@ -307,32 +277,6 @@ class _GatherColumns(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc, b_dec, columns = ctx.saved_tensors
         grad_W, grad_b_enc = torch.zeros_like(W_enc.t()), W_enc.new_zeros(W_enc.shape[1])
-        with _in_tf32(ctx.is_rounded):
-            grad_W[columns] = grad.t() @ (x - b_dec).to(grad.dtype)
+        grad_W[columns] = grad.t() @ (x - b_dec).to(grad.dtype)
         grad_b_enc[columns] = grad.sum(0)
         return None, grad_W.t(), grad_b_enc, -(W_enc @ grad_b_enc), None, None
-
-
-class _DecodeColumns(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, latents: Tensor, W_dec: Tensor, columns: Tensor, is_rounded: bool
-    ) -> Tensor:
-        rows = W_dec.index_select(0, columns)
-        ctx.save_for_backward(latents, rows, columns)
-        ctx.shape, ctx.is_rounded = W_dec.shape, is_rounded
-        with _in_tf32(is_rounded):
-            return latents @ rows
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        latents, rows, columns = ctx.saved_tensors
-        of_latents, of_W = None, None
-        with _in_tf32(ctx.is_rounded):
-            if ctx.needs_input_grad[0]:
-                of_latents = grad @ rows.t()
-            if ctx.needs_input_grad[1]:
-                of_W = grad.new_zeros(ctx.shape)
-                of_W[columns] = latents.t() @ grad
-        return of_latents, of_W, None, None

@@ -19,19 +19,19 @@ from saeflow.errors import UserError
 from saeflow.operators import (
     SparseLatents,
     acts_as_gpu,
-    decode_columns,
     decode_sparse,
-    first_of,
     gather_columns,
     gather_pre_acts,
-    keep_largest,
     keep_topk,
+    rebuild,
     residual_share,
     room,
     rounding,
     select_auxk,
+    share_left,
     squared_errors,
 )
+from saeflow.operators.gpu.dead import MOST_DEAD, columns_of, largest
 from saeflow.operators.gpu.shadows import shadow
 from saeflow.saes.forward import Errors, Forward
 from saeflow.saes.input_scale import InputScale
@@ -174,30 +174,31 @@ class SAE(Usable):
     def auxk_at_once(self, fwd: Forward, dead: Tensor, k_aux: int) -> Tensor:
         """Return the same without a value read by the host, which knows how many are dead from lines of the log.
 
-        Products are with the rows of the dead alone, copied; where these are most of all, with the chosen entries.
+        Latents are chosen from the scores as they are, and products are with the rows of the dead alone, copied, in the
+        scores' precision; where the dead are most of all, with the chosen entries.
         """
-        count, number = self.dead_room, dead.sum()
-        fwd.dead = number.where(number > count, 0)
-        if 2 * count > self.d_sae:
+        if self.dead_room == 0:
+            fwd.dead = dead.sum()
+            return self.W_dec.new_zeros(())
+        if 2 * self.dead_room > self.d_sae or self.dead_room > MOST_DEAD:
+            number = dead.sum()
             fwd.dead = number.new_zeros(())  # lists have room for the chosen ones of any number
-            chosen = select_auxk(self.ranked(fwd.pre_acts.detach()), dead, k_aux, k_aux)
-            chosen = chosen.at(fwd.pre_acts) if self.is_signed else chosen
-            beside = fwd.selected if isinstance(fwd.selected, SparseLatents) else None
-            chosen = self.gather(fwd.x, chosen, fwd.is_rounded, beside)
-            chosen = chosen if self.is_signed else chosen.relu()
-            e_hat = decode_sparse(chosen, self.W_dec)
+            e_hat = self.rebuilt_on_lists(fwd, dead, k_aux)
         else:
-            if count == 0:
-                return self.W_dec.new_zeros(())
-            columns = first_of(dead, count)
-            acts = self.gather_columns(fwd, columns).where(dead[columns], 0)
-            sizes = self.ranked(acts).relu()
-            if count > k_aux:
-                sizes = keep_largest(sizes, k_aux)
-            active = self.with_signs(sizes, acts)
-            e_hat = decode_columns(active, self.W_dec, columns, is_rounded=fwd.is_rounded)
-        share = residual_share(fwd.residual, e_hat, self.sum_over_rows)
-        return share.where(dead.any(), 0)
+            columns, number, fwd.dead = columns_of(dead, self.dead_room)
+            active = largest(fwd.pre_acts, columns, number, k_aux, is_signed=self.is_signed)
+            walk = fwd.selected.walk if isinstance(fwd.selected, SparseLatents) else None
+            e_hat = rebuild(*self.factors(fwd.x), self.W_dec, active, columns, walk)
+        error = -fwd.residual if fwd.errors is None else fwd.errors.error
+        return share_left(error, e_hat, number, self.sum_over_rows, self.rows(fwd.x))
+
+    def rebuilt_on_lists(self, fwd: Forward, dead: Tensor, k_aux: int) -> Tensor:
+        """Return what the k_aux largest dead latents of each row add up to (B, d_out), from lists of them."""
+        chosen = select_auxk(self.ranked(fwd.pre_acts.detach()), dead, k_aux, k_aux)
+        chosen = chosen.at(fwd.pre_acts) if self.is_signed else chosen
+        beside = fwd.selected if isinstance(fwd.selected, SparseLatents) else None
+        chosen = self.gather(fwd.x, chosen, fwd.is_rounded, beside)
+        return decode_sparse(chosen if self.is_signed else chosen.relu(), self.W_dec)
 
     def ranked(self, acts: Tensor) -> Tensor:
         """Return what AuxK ranks pre-activations by; those that are not above 0 reconstruct nothing."""

@@ -165,3 +165,12 @@ def test_nan_stays_nan(function: Callable[[Tensor], tuple[Tensor, Tensor]], scor
     scores[4, 9] = torch.nan
     latents, _ = function(scores)
     assert latents.isnan().nonzero().tolist() == [[4, 9]]
+
+
+@pytest.mark.parametrize("to", [torch.float32, torch.bfloat16])
+def test_centred_rows_are_within_a_rounding(scores: Tensor, to: torch.dtype) -> None:
+    centre = normal(M, seed=1, like=scores)
+    found, expected = dense.centred(scores, centre, to), scores.double() - centre.double()
+    assert found.dtype == to
+    rtol = 2**-7 if to == torch.bfloat16 else 1e-6  # Triton's interpreter cuts off
+    torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=1e-6)

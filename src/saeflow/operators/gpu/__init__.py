@@ -23,6 +23,7 @@ MODULES = (
     "sparse",
     "columns",
     "dense",
+    "dead",
     "update",
     "record",
 )

@@ -110,6 +110,15 @@ def perceptron(
     return applied(_Perceptron, x, matrix, bias, centre, weights, lower)
 
 
+def centred(x: Tensor, centre: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x - centre, of (B, d) and (d,), in a precision, in one pass."""
+    if dtype == x.dtype == centre.dtype or not _runs_triton(x):
+        return torch.sub(x, centre, out=torch.empty_like(x, dtype=dtype))
+    out = torch.empty_like(x, dtype=dtype)
+    _launch("centred_dense", x.contiguous(), centre, out)
+    return out
+
+
 def _runs_triton(rows: Tensor) -> bool:
     return gpu.serves_scores(rows)
 
@@ -265,9 +274,9 @@ class _Perceptron(torch.autograd.Function):
         lower: Tensor | None,
     ) -> Tensor:
         by = matrix if lower is None else lower
-        centred = torch.sub(x, centre, out=torch.empty_like(x, dtype=by.dtype))
-        scores = torch.addmm(bias.to(by.dtype), centred, by)
-        ctx.save_for_backward(centred, scores, matrix, weights)
+        inputs = centred(x, centre, by.dtype)
+        scores = torch.addmm(bias.to(by.dtype), inputs, by)
+        ctx.save_for_backward(inputs, scores, matrix, weights)
         out = torch.empty(len(x), device=x.device)
         if _runs_triton(scores):
             _launch("dot_dense", scores, weights.contiguous(), out)
@@ -279,7 +288,7 @@ class _Perceptron(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        centred, scores, matrix, weights = ctx.saved_tensors
+        inputs, scores, matrix, weights = ctx.saved_tensors
         of_scores, parts, grad = torch.empty_like(scores), _partial(scores), grad.contiguous()
         if _runs_triton(scores):
             tensors = (weights.contiguous(), grad, of_scores, *parts)
@@ -293,7 +302,7 @@ class _Perceptron(torch.autograd.Function):
                 parts[0, 0] += (a.clamp(min=0) * of_rows).sum(0)
                 parts[1, 0] += part.sum(0)
         of_weights, of_bias = parts.sum(1)
-        of_matrix = (of_scores.t() @ centred).to(matrix.dtype).t()
+        of_matrix = (of_scores.t() @ inputs).to(matrix.dtype).t()
         return None, of_matrix, of_bias, -(matrix @ of_bias), of_weights, None
 
 

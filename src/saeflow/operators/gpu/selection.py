@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from saeflow.operators import gpu
-from saeflow.operators.gpu.lists import Lists, Spill, capacity_for, share_out
+from saeflow.operators.gpu.lists import Lists, Spill, share_out
 from saeflow.operators.rows import group_maxima
 
 GROUPS_PER_ENTRY = 2  # of a batch-wide choice, for each place in a list
@@ -24,7 +24,6 @@ SPARE_TIMES, MOST_IN_ORDER = (
     4,
     1024,
 )  # a row above a threshold is read again beyond so many times its room, or entries
-MOST_IN_A_PROGRAM = 8192  # entries of a row that is held whole
 EACH = 8  # rows that one program looks for those in
 RANK, SIMPLEX, ABOVE, AT_LEAST = 0, 1, 2, 3  # kinds of a floor
 
@@ -61,27 +60,6 @@ def topk(
     room = max(128, 2 * capacity)
     found, _ = _collect(scores, ks, room, kind=RANK, allowed=allowed, is_positive=is_positive)
     return _choose(found, ks, capacity, _places(scores))
-
-
-def keep_largest(values: Tensor, k: int) -> Tensor:
-    """Zero all but the k largest positive entries of each row; of equal ones the first are kept.
-
-    Args:
-        values: (B, n) float32, none below 0.
-        k: at least 1.
-
-    Returns:
-        (B, n), without gradient.
-    """
-    values, n = values.detach().contiguous(), values.shape[1]
-    if n > MOST_IN_A_PROGRAM or not gpu.serves_scores(values):
-        return topk(values, k, capacity_for(k), is_positive=True).dense()
-    out = torch.empty_like(values)
-    wide = 1 << max(4, (n - 1).bit_length())
-    gpu.load("ranks").keep_rows[(len(values),)](
-        values, out, k, n, WIDE=wide, num_warps=max(1, min(16, wide // 512))
-    )
-    return out
 
 
 def batch_topk(scores: Tensor, total: Tensor | int, capacity: int, spare: int) -> Lists:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saeflow.operators.autograd import applied
-from saeflow.operators.gpu import sparse
+from saeflow.operators.gpu import dead, sparse
 from saeflow.operators.gpu.lists import Lists
 from saeflow.operators.gpu.shadows import multiplies_in_bf16, shadow
 
@@ -35,6 +35,15 @@ class OfDecoder(NamedTuple):
     scales: Tensor | None = None  # (B,), what rows of grad are to be multiplied with
 
 
+class OfRows(NamedTuple):
+    """A part of the gradients of some latents' rows, of any precision."""
+
+    columns: Tensor  # (n,) int64, which latents, none twice
+    W_enc: Tensor  # (n, d) by rows
+    b_enc: Tensor  # (n,)
+    W_dec: Tensor | None  # (n, d)
+
+
 @dataclass(eq=False)
 class Left:
     """Parts of the gradients of one step's weights, which products leave here.
@@ -43,7 +52,7 @@ class Left:
         W_dec: the decoder that this is about.
         W_enc: (M, d) by rows, without gradient.
         b_enc, b_dec: (M,) and (d,), without gradient.
-        of_encoder, of_decoder: by the number of the product, so that a second backward pass replaces the first's.
+        of_encoder, of_decoder, of_rows: by the number of the product, so that a second backward pass replaces the first's.
     """
 
     W_dec: Tensor
@@ -53,6 +62,7 @@ class Left:
     numbers: int = 0
     of_encoder: dict[int, OfEncoder] = field(default_factory=dict)
     of_decoder: dict[int, OfDecoder] = field(default_factory=dict)
+    of_rows: dict[int, OfRows] = field(default_factory=dict)
 
     def number(self) -> int:
         """Number one more product."""
@@ -69,8 +79,9 @@ class Left:
         """
         encoders = list(self.of_encoder.values()) if has_encoder else []
         decoders = list(self.of_decoder.values()) if has_decoder else []
-        self.of_encoder.clear()
-        self.of_decoder.clear()
+        parts = list(self.of_rows.values())
+        for left in (self.of_encoder, self.of_decoder, self.of_rows):
+            left.clear()
         W_enc, b_enc, W_dec = None, None, None
         for encoder in encoders:
             columns = encoder.lists.columns
@@ -96,6 +107,12 @@ class Left:
                 decoder.grad, decoder.lists, values, decoder.boundaries, decoder.scales
             )
             W_dec = _added(W_dec, W)
+        for part in parts:
+            if has_encoder:
+                W_enc = _with_rows(W_enc, self.W_enc, part.columns, part.W_enc)
+                b_enc = _with_rows(b_enc, self.b_enc, part.columns, part.b_enc)
+            if has_decoder and part.W_dec is not None:
+                W_dec = _with_rows(W_dec, self.W_dec, part.columns, part.W_dec)
         return W_enc, b_enc, W_dec
 
 
@@ -169,6 +186,13 @@ def _inputs(W_dec: Tensor, of: Walk | None) -> tuple[Tensor | None, Left | None,
 
 def _added(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total.add_(part)
+
+
+def _with_rows(total: Tensor | None, like: Tensor, columns: Tensor, part: Tensor) -> Tensor:
+    """Add a part (n, ...) of a gradient, laid out as a parameter (M, ...), to the rows that columns (n,) name."""
+    total = like.new_zeros(like.shape) if total is None else total
+    dead.add_rows(total, columns, part)
+    return total
 
 
 class _Token(torch.autograd.Function):

@@ -13,7 +13,19 @@ def power_of(values, p, IS_ONE: tl.constexpr):
     return tl.where(values > 0, tl.exp(p * tl.log(positive)), 0.0)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
+def centred_dense(x, centre, out, n, WIDE: tl.constexpr):
+    """out = x - centre."""
+    row = tl.program_id(0).to(tl.int64)
+    for start in range(0, n, WIDE):
+        at = start + tl.arange(0, WIDE)
+        inside = at < n
+        of_row = tl.load(x + row * n + at, mask=inside, other=0.0).to(tl.float32)
+        off = of_row - tl.load(centre + at, mask=inside, other=0.0)
+        tl.store(out + row * n + at, off, mask=inside)
+
+
+@triton.jit
 def relu_dense(scores, latents, sums, p, n, IS_ONE: tl.constexpr, WIDE: tl.constexpr):
     """latents = relu(scores); sums[b]: of latents^p."""
     row = tl.program_id(0).to(tl.int64)
@@ -29,7 +41,7 @@ def relu_dense(scores, latents, sums, p, n, IS_ONE: tl.constexpr, WIDE: tl.const
     tl.store(sums + row, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def relu_gradient_dense(latents, grad, of_sum, out, p, n, IS_ONE: tl.constexpr, WIDE: tl.constexpr):
     """out = (grad + of_sum p latents^(p - 1)) [latents > 0]."""
     row = tl.program_id(0).to(tl.int64)
@@ -47,7 +59,7 @@ def relu_gradient_dense(latents, grad, of_sum, out, p, n, IS_ONE: tl.constexpr, 
         tl.store(out + at, tl.where(z > 0, g, 0.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def jump_dense(scores, thresholds, latents, sums, n, WIDE: tl.constexpr):
     """latents = scores [scores > threshold]; sums[b]: how many."""
     row = tl.program_id(0).to(tl.int64)
@@ -64,7 +76,7 @@ def jump_dense(scores, thresholds, latents, sums, n, WIDE: tl.constexpr):
     tl.store(sums + row, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["n", "n_rows"])
+@triton.jit(do_not_specialize=["n_rows"])
 def jump_gradient_dense(
     scores, thresholds, grad, out, of_jump, of_step, half, n, n_rows,
     OF_LATENTS: tl.constexpr, ROWS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
@@ -95,7 +107,7 @@ def jump_gradient_dense(
     tl.store(of_step + block * n + column, tl.sum(steps, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def gated_dense(scores, biases, rates, shifts, latents, gates, sums, n, WIDE: tl.constexpr):
     """gates = relu(scores); latents = relu((scores - bias) rate + shift) [scores > 0]; sums[b]: of gates."""
     row = tl.program_id(0).to(tl.int64)
@@ -116,7 +128,7 @@ def gated_dense(scores, biases, rates, shifts, latents, gates, sums, n, WIDE: tl
     tl.store(sums + row, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["n", "n_rows"])
+@triton.jit(do_not_specialize=["n_rows"])
 def gated_gradient_dense(
     scores, biases, rates, shifts, grad, of_gates, of_sum, out, of_magnitude, of_product, n, n_rows,
     ROWS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
@@ -147,7 +159,7 @@ def gated_gradient_dense(
     tl.store(of_product + block * n + column, tl.sum(products, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["n", "n_rows"])
+@triton.jit(do_not_specialize=["n_rows"])
 def count_dense(
     latents, counts, fired, n, n_rows, ROWS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr
 ):
@@ -167,7 +179,7 @@ def count_dense(
     tl.store(fired + column, is_any.to(tl.uint8), mask=inside & (is_any > 0))
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def dot_dense(scores, weights, out, n, WIDE: tl.constexpr):
     """out[b] = relu(scores[b]) . weights."""
     row = tl.program_id(0).to(tl.int64)
@@ -180,7 +192,7 @@ def dot_dense(scores, weights, out, n, WIDE: tl.constexpr):
     tl.store(out + row, tl.sum(total, 0))
 
 
-@triton.jit(do_not_specialize=["n", "n_rows"])
+@triton.jit(do_not_specialize=["n_rows"])
 def dot_gradient_dense(
     scores, weights, of_dot, out, of_weights, of_bias, n, n_rows,
     ROWS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,

@@ -50,22 +50,6 @@ def kth_largest(keys, k, PLACES: tl.constexpr):
 
 
 @triton.jit
-def keep_rows(values, out, k, n, WIDE: tl.constexpr):
-    """Zero all but the k largest entries of each row, none below 0, which one program holds; of equal ones the first."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, WIDE)
-    inside = at < n
-    value = tl.load(values + row * n + at, mask=inside, other=0.0)
-    keys = keys_of(value, 32)
-    threshold = kth_largest(keys, k, 32)
-    above = keys > threshold
-    ties = (keys == threshold) & inside
-    left = k - tl.sum(above.to(tl.int32), 0)
-    kept = above | (ties & (tl.cumsum(ties.to(tl.int32), 0) <= left))
-    tl.store(out + row * n + at, tl.where(kept, value, 0.0), mask=inside)
-
-
-@triton.jit
 def bytes_before(counts, rank, LEVEL: tl.constexpr):
     """Return the upper LEVEL bytes of the rank-th largest key, and its rank among the keys that have them."""
     prefix, left = tl.full((), 0, tl.int32), rank

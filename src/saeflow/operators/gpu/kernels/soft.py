@@ -61,7 +61,7 @@ def middle_of_gap(base, origin, b, temperature, n, OF_RELU: tl.constexpr, WIDE: 
     return (log_below - log_above) / 2
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def soft_rows(
     scores, ks, temperatures, far, mask, guesses, shifts, problems, sums, n,
     OF_RELU: tl.constexpr, WIDE: tl.constexpr,
@@ -170,7 +170,7 @@ def soft_rows(
         tl.store(sums + row, tl.sum(added, 0))
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def soft_gradient_rows(
     scores, grad, guesses, shifts, temperatures, far, grad_scores, grad_k, of_sum, n,
     OF_RELU: tl.constexpr, WIDE: tl.constexpr,
