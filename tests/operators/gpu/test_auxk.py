@@ -75,7 +75,7 @@ def auxk_by_definition(
 def test_loss_and_gradients_are_those_of_the_definition(
     has_walk: bool, dtype: torch.dtype, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Within what rounding latents, rows and gradients to bfloat16 (8 bits) leaves, given the same choice."""
+    """Tolerances are what rounding latents, rows and gradients to bfloat16 (8 bits) leaves, given the same choice."""
     monkeypatch.setattr(sparse, "is_padded", True)
     shapes = (12, 20), (20, 60), (60,), (20,), (60, 20), (12, 20)
     x, *tensors, error = (drawn(*s, seed=i).to(path) for i, s in enumerate(shapes))
@@ -127,7 +127,7 @@ def test_an_undefined_share_is_zero_with_zero_gradient(case: str, path: str) -> 
 
 
 def test_a_share_is_that_of_all_rows_of_a_batch(path: str) -> None:
-    """Of a batch whose other half, on another process, has the same rows."""
+    """The other half of the batch, on another process, has the same rows."""
     error, e_hat = drawn(10, 20).to(path), drawn(10, 20, seed=1).to(path)
     number, given = torch.tensor(1, device=path), e_hat.clone().requires_grad_()
     share = share_left(error, given, number, lambda part: 2 * part, 20)

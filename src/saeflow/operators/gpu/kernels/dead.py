@@ -31,7 +31,7 @@ def dead_rows(
     scores, columns, numbers, out, k, n, width,
     PLACES: tl.constexpr, IS_SIGNED: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The k largest positive scores of each row in the dead columns, of equal ones the first, and 0 in the other columns.
+    """Write the k largest positive scores of each row in the dead columns, of equal ones the first, and 0 for the others.
 
     IS_SIGNED: the largest by size. One program holds a row's scores in these columns.
     """
