@@ -52,6 +52,13 @@ def cases() -> Iterator[Case]:
         yield lists.simplex_lists, [F, S, D, F], {"CAPACITY": 128} | power, 1
     for capacity, warps in ((128, 1), (1024, 4)):
         yield lists.soft_lists, [F, S, D, F, F], {"CAPACITY": capacity}, warps
+        yield lists.jump_lists, [F, S, S, F, F, F], {"CAPACITY": capacity}, warps
+        yield lists.jump_gradient_lists, [F, S, S, F, F, F], {"CAPACITY": capacity}, warps
+        for is_gradient in FLAGS:
+            constants = {"IS_GRADIENT": is_gradient, "CAPACITY": capacity}
+            yield lists.gated_lists, [F, S, S, F, F, F, F, F], constants, warps
+    yield lists.jump_gradient_columns, [F, F, L, S, F, F, F, FLOAT], {"BLOCK": 64}, 1
+    yield lists.gated_gradient_columns, [F, F, L, S, F, F, F, F, F, F], {"BLOCK": 64}, 1
     yield from selections()
     yield from products()
     yield from of_dead()

@@ -71,8 +71,8 @@ def rounding(inputs: Tensor, W_enc: Tensor) -> Tensor:
         inputs: (B, d_in), what W_enc (d_in, d_sae) is multiplied with.
     """
     norms = torch.linalg.vector_norm(inputs) * torch.linalg.vector_norm(W_enc)
-    of_each: Tensor = norms / (inputs.numel() * W_enc.shape[1]) ** 0.5
-    return 2**-6 * of_each
+    of_each: Tensor = norms * (2**-6 / (inputs.numel() * W_enc.shape[1]) ** 0.5)
+    return of_each
 
 
 def is_exact(margin: Tensor | float) -> bool:
@@ -82,7 +82,9 @@ def is_exact(margin: Tensor | float) -> bool:
 
 def lowered(threshold: Tensor, margin: Tensor | float) -> Tensor:
     """The score that a latent at a threshold may have in bfloat16, given `rounding`; the threshold, given 0.0."""
-    return threshold if is_exact(margin) else threshold - 2**-7 * threshold.abs() - margin
+    if is_exact(margin):
+        return threshold
+    return threshold.sub(threshold.abs(), alpha=2**-7) - margin
 
 
 class _PreActs(torch.autograd.Function):

@@ -68,7 +68,7 @@ class SAE(Usable):
             margin = self.margin(x, is_rounded=is_rounded)
             chosen = self.select(pre_acts, condition, margin)
         selected = self.gather(x, chosen, is_rounded)
-        active = self.activate_selected(selected, condition)
+        active, beside = self.activate_lists(selected, condition)
         parts = None
         if (errors := self.errors_of(batch.target, active)) is not None:
             x_hat: Tensor | Callable[[], Tensor] = partial(self.decode_selected, active)
@@ -77,7 +77,7 @@ class SAE(Usable):
         else:
             x_hat = self.decode_selected(active)
         return Forward(
-            batch, condition, pre_acts, selected, active, x_hat, parts, is_rounded, errors
+            batch, condition, pre_acts, selected, active, x_hat, parts, is_rounded, errors, beside
         )
 
     def run_dense(self, batch: Batch, condition: Tensor | None) -> Forward:

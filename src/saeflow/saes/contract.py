@@ -157,6 +157,15 @@ class Contract(Totals):
         """Selected pre-activations, with gradient, to latents: what `activate` makes of them."""
         return selected.relu()
 
+    def activate_lists(
+        self, selected: SparseLatents, condition: Tensor | None
+    ) -> tuple[SparseLatents, tuple[Tensor, ...]]:
+        """Return `activate_selected`, and what losses read of the same pass, as `activate_at_once` does.
+
+        A variant takes one pass for it where rows have the same room (`operators.gpu.on_lists`).
+        """
+        return self.activate_selected(selected, condition), ()
+
     # Losses, schedules and statistics.
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents
-from saeflow.operators.gpu import dense
+from saeflow.operators.gpu import dense, on_lists
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.forward import Forward
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
@@ -67,7 +67,10 @@ class Gated(FollowsDensity):
         return self.above_zero(pre_acts, margin)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
-        b_enc, r_mag, b_mag = map(selected.of_columns, (self.b_enc, self.r_mag, self.b_mag))
+        of_latents = self.b_enc, self.r_mag, self.b_mag
+        if selected.lists is not None:
+            return selected.with_values(on_lists.gated(selected.lists, *of_latents).view(-1))
+        b_enc, r_mag, b_mag = map(selected.of_columns, of_latents)
         magnitude = ((selected.values - b_enc) * r_mag.exp() + b_mag).relu()
         return selected.with_values(magnitude * (selected.values > 0))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from saeflow.config.options import VariantOptions, option
 from saeflow.operators import SparseLatents, jumprelu, lowered, step
-from saeflow.operators.gpu import dense
+from saeflow.operators.gpu import dense, on_lists
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.forward import Forward
 from saeflow.saes.initialisation import INITIALISATION, Initialisation
@@ -145,6 +145,15 @@ class JumpReLU(FollowsDensity):
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         theta = selected.of_columns(self.theta)
         return selected.with_values(jumprelu(selected.values, theta, self.bandwidth))
+
+    def activate_lists(
+        self, selected: SparseLatents, condition: Tensor | None
+    ) -> tuple[SparseLatents, tuple[Tensor, ...]]:
+        """Return latents, and how many are active."""
+        if selected.lists is None or not self.is_standard:
+            return super().activate_lists(selected, condition)
+        latents, count = on_lists.jumprelu(selected.lists, self.theta, self.bandwidth)
+        return selected.with_values(latents.view(-1)), (count,)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         acts = fwd.selected if self.is_standard else fwd.latents

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from saeflow.operators import entmax as entmax_of_rows
+from saeflow.operators import jumprelu, step
 from saeflow.operators import soft_topk as soft_topk_of_rows
 from saeflow.operators import sparsemax as sparsemax_of_rows
 from saeflow.operators.gpu import on_lists
+from saeflow.operators.gpu.lists import Lists
 
 COUNTS = [32, 20, 7, 1, 0]
 KS = [3.5, 20.0, 0.0, 0.4, 0.0]
@@ -109,3 +111,72 @@ def test_a_k_above_the_number_of_entries_takes_all(path: str) -> None:
     counts = torch.tensor([3], dtype=torch.int32, device=path)
     mask = on_lists.soft_topk(values, counts, torch.tensor([5.0], device=path), 0.1)
     assert mask.tolist() == [[1, 1, 1, 0]]
+
+
+D_SAE = 12
+
+
+def lists_near_thresholds(path: str) -> tuple[Lists, Tensor]:
+    """(4, 16) entries of 12 columns: any; ties with a threshold; a spare list's row; no entry. And thresholds (12,)."""
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.rand(4, D_SAE, generator=generator) < 0.7
+    mask[3], mask[:, 5] = False, False  # no entry of a row, and of a column
+    dense = torch.randn(4, D_SAE, generator=generator)
+    theta = 0.3 * torch.rand(D_SAE, generator=generator) + 0.1
+    dense[1] = theta
+    dense[2, ::2] = -0.0
+    lists = Lists.from_mask(dense.to(path), mask.to(path), 4, spare=6)
+    return lists, theta.to(path)
+
+
+def gradients_on_lists(
+    operator: Operator, lists: Lists, others: list[Tensor], at: list[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of an operator of values, and the gradients of a weighted sum of them."""
+    leaves = [t.detach().requires_grad_() for t in (lists.values, *others)]
+    found = operator(lists.with_values(leaves[0]), *leaves[1:])
+    outputs = list(found) if isinstance(found, tuple) else [found]
+    loss = torch.stack([(o * w).sum() for o, w in zip(outputs, at, strict=True)]).sum()
+    return [o.detach() for o in outputs], list(torch.autograd.grad(loss, leaves))
+
+
+def compare_with_rows(
+    operator: Operator, by_rows: Operator, others: Callable[[Tensor], list[Tensor]], path: str
+) -> None:
+    """Values and gradients against autograd of the whole rows in float64, at the entries that are real."""
+    lists, theta = lists_near_thresholds(path)
+    of_columns = others(theta)
+    real, column = lists.real, lists.columns.long()
+    weights = torch.randn(lists.values.shape, generator=torch.Generator().manual_seed(1)).to(path)
+    at = [weights, torch.tensor(0.7, device=path)]
+    exact = [t.double() for t in of_columns]
+
+    def of_entries(own: Lists, *vectors: Tensor) -> object:
+        out = by_rows(own.values.double(), *(v[column] for v in vectors))
+        parts = out if isinstance(out, tuple) else (out,)
+        kept = [p.where(real, 0) for p in parts]
+        return (kept[0], *(p.sum() for p in kept[1:]))
+
+    number = 2 if isinstance(operator(lists, *of_columns), tuple) else 1
+    found, grads = gradients_on_lists(operator, lists, of_columns, at[:number])
+    expected, references = gradients_on_lists(of_entries, lists, exact, at[:number])
+    for ours, reference in zip((*found, *grads), (*expected, *references), strict=True):
+        torch.testing.assert_close(ours.double(), reference.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_jumprelu_and_its_number_of_latents(path: str) -> None:
+    compare_with_rows(
+        lambda lists, theta: on_lists.jumprelu(lists, theta, 0.5),
+        lambda a, theta: (jumprelu(a, theta, 0.5), step(a, theta, 0.5)),
+        lambda theta: [theta],
+        path,
+    )
+
+
+def test_gated(path: str) -> None:
+    def by_rows(a: Tensor, b_enc: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
+        return ((a - b_enc) * r_mag.exp() + b_mag).relu() * (a > 0)
+
+    compare_with_rows(
+        on_lists.gated, by_rows, lambda theta: [theta - 0.5, theta.flip(0), 0.2 - theta], path
+    )

@@ -13,6 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from saeflow.operators import gpu
 from saeflow.operators.autograd import applied
+from saeflow.operators.gpu.lists import Lists
+from saeflow.operators.gpu.sparse import column_totals
 
 FAR = 30.0
 """Temperatures from the threshold at which a soft mask counts as 0 or 1: it is 5e-14 there."""
@@ -73,6 +75,31 @@ def soft_topk(
     """
     temperature = gpu.on_device(temperature, torch.float32, values)
     return applied(_SoftTopK, values, counts, k, temperature, reach)
+
+
+def jumprelu(lists: Lists, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    """Return `operators.jumprelu` of the values (R, C), and the sum () of `operators.step`, both with gradient.
+
+    Args:
+        lists: pre-activations, of which those within half a bandwidth of their threshold, or above, are there.
+        threshold: (d_sae,) float32.
+        bandwidth: of the kernel of the threshold's gradient.
+    """
+    result: tuple[Tensor, Tensor] = _Jump.apply(lists.values, threshold, lists, bandwidth)  # type: ignore[no-untyped-call]
+    return result
+
+
+def gated(lists: Lists, b_enc: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
+    """Return relu((a - b_enc) exp(r_mag) + b_mag) [a > 0] of the values a (R, C), 0 where not real.
+
+    Args:
+        lists: pre-activations.
+        b_enc, r_mag, b_mag: (d_sae,) float32.
+
+    Returns:
+        (R, C), with gradient in all four.
+    """
+    return applied(_Gated, lists.values, b_enc, r_mag, b_mag, lists)
 
 
 def _real(values: Tensor, counts: Tensor) -> Tensor:
@@ -206,3 +233,93 @@ def _tail(distance: Tensor, reach: float) -> Tensor:
     """F(-|t|), exactly 0 from far away on."""
     minus = -distance.abs()
     return torch.where(minus > -reach, minus.clamp(min=-reach).exp() / 2, 0.0)
+
+
+def _launch(kernel: str, lists: Lists, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel of one program for each list, with its entries' columns and their number."""
+    function, capacity = getattr(gpu.load("lists"), kernel), lists.capacity
+    values = lists.values.detach().contiguous()
+    function[(len(values),)](
+        values, lists.columns, lists.counts, *arguments,
+        CAPACITY=capacity, num_warps=_warps(capacity), **constants,
+    )  # fmt: skip
+
+
+def _launch_columns(kernel: str, lists: Lists, grad: Tensor, *arguments: Any) -> None:
+    """Run a kernel of one program for each column, with the places of its entries."""
+    function, values = getattr(gpu.load("lists"), kernel), lists.values.detach().contiguous()
+    of_all = values, grad, *lists.transposed
+    function[(lists.d_sae,)](*of_all, *arguments, BLOCK=64, num_warps=1)
+
+
+class _Jump(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, threshold: Tensor, lists: Lists, bandwidth: float
+    ) -> tuple[Tensor, Tensor]:
+        ctx.lists, ctx.bandwidth = lists, bandwidth
+        ctx.save_for_backward(threshold)
+        if gpu.serves(values, threshold) and values.numel():
+            latents, numbers = torch.empty_like(values), values.new_empty(len(values))
+            _launch("jump_lists", lists, threshold.contiguous(), latents, numbers)
+            return latents, numbers.sum()
+        is_over = lists.real & (values > threshold[lists.columns.long()])
+        return values.where(is_over, 0), is_over.sum().to(values.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, of_number: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        (threshold,), lists, grad = ctx.saved_tensors, ctx.lists, grad.contiguous()
+        values = lists.values.detach()
+        if gpu.serves(values, threshold) and values.numel():
+            out, of_threshold = torch.empty_like(grad), torch.empty_like(threshold)
+            _launch("jump_gradient_lists", lists, threshold.contiguous(), grad, out)
+            of_columns = threshold.contiguous(), of_number, of_threshold, ctx.bandwidth
+            _launch_columns("jump_gradient_columns", lists, grad, *of_columns)
+            return out, of_threshold, None, None
+        of_entries = threshold[lists.columns.long()]
+        is_near = (values - of_entries).abs() < ctx.bandwidth / 2
+        jumps = column_totals(lists, grad.where(is_near, 0))
+        total = threshold * jumps + of_number * column_totals(lists, is_near.to(grad.dtype))
+        out = grad.where(lists.real & (values > of_entries), 0)
+        return out, -total / ctx.bandwidth, None, None
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, b_enc: Tensor, r_mag: Tensor, b_mag: Tensor, lists: Lists
+    ) -> Tensor:
+        ctx.lists = lists
+        ctx.save_for_backward(b_enc, r_mag, b_mag)
+        if gpu.serves(values, b_enc) and values.numel():
+            out = torch.empty_like(values)
+            _launch("gated_lists", lists, b_enc, r_mag, b_mag, values, out, IS_GRADIENT=False)
+            return out
+        u, rate, shift = _of_entries(lists, b_enc, r_mag, b_mag)
+        magnitude = u * rate + shift
+        return magnitude.where(lists.real & (values > 0) & (magnitude > 0), 0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (b_enc, r_mag, b_mag), lists = ctx.saved_tensors, ctx.lists
+        values, grad = lists.values.detach(), grad.contiguous()
+        if gpu.serves(values, b_enc) and values.numel():
+            out, of_three = torch.empty_like(grad), b_enc.new_empty(3, lists.d_sae)
+            _launch("gated_lists", lists, b_enc, r_mag, b_mag, grad, out, IS_GRADIENT=True)
+            of_columns = b_enc, r_mag, b_mag, *of_three
+            _launch_columns("gated_gradient_columns", lists, grad, *of_columns)
+            return out, *of_three, None
+        u, rate, shift = _of_entries(lists, b_enc, r_mag, b_mag)
+        grad = grad.where(lists.real & (values > 0) & (u * rate + shift > 0), 0)
+        magnitudes, products = column_totals(lists, grad), column_totals(lists, grad * u)
+        return grad * rate, -r_mag.exp() * magnitudes, r_mag.exp() * products, magnitudes, None
+
+
+def _of_entries(
+    lists: Lists, b_enc: Tensor, r_mag: Tensor, b_mag: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return value - b_enc, exp(r_mag) and b_mag of each entry, (R, C) each."""
+    columns = lists.columns.long()
+    return lists.values.detach() - b_enc[columns], r_mag.exp()[columns], b_mag[columns]

@@ -128,3 +128,94 @@ def starting_point(x, inside, rank):
         low = tl.where(reached >= rank, middle, low)
         high = tl.where(reached >= rank, high, middle)
     return low
+
+
+@triton.jit
+def jump_lists(values, columns, counts, thresholds, latents, numbers, CAPACITY: tl.constexpr):
+    """latents = values [value > threshold of its column]; numbers[r]: how many of a list."""
+    row = tl.program_id(0).to(tl.int64)
+    at = row * CAPACITY + tl.arange(0, CAPACITY)
+    inside = tl.arange(0, CAPACITY) < tl.load(counts + row)
+    a = tl.load(values + at, mask=inside, other=0.0)
+    column = tl.load(columns + at, mask=inside, other=0)
+    is_over = inside & (a > tl.load(thresholds + column, mask=inside, other=float("inf")))
+    tl.store(latents + at, tl.where(is_over, a, 0.0))
+    tl.store(numbers + row, tl.sum(is_over.to(tl.float32), 0))
+
+
+@triton.jit
+def jump_gradient_lists(values, columns, counts, thresholds, grad, out, CAPACITY: tl.constexpr):
+    """out = grad [value > threshold of its column]."""
+    row = tl.program_id(0).to(tl.int64)
+    at = row * CAPACITY + tl.arange(0, CAPACITY)
+    inside = tl.arange(0, CAPACITY) < tl.load(counts + row)
+    a = tl.load(values + at, mask=inside, other=0.0)
+    column = tl.load(columns + at, mask=inside, other=0)
+    is_over = inside & (a > tl.load(thresholds + column, mask=inside, other=float("inf")))
+    tl.store(out + at, tl.where(is_over, tl.load(grad + at, mask=inside, other=0.0), 0.0))
+
+
+@triton.jit
+def jump_gradient_columns(
+    values, grad, order, offsets, thresholds, of_number, out, bandwidth, BLOCK: tl.constexpr
+):
+    """out: the gradient of each threshold, from the entries within half a bandwidth of it."""
+    column = tl.program_id(0)
+    begin, end = tl.load(offsets + column), tl.load(offsets + column + 1)
+    theta = tl.load(thresholds + column)
+    jumps, steps = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        entry = tl.load(order + at, mask=at < end, other=0)
+        a = tl.load(values + entry, mask=at < end, other=0.0)
+        is_near = (at < end) & (tl.abs(a - theta) < bandwidth / 2)
+        jumps += tl.load(grad + entry, mask=is_near, other=0.0)
+        steps += is_near.to(tl.float32)
+    total = theta * tl.sum(jumps, 0) + tl.load(of_number) * tl.sum(steps, 0)
+    tl.store(out + column, -total / bandwidth)
+
+
+@triton.jit
+def gated_lists(
+    values, columns, counts, biases, rates, shifts, grad, out,
+    IS_GRADIENT: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """out = relu((value - bias) exp(rate) + shift) [value > 0], by the numbers of each entry's column; IS_GRADIENT: grad times its slope."""
+    row = tl.program_id(0).to(tl.int64)
+    at = row * CAPACITY + tl.arange(0, CAPACITY)
+    inside = tl.arange(0, CAPACITY) < tl.load(counts + row)
+    a = tl.load(values + at, mask=inside, other=0.0)
+    column = tl.load(columns + at, mask=inside, other=0)
+    rate = tl.exp(tl.load(rates + column, mask=inside, other=0.0))
+    u = a - tl.load(biases + column, mask=inside, other=0.0)
+    result = u * rate + tl.load(shifts + column, mask=inside, other=0.0)
+    is_on = inside & (a > 0) & (result > 0)
+    if IS_GRADIENT:
+        result = tl.load(grad + at, mask=inside, other=0.0) * rate
+    tl.store(out + at, tl.where(is_on, result, 0.0))
+
+
+@triton.jit
+def gated_gradient_columns(
+    values, grad, order, offsets, biases, rates, shifts, of_bias, of_rate, of_shift,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Gradients of each column's bias, rate and shift."""
+    column = tl.program_id(0)
+    begin, end = tl.load(offsets + column), tl.load(offsets + column + 1)
+    bias, shift = tl.load(biases + column), tl.load(shifts + column)
+    rate = tl.exp(tl.load(rates + column))
+    magnitudes, products = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(begin, end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        entry = tl.load(order + at, mask=at < end, other=0)
+        a = tl.load(values + entry, mask=at < end, other=0.0)
+        u = a - bias
+        is_on = (at < end) & (a > 0) & (u * rate + shift > 0)
+        g = tl.load(grad + entry, mask=is_on, other=0.0)
+        magnitudes += g
+        products += g * u
+    magnitude = tl.sum(magnitudes, 0)
+    tl.store(of_shift + column, magnitude)
+    tl.store(of_bias + column, -rate * magnitude)
+    tl.store(of_rate + column, rate * tl.sum(products, 0))
