@@ -192,10 +192,8 @@ def products() -> Iterator[Case]:
         yield sparse.rescore_lists, [F, F, F, F, S, S, S, F, H, INT, INT], sizes, 4
         for W in (F, H):
             yield sparse.products_of_lists, [F, W, S, S, S, F, INT], sizes, 4
-            if not has_spill:
-                types = [F, W, F, S, F, S, F, W, F, F, INT]
-                of_rows = {"CAPACITY": 32, "BLOCK": 1024, "EACH": 4, "HAS_LOWER": W == H}
-                yield sparse.decode_error_of_lists, types, of_rows, 4
+            types = [F, W, F, S, F, S, S, F, W, F, F, INT]
+            yield sparse.decode_error_of_lists, types, sizes | {"HAS_LOWER": W == H}, 4
             for has_bias in FLAGS:
                 constants = sizes | {"HAS_BIAS": has_bias}
                 yield sparse.decode_lists, [W, F, S, F, S, S, S, F, INT], constants, 4
@@ -207,7 +205,14 @@ def products() -> Iterator[Case]:
         yield columns.add_pieces, [S, L, S, F, F, F, F, F, F, INT, INT], constants, 4
         of_rows = {"HAS_LOWER": has_left, "BLOCK": 1024}
         yield sparse.error_of_parts, [F, F, F, S, S, F, H, F, INT], of_rows, 4
+    for W in (F, H):
+        sizes = {"CAPACITY": 32, "BLOCK": 1024, "EACH": 4}
+        yield sparse.sums_of_parts, [W, S, F, S, S, S, F, INT], sizes, 4
+        yield sparse.products_of_parts, [F, W, S, S, S, S, F, INT, INT], sizes, 4
     yield columns.totals_by_columns, [F, L, S, F], {"BLOCK": 64}, 1
+    for keys in ("*i16", S):
+        yield columns.keys_of_lists, [S, S, keys, INT, INT], {"CAPACITY": 32, "WIDE": 1024}, 4
+        yield columns.offsets_of_columns, [keys, S, INT, INT], {"HALVINGS": 20, "WIDE": 64}, 1
 
 
 def walks(W: str, sizes: dict[str, Any]) -> Iterator[Case]:
@@ -258,6 +263,7 @@ written = {
             "_columns",
             "_dense",
             "_pieces",
+            "_parts",
             "_keys",
             "_parts",
             "_first",

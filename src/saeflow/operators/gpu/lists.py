@@ -16,6 +16,8 @@ from saeflow.operators import gpu
 OVERFLOW, NAN = 1, 2
 """Bits of a row's status: its answer has more entries than the list, the row holds NaN."""
 
+WIDE, FEW = 1024, 64  # entries, and columns, that one program looks at
+
 MOST_ON_A_LIST = 2048
 """Entries of a row up to which a list is faster than passes over the row."""
 
@@ -132,10 +134,22 @@ class Lists:
     def transposed(self) -> Transposed:
         """The structure by column, worked out once and shared by every `with_values`."""
         narrow = torch.int16 if self.d_sae < 1 << 15 else torch.int32  # sorted by half as many bits
-        beyond = self.columns.masked_fill(~self.real, self.d_sae).view(-1).to(narrow)
-        ordered, order = beyond.sort(stable=True)
-        ends = torch.arange(self.d_sae + 1, dtype=narrow, device=ordered.device)
-        return Transposed(order, torch.searchsorted(ordered, ends, out_int32=True))
+        if not (gpu.runs_triton(self.columns) and self.columns.numel()):
+            keys = self.columns.masked_fill(~self.real, self.d_sae).view(-1).to(narrow)
+            ordered, order = keys.sort(stable=True)
+            ends = torch.arange(self.d_sae + 1, dtype=narrow, device=ordered.device)
+            return Transposed(order, torch.searchsorted(ordered, ends, out_int32=True))
+        kernels, n = gpu.load("columns"), self.columns.numel()
+        keys = self.columns.new_empty(n, dtype=narrow)
+        kernels.keys_of_lists[(-(-n // WIDE),)](
+            self.columns, self.counts, keys, n, self.d_sae, CAPACITY=self.capacity, WIDE=WIDE
+        )
+        ordered, order = keys.sort(stable=True)
+        offsets = self.columns.new_empty(self.d_sae + 1)
+        kernels.offsets_of_columns[(-(-len(offsets) // FEW),)](
+            ordered, offsets, n, self.d_sae, HALVINGS=n.bit_length(), WIDE=FEW, num_warps=1
+        )
+        return Transposed(order, offsets)
 
     def dense(self) -> Tensor:
         """(B, d_sae) with zeros elsewhere, differentiable in the values."""

@@ -1,6 +1,5 @@
 """Products with lists: decoding, its error with the gradient at the latents, gradients of the weights."""
 
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -114,20 +113,21 @@ def decode_error(
     error, (n_rows, width) = torch.empty(x.shape, device=x.device), x.shape
     has_lower = lower != torch.float32
     kept = torch.empty_like(error, dtype=lower) if has_lower else error
-    squares, entries = error.new_empty(n_rows), _entries(lists)
-    if lists.spill is None:
-        out = Decoded(error, kept, squares, torch.empty_like(lists.values.detach()))
-        tensors = (_whole(x), _whole(W_dec), b_dec, *entries[:3])
-        _launch("decode_error_of_lists", n_rows, width, lists, *tensors, *out, HAS_LOWER=has_lower)
-        return out
-    # A row's lists are summed side by side: one that has many would keep all others waiting.
-    sums = error.new_empty(len(lists.columns), width)
-    _launch("decode_lists", len(sums), width, replace(lists, spill=None), _whole(W_dec), b_dec, *entries, sums, HAS_BIAS=False)  # fmt: skip
-    gpu.load("sparse").error_of_parts[(n_rows,)](
-        _whole(x), b_dec, sums, *entries[3:], error, kept, squares, width,
-        HAS_LOWER=has_lower, BLOCK=_block(width), num_warps=_warps(width),
-    )  # fmt: skip
-    return Decoded(error, kept, squares, row_products(error, W_dec, lists))
+    squares, products = error.new_empty(n_rows), torch.empty_like(lists.values.detach())
+    rows, W, (columns, values, counts, first, parts) = _whole(x), _whole(W_dec), _entries(lists)
+    entries, results = (columns, values, counts), (error, kept, squares)
+    _launch("decode_error_of_lists", n_rows, width, lists, rows, W, b_dec, *entries, parts, *results, products, HAS_LOWER=has_lower)  # fmt: skip
+    if lists.spill is not None:
+        # A row's lists are summed side by side: one that has many would keep all others waiting.
+        owners, n_lists = lists.spill.owners, len(columns)
+        sums = error.new_empty(n_lists, width)
+        _launch("sums_of_parts", n_lists, width, lists, W, *entries, owners, parts, sums)
+        gpu.load("sparse").error_of_parts[(n_rows,)](
+            rows, b_dec, sums, first, parts, *results, width,
+            HAS_LOWER=has_lower, BLOCK=_block(width), num_warps=_warps(width),
+        )  # fmt: skip
+        _launch("products_of_parts", n_lists, width, lists, error, W, columns, counts, owners, parts, products, n_rows)  # fmt: skip
+    return Decoded(error, kept, squares, products)
 
 
 def nested_errors(
@@ -341,7 +341,7 @@ def _launch(
 ) -> None:
     """Run a kernel that holds rows of `width` numbers in registers."""
     constants["CAPACITY"] = lists.capacity
-    if kernel != "decode_error_of_lists":
+    if not kernel.endswith("_parts"):  # which there are of spare lists alone
         constants["HAS_SPILL"] = lists.spill is not None
     each = max(1, min(EACH.get(kernel, 4), 4096 // _block(width)))
     module = gpu.load("columns" if kernel == "walk_columns" else "sparse")

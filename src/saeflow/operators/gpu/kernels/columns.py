@@ -147,3 +147,30 @@ def totals_by_columns(weights, order, offsets, totals, BLOCK: tl.constexpr):
         entry = tl.load(order + at, mask=at < end, other=0)
         total += tl.load(weights + entry, mask=at < end, other=0.0)
     tl.store(totals + column, tl.sum(total, 0))
+
+
+@triton.jit
+def keys_of_lists(columns, counts, keys, n, d_sae, CAPACITY: tl.constexpr, WIDE: tl.constexpr):
+    """Write what entries are sorted by: their columns, and d_sae where they are not real."""
+    at = tl.program_id(0).to(tl.int64) * WIDE + tl.arange(0, WIDE)
+    inside = at < n
+    is_real = at % CAPACITY < tl.load(counts + at // CAPACITY, mask=inside, other=0)
+    column = tl.load(columns + at, mask=is_real, other=0)
+    tl.store(keys + at, tl.where(is_real, column, d_sae).to(keys.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def offsets_of_columns(
+    ordered, offsets, n, d_sae, HALVINGS: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """Write how many of n ascending keys are below each of 0 to d_sae, by bisection."""
+    column = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
+    low = tl.zeros((WIDE,), tl.int32)
+    high = low + n
+    for _halving in range(HALVINGS):
+        middle = (low + high) // 2
+        is_open = low < high
+        is_below = tl.load(ordered + middle, mask=is_open, other=0).to(tl.int32) < column
+        low = tl.where(is_open & is_below, middle + 1, low)
+        high = tl.where(is_open & ~is_below, middle, high)
+    tl.store(offsets + column, low, mask=column <= d_sae)

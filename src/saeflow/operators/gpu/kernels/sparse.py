@@ -157,28 +157,55 @@ def decode_lists(
 
 @triton.jit
 def decode_error_of_lists(
-    x, W_dec, b_dec, columns, values, counts, error, lower, squares, products, width,
-    CAPACITY: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr, HAS_LOWER: tl.constexpr,
+    x, W_dec, b_dec, columns, values, counts, parts, error, lower, squares, products, width,
+    CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
+    HAS_LOWER: tl.constexpr,
 ):  # fmt: skip
     """The error of a reconstruction, the sum of its squares, and its product with each entry's row.
 
-    lower: a copy of the error in a lower precision, if HAS_LOWER.
+    lower: a copy of the error in a lower precision, if HAS_LOWER. A row with several lists is left to `error_of_parts`.
     """
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < width
-    count = tl.load(counts + row)
-    total = tl.load(b_dec + at, mask=inside, other=0.0).to(tl.float32)
-    total = sum_of_entries(
-        total, W_dec, columns, values, row, 0, count, at, inside, width, CAPACITY, EACH
-    )
-    total -= tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    if lists_of(row, parts, HAS_SPILL) == 1:
+        at = tl.arange(0, BLOCK)
+        inside = at < width
+        count = tl.load(counts + row)
+        total = tl.load(b_dec + at, mask=inside, other=0.0).to(tl.float32)
+        total = sum_of_entries(
+            total, W_dec, columns, values, row, 0, count, at, inside, width, CAPACITY, EACH
+        )
+        total -= tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+        write_error(total, error, lower, squares, row, at, inside, width, HAS_LOWER)
+        zero_rest(products, row, count, CAPACITY)
+        products_with(
+            total, W_dec, columns, row, 0, count, products, at, inside, width, CAPACITY, EACH
+        )
+
+
+@triton.jit
+def write_error(total, error, lower, squares, row, at, inside, width, HAS_LOWER: tl.constexpr):
+    """Write the error of a row, in both precisions, and the sum of its squares."""
     tl.store(error + row * width + at, total, mask=inside)
     if HAS_LOWER:
         tl.store(lower + row * width + at, total.to(lower.dtype.element_ty), mask=inside)
     tl.store(squares + row, tl.sum(total * total, 0))
-    zero_rest(products, row, count, CAPACITY)
-    products_with(total, W_dec, columns, row, 0, count, products, at, inside, width, CAPACITY, EACH)
+
+
+@triton.jit
+def sums_of_parts(
+    W_dec, columns, values, counts, owners, parts, sums, width,
+    CAPACITY: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """Sum values times rows of W_dec over each list of the rows that have several."""
+    own = tl.program_id(0).to(tl.int64)
+    if tl.load(parts + tl.load(owners + own)) > 1:
+        at = tl.arange(0, BLOCK)
+        inside = at < width
+        total, end = tl.zeros((BLOCK,), tl.float32), tl.load(counts + own)
+        total = sum_of_entries(
+            total, W_dec, columns, values, own, 0, end, at, inside, width, CAPACITY, EACH
+        )
+        tl.store(sums + own * width + at, total, mask=inside)
 
 
 @triton.jit
@@ -186,19 +213,37 @@ def error_of_parts(
     x, b_dec, sums, first, parts, error, lower, squares, width,
     HAS_LOWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The error of a row that is rebuilt from the sums over each of its lists, and the sum of its squares."""
+    """The error of a row that is rebuilt from the sums over each of its several lists, and the sum of its squares."""
     row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    inside = at < width
-    total = tl.load(b_dec + at, mask=inside, other=0.0).to(tl.float32)
-    for part in range(lists_of(row, parts, True)):
-        own = list_of(row, part, first, True)
-        total += tl.load(sums + own * width + at, mask=inside, other=0.0)
-    total -= tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(error + row * width + at, total, mask=inside)
-    if HAS_LOWER:
-        tl.store(lower + row * width + at, total.to(lower.dtype.element_ty), mask=inside)
-    tl.store(squares + row, tl.sum(total * total, 0))
+    lists = tl.load(parts + row)
+    if lists > 1:
+        at = tl.arange(0, BLOCK)
+        inside = at < width
+        total = tl.load(b_dec + at, mask=inside, other=0.0).to(tl.float32)
+        for part in range(lists):
+            own = list_of(row, part, first, True)
+            total += tl.load(sums + own * width + at, mask=inside, other=0.0)
+        total -= tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+        write_error(total, error, lower, squares, row, at, inside, width, HAS_LOWER)
+
+
+@triton.jit
+def products_of_parts(
+    error, W_dec, columns, counts, owners, parts, products, n_rows, width,
+    CAPACITY: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
+):  # fmt: skip
+    """The product of a row's error with the row of each entry, for rows with several lists; 0 in lists of none."""
+    own = tl.program_id(0).to(tl.int64)
+    row = tl.load(owners + own).to(tl.int64)
+    if (own >= n_rows) | (tl.load(parts + row) > 1):
+        at = tl.arange(0, BLOCK)
+        inside = at < width
+        count = tl.load(counts + own)
+        mine = tl.load(error + row * width + at, mask=inside & (count > 0), other=0.0)
+        zero_rest(products, own, count, CAPACITY)
+        products_with(
+            mine, W_dec, columns, own, 0, count, products, at, inside, width, CAPACITY, EACH
+        )
 
 
 @triton.jit
