@@ -197,7 +197,7 @@ def products() -> Iterator[Case]:
             for has_bias in FLAGS:
                 constants = sizes | {"HAS_BIAS": has_bias}
                 yield sparse.decode_lists, [W, F, S, F, S, S, S, F, INT], constants, 4
-            types = [F, W, F, L, S, F, S, S, S, F, F, F, F, INT]
+            types = [F, W, F, L, S, F, S, S, S, F, W, F, F, F, INT]
             yield sparse.nested_errors_of_lists, types, sizes | {"GROUPS": 5}, 4
             yield from walks(W, sizes)
     for has_left in FLAGS:

@@ -10,6 +10,7 @@ from saeflow.operators.gpu import sparse
 from saeflow.operators.gpu.lists import Lists
 
 B, M, D, C = 6, 24, 20, 16  # D is no power of two
+ROUNDED = 2.0**-7  # of bfloat16, which the interpreter rounds towards 0
 
 
 def normal(*shape: int, seed: int, path: str) -> Tensor:
@@ -67,7 +68,9 @@ def test_the_error_and_all_its_gradients(lists: Lists, dtype: torch.dtype, path:
     x_hat.retain_grad()
     squares = (x_hat - x).square().sum(1)
     squares.sum().backward()
-    got = sparse.decode_error(lists, W_dec, b_dec, x)
+    got = sparse.decode_error(lists, W_dec, b_dec, x, dtype)
+    assert got.kept.dtype == dtype
+    torch.testing.assert_close(got.kept.float(), got.error, rtol=ROUNDED, atol=0)
     close(got.squares, squares.detach())
     close(2 * got.error, x_hat.grad)
     expected = at(dense.grad, lists)
@@ -86,6 +89,13 @@ def test_the_errors_of_prefixes_of_groups(lists: Lists, path: str) -> None:
     of_W, of_b, of_latents = torch.autograd.grad(squares.sum(), leaves)
     got = sparse.nested_errors(lists, W_dec.detach(), b_dec.detach(), x, boundaries)
     close(got.squares, squares.detach())
+    rounded = sparse.nested_errors(
+        lists, W_dec.detach(), b_dec.detach(), x, boundaries, torch.bfloat16
+    )
+    assert rounded.kept.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.kept.float(), got.kept, rtol=ROUNDED, atol=0)
+    assert torch.equal(rounded.of_all, got.kept[:, 0])
+    close(got.error, errors[-1].detach())
     for place in range(5):
         close(got.kept[:, place], torch.stack(errors[place:]).sum(0).detach())
     expected = at(of_latents, lists)

@@ -18,9 +18,12 @@ class Decoded(NamedTuple):
     """Results of one pass over the entries of each row."""
 
     error: Tensor  # (B, d) float32, x_hat - x
-    kept: Tensor  # the same in the precision asked for; float32 in groups (B, G, d), see `nested_errors`
+    kept: Tensor  # the same in the precision asked for; in groups (B, G, d), see `nested_errors`
     squares: Tensor  # (B,) float32, |error|^2
     products: Tensor  # (B, C) float32, error . W_dec[column] of each entry, 0 where not real
+    of_all: (
+        Tensor  # (B, d) float32, the sum of the errors of all prefixes of groups, of one the error
+    )
 
 
 class Gradients(NamedTuple):
@@ -109,7 +112,7 @@ def decode_error(
     if not _runs_triton(x, lists):
         error = decode(lists, W_dec, b_dec) - x
         squares, products = error.square().sum(1), row_products(error, W_dec, lists)
-        return Decoded(error, error.to(lower), squares, products)
+        return Decoded(error, error.to(lower), squares, products, error)
     error, (n_rows, width) = torch.empty(x.shape, device=x.device), x.shape
     has_lower = lower != torch.float32
     kept = torch.empty_like(error, dtype=lower) if has_lower else error
@@ -127,7 +130,7 @@ def decode_error(
             HAS_LOWER=has_lower, BLOCK=_block(width), num_warps=_warps(width),
         )  # fmt: skip
         _launch("products_of_parts", n_lists, width, lists, error, W, columns, counts, owners, parts, products, n_rows)  # fmt: skip
-    return Decoded(error, kept, squares, products)
+    return Decoded(error, kept, squares, products, error)
 
 
 def nested_errors(
@@ -136,11 +139,12 @@ def nested_errors(
     b_dec: Tensor,
     x: Tensor,
     boundaries: Tensor,
+    lower: torch.dtype = torch.float32,
 ) -> Decoded:
     """Do `decode_error` for the reconstructions from the first group of latents, from the first two, and so on.
 
     Args:
-        lists, W_dec, b_dec, x: as for `decode_error`.
+        lists, W_dec, b_dec, x, lower: as for `decode_error`.
         boundaries: (G - 1,) int64, ascending: where each group but the last ends.
 
     Returns:
@@ -164,10 +168,11 @@ def nested_errors(
             for group, (columns, _) in zip(of.T, slots, strict=True)
         ]
         products = torch.where(lists.real, torch.stack(found, 1), 0)
-        return Decoded(errors[:, -1], sums, errors.square().sum((1, 2)), products)
-    error = torch.empty(x.shape, device=x.device)
-    sums = error.new_empty(n_rows, groups, width)
-    out = Decoded(error, sums, error.new_empty(n_rows), _products(lists))
+        squares = errors.square().sum((1, 2))
+        return Decoded(errors[:, -1], sums.to(lower), squares, products, sums[:, 0])
+    error, of_all = torch.empty(2, *x.shape, device=x.device).unbind()
+    sums = error.new_empty(n_rows, groups, width, dtype=lower)
+    out = Decoded(error, sums, error.new_empty(n_rows), _products(lists), of_all)
     tensors = (_whole(x), _whole(W_dec), b_dec, boundaries, *_entries(lists))
     _launch("nested_errors_of_lists", n_rows, width, lists, *tensors, *out, GROUPS=groups)
     return out

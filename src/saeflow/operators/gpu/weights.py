@@ -309,9 +309,8 @@ class _SquaredErrors(torch.autograd.Function):
         if boundaries is None:
             found = sparse.decode_error(lists, rows, b_dec, x, rows.dtype)
         else:
-            found = sparse.nested_errors(lists, rows, b_dec, x, boundaries)
-        of_all = found.error if boundaries is None else found.kept[:, 0]  # of all prefixes
-        ctx.save_for_backward(found.kept, found.products, of_all)
+            found = sparse.nested_errors(lists, rows, b_dec, x, boundaries, rows.dtype)
+        ctx.save_for_backward(found.kept, found.products, found.of_all)
         ctx.lists, ctx.left, ctx.boundaries = lists, left, boundaries
         ctx.number = 0 if left is None else left.number()
         ctx.mark_non_differentiable(found.error)

@@ -285,14 +285,29 @@ def part_of_group(
 
 
 @triton.jit
+def take_off(
+    total, mine, W_dec, columns, values, own, begin, end, out, at, inside, width, CAPACITY: tl.constexpr, EACH: tl.constexpr
+):  # fmt: skip
+    """Do `products_with`, and undo `sum_of_entries` in the same reading."""
+    for start in range(begin, end, EACH):
+        place, is_real, column = entries_of(columns, own, start, end, CAPACITY, EACH)
+        value = tl.load(values + place, mask=is_real, other=0.0)
+        directions = rows_at(W_dec, column, at, is_real, inside, width)
+        tl.store(out + place, tl.sum(mine[None, :] * directions, 1), mask=is_real)
+        total -= tl.sum(value[:, None] * directions, 0)
+    return total
+
+
+@triton.jit
 def nested_errors_of_lists(
-    x, W_dec, b_dec, boundaries, columns, values, counts, first, parts, error, sums, squares, products, width,
+    x, W_dec, b_dec, boundaries, columns, values, counts, first, parts, error, sums, squares, products, of_all, width,
     CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr,
     EACH: tl.constexpr,
 ):  # fmt: skip
     """Do `decode_error_of_lists` for each prefix of groups; sums[b, g] adds up the errors of those that have group g.
 
     Entries are in the order of groups, so that a prefix's error is that of the one before it and some entries more.
+    On the way back a group's entries are taken off again, so that no prefix's error lies in memory.
     """
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -309,25 +324,23 @@ def nested_errors_of_lists(
             total = sum_of_entries(
                 total, W_dec, columns, values, own, begin, end, at, inside, width, CAPACITY, EACH
             )
-        suffix += total
         square += total * total
-        kept = sums + (row * GROUPS + group) * width + at
-        tl.store(kept, total, mask=inside)
     tl.store(error + row * width + at, total, mask=inside)
     tl.store(squares + row, tl.sum(square, 0))
-    tl.debug_barrier()  # sums are read again
     for part in range(lists_of(row, parts, HAS_SPILL)):
         own = list_of(row, part, first, HAS_SPILL)
         zero_rest(products, own, tl.load(counts + own), CAPACITY)
-    for group in tl.static_range(GROUPS):
-        kept = sums + (row * GROUPS + group) * width + at
-        of_prefix = tl.load(kept, mask=inside, other=0.0)
-        tl.store(kept, suffix, mask=inside)
+    for place in tl.static_range(GROUPS):
+        suffix += total
+        kept = sums + (row * GROUPS + GROUPS - 1 - place) * width + at
+        tl.store(kept, suffix.to(sums.dtype.element_ty), mask=inside)
         for part in range(lists_of(row, parts, HAS_SPILL)):
             own = list_of(row, part, first, HAS_SPILL)
             count = tl.load(counts + own)
-            begin, end = part_of_group(columns, own, count, boundaries, group, CAPACITY, GROUPS)
-            products_with(
-                suffix, W_dec, columns, own, begin, end, products, at, inside, width, CAPACITY, EACH
+            begin, end = part_of_group(
+                columns, own, count, boundaries, GROUPS - 1 - place, CAPACITY, GROUPS
             )
-        suffix -= of_prefix
+            total = take_off(
+                total, suffix, W_dec, columns, values, own, begin, end, products, at, inside, width, CAPACITY, EACH
+            )  # fmt: skip
+    tl.store(of_all + row * width + at, suffix, mask=inside)
