@@ -86,6 +86,11 @@ def records() -> Iterator[Case]:
         yield record.count_flagged, [S, L, L, INT], constants, 4
     yield record.fired_columns, [F, L, S, U, INT], {"WIDE": 128}, 4
     yield record.count_silent, [L, U, U, INT, INT, INT], {"WIDE": 1024}, 4
+    for values in (F, H):
+        yield record.least_of_pieces, [values, F, INT], {"WIDE": 4096}, 8
+    for is_unbiased in FLAGS:
+        types = [F, F, F, FLOAT, FLOAT]
+        yield record.follow_least, types, {"IS_UNBIASED": is_unbiased}, 1
 
 
 def dense_steps(A: str) -> Iterator[Case]:

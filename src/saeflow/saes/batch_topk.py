@@ -9,6 +9,7 @@ from torch import Tensor
 
 from saeflow.config.options import option
 from saeflow.operators import SparseLatents, batch_topk, batch_topk_sparse
+from saeflow.operators.gpu.record import follow, least_positive
 from saeflow.saes.base import SAE
 from saeflow.saes.forward import Forward
 from saeflow.saes.schedules import Moving, make_schedule
@@ -115,18 +116,16 @@ class BatchTopK(SAE):
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         return super().losses(fwd, dead) | {"auxk": self.auxk_weight * self.auxk(fwd, dead)}
 
-    @torch.no_grad()
     def end_step(self, fwd: Forward) -> None:
-        least = self.least_of_batch(torch.where(fwd.values > 0, fwd.values, torch.inf).amin())
-        is_some = least.isfinite()
-        decay = self.threshold_decay
-        if self.threshold_start == "unbiased":
-            weight = decay * self.threshold_weight + (1 - decay)
-        else:
-            weight = torch.where(self.threshold_weight > 0, 1.0, 1 - decay)
-        step = (1 - decay) / weight
-        self.threshold.add_(torch.where(is_some, step * (least - self.threshold), 0))
-        self.threshold_weight.copy_(torch.where(is_some, weight, self.threshold_weight))
+        least = self.least_of_batch(least_positive(fwd.values))
+        is_unbiased = self.threshold_start == "unbiased"
+        follow(
+            self.threshold,
+            self.threshold_weight,
+            least,
+            self.threshold_decay,
+            is_unbiased=is_unbiased,
+        )
 
     def fold_scale(self, scale: float) -> None:
         super().fold_scale(scale)

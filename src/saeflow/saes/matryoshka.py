@@ -90,8 +90,9 @@ class Matryoshka(BatchTopK):
     def reconstruction(self, fwd: Forward) -> Tensor:
         prefixes = len(self.boundaries) + 1
         if fwd.errors is not None:  # of all prefixes together
-            total = fwd.errors.squares.sum() / prefixes
-        elif isinstance(fwd.latents, Tensor):
+            parts = prefixes * (prefixes if self.is_divided_twice else 1)
+            return self.sum_over_rows(fwd.errors.squares.sum()) / (self.rows(fwd.x) * parts)
+        if isinstance(fwd.latents, Tensor):
             ends = [*self.boundaries.tolist(), self.d_sae]
             x_hats = (fwd.latents[:, :end] @ self.W_dec[:end] + self.b_dec for end in ends)
             total = torch.stack([(fwd.target - x_hat).square().sum() for x_hat in x_hats]).mean()

@@ -85,7 +85,7 @@ class Totals(nn.Module):
 
     def share_of_batch(self, k: Tensor | float) -> Tensor | float:
         """Return the entries that a row of this process may have on average, where a row of the batch has k."""
-        return k * self.ranks.of_batch
+        return k if self.ranks.of_batch == 1 else k * self.ranks.of_batch
 
     def largest_of_batch(self, chosen: SparseLatents, k: float) -> SparseLatents:
         """Keep the entries that are among the B k largest of the whole batch of B rows.

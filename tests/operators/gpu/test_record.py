@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from saeflow.operators.gpu.lists import OVERFLOW, Lists
-from saeflow.operators.gpu.record import count_silent, fired, keep_first, lacking
+from saeflow.operators.gpu.record import (
+    count_silent,
+    fired,
+    follow,
+    keep_first,
+    lacking,
+    least_positive,
+)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.int64])
@@ -81,3 +88,25 @@ def test_silence_grows_by_rows_and_ends_with_a_firing(path: str) -> None:
     expected = [0 if at % 3 == 0 else at + 10 for at in range(n)]
     assert silent.tolist() == expected
     assert is_long.tolist() == [tokens >= 1000 for tokens in expected]
+
+
+def test_the_least_positive_number_of_several_pieces(path: str) -> None:
+    values = torch.randn(70, 130, generator=torch.Generator().manual_seed(4))
+    values[3], values[5, 5] = 0, math.nan
+    expected = min(value for value in values.view(-1).tolist() if value > 0)
+    assert least_positive(values.to(path)).item() == expected
+    assert least_positive(-values.abs().to(path)).item() == math.inf
+
+
+@pytest.mark.parametrize("is_unbiased", [True, False])
+def test_a_threshold_is_the_running_mean_of_what_is_finite(is_unbiased: bool, path: str) -> None:
+    """Weighted sums in float64: decay ** age of each, of which the first takes the rest unless unbiased."""
+    threshold, weight = torch.zeros(2, device=path).unbind()
+    found: list[float] = []
+    for least in (0.5, math.inf, 1.5, 1.0, math.inf):
+        follow(threshold, weight, torch.tensor(least, device=path), 0.9, is_unbiased=is_unbiased)
+        found += [least] if least < math.inf else []
+        weights = [0.1 * 0.9**age for age in reversed(range(len(found)))]
+        weights[0] += 0 if is_unbiased else 1 - sum(weights)
+        mean = sum(w * value for w, value in zip(weights, found, strict=True)) / sum(weights)
+        assert threshold.item() == pytest.approx(mean, rel=1e-6)

@@ -1,4 +1,4 @@
-"""Notes of a step on the device, one kernel each: its faults, the latents that fired, the tokens since they did."""
+"""Notes of a step on the device: its faults, the latents that fired, the tokens since they did, the least latent."""
 
 import torch
 from torch import Tensor
@@ -8,6 +8,7 @@ from saeflow.operators.gpu.lists import OVERFLOW, Lists
 
 WIDE = 1024
 COLUMNS = 128  # that a program reads entries of
+PIECE = 4096  # entries that a program looks for the least of
 
 
 @torch.no_grad()
@@ -88,6 +89,47 @@ def count_silent(silent: Tensor, has_fired: Tensor, rows: int, limit: int) -> Te
         silent, *map(_as_bytes, (has_fired, out)), rows, limit, len(silent), WIDE=WIDE, num_warps=4
     )
     return out
+
+
+@torch.no_grad()
+def least_positive(values: Tensor) -> Tensor:
+    """Return the least number () above 0 of any; inf where there is none."""
+    values, n = values.detach(), values.numel()
+    if not (gpu.runs_triton(values) and n):
+        return torch.where(values > 0, values, torch.inf).amin()
+    programs = -(-n // PIECE)
+    least = torch.empty(programs, device=values.device)
+    gpu.load("record").least_of_pieces[(programs,)](
+        values.contiguous(), least, n, WIDE=PIECE, num_warps=8
+    )
+    return least.amin()
+
+
+@torch.no_grad()
+def follow(
+    threshold: Tensor, weight: Tensor, least: Tensor, decay: float, *, is_unbiased: bool
+) -> None:
+    """Move a running mean towards a number, where it is finite.
+
+    Args:
+        threshold: () float32, the mean; written.
+        weight: () float32, the sum of the weights of what it is of, 0 before the first; written.
+        least: () float32 the number.
+        decay: of the weights.
+        is_unbiased: weigh the first numbers alike while they are few; else the first is taken whole and has all weight.
+    """
+    if gpu.runs_triton(threshold):
+        tensors = (least, threshold, weight)
+        gpu.load("record").follow_least[(1,)](
+            *tensors, decay, 1 - decay, IS_UNBIASED=is_unbiased, num_warps=1
+        )
+        return
+    is_some = least.isfinite()
+    of_first = torch.where(weight > 0, 1.0, 1 - decay)
+    has = decay * weight + (1 - decay) if is_unbiased else of_first
+    step = (1 - decay) / has
+    threshold.add_(torch.where(is_some, step * (least - threshold), 0))
+    weight.copy_(torch.where(is_some, has, weight))
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:

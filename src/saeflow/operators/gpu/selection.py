@@ -84,17 +84,18 @@ def batch_topk(scores: Tensor, total: Tensor | int, capacity: int, spare: int) -
         is_chosen = torch.arange(len(order), device=order.device) < total
         mask = torch.zeros_like(is_chosen).scatter(0, order, is_chosen) & (kept > -torch.inf)
         return Lists.from_mask(scores, mask.view_as(scores), capacity, spare)
-    kernels, places, rows = gpu.load("spill"), _places(scores), scores.detach().contiguous()
+    kernels, rows = gpu.load("spill"), scores.detach().contiguous()
     maxima = group_maxima(rows, n // min(n, GROUPS_PER_ENTRY * capacity)).view(-1)
+    counts = torch.zeros(2, _places(rows) // 8, 256, dtype=torch.int64, device=rows.device)
     of_maxima = (maxima, len(maxima))
     count = gpu.load("ranks").count_keys
-    floor, _ = _ranked(total, places, count, -(-len(maxima) // WIDE), *of_maxima, WIDE=WIDE)
+    floor, _ = _ranked(counts[0], total, count, -(-len(maxima) // WIDE), *of_maxima, WIDE=WIDE)
     some, found = _collect(rows, floor, _long_for(capacity, n), kind=AT_LEAST)
     long, wide = some.capacity, min(_widest(n), WIDE)
     each = max(1, WIDE // long)
     of_rows, sizes = (rows, some.values, found), {"LONG": long, "WIDE": wide}
     threshold, left = _ranked(
-        total, places, kernels.count_rows, -(-len(rows) // each), *of_rows, len(rows), n, EACH=each, **sizes
+        counts[1], total, kernels.count_rows, -(-len(rows) // each), *of_rows, len(rows), n, EACH=each, **sizes
     )  # fmt: skip
     chosen, ties = torch.empty(2, len(rows), dtype=torch.int32, device=rows.device).unbind()
     kernels.compare_rows[(len(rows),)](*of_rows, threshold, chosen, ties, n, **sizes, num_warps=4)
@@ -103,21 +104,24 @@ def batch_topk(scores: Tensor, total: Tensor | int, capacity: int, spare: int) -
 
 
 def _ranked(
-    rank: Tensor, places: int, count: Any, programs: int, *arguments: Any, **constants: int
+    counts: Tensor, rank: Tensor, count: Any, programs: int, *arguments: Any, **constants: int
 ) -> tuple[Tensor, Tensor]:
-    """Find the rank-th largest of floats, of which `places` bits say all, that a kernel counts the bytes of.
+    """Find the rank-th largest of floats whose upper bytes a kernel counts.
 
     A byte of the answer after the other is found by counting, in a tenth of the time of a sort.
+
+    Args:
+        counts: (bytes, 256) int64 zeros, for as many bytes as say all; written.
+        rank: () int64.
+        count, programs, arguments, constants: the kernel, and what it takes.
 
     Returns:
         (1,) float32, see `ranked_keys`; and (1,) int64, how many of those equal to it are among the first `rank`.
     """
-    levels = places // 8
-    counts = torch.zeros(levels, 256, dtype=torch.int64, device=rank.device)
-    for level in range(levels):
+    for level in range(len(counts)):
         count[(programs,)](counts, rank, *arguments, LEVEL=level, **constants, num_warps=8)
     value, left = torch.empty(1, device=rank.device), counts.new_empty(1)
-    gpu.load("ranks").ranked_keys[(1,)](counts, rank, value, left, LEVELS=levels, num_warps=1)
+    gpu.load("ranks").ranked_keys[(1,)](counts, rank, value, left, LEVELS=len(counts), num_warps=1)
     return value, left
 
 

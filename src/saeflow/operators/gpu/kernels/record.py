@@ -1,4 +1,4 @@
-"""Kernels of the notes of a step: its faults, the latents that fired, the tokens since they did."""
+"""Kernels of the notes of a step: its faults, the latents that fired, the tokens since they did, the least latent."""
 
 import triton
 import triton.language as tl
@@ -74,3 +74,24 @@ def count_silent(silent, fired, is_long, rows, limit, n, WIDE: tl.constexpr):
     count = tl.where(has_fired, 0, count)
     tl.store(silent + at, count, mask=inside)
     tl.store(is_long + at, (count >= limit).to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def least_of_pieces(values, least, n, WIDE: tl.constexpr):
+    """Write the least of the positive numbers of each piece; inf where there is none."""
+    piece = tl.program_id(0).to(tl.int64)
+    at = piece * WIDE + tl.arange(0, WIDE)
+    value = tl.load(values + at, mask=at < n, other=0.0).to(tl.float32)
+    tl.store(least + piece, tl.min(tl.where(value > 0, value, float("inf")), 0))
+
+
+@triton.jit
+def follow_least(least, threshold, weight, decay, rest, IS_UNBIASED: tl.constexpr):
+    """Move a threshold towards a finite number, by its share (rest) of all weight."""
+    new, old, had = tl.load(least), tl.load(threshold), tl.load(weight)
+    has = tl.where(had > 0, 1.0, rest)
+    if IS_UNBIASED:
+        has = decay * had + rest
+    is_some = new < float("inf")
+    tl.store(threshold, old + rest / has * (new - old), mask=is_some)
+    tl.store(weight, has, mask=is_some)
