@@ -197,7 +197,7 @@ def products() -> Iterator[Case]:
         yield sparse.rescore_lists, [F, F, F, F, S, S, S, F, H, INT, INT], sizes, 4
         for W in (F, H):
             yield sparse.products_of_lists, [F, W, S, S, S, F, INT], sizes, 4
-            types = [F, W, F, S, F, S, S, F, W, F, F, INT]
+            types = [F, W, F, S, F, S, S, F, W, F, F, INT, INT]
             yield sparse.decode_error_of_lists, types, sizes | {"HAS_LOWER": W == H}, 4
             for has_bias in FLAGS:
                 constants = sizes | {"HAS_BIAS": has_bias}
@@ -209,7 +209,7 @@ def products() -> Iterator[Case]:
         constants = {"HAS_LEFT": has_left, "PIECE": 256, "BLOCK": 1024}
         yield columns.add_pieces, [S, L, S, F, F, F, F, F, F, INT, INT], constants, 4
         of_rows = {"HAS_LOWER": has_left, "BLOCK": 1024}
-        yield sparse.error_of_parts, [F, F, F, S, S, F, H, F, INT], of_rows, 4
+        yield sparse.error_of_parts, [F, F, F, S, S, F, H, F, INT, INT], of_rows, 4
     for W in (F, H):
         sizes = {"CAPACITY": 32, "BLOCK": 1024, "EACH": 4}
         yield sparse.sums_of_parts, [W, S, F, S, S, S, F, INT], sizes, 4

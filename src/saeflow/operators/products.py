@@ -60,7 +60,8 @@ def squared_errors(
 
     Args:
         latents: (B, d_sae) entries with `lists`.
-        W_dec, b_dec: (d_sae, d_in) and (d_in,).
+        W_dec: (d_sae, d_in).
+        b_dec: (d_in,), or (n, d_in) where rows are in n blocks of one size, each with its own.
         x: (B, d_in).
         boundaries: (G - 1,), where latents are in groups: the sum of the squared errors of all prefixes of groups.
         lower: a copy of W_dec in lower precision, which is multiplied in its place.

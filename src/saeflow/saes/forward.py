@@ -37,6 +37,7 @@ class Forward:
         is_rounded: whether `pre_acts` are of a bfloat16 product.
         errors: where one pass gave them; then losses need no x_hat.
         beside: what one pass found with dense latents, see `Contract.activate_at_once`.
+        has_fired: (d_sae,) bool, see `fired`, where it is known already.
         dead: () number of dead latents where AuxK had no room for all, else 0; None without AuxK on a GPU.
     """
 
@@ -50,6 +51,7 @@ class Forward:
     is_rounded: bool = False
     errors: Errors | None = None
     beside: tuple[Tensor, ...] = ()
+    has_fired: Tensor | None = None
     dead: Tensor | None = None
 
     @property
@@ -136,4 +138,6 @@ class Forward:
 
     def fired(self) -> Tensor:
         """(d_sae,) bool: latents that are not zero somewhere in the batch."""
+        if self.has_fired is not None:
+            return self.has_fired
         return self.latents.fired() if isinstance(self.latents, SparseLatents) else self.counts[1]

@@ -99,6 +99,8 @@ class Moving(Generic[Number]):
         return number
 
     def __set__(self, sae: Any, number: Number) -> None:
+        if sae.numbers.get(self.name) == number:
+            return
         sae.numbers[self.name] = number
         for (name, _), copy in sae.copies.items():
             if name == self.name:

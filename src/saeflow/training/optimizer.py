@@ -31,7 +31,7 @@ class Optimizer:
         config: its betas, where the variant has none of its own, and the largest gradient norm.
 
     Attributes:
-        param_groups: params, lr, betas and eps; the first holds what is clipped together, the second, where
+        param_groups: params, lr, the lr that the device was told, betas and eps; the first holds what is clipped together, the second, where
             there is one, what the variant sets apart.
         state: of each parameter, laid out alike: its moments exp_avg and exp_avg_sq, and (), the steps in
             which it had a gradient, a view of the group's `steps`. They are made before the first step, so that on a CPU what a step needs and
@@ -42,7 +42,7 @@ class Optimizer:
         trained = {name: p for name, p in sae.named_parameters() if p.requires_grad}
         apart = [trained.pop(name) for name in sae.apart]
         groups = [list(trained.values()), *([apart] if apart else [])]
-        settings = {"lr": 0.0, "betas": sae.betas or config.betas, "eps": EPSILON}
+        settings = {"lr": 0.0, "told": 0.0, "betas": sae.betas or config.betas, "eps": EPSILON}
         self.param_groups: list[dict[str, Any]] = [{"params": g, **settings} for g in groups]
         device = sae.W_dec.device
         self.steps = [torch.zeros(len(group), device=device) for group in groups]
@@ -69,7 +69,9 @@ class Optimizer:
     def tell_rates(self) -> None:
         """Put each group's learning rate on the device, and what others changed in copies of weights."""
         for group, rate in zip(self.param_groups, self.rates, strict=True):
-            rate.fill_(group["lr"])
+            if group["lr"] != group["told"]:
+                rate.fill_(group["lr"])
+                group["told"] = group["lr"]
             for parameter in group["params"]:
                 shadows.refresh(parameter)
 

@@ -7,15 +7,25 @@ own gives it, within the order of float32 sums.
 """
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from saeflow.batch import Batch
-from saeflow.operators import SparseLatents, acts_as_gpu, decode_sparse, gather_pre_acts
+from saeflow.operators import (
+    SparseLatents,
+    acts_as_gpu,
+    decode_sparse,
+    gather_pre_acts,
+    squared_errors,
+)
 from saeflow.operators.gpu.lists import Lists, Spill
 from saeflow.saes import SAE, Forward
+from saeflow.saes.forward import Errors
 from saeflow.training.clock import running
 from saeflow.training.graphs import Replayed, capture_cuda
 from saeflow.training.run import Run, Stepped
@@ -133,20 +143,39 @@ class Stack:
         )  # fmt: skip
         of_each = apart(gathered.values.view(-1, room), len(saes), n_rows)
         selected = [
-            own.with_values(values[:, : lists_of(own).capacity].reshape(-1))
+            own.with_whole(values[:, : lists_of(own).capacity].reshape(-1))
             for own, values in zip(chosen, of_each, strict=True)
         ]
         to_activate = zip(saes, selected, conditions, strict=True)
         active = [sae.activate_selected(own, condition) for sae, own, condition in to_activate]
         values = together([widened(lists_of(own).values, room) for own in active], n_rows)
-        decoded = decode_sparse(gathered.with_values(values.view(-1)), decoder)
-        parts = decoded.view(len(saes), n_rows, d_in)
-        x_hats = [sae.rebuild(part) for sae, part in zip(saes, parts, strict=True)]
+        of_all = gathered.with_whole(values.view(-1))
+        targets = [batch.target for batch in batches]
+        errors: Sequence[Errors | None] = [None] * len(saes)
+        if saes[0].adds_up:
+            errors = errors_of(of_all, decoder, [sae.b_dec for sae in saes], targets)
+            x_hats: list[Any] = [
+                partial(sae.decode_selected, own) for sae, own in zip(saes, active, strict=True)
+            ]
+        else:
+            parts = decode_sparse(of_all, decoder).view(len(saes), n_rows, d_in)
+            x_hats = [sae.rebuild(part) for sae, part in zip(saes, parts, strict=True)]
         found = zip(batches, conditions, scores, selected, active, x_hats, strict=True)
+        fired = of_all.fired().chunk(len(saes))
         return [
-            Forward(batch, condition, own, of_selected, of_active, x_hat, None, is_rounded)
-            for batch, condition, own, of_selected, of_active, x_hat in found
+            replace(Forward(*one), is_rounded=is_rounded, errors=error, has_fired=has_fired)
+            for one, error, has_fired in zip(found, errors, fired, strict=True)
         ]
+
+
+def errors_of(
+    latents: SparseLatents, W_dec: Tensor, b_decs: Sequence[Tensor], targets: Sequence[Tensor]
+) -> list[Errors]:
+    """Errors of each SAE's reconstruction of its target, with gradient; latents and W_dec are those of all."""
+    b_dec, target = torch.stack(list(b_decs)), torch.cat(list(targets))
+    squares, error = squared_errors(latents, W_dec, b_dec, target)
+    pairs = zip(squares.view(len(b_decs), -1).unbind(), error.chunk(len(b_decs)), strict=True)
+    return [Errors(*pair) for pair in pairs]
 
 
 def give(sae: SAE, W_enc: Tensor | None, b_enc: Tensor | None, W_dec: Tensor | None) -> None:

@@ -77,6 +77,17 @@ def test_the_error_and_all_its_gradients(lists: Lists, dtype: torch.dtype, path:
     close(2 * got.products, expected)
 
 
+@pytest.mark.parametrize("n_blocks", [1, 2, 6])
+def test_blocks_of_rows_have_biases_of_their_own(lists: Lists, n_blocks: int, path: str) -> None:
+    W_dec, x = normal(M, D, seed=8, path=path), normal(B, D, seed=9, path=path)
+    b_dec = normal(n_blocks, D, seed=10, path=path)
+    got = sparse.decode_error(lists, W_dec, b_dec, x)
+    expected = lists.dense() @ W_dec + b_dec.repeat_interleave(B // n_blocks, 0) - x
+    close(got.error, expected)
+    close(got.squares, expected.square().sum(1))
+    close(got.products, at(expected @ W_dec.t(), lists))
+
+
 def test_the_errors_of_prefixes_of_groups(lists: Lists, path: str) -> None:
     """Compare 5 groups, one of one latent, with autograd through each prefix's dense product."""
     boundaries = torch.tensor([4, 5, 11, 20], device=path)

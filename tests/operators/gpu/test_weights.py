@@ -212,3 +212,28 @@ def test_one_walk_serves_both_weights(path: str, monkeypatch: pytest.MonkeyPatch
     loss.backward()
     assert walks.count("weight_gradients") == 1
     assert called == ["decode_error"]
+
+
+def test_each_block_of_rows_gets_the_gradient_of_its_bias(path: str) -> None:
+    single, exact = inputs(path)
+    rows, lists = chosen(0, path)
+    rows, n_blocks = rows[:6], 3
+    lists = Lists.from_mask(torch.zeros(6, M, device=path), rows.to(path), C)
+    biases = {}
+    for name, t in (("single", single), ("exact", exact)):
+        generator = torch.Generator().manual_seed(8)
+        bias = torch.randn(n_blocks, D, generator=generator, dtype=torch.float64)
+        biases[name] = bias.to(t["x"]).requires_grad_()
+    values = torch.rand(6, M, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    latents = lists.with_values(
+        values.float().to(path).gather(1, lists.columns.long()).where(lists.real, 0)
+    )
+    squares, _ = weights.squared_errors(
+        latents, single["W_dec"], biases["single"], single["x"][:6], None
+    )
+    x_hat = values.where(rows, 0) @ exact["W_dec"] + biases["exact"].repeat_interleave(2, 0)
+    reference = (x_hat - exact["x"][:6]).square().sum(1)
+    scale = torch.arange(1.0, 7.0, dtype=torch.float64)
+    ours = {"bias": biases["single"], "W_dec": single["W_dec"], "x": single["x"]}
+    theirs = {"bias": biases["exact"], "W_dec": exact["W_dec"], "x": exact["x"]}
+    compare(ours, (squares * scale.to(squares)).sum(), theirs, (reference * scale).sum())

@@ -102,7 +102,7 @@ def decode_error(
     Args:
         lists: latents.
         W_dec: (M, d) float32 or bfloat16.
-        b_dec: (d,).
+        b_dec: (d,), or (n, d) where rows are in n blocks of one size, each with its own.
         x: (B, d).
         lower: precision of the error that gradients of weights are summed from.
 
@@ -110,7 +110,8 @@ def decode_error(
         `Decoded`. The gradient of the sum of squares at the values is 2 products, at x_hat 2 error.
     """
     if not _runs_triton(x, lists):
-        error = decode(lists, W_dec, b_dec) - x
+        bias = b_dec if b_dec.ndim == 1 else b_dec.repeat_interleave(len(x) // len(b_dec), 0)
+        error = decode(lists, W_dec) + bias - x
         squares, products = error.square().sum(1), row_products(error, W_dec, lists)
         return Decoded(error, error.to(lower), squares, products, error)
     error, (n_rows, width) = torch.empty(x.shape, device=x.device), x.shape
@@ -119,14 +120,15 @@ def decode_error(
     squares, products = error.new_empty(n_rows), torch.empty_like(lists.values.detach())
     rows, W, (columns, values, counts, first, parts) = _whole(x), _whole(W_dec), _entries(lists)
     entries, results = (columns, values, counts), (error, kept, squares)
-    _launch("decode_error_of_lists", n_rows, width, lists, rows, W, b_dec, *entries, parts, *results, products, HAS_LOWER=has_lower)  # fmt: skip
+    b_dec, rows_each = _whole(b_dec), n_rows // (b_dec.numel() // width)
+    _launch("decode_error_of_lists", n_rows, width, lists, rows, W, b_dec, *entries, parts, *results, products, rows_each, HAS_LOWER=has_lower)  # fmt: skip
     if lists.spill is not None:
         # A row's lists are summed side by side: one that has many would keep all others waiting.
         owners, n_lists = lists.spill.owners, len(columns)
         sums = error.new_empty(n_lists, width)
         _launch("sums_of_parts", n_lists, width, lists, W, *entries, owners, parts, sums)
         gpu.load("sparse").error_of_parts[(n_rows,)](
-            rows, b_dec, sums, first, parts, *results, width,
+            rows, b_dec, sums, first, parts, *results, rows_each, width,
             HAS_LOWER=has_lower, BLOCK=_block(width), num_warps=_warps(width),
         )  # fmt: skip
         _launch("products_of_parts", n_lists, width, lists, error, W, columns, counts, owners, parts, products, n_rows)  # fmt: skip

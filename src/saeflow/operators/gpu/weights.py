@@ -153,7 +153,8 @@ def squared_errors(
 
     Args:
         lists: latents.
-        W_dec, b_dec: (M, d) and (d,).
+        W_dec: (M, d).
+        b_dec: (d,), or (n, d) where rows are in n blocks of one size, each with its own.
         x: (B, d).
         of: the step whose decoder this is; None: another decoder, such as a constant one.
         boundaries: (G - 1,), where latents are in groups: errors are those of the reconstructions from the
@@ -305,7 +306,7 @@ class _SquaredErrors(torch.autograd.Function):
         boundaries: Tensor | None,
         lower: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        rows = W_dec if lower is None else lower
+        rows, ctx.n_blocks = W_dec if lower is None else lower, b_dec.ndim == 2 and len(b_dec)
         if boundaries is None:
             found = sparse.decode_error(lists, rows, b_dec, x, rows.dtype)
         else:
@@ -329,11 +330,18 @@ class _SquaredErrors(torch.autograd.Function):
             of_values = ctx.lists.of_lists(twice)[:, None] * products
         of_b_dec, of_x = None, None
         if ctx.needs_input_grad[3]:
-            of_b_dec = torch.mv(of_all.t(), twice)
+            of_b_dec = _weighted_sum(twice, of_all, ctx.n_blocks)
         if ctx.needs_input_grad[4]:
             of_x = -twice[:, None] * of_all
         of_W_dec = _leave(ctx, OfDecoder(ctx.lists, error, ctx.boundaries, twice))
         return of_values, None, of_W_dec, of_b_dec, of_x, None, None, None, None
+
+
+def _weighted_sum(weights: Tensor, rows: Tensor, n_blocks: int) -> Tensor:
+    """Return the sum (d,) of weights (B,) times rows (B, d), or of each of some blocks of rows (n, d)."""
+    if not n_blocks:
+        return torch.mv(rows.t(), weights)
+    return torch.bmm(weights.view(n_blocks, 1, -1), rows.view(n_blocks, -1, rows.shape[1]))[:, 0]
 
 
 def _leave(ctx: Any, part: OfDecoder) -> Tensor | None:

@@ -156,8 +156,14 @@ def decode_lists(
 
 
 @triton.jit
+def bias_of(b_dec, row, rows_each, at, inside, width):
+    """Return the bias of a row: blocks of rows have one each."""
+    return tl.load(b_dec + row // rows_each * width + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def decode_error_of_lists(
-    x, W_dec, b_dec, columns, values, counts, parts, error, lower, squares, products, width,
+    x, W_dec, b_dec, columns, values, counts, parts, error, lower, squares, products, rows_each, width,
     CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
     HAS_LOWER: tl.constexpr,
 ):  # fmt: skip
@@ -170,7 +176,7 @@ def decode_error_of_lists(
         at = tl.arange(0, BLOCK)
         inside = at < width
         count = tl.load(counts + row)
-        total = tl.load(b_dec + at, mask=inside, other=0.0).to(tl.float32)
+        total = bias_of(b_dec, row, rows_each, at, inside, width)
         total = sum_of_entries(
             total, W_dec, columns, values, row, 0, count, at, inside, width, CAPACITY, EACH
         )
@@ -210,7 +216,7 @@ def sums_of_parts(
 
 @triton.jit
 def error_of_parts(
-    x, b_dec, sums, first, parts, error, lower, squares, width,
+    x, b_dec, sums, first, parts, error, lower, squares, rows_each, width,
     HAS_LOWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The error of a row that is rebuilt from the sums over each of its several lists, and the sum of its squares."""
@@ -219,7 +225,7 @@ def error_of_parts(
     if lists > 1:
         at = tl.arange(0, BLOCK)
         inside = at < width
-        total = tl.load(b_dec + at, mask=inside, other=0.0).to(tl.float32)
+        total = bias_of(b_dec, row, rows_each, at, inside, width)
         for part in range(lists):
             own = list_of(row, part, first, True)
             total += tl.load(sums + own * width + at, mask=inside, other=0.0)
