@@ -103,11 +103,13 @@ def rebuild(
     Returns:
         (B, d_out), dtype of the latents, differentiable in the weights, not in x.
     """
+    is_lower = active.dtype == torch.bfloat16 and W_dec.dtype == torch.float32
+    rows = (shadow(W_dec) if is_lower else W_dec.detach()).index_select(0, columns)
     weights: tuple[Tensor, ...] = (W_enc, b_enc, centre, W_dec)
     token, left = None, None
     if walk is not None and walk.left.W_dec is W_dec:
         (token, left), weights = walk, tuple(w.detach() for w in weights)
-    return applied(_Rebuild, token, *weights, x, active, columns, left)
+    return applied(_Rebuild, token, *weights, rows, x, active, columns, left)
 
 
 def share_left(
@@ -156,13 +158,12 @@ class _Rebuild(torch.autograd.Function):
         b_enc: Tensor,
         centre: Tensor,
         W_dec: Tensor,
+        rows: Tensor,
         x: Tensor,
         active: Tensor,
         columns: Tensor,
         left: Left | None,
     ) -> Tensor:
-        is_lower = active.dtype == torch.bfloat16 and W_dec.dtype == torch.float32
-        rows = (shadow(W_dec) if is_lower else W_dec).index_select(0, columns)
         ctx.save_for_backward(W_enc, centre, x, active, rows, columns)
         ctx.left, ctx.shape = left, W_dec.shape
         ctx.number = 0 if left is None else left.number()
@@ -178,14 +179,14 @@ class _Rebuild(torch.autograd.Function):
         of_W_dec = active.t() @ grad if is_trained else None
         if ctx.left is not None:
             ctx.left.of_rows[ctx.number] = OfRows(columns, of_W_enc, of_b_enc, of_W_dec)
-            return (None,) * 9
+            return (None,) * 10
         W, b = W_enc.new_zeros(W_enc.shape[::-1]), W_enc.new_zeros(W_enc.shape[1])
         dead.add_rows(W, columns, of_W_enc)
         dead.add_rows(b, columns, of_b_enc)
         if of_W_dec is not None:
             part, of_W_dec = of_W_dec, W_enc.new_zeros(ctx.shape)
             dead.add_rows(of_W_dec, columns, part)
-        return None, W.t(), b, -(W_enc @ b), of_W_dec, None, None, None, None
+        return None, W.t(), b, -(W_enc @ b), of_W_dec, None, None, None, None, None
 
 
 def _check_dead(pre_acts: Tensor, dead: Tensor) -> None:
