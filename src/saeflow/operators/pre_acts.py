@@ -70,7 +70,13 @@ def rounding(inputs: Tensor, W_enc: Tensor) -> Tensor:
     Args:
         inputs: (B, d_in), what W_enc (d_in, d_sae) is multiplied with.
     """
-    norms = torch.linalg.vector_norm(inputs) * torch.linalg.vector_norm(W_enc)
+    lower = _lower(W_enc)
+    with torch.autocast(
+        inputs.device.type, enabled=False
+    ):  # which would make a float32 copy of the bfloat16 one
+        matrix, kind = (W_enc, None) if lower is None else (lower, torch.float32)
+        of_matrix = torch.linalg.vector_norm(matrix, dtype=kind)
+        norms = torch.linalg.vector_norm(inputs) * of_matrix
     of_each: Tensor = norms * (2**-6 / (inputs.numel() * W_enc.shape[1]) ** 0.5)
     return of_each
 

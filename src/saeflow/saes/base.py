@@ -23,6 +23,7 @@ from saeflow.operators import (
     gather_columns,
     gather_pre_acts,
     keep_topk,
+    pre_acts,
     rebuild,
     residual_share,
     room,
@@ -33,6 +34,7 @@ from saeflow.operators import (
 )
 from saeflow.operators.gpu.dead import MOST_DEAD, columns_of, largest
 from saeflow.operators.gpu.shadows import shadow
+from saeflow.saes.contract import Factors
 from saeflow.saes.forward import Errors, Forward
 from saeflow.saes.input_scale import InputScale
 from saeflow.saes.ranks import Ranks, check_divides
@@ -61,13 +63,15 @@ class SAE(Usable):
         condition = self.condition(x)
         if not (self.is_sparse if is_sparse is None else is_sparse):
             return self.run_dense(batch, condition)
+        factors = self.factors(x)
         with torch.no_grad():
-            has_room = room(x, self.room) is not None  # then selections read bfloat16 as it is
-            pre_acts = self.latent_scores(x) if has_room else self.pre_activations(x)
+            scores = pre_acts(*factors)
+            if room(x, self.room) is None:  # else selections read bfloat16 as it is
+                scores = scores.to(self.W_dec.dtype)
             is_rounded = torch.is_autocast_enabled(x.device.type)
-            margin = self.margin(x, is_rounded=is_rounded)
-            chosen = self.select(pre_acts, condition, margin)
-        selected = self.gather(x, chosen, is_rounded)
+            margin = self.margin(factors, is_rounded=is_rounded)
+            chosen = self.select(scores, condition, margin)
+        selected = self.gather(factors, chosen, is_rounded)
         active, beside = self.activate_lists(selected, condition)
         parts = None
         if (errors := self.errors_of(batch.target, active)) is not None:
@@ -77,15 +81,15 @@ class SAE(Usable):
         else:
             x_hat = self.decode_selected(active)
         return Forward(
-            batch, condition, pre_acts, selected, active, x_hat, parts, is_rounded, errors, beside
+            batch, condition, scores, selected, active, x_hat, parts, is_rounded, errors, beside
         )
 
     def run_dense(self, batch: Batch, condition: Tensor | None) -> Forward:
         """Return the plain pass, in which every latent is stored."""
         if not acts_as_gpu(self.W_dec):
-            pre_acts = self.pre_activations(batch.x)
-            latents = self.activate(pre_acts, condition)
-            return Forward(batch, condition, pre_acts, pre_acts, latents, self.decode(latents))
+            exact = self.pre_activations(batch.x)
+            latents = self.activate(exact, condition)
+            return Forward(batch, condition, exact, exact, latents, self.decode(latents))
         scores = self.latent_scores(batch.x)
         latents, *beside = self.activate_at_once(scores, condition)
         x_hat = self.decode(latents).to(self.W_dec.dtype)
@@ -108,29 +112,27 @@ class SAE(Usable):
         x_hat = self.sum_over_latents(decode_sparse(latents, W_dec)) + b_dec
         return (fwd.target - x_hat).square().sum(1)
 
-    def margin(self, x: Tensor, *, is_rounded: bool) -> Tensor | float:
-        """() how far `pre_activations(x)` may lie from exact ones; 0.0 where they are exact, or `select` does not ask."""
+    def margin(self, factors: Factors, *, is_rounded: bool) -> Tensor | float:
+        """() how far pre-activations of these `factors` may lie from exact ones; 0.0 where they are exact, or `select` does not ask."""
         if not (is_rounded and self.reads_margin):
             return 0.0
-        inputs, matrix, _, centre = self.factors(x)
+        inputs, matrix, _, centre = factors
         return rounding(inputs - centre, matrix)
 
     def gather(
         self,
-        x: Tensor,
+        factors: Factors,
         chosen: SparseLatents,
         is_rounded: bool,
         beside: SparseLatents | None = None,
     ) -> SparseLatents:
-        """Entries chosen from `pre_activations(x)`, with gradient; exact, also where those are rounded.
+        """Entries chosen from the pre-activations of `factors`, with gradient; exact, also where those are rounded.
 
         Args:
             beside: entries of the same step that were gathered before.
         """
         W_dec = self.W_dec if self.d_out == self.d_in else None
-        return gather_pre_acts(
-            *self.factors(x), chosen, is_rounded=is_rounded, W_dec=W_dec, beside=beside
-        )
+        return gather_pre_acts(*factors, chosen, is_rounded=is_rounded, W_dec=W_dec, beside=beside)
 
     def gather_columns(self, fwd: Forward, columns: Tensor) -> Tensor:
         """Whole columns (n,) of exact pre-activations, (B, n), with gradient."""
@@ -164,7 +166,7 @@ class SAE(Usable):
             chosen = self.largest_of_rows(chosen, k_aux)
             chosen = chosen.at(fwd.pre_acts) if self.is_signed else chosen
             chosen = (
-                self.gather(fwd.x, chosen, fwd.is_rounded)
+                self.gather(self.factors(fwd.x), chosen, fwd.is_rounded)
                 if fwd.is_sparse
                 else chosen.taken_from(fwd.pre_acts)
             )
@@ -197,7 +199,7 @@ class SAE(Usable):
         chosen = select_auxk(self.ranked(fwd.pre_acts.detach()), dead, k_aux, k_aux)
         chosen = chosen.at(fwd.pre_acts) if self.is_signed else chosen
         beside = fwd.selected if isinstance(fwd.selected, SparseLatents) else None
-        chosen = self.gather(fwd.x, chosen, fwd.is_rounded, beside)
+        chosen = self.gather(self.factors(fwd.x), chosen, fwd.is_rounded, beside)
         return decode_sparse(chosen if self.is_signed else chosen.relu(), self.W_dec)
 
     def ranked(self, acts: Tensor) -> Tensor:

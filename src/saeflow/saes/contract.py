@@ -31,6 +31,9 @@ from saeflow.saes.initialisation import initialise
 from saeflow.saes.input_scale import InputScale
 from saeflow.saes.totals import Totals
 
+Factors = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What the encoder multiplies, see `Contract.factors`."""
+
 
 class Contract(Totals):
     """Parameters, and what a variant decides about them.
@@ -229,7 +232,7 @@ class Contract(Totals):
         """(d_in,) what the encoder subtracts from activations."""
         return self.b_dec
 
-    def factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def factors(self, x: Tensor) -> Factors:
         """Return what the encoder multiplies: inputs (B, d_in), matrix (d_in, d_sae), bias (d_sae,), centre (d_in,)."""
         return x, self.W_enc, self.b_enc, self.centre
 

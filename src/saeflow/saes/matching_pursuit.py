@@ -11,6 +11,7 @@ from saeflow.config.options import VariantOptions, option
 from saeflow.errors import UserError
 from saeflow.operators import SparseLatents, geometric_median, matching_pursuit
 from saeflow.saes.base import SAE
+from saeflow.saes.contract import Factors
 from saeflow.saes.initialisation import directions
 
 
@@ -71,7 +72,7 @@ class MatchingPursuit(SAE):
     def condition(self, x: Tensor) -> Tensor | None:
         return (x - self.b_dec).to(self.W_dec.dtype)
 
-    def factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def factors(self, x: Tensor) -> Factors:
         return x, self.W_dec.t(), self.W_dec.new_zeros(self.d_sae), self.centre
 
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:

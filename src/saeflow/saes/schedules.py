@@ -99,7 +99,7 @@ class Moving(Generic[Number]):
         return number
 
     def __set__(self, sae: Any, number: Number) -> None:
-        if sae.numbers.get(self.name) == number:
+        if self.name in sae.numbers and sae.numbers[self.name] == number:
             return
         sae.numbers[self.name] = number
         for (name, _), copy in sae.copies.items():

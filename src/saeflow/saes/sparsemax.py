@@ -17,6 +17,7 @@ from saeflow.operators import (
     sparsemax_sparse,
 )
 from saeflow.saes.base import SAE
+from saeflow.saes.contract import Factors
 from saeflow.saes.forward import Forward
 from saeflow.saes.initialisation import directions, kaiming, uniform
 from saeflow.saes.schedules import Moving, ScheduleForm, make_schedule
@@ -187,7 +188,7 @@ class Sparsemax(SAE):
             return self.W_dec.t(), self.W_dec.new_zeros(self.d_sae)
         return self.W_enc, self.b_enc * self.score_scale
 
-    def factors(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def factors(self, x: Tensor) -> Factors:
         return self.encoder_input(x), *self.encoder(), self.W_dec.new_zeros(self.d_in)
 
     @property

@@ -131,7 +131,7 @@ class Stack:
             centred = torch.stack([x - sae.centre for sae, x in pairs])
             scores = torch.baddbmm(b_enc[:, None], centred, W_enc.transpose(1, 2))
             is_rounded = torch.is_autocast_enabled(centred.device.type)
-            margins = [sae.margin(x, is_rounded=is_rounded) for sae, x in pairs]
+            margins = [sae.margin(sae.factors(x), is_rounded=is_rounded) for sae, x in pairs]
             to_choose = zip(saes, scores, conditions, margins, strict=True)
             chosen = [
                 sae.select(own, condition, margin) for sae, own, condition, margin in to_choose
