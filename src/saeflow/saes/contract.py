@@ -32,7 +32,7 @@ from saeflow.saes.input_scale import InputScale
 from saeflow.saes.totals import Totals
 
 Factors = tuple[Tensor, Tensor, Tensor, Tensor]
-"""What the encoder multiplies, see `Contract.factors`."""
+"""Inputs, matrix, bias and centre of the encoder, see `Contract.factors`."""
 
 
 class Contract(Totals):
