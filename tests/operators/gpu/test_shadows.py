@@ -1,5 +1,7 @@
 """bfloat16 copies of weights: what a product takes is what the weights are, whoever changed them."""
 
+import os
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -59,9 +61,9 @@ def test_an_update_writes_the_copy(is_skipped: bool, path: str) -> None:
     rows = parameter.detach().t()
     zeros = torch.zeros_like(rows)
     part = Part(rows, torch.ones_like(rows), zeros, zeros.clone(), shadow=copy.t())
-    count, skip = torch.zeros((), device=path), torch.tensor(is_skipped, device=path)
+    count, skip = torch.zeros(1, device=path), torch.tensor(is_skipped, device=path)
     one = torch.ones((), device=path)
-    update([part], one, [count], one, skip, betas=(0.9, 0.99), eps=1e-8, largest_norm=1.0)
+    update([part], one, count, one, skip, betas=(0.9, 0.99), eps=1e-8, largest_norm=1.0)
     shadows.written(parameter)
     assert torch.equal(parameter, before) == is_skipped
     near(copy, parameter)
@@ -86,7 +88,10 @@ def test_products_take_the_copy_and_give_what_they_gave(
         found.append((a, *torch.autograd.grad(a.float().square().sum(), (x, parameter))))
         has_copy = hasattr(parameter, "bfloat16_copy")
         assert has_copy == is_gpu or path == "cuda"
+    # A GPU rounds x - centre to the nearest, Triton's interpreter towards 0.
+    slack = 2**-5 if os.environ.get("TRITON_INTERPRET") == "1" else 0
     for one, other in zip(*found, strict=True):
-        assert torch.equal(one, other)
+        largest = float(one.abs().max())
+        torch.testing.assert_close(other, one, rtol=0, atol=slack * largest)
     exact = pre_acts(x, parameter, bias, centre)  # no autocast: no copy
     torch.testing.assert_close(exact, (x - centre) @ parameter + bias)
