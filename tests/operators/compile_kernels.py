@@ -13,6 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from saeflow.operators import gpu
 from saeflow.operators.gpu.kernels import (
     columns,
     dead,
@@ -244,20 +245,7 @@ for kernel, types, constants, warps in cases():
     sys.stdout.write(f"{kernel.__name__} {types} {constants} {len(binary)} bytes\n")
 written = {
     name
-    for module in (
-        columns,
-        dead,
-        dense,
-        lists,
-        ranks,
-        record,
-        rows,
-        selection,
-        soft,
-        sparse,
-        spill,
-        update,
-    )
+    for module in map(gpu.load, gpu.MODULES)
     for name, member in vars(module).items()
     if name.endswith(
         (

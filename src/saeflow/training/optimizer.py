@@ -106,8 +106,7 @@ class Optimizer:
 
     def _measure(self, parameter: Tensor, found: Tensor) -> Tensor:
         """() the square of a parameter's gradient, in float64, once its part along unit rows is removed."""
-        if found.stride() != parameter.stride():
-            parameter.grad = found = torch.empty_like(parameter).copy_(found)
+        parameter.grad = found = _laid_out_as(parameter, found)
         gradient, weights = _rows(found), _rows(parameter)
         squares = torch.empty(len(weights))
         arrays = (gradient, weights, self._is_unit(parameter), squares)

@@ -73,9 +73,25 @@ def load(name: str) -> Any:
     return importlib.import_module(f"saeflow.operators.gpu.kernels.{name}")
 
 
+def block_for(count: int) -> int:
+    """Return how many numbers a program holds of so many, a power of two of 16 at least."""
+    return 1 << max(4, (count - 1).bit_length())
+
+
+def warps_for(block: int) -> int:
+    """Return the warps of a program that holds a block of numbers."""
+    return max(1, min(16, block // 256))
+
+
+def of_rows(width: int) -> dict[str, int]:
+    """Return constants of a kernel that holds rows of `width` numbers in registers."""
+    block = block_for(width)
+    return {"BLOCK": block, "num_warps": warps_for(block)}
+
+
 def launch_rows(kernel: str, rows: Tensor, *arguments: Any, **constants: Any) -> None:
     """Run a kernel that reads each of rows (B, n) in chunks."""
-    wide = min(_WIDE, 1 << max(4, (rows.shape[1] - 1).bit_length()))
+    wide = min(_WIDE, block_for(rows.shape[1]))
     function = getattr(load("soft"), kernel)
     tensors = (rows.detach(), *arguments)
     function[(len(rows),)](*tensors, rows.shape[1], WIDE=wide, num_warps=8, **constants)

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from saeflow.operators import gpu
 from saeflow.operators.autograd import applied
 from saeflow.operators.gpu.dense import COLUMNS, ROWS, TALL
-from saeflow.operators.gpu.selection import _places
+from saeflow.operators.gpu.selection import places_of
 
 MOST_DEAD = 16384  # columns of a row that a program holds
 WIDE = 4096  # columns that are looked at together
@@ -35,7 +35,7 @@ def columns_of(dead: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         columns = (~dead).to(torch.uint8).sort(stable=True).indices[:count]
         return columns, number, number.where(number > count, 0)
     columns = torch.empty(count, dtype=torch.int64, device=dead.device)
-    numbers, wide = columns.new_empty(2), min(WIDE, 1 << max(4, (len(dead) - 1).bit_length()))
+    numbers, wide = columns.new_empty(2), min(WIDE, gpu.block_for(len(dead)))
     gpu.load("dead").dead_columns[(1,)](
         dead.view(torch.uint8), columns, numbers, count, len(dead), WIDE=wide, num_warps=8
     )
@@ -65,10 +65,10 @@ def largest(
         order = sizes.where(is_there, -1).sort(dim=1, descending=True, stable=True).indices
         kept = torch.zeros_like(is_there).scatter(1, order[:, :k], True)
         return found.where(kept & is_there, 0)
-    out, wide = scores.new_empty(len(scores), n), 1 << max(4, (n - 1).bit_length())
+    out, wide = scores.new_empty(len(scores), n), gpu.block_for(n)
     gpu.load("dead").dead_rows[(len(scores),)](
         scores, columns, number, out, k, n, scores.shape[1],
-        PLACES=_places(scores), IS_SIGNED=is_signed, WIDE=wide, num_warps=max(1, min(32, wide // 512)),
+        PLACES=places_of(scores), IS_SIGNED=is_signed, WIDE=wide, num_warps=max(1, min(32, wide // 512)),
     )  # fmt: skip
     return out
 
@@ -94,7 +94,7 @@ def add_rows(matrix: Tensor, columns: Tensor, part: Tensor) -> None:
         return
     width = matrix[0].numel()
     gpu.load("dead").add_rows[(len(columns),)](
-        matrix, columns, part.contiguous(), width, **_of_rows(width)
+        matrix, columns, part.contiguous(), width, **gpu.of_rows(width)
     )
 
 
@@ -120,12 +120,6 @@ def share(
     return applied(_Share, total(squares), total(spread), number)
 
 
-def _of_rows(width: int) -> dict[str, Any]:
-    """Return constants of a kernel that holds rows of a width."""
-    block = 1 << max(4, (width - 1).bit_length())
-    return {"BLOCK": block, "num_warps": max(1, min(16, block // 256))}
-
-
 class _Squares(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -134,7 +128,7 @@ class _Squares(torch.autograd.Function):
         ctx.save_for_backward(e_hat, error)
         width, parts = error.shape[1], error.new_empty(2, len(error))
         gpu.load("dead").share_rows[(len(error),)](
-            error, e_hat.contiguous(), sums, *parts, rows, width, **_of_rows(width)
+            error, e_hat.contiguous(), sums, *parts, rows, width, **gpu.of_rows(width)
         )
         spread, squares = parts.sum(1)
         ctx.mark_non_differentiable(spread)
@@ -146,7 +140,7 @@ class _Squares(torch.autograd.Function):
         e_hat, error = ctx.saved_tensors
         out, width = torch.empty_like(e_hat, memory_format=torch.contiguous_format), error.shape[1]
         gpu.load("dead").share_gradient_rows[(len(error),)](
-            error, e_hat.contiguous(), grad, out, width, **_of_rows(width)
+            error, e_hat.contiguous(), grad, out, width, **gpu.of_rows(width)
         )
         return out, None, None, None
 

@@ -126,7 +126,7 @@ def _runs_triton(rows: Tensor) -> bool:
 def _launch(kernel: str, rows: Tensor, *arguments: Any, **constants: Any) -> None:
     """Run a kernel of one program for each row."""
     n = rows.shape[1]
-    wide = min(WIDE, 1 << max(4, (n - 1).bit_length()))
+    wide = min(WIDE, gpu.block_for(n))
     function = getattr(gpu.load("dense"), kernel)
     function[(len(rows),)](rows, *arguments, n, WIDE=wide, num_warps=8, **constants)
 

@@ -159,7 +159,7 @@ class Lists:
 
 def capacity_for(count: int) -> int:
     """The capacity of lists with room for `count` entries a row: a power of two."""
-    return 1 << max(4, (count - 1).bit_length())
+    return gpu.block_for(count)
 
 
 def spare_for(n_rows: int) -> int:
@@ -220,12 +220,12 @@ def share_out(
     n_rows = len(found)
     counts, owners = found.new_empty(2, n_rows + spare).unbind()
     new_status, first, parts = found.new_empty(3, n_rows).unbind()
-    wide = min(4096, 1 << max(4, (n_rows - 1).bit_length()))
+    wide = min(4096, gpu.block_for(n_rows))
     none = found  # where the kernel reads nothing
     gpu.load("spill").spread_rows[(1,)](
         found, none if ties is None else ties, none if left is None else left, status,
         counts, new_status, owners, first, parts, n_rows, spare,
-        HAS_TIES=ties is not None, ROOM=capacity, WIDE=wide, num_warps=max(1, min(16, wide // 256)),
+        HAS_TIES=ties is not None, ROOM=capacity, WIDE=wide, num_warps=gpu.warps_for(wide),
     )  # fmt: skip
     return counts, new_status, Spill(owners, first, parts)
 

@@ -106,10 +106,6 @@ def _real(values: Tensor, counts: Tensor) -> Tensor:
     return torch.arange(values.shape[1], device=values.device) < counts[:, None]
 
 
-def _warps(capacity: int) -> int:
-    return max(1, min(16, capacity // 256))
-
-
 def _entmax_of_lists(values: Tensor, counts: Tensor, alpha: Tensor) -> Tensor:
     """The plain form: bisection in float64."""
     real = _real(values, counts)
@@ -137,7 +133,7 @@ class _Simplex(torch.autograd.Function):
             gpu.load("lists").simplex_lists[(len(values),)](
                 values.detach().contiguous(), counts, scale, p,
                 CAPACITY=values.shape[1], LINEAR=power == 1, SQUARES=power == 2,
-                num_warps=_warps(values.shape[1]),
+                num_warps=gpu.warps_for(values.shape[1]),
             )  # fmt: skip
         else:
             p = _entmax_of_lists(values.detach(), counts, alpha.detach())
@@ -209,7 +205,7 @@ class _SoftTopK(torch.autograd.Function):
             distance = torch.empty_like(values)
             gpu.load("lists").soft_lists[(len(values),)](
                 values.detach().contiguous(), counts, k.detach().double().contiguous(), temperature, distance,
-                CAPACITY=values.shape[1], num_warps=_warps(values.shape[1]),
+                CAPACITY=values.shape[1], num_warps=gpu.warps_for(values.shape[1]),
             )  # fmt: skip
         else:
             distance = _distance_in_lists(values.detach(), counts, k.detach(), temperature)
@@ -241,7 +237,7 @@ def _launch(kernel: str, lists: Lists, *arguments: Any, **constants: Any) -> Non
     values = lists.values.detach().contiguous()
     function[(len(values),)](
         values, lists.columns, lists.counts, *arguments,
-        CAPACITY=capacity, num_warps=_warps(capacity), **constants,
+        CAPACITY=capacity, num_warps=gpu.warps_for(capacity), **constants,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from saeflow.operators import gpu
 from saeflow.operators.gpu.lists import OVERFLOW, Lists
+from saeflow.operators.gpu.sparse import column_totals
 
 WIDE = 1024
 COLUMNS = 128  # that a program reads entries of
@@ -40,7 +41,7 @@ def keep_first(
     gpu.load("record").keep_first[(1,)](
         *(_as_bytes(tensor) for tensor in (*tensors, is_stopped)), len(values),
         OF_FINITE=values.dtype.is_floating_point, HAS_BEFORE=before is not None,
-        WIDE=1 << max(4, (len(values) - 1).bit_length()), num_warps=1,
+        WIDE=gpu.block_for(len(values)), num_warps=1,
     )  # fmt: skip
     return is_stopped
 
@@ -62,10 +63,7 @@ def fired(lists: Lists) -> Tensor:
     """Return which columns (M,) bool of lists have an entry that is not 0."""
     values = lists.values.detach()
     if not (gpu.runs_triton(values) and values.numel()):
-        is_active = (values != 0) & lists.real
-        found = torch.zeros(lists.d_sae, dtype=torch.int32, device=values.device)
-        found.index_add_(0, lists.columns.view(-1), is_active.int().view(-1))
-        return found > 0
+        return column_totals(lists, (values != 0).float()) > 0
     out = torch.empty(lists.d_sae, dtype=torch.bool, device=values.device)
     gpu.load("record").fired_columns[(-(-lists.d_sae // COLUMNS),)](
         values.contiguous(), *lists.transposed, out.view(torch.uint8), lists.d_sae, WIDE=COLUMNS, num_warps=4

@@ -59,7 +59,7 @@ def topk(
         return Lists.from_mask(scores, mask, capacity)
     room = max(128, 2 * capacity)
     found, _ = _collect(scores, ks, room, kind=RANK, allowed=allowed, is_positive=is_positive)
-    return _choose(found, ks, capacity, _places(scores))
+    return _choose(found, ks, capacity, places_of(scores))
 
 
 def batch_topk(scores: Tensor, total: Tensor | int, capacity: int, spare: int) -> Lists:
@@ -86,12 +86,12 @@ def batch_topk(scores: Tensor, total: Tensor | int, capacity: int, spare: int) -
         return Lists.from_mask(scores, mask.view_as(scores), capacity, spare)
     kernels, rows = gpu.load("spill"), scores.detach().contiguous()
     maxima = group_maxima(rows, n // min(n, GROUPS_PER_ENTRY * capacity)).view(-1)
-    counts = torch.zeros(2, _places(rows) // 8, 256, dtype=torch.int64, device=rows.device)
+    counts = torch.zeros(2, places_of(rows) // 8, 256, dtype=torch.int64, device=rows.device)
     of_maxima = (maxima, len(maxima))
     count = gpu.load("ranks").count_keys
     floor, _ = _ranked(counts[0], total, count, -(-len(maxima) // WIDE), *of_maxima, WIDE=WIDE)
     some, found = _collect(rows, floor, _long_for(capacity, n), kind=AT_LEAST)
-    long, wide = some.capacity, min(_widest(n), WIDE)
+    long, wide = some.capacity, min(gpu.block_for(n), WIDE)
     each = max(1, WIDE // long)
     of_rows, sizes = (rows, some.values, found), {"LONG": long, "WIDE": wide}
     threshold, left = _ranked(
@@ -233,7 +233,7 @@ def _collect(
     one above a threshold the list has any.
     """
     rows, (n_rows, n) = scores.detach().contiguous(), scores.shape
-    widest, out = _widest(n), _room(scores, room)
+    widest, out = gpu.block_for(n), _room(scores, room)
     found = torch.empty_like(out.status)
     is_near = kind == RANK and slack is not None
     allowed_or_any = rows if allowed is None else allowed.view(torch.uint8)  # read only if given
@@ -244,7 +244,7 @@ def _collect(
     results = (out.columns, out.values, out.counts, found, out.status, stride)
     constants = {
         "KIND": kind,
-        "PLACES": _places(scores),
+        "PLACES": places_of(scores),
         "HAS_ALLOWED": allowed is not None,
         "IS_POSITIVE": is_positive,
         "IS_NEAR": is_near,
@@ -295,7 +295,7 @@ def _divided(
         rows, threshold, found if ties is None else ties, found, counts, *spill[1:],
         some.columns, some.values, columns, values, n_rows, n,
         PER_COLUMN=threshold.ndim == 1 and ties is None, HAS_TIES=ties is not None, HAS_SPILL=len(counts) > n_rows,
-        LONG=some.capacity, ROOM=capacity, WIDE=min(_widest(n), WIDE), num_warps=8,
+        LONG=some.capacity, ROOM=capacity, WIDE=min(gpu.block_for(n), WIDE), num_warps=8,
     )  # fmt: skip
     return Lists(columns, values, counts, status, n, spill if len(counts) > n_rows else None)
 
@@ -323,15 +323,10 @@ def _room(rows: Tensor, capacity: int, d_sae: int | None = None) -> Lists:
 
 def _long_for(capacity: int, n: int) -> int:
     """Return the room of first lists of rows that may have many entries: most of these are then not read again."""
-    return min(_widest(n), max(capacity, min(SPARE_TIMES * capacity, MOST_IN_ORDER)))
+    return min(gpu.block_for(n), max(capacity, min(SPARE_TIMES * capacity, MOST_IN_ORDER)))
 
 
-def _widest(n: int) -> int:
-    """Return the numbers that a program holds of a whole row of n."""
-    return 1 << max(4, (n - 1).bit_length())
-
-
-def _places(scores: Tensor) -> int:
+def places_of(scores: Tensor) -> int:
     """Upper bits of a float32 that tell the scores apart."""
     return 16 if scores.dtype == torch.bfloat16 else 32
 

@@ -129,7 +129,7 @@ def decode_error(
         _launch("sums_of_parts", n_lists, width, lists, W, *entries, owners, parts, sums)
         gpu.load("sparse").error_of_parts[(n_rows,)](
             rows, b_dec, sums, first, parts, *results, rows_each, width,
-            HAS_LOWER=has_lower, BLOCK=_block(width), num_warps=_warps(width),
+            HAS_LOWER=has_lower, **gpu.of_rows(width),
         )  # fmt: skip
         _launch("products_of_parts", n_lists, width, lists, error, W, columns, counts, owners, parts, products, n_rows)  # fmt: skip
     return Decoded(error, kept, squares, products, error)
@@ -300,7 +300,7 @@ def _walk(
     )  # fmt: skip
     gpu.load("columns").add_pieces[(count,)](
         lists.columns, *lists.transposed, *into, *of_parts, M, d,
-        BLOCK=_block(d), PIECE=PIECE, HAS_LEFT=has_left, num_warps=_warps(d),
+        PIECE=PIECE, HAS_LEFT=has_left, **gpu.of_rows(d),
     )  # fmt: skip
 
 
@@ -334,15 +334,6 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous()
 
 
-def _block(width: int) -> int:
-    """Return the numbers that a program holds of a row of `width`."""
-    return 1 << max(4, (width - 1).bit_length())
-
-
-def _warps(width: int) -> int:
-    return max(1, min(16, _block(width) // 256))
-
-
 def _launch(
     kernel: str, programs: int, width: int, lists: Lists, *arguments: Any, **constants: Any
 ) -> None:
@@ -350,8 +341,8 @@ def _launch(
     constants["CAPACITY"] = lists.capacity
     if not kernel.endswith("_parts"):  # which there are of spare lists alone
         constants["HAS_SPILL"] = lists.spill is not None
-    each = max(1, min(EACH.get(kernel, 4), 4096 // _block(width)))
+    each = max(1, min(EACH.get(kernel, 4), 4096 // gpu.block_for(width)))
     module = gpu.load("columns" if kernel == "walk_columns" else "sparse")
     getattr(module, kernel)[(programs,)](
-        *arguments, width, BLOCK=_block(width), EACH=each, num_warps=_warps(width), **constants
+        *arguments, width, EACH=each, **gpu.of_rows(width), **constants
     )

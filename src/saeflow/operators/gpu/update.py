@@ -62,12 +62,12 @@ def measure(gradient: Tensor, squares: Tensor, unit_rows: Tensor | None = None) 
         raise ValueError("measure: expected contiguous tensors, got a transposed one")
     count = gradient.numel()
     width = gradient.shape[1] if gradient.ndim == 2 else min(BLOCK, count)
-    block = 1 << max(4, (width - 1).bit_length())
+    block = gpu.block_for(width)
     if not is_unit:  # a row is held whole only to be projected
         block = min(BLOCK, block)
     gpu.load("update").measure_rows[(len(squares),)](
         gradient, rows, squares, width, count, IS_UNIT=is_unit, BLOCK=block,
-        num_warps=max(1, min(16, block // 256)),
+        num_warps=gpu.warps_for(block),
     )  # fmt: skip
 
 
@@ -166,9 +166,9 @@ def _launch(
     count = part.parameter.numel()
     # A row is held whole only to be made unit: rows may be as long as an SAE has latents.
     width = part.parameter.shape[-1] if part.is_unit else min(BLOCK, count)
-    block = 1 << max(4, (width - 1).bit_length())
+    block = gpu.block_for(width)
     constants = {"HAS_SHADOW": part.shadow is not None, "IS_UNIT": part.is_unit, "BLOCK": block}
     gpu.load("update").update_rows[(-(-count // width),)](
         *tensors, shadow, numbers, skip.view(torch.uint8), 1 - beta1, beta2, 1 - beta2, eps, width, count,
-        num_warps=max(1, min(16, block // 256)), **constants,
+        num_warps=gpu.warps_for(block), **constants,
     )  # fmt: skip

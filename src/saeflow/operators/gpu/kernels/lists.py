@@ -131,14 +131,26 @@ def starting_point(x, inside, rank):
 
 
 @triton.jit
-def jump_lists(values, columns, counts, thresholds, latents, numbers, CAPACITY: tl.constexpr):
-    """latents = values [value > threshold of its column]; numbers[r]: how many of a list."""
-    row = tl.program_id(0).to(tl.int64)
+def entries_of_list(values, columns, counts, row, CAPACITY: tl.constexpr):
+    """Return where the entries of a list lie, which are real, their values and columns."""
     at = row * CAPACITY + tl.arange(0, CAPACITY)
     inside = tl.arange(0, CAPACITY) < tl.load(counts + row)
     a = tl.load(values + at, mask=inside, other=0.0)
-    column = tl.load(columns + at, mask=inside, other=0)
-    is_over = inside & (a > tl.load(thresholds + column, mask=inside, other=float("inf")))
+    return at, inside, a, tl.load(columns + at, mask=inside, other=0)
+
+
+@triton.jit
+def over_threshold(values, columns, counts, thresholds, row, CAPACITY: tl.constexpr):
+    """Return where the entries of a list lie, their values, and which are above the threshold of their column."""
+    at, inside, a, column = entries_of_list(values, columns, counts, row, CAPACITY)
+    return at, a, inside & (a > tl.load(thresholds + column, mask=inside, other=float("inf")))
+
+
+@triton.jit
+def jump_lists(values, columns, counts, thresholds, latents, numbers, CAPACITY: tl.constexpr):
+    """latents = values [value > threshold of its column]; numbers[r]: how many of a list."""
+    row = tl.program_id(0).to(tl.int64)
+    at, a, is_over = over_threshold(values, columns, counts, thresholds, row, CAPACITY)
     tl.store(latents + at, tl.where(is_over, a, 0.0))
     tl.store(numbers + row, tl.sum(is_over.to(tl.float32), 0))
 
@@ -147,12 +159,8 @@ def jump_lists(values, columns, counts, thresholds, latents, numbers, CAPACITY: 
 def jump_gradient_lists(values, columns, counts, thresholds, grad, out, CAPACITY: tl.constexpr):
     """out = grad [value > threshold of its column]."""
     row = tl.program_id(0).to(tl.int64)
-    at = row * CAPACITY + tl.arange(0, CAPACITY)
-    inside = tl.arange(0, CAPACITY) < tl.load(counts + row)
-    a = tl.load(values + at, mask=inside, other=0.0)
-    column = tl.load(columns + at, mask=inside, other=0)
-    is_over = inside & (a > tl.load(thresholds + column, mask=inside, other=float("inf")))
-    tl.store(out + at, tl.where(is_over, tl.load(grad + at, mask=inside, other=0.0), 0.0))
+    at, _a, is_over = over_threshold(values, columns, counts, thresholds, row, CAPACITY)
+    tl.store(out + at, tl.load(grad + at, mask=is_over, other=0.0))
 
 
 @triton.jit
@@ -182,10 +190,7 @@ def gated_lists(
 ):  # fmt: skip
     """out = relu((value - bias) exp(rate) + shift) [value > 0], by the numbers of each entry's column; IS_GRADIENT: grad times its slope."""
     row = tl.program_id(0).to(tl.int64)
-    at = row * CAPACITY + tl.arange(0, CAPACITY)
-    inside = tl.arange(0, CAPACITY) < tl.load(counts + row)
-    a = tl.load(values + at, mask=inside, other=0.0)
-    column = tl.load(columns + at, mask=inside, other=0)
+    at, inside, a, column = entries_of_list(values, columns, counts, row, CAPACITY)
     rate = tl.exp(tl.load(rates + column, mask=inside, other=0.0))
     u = a - tl.load(biases + column, mask=inside, other=0.0)
     result = u * rate + tl.load(shifts + column, mask=inside, other=0.0)
