@@ -35,7 +35,7 @@ RANK, SIMPLEX, ABOVE, AT_LEAST = 0, 1, 2, 3
 # entmax of any alpha, of 2, of 1.5
 POWERS = [{"LINEAR": linear, "SQUARES": squares} for linear, squares in ((0, 0), (1, 0), (0, 1))]
 FLAGS = (False, True)
-Case = tuple[Any, list[str], dict[str, Any], int]
+Case = tuple[Any, list[Any], dict[str, Any], int]
 
 
 def cases() -> Iterator[Case]:
@@ -63,13 +63,17 @@ def cases() -> Iterator[Case]:
     yield from selections()
     yield from products()
     yield from of_dead()
-    for is_unit in FLAGS:
-        yield update.measure_rows, [F, F, F, INT, INT], {"IS_UNIT": is_unit, "BLOCK": 1024}, 4
-    for has_shadow in FLAGS:
-        for is_unit in FLAGS:
-            types = [F, F, F, F, H if has_shadow else F, F, U, *[FLOAT] * 4, INT, INT]
-            constants = {"HAS_SHADOW": has_shadow, "IS_UNIT": is_unit, "BLOCK": 1024}
-            yield update.update_rows, types, constants, 4
+    for n in (1, 4):
+        parts = {
+            "PARTS": n,
+            "ARE_UNIT": (True, False, False, False)[:n],
+            "BLOCKS": (1024, 1024, 256, 1)[:n],
+        }
+        pointers, sizes = (F,) * n, (INT,) * n
+        yield update.measure_parts, [pointers, pointers, F, sizes, sizes], parts, 4
+        shadows = (H, H, F, F)[:n]
+        types = [*[pointers] * 4, shadows, pointers, U, *[FLOAT] * 4, sizes, sizes]
+        yield update.update_parts, types, parts | {"HAVE_SHADOW": (True, True, False, False)[:n]}, 4
     for beta, largest in ((-0.1, 1.0), (-math.inf, math.inf)):
         constants = {"LOG_BETA1": beta, "LOG_BETA2": beta, "LARGEST_NORM": largest}
         yield update.numbers_of_parts, [F, F, F, U, F, INT], constants, 1

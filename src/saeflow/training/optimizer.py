@@ -16,7 +16,7 @@ from torch import Tensor
 from saeflow.config import TrainingConfig
 from saeflow.operators import acts_as_gpu, native
 from saeflow.operators.gpu import shadows
-from saeflow.operators.gpu.update import Part, measure, squares_in, update
+from saeflow.operators.gpu.update import Part, measure, update
 from saeflow.saes import SAE
 from saeflow.training.alignment import Alignment
 
@@ -122,9 +122,9 @@ class Optimizer:
             unit_rows = _rows(parameter) if self._is_unit(parameter) else None
             as_rows = _rows if found.ndim == 2 else _flat
             parts[self._is_divided(parameter)].append((as_rows(found), unit_rows))
-        square = _squares(parts[False], self.sae.W_dec)
+        square = measure(parts[False], self.sae.W_dec)
         if parts[True]:
-            square = square + self.sae.ranks.over_latents(_squares(parts[True], self.sae.W_dec))
+            square = square + self.sae.ranks.over_latents(measure(parts[True], self.sae.W_dec))
         return square.sqrt().float()
 
     def share(self) -> None:
@@ -221,20 +221,6 @@ def _square(parameter: Tensor, found: Tensor) -> Tensor:
     """() the square of a parameter's gradient, in float64."""
     norm: Tensor = torch.linalg.vector_norm(found, dtype=torch.float64)
     return norm**2
-
-
-def _squares(parts: Sequence[tuple[Tensor, Tensor | None]], like: Tensor) -> Tensor:
-    """() float64 the sum of squares of gradients, on the device of another tensor.
-
-    Args:
-        parts: each gradient, with the unit rows whose part is removed from it.
-    """
-    counts = [squares_in(gradient) for gradient, _ in parts]
-    squares = like.new_empty(sum(counts))
-    for (gradient, unit_rows), own in zip(parts, squares.split(counts), strict=True):
-        measure(gradient, own, unit_rows)
-    total: Tensor = squares.sum(dtype=torch.float64)
-    return total
 
 
 def _laid_out_as(parameter: Tensor, gradient: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from saeflow.operators.gpu.update import BLOCK, Part, measure, squares_in, update
+from saeflow.operators.gpu.update import BLOCK, MOST_AT_ONCE, Part, measure, update
 
 RATE, EPS, LARGEST = 0.01, 1e-8, 1.0
 SHAPES = {
@@ -90,25 +90,38 @@ def test_a_gradient_is_measured_without_its_part_along_unit_rows(
     rows = rows / rows.norm(dim=1, keepdim=True)
     gradient[-1] = 0
     plain = gradient.float().to(path)
-    expected = gradient.square().sum(1)
-    squares = torch.empty(squares_in(plain), device=path)
-    measure(plain, squares)
-    torch.testing.assert_close(squares.double().cpu(), expected, rtol=1e-5, atol=1e-6)
+    assert float(measure([(plain, None)], plain)) == pytest.approx(
+        float(gradient.square().sum()), rel=1e-5
+    )
     assert torch.equal(plain.cpu(), gradient.float())
-    measure(plain, squares, rows.float().to(path))
+    square = float(measure([(plain, rows.float().to(path))], plain))
     projected = gradient - (gradient * rows).sum(1, keepdim=True) * rows
     torch.testing.assert_close(plain.double().cpu(), projected, rtol=1e-4, atol=1e-5)
-    expected = projected.square().sum(1)
-    torch.testing.assert_close(squares.double().cpu(), expected, rtol=1e-4, atol=1e-5)
+    assert square == pytest.approx(float(projected.square().sum()), rel=1e-4, abs=1e-9)
 
 
-@pytest.mark.parametrize("length", [1, 5, BLOCK, 2 * BLOCK + 3])
-def test_a_vector_is_measured_by_blocks(length: int, path: str) -> None:
-    gradient = torch.randn(length, generator=torch.Generator().manual_seed(2))
-    squares = torch.full((squares_in(gradient),), torch.nan, device=path)
-    measure(gradient.to(path), squares)
-    expected = torch.stack([block.double().square().sum() for block in gradient.split(BLOCK)])
-    torch.testing.assert_close(squares.double().cpu(), expected, rtol=1e-5, atol=0)
+@pytest.mark.parametrize("count", [1, 3, MOST_AT_ONCE + 2])
+def test_gradients_of_any_size_are_measured_together(count: int, path: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    shapes = [(BLOCK,), (1,), (3, 7), (2 * BLOCK + 3,), (5, BLOCK + 1)]
+    gradients = [torch.randn(shapes[n % 5], generator=generator) for n in range(count)]
+    rows = {n: torch.nn.functional.normalize(g) for n, g in enumerate(gradients) if n % 5 == 2}
+    expected = sum(
+        (g - (g * rows[n]).sum(1, keepdim=True) * rows[n] if n in rows else g)
+        .double()
+        .square()
+        .sum()
+        for n, g in enumerate(gradients)
+    )
+    on_path = [
+        (g.clone().to(path), rows[n].to(path) if n in rows else None)
+        for n, g in enumerate(gradients)
+    ]
+    assert float(measure(on_path, on_path[0][0])) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_no_gradient_has_a_sum_of_zero(path: str) -> None:
+    assert float(measure([], torch.ones(1, device=path))) == 0
 
 
 @pytest.mark.parametrize("step", [0, 3, 4_000_000])

@@ -1,8 +1,9 @@
 """An update of all weights in two passes over each: what is to be clipped, then Adam, unit rows, a bfloat16 copy."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from saeflow.operators import gpu
 
 BLOCK = 1024  # numbers of a vector that one program updates
 MOST_PARTS = 31  # whose numbers one launch finds
+MOST_AT_ONCE = 8  # parameters that one launch goes through
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,42 +37,78 @@ class Part:
     is_unit: bool = False
 
 
-def squares_in(gradient: Tensor) -> int:
-    """Return how many numbers `measure` gives of a gradient (M, d), or (n,)."""
-    return len(gradient) if gradient.ndim == 2 else -(-len(gradient) // BLOCK)
-
-
 @torch.no_grad()
-def measure(gradient: Tensor, squares: Tensor, unit_rows: Tensor | None = None) -> None:
-    """Write the sum of squares of each row of a gradient, in float32.
+def measure(gradients: Sequence[tuple[Tensor, Tensor | None]], like: Tensor) -> Tensor:
+    """Return the sum () of squares of gradients, of blocks in float32 and of these in float64, on the device of a tensor.
 
     Args:
-        gradient: (M, d) float32, contiguous; or (n,), of which each block of BLOCK numbers counts as a row.
-        squares: (`squares_in(gradient)`,) float32, written.
-        unit_rows: (M, d), where rows of the weights have unit norm and are to keep it: the part of the gradient
-            along them is removed first, in place.
+        gradients: each (M, d) or (n,), float32, contiguous, with the weights (M, d) where rows of these have unit
+            norm and are to keep it: the part of the gradient along them is removed first, in place.
+        like: a tensor there, float32.
     """
-    if not (gpu.runs_triton(gradient) and gradient.numel()):
-        if unit_rows is not None:
-            along = torch.linalg.vecdot(gradient, unit_rows)
-            gradient.addcmul_(along[:, None], unit_rows, value=-1)
-        rows = gradient
-        if gradient.ndim == 1:
-            rows = pad(gradient, (0, len(squares) * BLOCK - len(gradient))).view(-1, BLOCK)
-        squares.copy_(rows.square().sum(1))
-        return
-    rows, is_unit = gradient if unit_rows is None else unit_rows, unit_rows is not None
-    if not (gradient.is_contiguous() and rows.is_contiguous()):
-        raise ValueError("measure: expected contiguous tensors, got a transposed one")
-    count = gradient.numel()
-    width = gradient.shape[1] if gradient.ndim == 2 else min(BLOCK, count)
-    block = gpu.block_for(width)
-    if not is_unit:  # a row is held whole only to be projected
-        block = min(BLOCK, block)
-    gpu.load("update").measure_rows[(len(squares),)](
-        gradient, rows, squares, width, count, IS_UNIT=is_unit, BLOCK=block,
-        num_warps=gpu.warps_for(block),
-    )  # fmt: skip
+    found = [like.new_empty(0)]
+    for some in _by_launch(gradients):
+        if all(gpu.runs_triton(gradient) and gradient.numel() for gradient, _ in some):
+            found.append(_measure_at_once(some))
+        else:
+            found += [_measure(gradient, unit_rows) for gradient, unit_rows in some]
+    squares = found[-1] if len(found) == 2 else torch.cat(found)
+    return squares.sum(dtype=torch.float64)
+
+
+def _measure(gradient: Tensor, unit_rows: Tensor | None) -> Tensor:
+    """Return the sums of squares of blocks of a gradient; the plain form."""
+    if unit_rows is not None:
+        along = torch.linalg.vecdot(gradient, unit_rows)
+        gradient.addcmul_(along[:, None], unit_rows, value=-1)
+    flat = gradient.reshape(-1)
+    return pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK).square().sum(1)
+
+
+def _measure_at_once(gradients: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """Return the sums of squares of rows or blocks of gradients, found by one kernel."""
+    rows = tuple(gradient if unit is None else unit for gradient, unit in gradients)
+    of_all = tuple(gradient for gradient, _ in gradients)
+    _check_contiguous("measure", *of_all, *rows)
+    sizes, constants = _layout([(gradient, unit is not None) for gradient, unit in gradients])
+    squares = of_all[0].new_empty(_programs(*sizes))
+    gpu.load("update").measure_parts[(len(squares),)](of_all, rows, squares, *sizes, **constants)
+    return squares
+
+
+def _layout(
+    tensors: Sequence[tuple[Tensor, bool]],
+) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], dict[str, Any]]:
+    """Return what one program has of each tensor and how much each has; and the constants of a kernel that goes through them.
+
+    Args:
+        tensors: each with whether a program has a whole row (M, d), since its norm is needed: rows may be as long as an SAE
+            has latents.
+    """
+    counts = tuple(tensor.numel() for tensor, _ in tensors)
+    widths = tuple(t.shape[-1] if is_unit else min(BLOCK, t.numel()) for t, is_unit in tensors)
+    blocks = tuple(gpu.block_for(width) for width in widths)
+    constants = {
+        "PARTS": len(tensors),
+        "ARE_UNIT": tuple(is_unit for _, is_unit in tensors),
+        "BLOCKS": blocks,
+    }
+    return (widths, counts), constants | {"num_warps": gpu.warps_for(max(blocks))}
+
+
+def _by_launch(items: Sequence[T]) -> Iterator[Sequence[T]]:
+    """Divide what is to be gone through among launches."""
+    for start in range(0, len(items), MOST_AT_ONCE):
+        yield items[start : start + MOST_AT_ONCE]
+
+
+def _programs(widths: Sequence[int], counts: Sequence[int]) -> int:
+    return sum(-(-count // width) for width, count in zip(widths, counts, strict=True))
+
+
+def _check_contiguous(what: str, *tensors: Tensor) -> None:
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        raise ValueError(f"{what}: expected contiguous tensors, got a transposed one")
 
 
 @torch.no_grad()
@@ -98,13 +138,13 @@ def update(
     """
     is_moving = [part is not None for part in parts]
     of_parts = _numbers(is_moving, norm, steps, lr, skip, betas, largest_norm)
-    for part, numbers in zip(parts, of_parts, strict=True):
-        if part is None:
-            continue
-        if gpu.runs_triton(part.parameter) and part.parameter.numel():
-            _launch(part, numbers, skip, *betas, eps)
+    moving = [(p, numbers) for p, numbers in zip(parts, of_parts, strict=True) if p is not None]
+    for some in _by_launch(moving):
+        if all(gpu.runs_triton(part.parameter) and part.parameter.numel() for part, _ in some):
+            _update_at_once(some, skip, *betas, eps)
         else:
-            _update(part, numbers, skip, *betas, eps)
+            for part, numbers in some:
+                _update(part, numbers, skip, *betas, eps)
 
 
 def _numbers(
@@ -156,19 +196,20 @@ def _update(
         old.copy_(torch.where(skip, old, now))
 
 
-def _launch(
-    part: Part, numbers: Tensor, skip: Tensor, beta1: float, beta2: float, eps: float
+def _update_at_once(
+    parts: Sequence[tuple[Part, Tensor]], skip: Tensor, beta1: float, beta2: float, eps: float
 ) -> None:
-    tensors = (part.parameter, part.gradient, part.exp_avg, part.exp_avg_sq)
-    shadow = part.parameter if part.shadow is None else part.shadow
-    if not all(tensor.is_contiguous() for tensor in (*tensors, shadow)):
-        raise ValueError("update: expected contiguous tensors, got a transposed one")
-    count = part.parameter.numel()
-    # A row is held whole only to be made unit: rows may be as long as an SAE has latents.
-    width = part.parameter.shape[-1] if part.is_unit else min(BLOCK, count)
-    block = gpu.block_for(width)
-    constants = {"HAS_SHADOW": part.shadow is not None, "IS_UNIT": part.is_unit, "BLOCK": block}
-    gpu.load("update").update_rows[(-(-count // width),)](
-        *tensors, shadow, numbers, skip.view(torch.uint8), 1 - beta1, beta2, 1 - beta2, eps, width, count,
-        num_warps=gpu.warps_for(block), **constants,
+    """Update all by one kernel."""
+    shadows = tuple(part.parameter if part.shadow is None else part.shadow for part, _ in parts)
+    tensors = [
+        tuple(getattr(part, name) for part, _ in parts)
+        for name in ("parameter", "gradient", "exp_avg", "exp_avg_sq")
+    ]
+    for each in (*tensors, shadows):
+        _check_contiguous("update", *each)
+    sizes, constants = _layout([(part.parameter, part.is_unit) for part, _ in parts])
+    gpu.load("update").update_parts[(_programs(*sizes),)](
+        *tensors, shadows, tuple(numbers for _, numbers in parts), skip.view(torch.uint8),
+        1 - beta1, beta2, 1 - beta2, eps, *sizes,
+        HAVE_SHADOW=tuple(part.shadow is not None for part, _ in parts), **constants,
     )  # fmt: skip
