@@ -135,7 +135,7 @@ def of_dead() -> Iterator[Case]:
 
 
 def selections() -> Iterator[Case]:
-    tensors = [F, U, S, F, S, S, S, INT]
+    tensors = [F, F, U, S, F, S, S, S, INT, FLOAT]
     sizes = {"WIDE": 1024, "ROOM": 128}
     fast = {"GROUPS": 1024, "PER_COLUMN": True}
     of_long = {"EACH": 8, "WIDE": 4096}

@@ -101,21 +101,23 @@ def soft_topk_sparse(
         The entries, with the gradient of `values`.
     """
     if (capacity := room(values, most)) is not None:
-        far = (reach or FAR) * temperature + ROUNDED * margin
-        found = selection.near_rank(values, k.detach(), capacity, far, of_relu=of_relu)
-        return SparseLatents.of(found)
+        of_rows = values, k.detach(), capacity, temperature, reach or FAR, ROUNDED * margin
+        return SparseLatents.of(selection.near_rank(*of_rows, of_relu=of_relu))
     if of_relu:
         values = values.relu()
     if is_exact(margin):
         mask = soft_topk(values, k, temperature, reach=reach)
         return SparseLatents.from_mask(values, mask > 0)
-    ranks = (2 * k.detach().ceil().long()).clamp(
-        1, values.shape[1]
-    )  # b is at least the last of these
-    least = topk_sparse(values.detach(), ranks).least()
-    return SparseLatents.from_rows_above(
-        values, lowered(least, margin) - (reach or FAR) * temperature
+    number = k.detach()
+    (
+        first,
+        second,
+    ) = (  # b is at least the first, and the second less log(k + 1) temperatures: see `near_rank`
+        lowered(topk_sparse(values.detach(), ranks.clamp(1, values.shape[1])).least(), margin)
+        for ranks in (2 * number.ceil().long(), number.ceil().long() + 1)
     )
+    least = first.maximum(second - temperature * (number + 1).log())
+    return SparseLatents.from_rows_above(values, least - (reach or FAR) * temperature)
 
 
 def soft_topk_of(

@@ -66,7 +66,7 @@ class PerInputK(FollowsDensity):
 
     @property
     def most(self) -> int:
-        return max(4 * self.most_k, super().most) if self.is_soft else self.most_k
+        return max(2 * self.most_k, super().most) if self.is_soft else self.most_k
 
     @property
     def is_sparse(self) -> bool:

@@ -178,7 +178,7 @@ def test_equal_scores_overflow_where_all_are_wanted_and_not_where_few_are(path: 
     scores = torch.full((3, 300), -0.0, device=path)
     whole = {
         "above": selection.above(scores, torch.tensor(-1.0, device=path), 64, 2),
-        "soft": selection.near_rank(scores, 2.0, 64, 0.1),
+        "soft": selection.near_rank(scores, 2.0, 64, 0.1, 30),
         "simplex": selection.near_simplex(scores, 1.0, 64, 0.0),
     }
     for name, found in whole.items():
@@ -191,17 +191,61 @@ def test_equal_scores_overflow_where_all_are_wanted_and_not_where_few_are(path: 
     assert not of_all.status.any()
 
 
-@pytest.mark.parametrize("slack", [0.0, 0.3])
-def test_near_rank_has_every_entry_within_the_slack(slack: float, path: str) -> None:
+def soft_threshold(row: np.ndarray, k: float, temperature: float) -> float:
+    """Independent reference: b of the soft top-k by root finding, infinite for no or every entry."""
+    t = (row - row.max()) / temperature
+    if k in (0, len(row)):
+        return np.inf if k == 0 else -np.inf
+    total = lambda b: (np.exp(-abs(t - b)) / 2 - (t > b) * np.expm1(-abs(t - b))).sum() - k  # noqa: E731
+    far = 40 + np.log(len(t))
+    return row.max() + temperature * brentq(total, t.min() - far, t.max() + far, xtol=1e-12)
+
+
+@pytest.mark.parametrize(("temperature", "error"), [(1e-4, 0.0), (1e-3, 0.004)])
+def test_near_rank_has_every_entry_with_a_soft_mask(
+    temperature: float, error: float, path: str
+) -> None:
+    """Also where scores are off by an error; and few others, where entries lie apart."""
     scores = scores_of_every_kind(torch.float32, path)
-    k = torch.tensor([1.5, 0, 3, 2.2, 4, 7], device=path)
-    found = selection.near_rank(scores, k, 512, slack)
-    for row, got, of_row in zip(scores.cpu().numpy(), entries(found), k.tolist(), strict=True):
-        finite = np.where(np.isnan(row), -np.inf, row)
-        floor = np.sort(finite)[::-1][2 * max(1, int(np.ceil(of_row))) - 1] - slack
-        needed = [int(i) for i in np.flatnonzero((finite >= floor) & (finite > -np.inf))]
-        assert set(needed[:512]) <= set(got)
+    k = torch.tensor([20.5, 0, 3, 2.2, 4, 7], device=path)
+    noise = torch.rand(scores.shape, generator=torch.Generator().manual_seed(1)).to(path)
+    rounded = scores + (2 * noise - 1) * error
+    found = selection.near_rank(rounded, k, 256, temperature, 30, 2 * error)
+    exact = scores.double().cpu().numpy()
+    for row, got, of_row in zip(exact, entries(found), k.tolist(), strict=True):
+        finite = np.flatnonzero(row > -np.inf)
+        b = soft_threshold(row[finite], round(of_row, 6), temperature)
+        assert set(finite[row[finite] > b - 30 * temperature].tolist()) <= set(got)
     assert found.status[1] == OVERFLOW
+    assert not (found.status[[0, 2, 3, 4]]).any()
+    if not error:
+        assert found.counts[0] <= 26  # 2 ceil(k) are 42
+
+
+@pytest.mark.parametrize("of_relu", [False, True])
+def test_near_rank_of_a_k_up_to_all_entries(of_relu: bool, path: str) -> None:
+    values = torch.linspace(-1, 3, 40)[
+        torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    ]
+    k = torch.tensor([0, 0.3, 1, 20, 38.2, 39, 39.5, 40], device=path)
+    scores = values.repeat(len(k), 1).to(path)
+    found = selection.near_rank(scores, k, 64, 0.01, 30, of_relu=of_relu)
+    row = (values.relu() if of_relu else values).double().numpy()
+    for got, of_row in zip(entries(found), k.tolist(), strict=True):
+        reached = row > soft_threshold(row, round(of_row, 6), 0.01) - 30 * 0.01
+        assert set(np.flatnonzero(reached).tolist()) <= set(got)
+
+
+@pytest.mark.parametrize(("temperature", "kept"), [(1e-3, 3), (12.0, 4)])
+def test_near_rank_solves_again_a_row_with_too_many_near_its_floor(
+    temperature: float, kept: int, path: str
+) -> None:
+    """The second bound is above the first where it is cold, and below where it is hot."""
+    scores = torch.zeros(1, ODD, device=path)  # groups alone would take all of them
+    scores[0, 5::1024] = torch.tensor([50.0, 49, 48, 40, 25], device=path)
+    found = selection.near_rank(scores, 2.0, 16, temperature, 1)
+    assert entries(found) == [list(range(5, ODD, 1024))[:kept]]
+    assert not found.status.any()
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.5, 0.3])

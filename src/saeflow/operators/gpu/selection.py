@@ -147,34 +147,43 @@ def near_rank(
     scores: Tensor,
     k: Tensor | float,
     capacity: int,
-    slack: Tensor | float,
+    temperature: Tensor | float,
+    reach: float,
+    slack: Tensor | float = 0.0,
     *,
     of_relu: bool = False,
 ) -> Lists:
     """Entries whose soft top-k mask may be above 0, and a few more.
 
-    b is at least the 2 ceil(k)-th largest entry; every entry that reaches it, or comes within `slack`
-    of it, is taken.
+    b is at least the 2 ceil(k)-th largest entry, and at least the (ceil(k) + 1)-th less log(k + 1) temperatures: were
+    it lower, each of these would have a mask above 1 - 1 / (2 (k + 1)), and k + 1 of them more than k. Entries
+    down to `reach` temperatures and `slack` below the larger of both are taken.
 
     Args:
         scores: as for `topk`.
         k: one for all rows, or (B,), real and at least 0, on the device.
         capacity: C, a power of two.
-        slack: (), the distance below b from which on the mask is 0, plus the error of the scores.
+        temperature: (), of the soft top-k.
+        reach: temperatures below b from which on the mask is 0.
+        slack: (), how far two scores may be off in all.
         of_relu: choose from relu of the scores.
 
     Returns:
         Lists of at least these entries; how many more is not determined.
     """
     ks, slack = _per_row(k, scores, torch.float32), _scalar(slack, scores)
+    temperature = _scalar(temperature, scores)
     if not gpu.serves_scores(scores):
-        ranks = (2 * ks.ceil().clamp(min=1)).clamp(max=scores.shape[1])
         kept = _excluded(scores.relu() if of_relu else scores)
         ordered = kept.sort(dim=1, descending=True).values
-        floor = ordered.gather(1, ranks[:, None].long() - 1) - slack
-        mask = (kept >= floor) & (kept > -torch.inf)
+        whole = ks[:, None].ceil().long()
+        at = [ranks.clamp(1, scores.shape[1]) - 1 for ranks in (2 * whole.clamp(min=1), whole + 1)]
+        first, second = (ordered.gather(1, places) for places in at)
+        lower = torch.maximum(first, second - temperature * (ks[:, None] + 1).log())
+        mask = (kept >= lower - (reach * temperature + slack)) & (kept > -torch.inf)
         return Lists.from_mask(scores, mask, capacity)
-    return _collect(scores, ks, capacity, kind=RANK, slack=slack, of_relu=of_relu)[0]
+    heat = temperature, reach
+    return _collect(scores, ks, capacity, kind=RANK, slack=slack, heat=heat, of_relu=of_relu)[0]
 
 
 def near_simplex(
@@ -222,6 +231,7 @@ def _collect(
     *,
     kind: int,
     slack: Tensor | None = None,
+    heat: tuple[Tensor, float] | None = None,
     allowed: Tensor | None = None,
     is_positive: bool = False,
     of_relu: bool = False,
@@ -235,19 +245,19 @@ def _collect(
     rows, (n_rows, n) = scores.detach().contiguous(), scores.shape
     widest, out = gpu.block_for(n), _room(scores, room)
     found = torch.empty_like(out.status)
-    is_near = kind == RANK and slack is not None
-    allowed_or_any = rows if allowed is None else allowed.view(torch.uint8)  # read only if given
+    temperature, reach = heat or (rows, 0.0)  # read only if given, as these are
+    allowed_or_any = rows if allowed is None else allowed.view(torch.uint8)
     groups = min(widest, max(1024, min(MOST_GROUPS, 2 * room)))
     of_rows = kind in (RANK, SIMPLEX)
     stride = floors.stride(0) if of_rows else 0
-    tensors = (rows, floors, rows if slack is None else slack, allowed_or_any)
-    results = (out.columns, out.values, out.counts, found, out.status, stride)
+    tensors = (rows, floors, rows if slack is None else slack, temperature, allowed_or_any)
+    results = (out.columns, out.values, out.counts, found, out.status, stride, reach)
     constants = {
         "KIND": kind,
         "PLACES": places_of(scores),
         "HAS_ALLOWED": allowed is not None,
         "IS_POSITIVE": is_positive,
-        "IS_NEAR": is_near,
+        "IS_NEAR": heat is not None,
         "OF_RELU": of_relu,
         "LINEAR": power == 1,
         "SQUARES": power == 2,

@@ -49,12 +49,34 @@ def read(
 
 
 @triton.jit
-def rank_of(floors, row, stride, n, IS_NEAR: tl.constexpr):
-    """Return the rank of a row's floor: the number that it is given, or, if IS_NEAR, twice that rounded up, 2 to n."""
+def ranks_of(floors, row, stride, n, IS_NEAR: tl.constexpr):
+    """Return the rank of a row's floor; if IS_NEAR, for a k, the ranks of both of `near_rank`, 1 to n, and log(k + 1)."""
     k = tl.load(floors + row * stride)
     if IS_NEAR:
-        k = tl.minimum(2 * tl.maximum(tl.ceil(k.to(tl.float32)), 1.0), n)
-    return k.to(tl.int32)
+        k = k.to(tl.float32)
+        whole = tl.maximum(tl.ceil(k), 1.0)
+        twice, after = tl.minimum(2 * whole, n), tl.minimum(tl.ceil(k) + 1, n)
+        return twice.to(tl.int32), after.to(tl.int32), tl.log(k + 1)
+    return k.to(tl.int32), 0, 0.0
+
+
+@triton.jit
+def kth_of_row(
+    base, allowed, n, k, PLACES: tl.constexpr,
+    HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.constexpr, OF_RELU: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Return the key of a row's k-th largest entry, by reading the row once for each bit."""
+    wide = tl.arange(0, WIDE)
+    best = lowest_key(PLACES)
+    for bit in range(PLACES):
+        candidate = next_bit(best, bit, PLACES)
+        reached = 0
+        for start in range(0, n, WIDE):
+            entries, _ = read(base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE, OF_RELU)
+            reaches = keys_of(entries, PLACES) >= candidate.to(tl.int32)
+            reached += tl.sum((reaches & (entries > NEVER)).to(tl.int32), 0)
+        best = tl.where(reached >= k, candidate, best)
+    return best.to(tl.int32)
 
 
 @triton.jit
@@ -66,7 +88,7 @@ def simplex_total(values, top, scale, tau, LINEAR: tl.constexpr, SQUARES: tl.con
 
 @triton.jit
 def collect_rows(
-    scores, floors, slack, allowed, columns, values, counts, found, status, stride, n,
+    scores, floors, slack, temperatures, allowed, columns, values, counts, found, status, stride, far, n,
     KIND: tl.constexpr, PLACES: tl.constexpr, PER_COLUMN: tl.constexpr, IS_NEAR: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.constexpr, OF_RELU: tl.constexpr,
     LINEAR: tl.constexpr, SQUARES: tl.constexpr,
@@ -75,13 +97,17 @@ def collect_rows(
     """The entries of each row that reach its floor, ascending; found[b]: how many, where above ROOM any ROOM of them.
 
     floors: RANK, a rank per row; SIMPLEX, a scale per row; ABOVE, a threshold, or one per column; AT_LEAST, the
-    least entry. Those of rows lie `stride` apart. slack: read if IS_NEAR or SIMPLEX.
+    least entry. Those of rows lie `stride` apart. slack: read if IS_NEAR or SIMPLEX. IS_NEAR: floors are each row's
+    k, and what lies `far` temperatures below the least that b may be is taken as well.
     """
     row = tl.program_id(0).to(tl.int64)
     base = scores + row * n
-    near = 0.0
+    near, temperature = 0.0, 0.0
     if IS_NEAR or KIND == SIMPLEX:
         near = tl.load(slack)
+    if IS_NEAR:
+        temperature = tl.load(temperatures)
+        near += far * temperature
     scale, top, floor = 1.0, 0.0, 0.0
     is_wanted = True
     if KIND < ABOVE:
@@ -98,8 +124,12 @@ def collect_rows(
         if OF_RELU:
             maxima = tl.where(maxima > NEVER, tl.maximum(maxima, 0.0), NEVER)
         if KIND == RANK:
-            k = rank_of(floors, row, stride, n, IS_NEAR)
-            floor = value_of(kth_largest(keys_of(maxima, PLACES), k, PLACES), PLACES) - near
+            k, after, logarithm = ranks_of(floors, row, stride, n, IS_NEAR)
+            keys = keys_of(maxima, PLACES)
+            floor = value_of(kth_largest(keys, k, PLACES), PLACES) - near
+            if IS_NEAR:
+                least = value_of(kth_largest(keys, after, PLACES), PLACES)
+                floor = tl.maximum(floor, least - (temperature * logarithm + near))
             is_wanted = k > 0
         else:
             scale = tl.load(floors + row * stride)
@@ -183,7 +213,7 @@ def finish(columns, values, counts, status, row, count, has_nan, ROOM: tl.conste
 
 @triton.jit
 def collect_long_rows(
-    scores, floors, slack, allowed, columns, values, counts, found, status, stride, n_rows, n,
+    scores, floors, slack, temperatures, allowed, columns, values, counts, found, status, stride, far, n_rows, n,
     KIND: tl.constexpr, PLACES: tl.constexpr, IS_EXACT: tl.constexpr, IS_NEAR: tl.constexpr,
     HAS_ALLOWED: tl.constexpr, IS_POSITIVE: tl.constexpr, OF_RELU: tl.constexpr,
     LINEAR: tl.constexpr, SQUARES: tl.constexpr,
@@ -198,27 +228,27 @@ def collect_long_rows(
         for row in range(begin_row, begin_row + EACH):
             if tl.load(found + row, mask=row < n_rows, other=0) > ROOM:
                 base = scores + row * n
-                near = 0.0
+                near, temperature = 0.0, 0.0
                 if IS_NEAR or KIND == SIMPLEX:
                     near = tl.load(slack)
+                if IS_NEAR:
+                    temperature = tl.load(temperatures)
+                    near += far * temperature
                 wide = tl.arange(0, WIDE)
                 scale, top, floor = 1.0, 0.0, 0.0
                 key, left = 0, 0
                 if KIND == RANK:
-                    k = rank_of(floors, row, stride, n, IS_NEAR)
-                    best = lowest_key(PLACES)
-                    for bit in range(PLACES):
-                        candidate = next_bit(best, bit, PLACES)
-                        reached = 0
-                        for start in range(0, n, WIDE):
-                            entries, _ = read(
-                                base, allowed, start + wide, n, HAS_ALLOWED, IS_POSITIVE, OF_RELU
-                            )
-                            reaches = keys_of(entries, PLACES) >= candidate.to(tl.int32)
-                            reached += tl.sum((reaches & (entries > NEVER)).to(tl.int32), 0)
-                        best = tl.where(reached >= k, candidate, best)
-                    key = best.to(tl.int32)
+                    k, after, logarithm = ranks_of(floors, row, stride, n, IS_NEAR)
+                    key = kth_of_row(
+                        base, allowed, n, k, PLACES, HAS_ALLOWED, IS_POSITIVE, OF_RELU, WIDE
+                    )
                     floor = value_of(key, PLACES) - near
+                    if IS_NEAR:
+                        least = kth_of_row(
+                            base, allowed, n, after, PLACES, HAS_ALLOWED, IS_POSITIVE, OF_RELU, WIDE
+                        )
+                        lower = value_of(least, PLACES) - (temperature * logarithm + near)
+                        floor = tl.maximum(floor, lower)
                     if IS_EXACT:
                         left = k
                         for start in range(0, n, WIDE):
