@@ -41,10 +41,10 @@ Case = tuple[Any, list[Any], dict[str, Any], int]
 def cases() -> Iterator[Case]:
     """Each kernel with types of its arguments, constants, and warps, as its caller launches it."""
     for scores, of_relu in ((F, False), (F, True), (H, True)):
-        constants = {"OF_RELU": of_relu, "WIDE": 2048}
-        yield soft.soft_rows, [scores, D, F, FLOAT, scores, F, F, S, F, INT], constants, 8
-        types = [scores, scores, F, F, F, FLOAT, scores, F, F, INT]
-        yield soft.soft_gradient_rows, types, constants, 8
+        constants = {"OF_RELU": of_relu, "WIDE": 1024}
+        yield soft.soft_rows, [scores, D, F, FLOAT, scores, F, F, F, S, F, INT], constants, 4
+        types = [scores, scores, F, F, F, F, FLOAT, scores, F, F, INT]
+        yield soft.soft_gradient_rows, types, constants, 4
     for scores in (F, H):
         yield from dense_steps(scores)
     yield rows.sum_rows, [F, L, L, F, F, INT], {"BLOCK": 256}, 4

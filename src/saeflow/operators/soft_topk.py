@@ -225,7 +225,7 @@ class _SoftTopK(torch.autograd.Function):
         is_read = not (acts_as_gpu(rows) and gpu.serves_scores(rows))
         if is_read:
             refuse_rows(is_wrong, 0, f"k must be in 0..{rows.shape[1]}", k)
-        guess, offset = rows.new_zeros(2, len(rows))
+        guess, offset, nearest = rows.new_zeros(3, len(rows))
         ctx.near, ctx.temperature, ctx.reach = [], temperature, reach
         ctx.is_native = native.serves(rows) and reach == FAR
         if ctx.is_native:
@@ -244,13 +244,14 @@ class _SoftTopK(torch.autograd.Function):
                 mask,
                 guess,
                 offset,
+                nearest,
             )
             gpu.launch_rows("soft_rows", rows, *of_row, problems, guess, OF_RELU=False)
             for number, problem in enumerate(PROBLEMS[1:] if is_read else (), 1):
                 refuse_rows(problems == number, 0, problem)
             if not is_read:
                 mask.masked_fill_((is_wrong | (problems > 0))[:, None], torch.nan)
-            ctx.save_for_backward(values, guess, offset)
+            ctx.save_for_backward(values, guess, offset, nearest)
             return mask.view(values.shape).to(values.dtype)
         mask = torch.zeros_like(rows)
         for at in blocks(rows):
@@ -266,7 +267,7 @@ class _SoftTopK(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        values, guess, offset = ctx.saved_tensors
+        values, guess, offset, *nearest = ctx.saved_tensors
         rows = as_rows(values, "values")
         grad_rows = grad.reshape(rows.shape).to(rows.dtype)
         grad_values, grad_k = torch.zeros_like(rows), torch.zeros_like(guess)
@@ -284,6 +285,7 @@ class _SoftTopK(torch.autograd.Function):
                 grad_rows.contiguous(),
                 guess,
                 offset,
+                *nearest,
                 gpu.on_device(ctx.temperature, torch.float32, rows),
             )
             out = (ctx.reach, grad_values, grad_k)

@@ -47,6 +47,9 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
     "entmax 1.2": lambda v: entmax(v[:1], 1.2),
     "soft_topk, cold": lambda v: soft_topk(v, K.to(v.device) + 0.5, 1e-3),
     "soft_topk, hot": lambda v: soft_topk(v, K.to(v.device) * 10.0 + 3, 1.0),
+    "soft_topk, more columns than are summed at once": lambda v: soft_topk(
+        v[:1].repeat(1, 9), 40.5, 0.3
+    ),
     "soft_topk, temperature on the device": lambda v: soft_topk(
         v, K.to(v.device) + 3.5, torch.full((), 0.7, dtype=torch.float64, device=v.device)
     ),
@@ -56,12 +59,14 @@ OPERATORS: dict[str, Callable[[Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", OPERATORS)
 def test_values_and_gradients_are_those_of_float64(name: str, path: str) -> None:
     values = rows()
-    weights = torch.randn(4, N, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(4, 9 * N, generator=torch.Generator().manual_seed(1))
     found = []
     for leaf in (values.to(path), values.double()):
         leaf.requires_grad_()
         out = OPERATORS[name](leaf)
-        (grad,) = torch.autograd.grad((out * weights[: len(out)].to(out)).sum(), leaf)
+        (grad,) = torch.autograd.grad(
+            (out * weights[: len(out), : out.shape[1]].to(out)).sum(), leaf
+        )
         found.append((out.detach().cpu().double(), grad.cpu().double()))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=2e-4, atol=2e-5)
@@ -77,6 +82,24 @@ def test_the_gradient_of_a_soft_k_across_a_gap_where_every_slope_underflows(path
     mask = soft_topk(values.double().cpu(), exact, 1e-3)
     (expected,) = torch.autograd.grad((mask * torch.arange(5.0)).sum(), exact)
     torch.testing.assert_close(by_k.cpu().double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_soft_masks_as_small_as_floats_are(path: str) -> None:
+    """b lies log 2 temperatures above the largest, so that F of the others is exp(-distance from it) / 4."""
+    far = torch.arange(0.0, 120, 3)
+    expected = (0.25 * (-far.double()).exp()).where(far < 102, 0)
+    found = soft_topk((-1e-3 * far).to(path)[None], float(expected.sum()), 1e-3, reach=103)
+    found = found[0].cpu().double()
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2**-149)
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 1e-42])
+def test_a_temperature_below_the_distances_of_floats_gives_the_hard_choice(
+    temperature: float, path: str
+) -> None:
+    values = rows()[0].to(path)
+    mask = soft_topk(values, 7.0, temperature)
+    assert torch.equal(mask, (keep_topk(values, 7) != 0).float())
 
 
 SELECTIONS: dict[str, Callable[[Tensor], SparseLatents]] = {

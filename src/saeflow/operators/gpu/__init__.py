@@ -94,7 +94,7 @@ def launch_rows(kernel: str, rows: Tensor, *arguments: Any, **constants: Any) ->
     wide = min(_WIDE, block_for(rows.shape[1]))
     function = getattr(load("soft"), kernel)
     tensors = (rows.detach(), *arguments)
-    function[(len(rows),)](*tensors, rows.shape[1], WIDE=wide, num_warps=8, **constants)
+    function[(len(rows),)](*tensors, rows.shape[1], WIDE=wide, num_warps=4, **constants)
 
 
 def sum_rows(matrix: Tensor, ids: Tensor, offsets: Tensor, weights: Tensor) -> Tensor:

@@ -312,20 +312,20 @@ class _Soft(torch.autograd.Function):
         ctx: Any, scores: Tensor, k: Tensor, temperature: Tensor, reach: float
     ) -> tuple[Tensor, Tensor]:
         latents = torch.empty_like(scores)
-        guess, shift, sums = torch.empty(3, len(scores), device=scores.device)
+        guess, shift, near, sums = torch.empty(4, len(scores), device=scores.device)
         problems = torch.empty(len(scores), dtype=torch.int32, device=scores.device)
         of_rows = k.detach().double().contiguous(), temperature.float()
-        tensors = (*of_rows, reach, latents, guess, shift, problems, sums)
+        tensors = (*of_rows, reach, latents, guess, shift, near, problems, sums)
         gpu.launch_rows("soft_rows", scores, *tensors, OF_RELU=True)
-        ctx.save_for_backward(scores, guess, shift, of_rows[1])
+        ctx.save_for_backward(scores, guess, shift, near, of_rows[1])
         ctx.reach, ctx.k_dtype = reach, k.dtype
         return latents, sums.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, of_sum: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        scores, guess, shift, temperature = ctx.saved_tensors
-        out, of_k = torch.empty_like(scores), torch.empty_like(guess)
-        of_rows = grad.contiguous(), guess, shift, temperature, ctx.reach, out, of_k, of_sum
-        gpu.launch_rows("soft_gradient_rows", scores, *of_rows, OF_RELU=True)
+        scores, *of_rows = ctx.saved_tensors
+        out, of_k = torch.empty_like(scores), torch.empty_like(of_rows[0])
+        tensors = grad.contiguous(), *of_rows, ctx.reach, out, of_k, of_sum
+        gpu.launch_rows("soft_gradient_rows", scores, *tensors, OF_RELU=True)
         return out, of_k.to(ctx.k_dtype), None, None
