@@ -52,7 +52,11 @@ def cases() -> Iterator[Case]:
     for power in POWERS:
         yield lists.simplex_lists, [F, S, D, F], {"CAPACITY": 128} | power, 1
     for capacity, warps in ((128, 1), (1024, 4)):
-        yield lists.soft_lists, [F, S, D, F, F], {"CAPACITY": capacity}, warps
+        for k in (F, D):
+            types = [F, S, k, F, FLOAT, F, D]
+            yield lists.soft_lists, types, {"CAPACITY": capacity}, warps
+        types = [F, S, D, F, FLOAT, F, F, F]
+        yield lists.soft_gradient_lists, types, {"CAPACITY": capacity}, warps
         yield lists.jump_lists, [F, S, S, F, F, F], {"CAPACITY": capacity}, warps
         yield lists.jump_gradient_lists, [F, S, S, F, F, F], {"CAPACITY": capacity}, warps
         for is_gradient in FLAGS:

@@ -20,7 +20,7 @@ from saeflow.operators.products import (
     gather_pre_acts,
     squared_errors,
 )
-from saeflow.operators.soft_topk import soft_topk, soft_topk_of, soft_topk_sparse
+from saeflow.operators.soft_topk import soft_latents, soft_topk, soft_topk_sparse
 from saeflow.operators.sparse import SparseLatents, acts_as_gpu, room
 from saeflow.operators.sparsemax import sparsemax, sparsemax_of, sparsemax_sparse
 from saeflow.operators.topk import keep_topk, topk_indices, topk_sparse
@@ -57,8 +57,8 @@ __all__ = [
     "rounding",
     "select_auxk",
     "share_left",
+    "soft_latents",
     "soft_topk",
-    "soft_topk_of",
     "soft_topk_sparse",
     "sparsemax",
     "sparsemax_of",

@@ -120,15 +120,16 @@ def soft_topk_sparse(
     return SparseLatents.from_rows_above(values, least - (reach or FAR) * temperature)
 
 
-def soft_topk_of(
-    latents: SparseLatents, k: Tensor, temperature: float | Tensor, *, reach: float | None = None
+def soft_latents(
+    selected: SparseLatents, k: Tensor, temperature: float | Tensor, *, reach: float | None = None
 ) -> SparseLatents:
-    """`soft_topk` of the entries of each row, if those that are absent would get 0."""
-    if (lists := latents.lists) is None:
-        return latents.map_rows(lambda rows: soft_topk(rows, k, temperature, reach=reach))
+    """v times `soft_topk` of v, the relu of the entries of each row, if those that are absent would get 0."""
+    if (lists := selected.lists) is None:
+        v = selected.relu()
+        mask = v.map_rows(lambda rows: soft_topk(rows, k, temperature, reach=reach))
+        return v.with_values(v.values * mask.values)
     of_rows = lists.values, lists.counts, k, temperature
-    mask = on_lists.soft_topk(*of_rows, reach or on_lists.FAR)
-    return latents.with_values(mask.view(-1))
+    return selected.with_whole(on_lists.soft(*of_rows, reach or on_lists.FAR).view(-1))
 
 
 def _threshold(

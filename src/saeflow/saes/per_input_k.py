@@ -2,15 +2,14 @@
 
 from abc import abstractmethod
 
-import torch
 from torch import Tensor
 
 from saeflow.operators import (
     SparseLatents,
     gpu,
     keep_topk,
+    soft_latents,
     soft_topk,
-    soft_topk_of,
     soft_topk_sparse,
     topk_sparse,
 )
@@ -49,7 +48,7 @@ class PerInputK(FollowsDensity):
     @property
     def heat(self) -> float | Tensor:
         """The temperature for kernels."""
-        result: float | Tensor = self.moved("temperature", torch.float64)
+        result: float | Tensor = self.moved("temperature")
         return result
 
     def dials(self) -> dict[str, object]:
@@ -114,10 +113,9 @@ class PerInputK(FollowsDensity):
         return self.largest_of_rows(topk_sparse(pre_acts, k, self.room), k)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
-        values = selected.values.detach() if self.training and self.is_fixed else selected.values
-        v = selected.with_values(values.relu())
-        if self.is_soft:
-            assert condition is not None
-            mask = soft_topk_of(v, condition, self.heat, reach=self.reach)
-            return v.with_values(v.values * mask.values)
-        return v
+        if self.training and self.is_fixed:
+            selected = selected.with_whole(selected.values.detach())
+        if not self.is_soft:
+            return selected.relu()
+        assert condition is not None
+        return soft_latents(selected, condition, self.heat, reach=self.reach)

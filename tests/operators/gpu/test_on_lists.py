@@ -71,10 +71,10 @@ def test_entmax_of_an_alpha_for_each_row_with_its_gradient(path: str) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.03])
-def test_soft_topk_with_the_gradient_of_k(temperature: float, path: str) -> None:
+def test_soft_latents_with_the_gradient_of_k(temperature: float, path: str) -> None:
     compare(
-        lambda values, counts, k: on_lists.soft_topk(values, counts, k, temperature),
-        lambda row, k: soft_topk_of_rows(row, k, temperature),
+        lambda values, counts, k: on_lists.soft(values, counts, k, temperature),
+        lambda row, k: row.relu() * soft_topk_of_rows(row.relu(), k, temperature),
         [torch.tensor(KS)],
         path,
     )
@@ -86,7 +86,7 @@ def test_soft_masks_of_near_entries_at_the_papers_temperature(path: str) -> None
     values = (4 - steps).repeat(2, 1).to(path)
     counts = torch.tensor([64, 64], dtype=torch.int32, device=path)
     k = torch.tensor([7.3, 30.0], device=path)
-    mask = on_lists.soft_topk(values, counts, k, torch.tensor(1e-4, device=path))
+    mask = on_lists.soft(values, counts, k, torch.tensor(1e-4, device=path)) / values
     expected = soft_topk_of_rows(values.double().cpu(), k.double().cpu(), 1e-4)
     torch.testing.assert_close(mask.double().cpu(), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(mask.sum(1), k, rtol=1e-5, atol=0)
@@ -94,23 +94,24 @@ def test_soft_masks_of_near_entries_at_the_papers_temperature(path: str) -> None
 
 def test_a_soft_mask_that_reaches_as_far_as_float32_does(path: str) -> None:
     """Entries from 0 to 120 temperatures below the threshold: masks of the dense operator, and its zeros."""
-    values = torch.cat((torch.ones(4), -torch.arange(124.0))).view(1, -1).to(path)
+    values = 2.0**8 + torch.cat((torch.ones(4), -torch.arange(124.0))).view(1, -1).to(path)
     counts = torch.tensor([128], dtype=torch.int32, device=path)
     k = torch.tensor([4.0], device=path)
-    found = on_lists.soft_topk(values, counts, k, 1.0, 103.0)
-    expected = soft_topk_of_rows(values.double().cpu(), k.double().cpu(), 1.0, reach=103.0)
-    torch.testing.assert_close(found.double().cpu(), expected, rtol=2e-4, atol=1e-44)
-    near = on_lists.soft_topk(values, counts, k, 1.0, 30.0)
-    torch.testing.assert_close(near, found, rtol=0, atol=1e-13)
-    assert not near[expected.to(near) < 4e-14].any()
+    found = on_lists.soft(values, counts, k, 1.0, 103.0)
+    exact = values.double().cpu()
+    expected = exact * soft_topk_of_rows(exact, k.double().cpu(), 1.0, reach=103.0)
+    torch.testing.assert_close(found.double().cpu(), expected, rtol=2e-4, atol=1e-42)
+    near = on_lists.soft(values, counts, k, 1.0, 30.0)
+    torch.testing.assert_close(near, found, rtol=0, atol=3e-11)
+    assert not near[expected.to(near) < 1e-12].any()
     assert int((found > 0).sum()) > int((near > 0).sum()) + 60
 
 
 def test_a_k_above_the_number_of_entries_takes_all(path: str) -> None:
     values = torch.tensor([[3.0, 1, 2, 0]], device=path)
     counts = torch.tensor([3], dtype=torch.int32, device=path)
-    mask = on_lists.soft_topk(values, counts, torch.tensor([5.0], device=path), 0.1)
-    assert mask.tolist() == [[1, 1, 1, 0]]
+    latents = on_lists.soft(values, counts, torch.tensor([5.0], device=path), 0.1)
+    assert latents.tolist() == values.tolist()
 
 
 D_SAE = 12

@@ -1,4 +1,4 @@
-"""Row operators on lists: sparsemax, entmax and the soft top-k of the entries that can count.
+"""Row operators on lists: sparsemax, entmax and latents of the soft top-k, of the entries that can count.
 
 They take the values (B, C) and counts (B,) of `Lists`, and give what the operator of the same name gives
 of the whole rows, if the entries left out would have got 0. Nothing is raised: what a row must hold is the
@@ -53,14 +53,14 @@ def entmax(values: Tensor, counts: Tensor, alpha: Tensor | float) -> Tensor:
     return applied(_Simplex, values, counts, alpha, power)
 
 
-def soft_topk(
+def soft(
     values: Tensor,
     counts: Tensor,
     k: Tensor,
     temperature: Tensor | float,
     reach: float = FAR,
 ) -> Tensor:
-    """(B, C) mask F((values - b) / temperature) that sums to k over the real entries of each row.
+    """Return v times the soft top-k mask (B, C) of v = relu(values): F((v - b) / temperature), whose sum is k.
 
     Args:
         values, counts: as for `sparsemax`.
@@ -74,7 +74,7 @@ def soft_topk(
     Source: LapSum, Struski et al. 2025 (arXiv:2503.06242), section 3.
     """
     temperature = gpu.on_device(temperature, torch.float32, values)
-    return applied(_SoftTopK, values, counts, k, temperature, reach)
+    return applied(_Soft, values, counts, k, temperature, reach)
 
 
 def jumprelu(lists: Lists, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
@@ -130,11 +130,8 @@ class _Simplex(torch.autograd.Function):
         if gpu.runs_triton(values) and values.numel():
             p = torch.empty_like(values)
             scale = (alpha - 1).double().expand(len(values)).contiguous()
-            gpu.load("lists").simplex_lists[(len(values),)](
-                values.detach().contiguous(), counts, scale, p,
-                CAPACITY=values.shape[1], LINEAR=power == 1, SQUARES=power == 2,
-                num_warps=gpu.warps_for(values.shape[1]),
-            )  # fmt: skip
+            of_rows = values.detach().contiguous(), counts, scale, p
+            _launch_rows("simplex_lists", *of_rows, LINEAR=power == 1, SQUARES=power == 2)
         else:
             p = _entmax_of_lists(values.detach(), counts, alpha.detach())
         ctx.save_for_backward(p, alpha)
@@ -196,49 +193,61 @@ def _distance_in_lists(values: Tensor, counts: Tensor, k: Tensor, temperature: T
     return torch.where(real, x - b, -torch.inf).float()
 
 
-class _SoftTopK(torch.autograd.Function):
+class _Soft(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, counts: Tensor, k: Tensor, temperature: Tensor, reach: float
     ) -> Tensor:
-        if gpu.runs_triton(values) and values.numel():
-            distance = torch.empty_like(values)
-            gpu.load("lists").soft_lists[(len(values),)](
-                values.detach().contiguous(), counts, k.detach().double().contiguous(), temperature, distance,
-                CAPACITY=values.shape[1], num_warps=gpu.warps_for(values.shape[1]),
-            )  # fmt: skip
-        else:
-            distance = _distance_in_lists(values.detach(), counts, k.detach(), temperature)
-        tail = _tail(distance, reach)
-        ctx.reach = reach
-        ctx.save_for_backward(distance, temperature)
-        return torch.where(distance > 0, 1 - tail, tail)
+        ctx.is_triton = gpu.runs_triton(values) and values.numel() > 0
+        ctx.reach, ctx.k_dtype = reach, k.dtype
+        if ctx.is_triton:
+            values, latents = values.detach().contiguous(), torch.empty_like(values)
+            b = torch.empty(len(values), dtype=torch.float64, device=values.device)
+            _launch_rows("soft_lists", values, counts, k.detach(), temperature, reach, latents, b)
+            ctx.save_for_backward(values, counts, b, temperature)
+            return latents
+        v = values.detach().relu()
+        distance = _distance_in_lists(v, counts, k.detach(), temperature)
+        ctx.save_for_backward(v, distance, temperature)
+        return v * _mask(distance, reach)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        distance, temperature = ctx.saved_tensors
+        if ctx.is_triton:
+            values, *of_rows = ctx.saved_tensors
+            out, of_k = torch.empty_like(values), values.new_empty(len(values))
+            of_lists = *of_rows, ctx.reach, grad.contiguous(), out, of_k
+            _launch_rows("soft_gradient_lists", values, *of_lists)
+            return out, None, of_k.to(ctx.k_dtype), None, None
+        v, distance, temperature = ctx.saved_tensors
         # f / sum f, also where every f is below float range; a row of nothing has no share
         share = (-distance.abs()).softmax(1).nan_to_num(0.0)
-        mean = (share * grad).sum(1)
-        slope = _tail(distance, ctx.reach) / temperature
-        return slope * (grad - mean[:, None]), None, mean, None, None
+        at_mask = grad * v
+        mean = (share * at_mask).sum(1)
+        mask, tail = _mask(distance, ctx.reach)
+        out = tail / temperature * (at_mask - mean[:, None]) + grad * mask
+        return out.where(v > 0, 0), None, mean.to(ctx.k_dtype), None, None
 
 
-def _tail(distance: Tensor, reach: float) -> Tensor:
-    """F(-|t|), exactly 0 from far away on."""
+def _mask(distance: Tensor, reach: float) -> tuple[Tensor, Tensor]:
+    """F of distances in temperatures, and F(-|t|), exactly 0 from far away on."""
     minus = -distance.abs()
-    return torch.where(minus > -reach, minus.clamp(min=-reach).exp() / 2, 0.0)
+    tail = torch.where(minus > -reach, minus.clamp(min=-reach).exp() / 2, 0.0)
+    return torch.where(distance > 0, 1 - tail, tail), tail
+
+
+def _launch_rows(kernel: str, values: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel of one program for each row of values (B, C)."""
+    capacity, function = values.shape[1], getattr(gpu.load("lists"), kernel)
+    sizes = {"CAPACITY": capacity, "num_warps": gpu.warps_for(capacity)}
+    function[(len(values),)](values, *arguments, **sizes, **constants)
 
 
 def _launch(kernel: str, lists: Lists, *arguments: Any, **constants: Any) -> None:
     """Run a kernel of one program for each list, with its entries' columns and their number."""
-    function, capacity = getattr(gpu.load("lists"), kernel), lists.capacity
     values = lists.values.detach().contiguous()
-    function[(len(values),)](
-        values, lists.columns, lists.counts, *arguments,
-        CAPACITY=capacity, num_warps=gpu.warps_for(capacity), **constants,
-    )  # fmt: skip
+    _launch_rows(kernel, values, lists.columns, lists.counts, *arguments, **constants)
 
 
 def _launch_columns(kernel: str, lists: Lists, grad: Tensor, *arguments: Any) -> None:

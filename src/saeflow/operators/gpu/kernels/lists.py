@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from saeflow.operators.gpu.kernels.ranks import keys_of, kth_largest, value_of
+
 MOST_STEPS = tl.constexpr(100)
 
 
@@ -64,70 +66,99 @@ def simplex_lists(
 
 
 @triton.jit
-def soft_lists(values, counts, ks, temperatures, distances, CAPACITY: tl.constexpr):
-    """(values - b) / temperature of each list, -inf where an entry is not real.
-
-    Between two entries the sum of the mask is a quadratic in exp(b), whose root is taken until the same
-    entries stay above b.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, CAPACITY)
-    count = tl.load(counts + row)
-    inside = at < count
-    entries = tl.load(values + row * CAPACITY + at, mask=inside, other=float("-inf"))
-    k = tl.load(ks + row)
-    temperature = tl.load(temperatures).to(tl.float64)
-    top = tl.where(count > 0, tl.max(entries, 0), 0.0).to(tl.float64)
-    x = tl.where(inside, (entries.to(tl.float64) - top) / temperature, float("-inf"))
-    least = tl.min(tl.where(inside, x, float("inf")), 0)
-    lowest = tl.where(count > 0, least, 0.0) - 1000.0
-    # A start between the entries of the ceil(k) largest and the rest: few roots are left to take.
-    t = starting_point(x, inside, tl.minimum(tl.ceil(k), count.to(tl.float64)))
-    done, step = count <= 0, 0
-    while (step < CAPACITY + 2) & (done == 0):
-        u = x - t
-        is_above = inside & (u > 0)
-        is_below = inside & (u <= 0)
-        above = tl.sum(is_above.to(tl.float64), 0)
-        nearest = tl.where(above > 0, tl.min(tl.where(is_above, u, float("inf")), 0), 0.0)
-        high = tl.sum(tl.exp(tl.where(is_above, nearest - u, float("-inf"))), 0)
-        log_above = tl.where(
-            above > 0, tl.log(tl.where(high > 0, high, 1.0)) - nearest, float("-inf")
-        )
-        some = tl.sum(is_below.to(tl.int32), 0) > 0
-        closest = tl.where(some, tl.max(tl.where(is_below, u, float("-inf")), 0), 0.0)
-        rest = tl.sum(tl.exp(tl.where(is_below, u - closest, float("-inf"))), 0)
-        log_below = tl.where(some, tl.log(tl.where(rest > 0, rest, 1.0)) + closest, float("-inf"))
-        extra = above - k
-        root = tl.sqrt(extra * extra + tl.exp(log_above + log_below))
-        move = tl.where(
-            extra < 0,
-            log_below - tl.log(tl.where(extra < 0, root - extra, 1.0)),
-            tl.where(
-                extra > 0,
-                tl.log(tl.where(extra > 0, root + extra, 1.0)) - log_above,
-                (log_below - log_above) / 2,
-            ),
-        )
-        new = tl.minimum(tl.maximum(t + move, lowest), 1000.0)
-        same = tl.sum((inside & (x - new > 0)).to(tl.float64), 0) == above
-        done = same | (tl.abs(new - t) <= 1e-14 * (1 + tl.abs(new)))
-        t = new
-        step += 1
-    tl.store(distances + row * CAPACITY + at, (x - t).to(tl.float32))
+def soft_entries(values, counts, row, CAPACITY: tl.constexpr):
+    """Return where the entries of a list lie, which are real, and relu of them, 0 where not real."""
+    at = row * CAPACITY + tl.arange(0, CAPACITY)
+    inside = tl.arange(0, CAPACITY) < tl.load(counts + row)
+    a = tl.load(values + at, mask=inside, other=0.0)
+    return at, inside, tl.where(a <= 0, 0.0, a)  # NaN stays
 
 
 @triton.jit
-def starting_point(x, inside, rank):
-    """() the rank-th largest entry, by bisection between the least and 0, the largest."""
-    low = tl.min(tl.where(inside, x, 0.0), 0)
-    high = tl.zeros((), tl.float64)
-    for _halving in range(60):
-        middle = (low + high) / 2
-        reached = tl.sum((inside & (x >= middle)).to(tl.float64), 0)
-        low = tl.where(reached >= rank, middle, low)
-        high = tl.where(reached >= rank, high, middle)
-    return low
+def soft_mask(distance, far):
+    """F of distances in temperatures, and F(-|t|), exactly 0 from far away on."""
+    minus = -tl.abs(distance)
+    tail = tl.where(minus > -far, tl.exp(minus) / 2, 0.0)
+    return tl.where(distance > 0, 1 - tail, tail), tail
+
+
+@triton.jit
+def soft_lists(
+    values, counts, ks, temperatures, far, latents, thresholds, CAPACITY: tl.constexpr
+):  # fmt: skip
+    """v times the soft top-k mask of v, the relu of each list's values; thresholds[r]: b.
+
+    Between two entries the sum of the mask is a quadratic in exp(b), whose root is taken until the same
+    entries stay above b. Places are in float64, powers of e relative to the largest in float32.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    at, inside, v = soft_entries(values, counts, row, CAPACITY)
+    count = tl.load(counts + row)
+    k = tl.load(ks + row).to(tl.float64)
+    temperature = tl.load(temperatures).to(tl.float64)
+    inverse = 1.0 / temperature
+    top = tl.max(v, 0).to(tl.float64)
+    x = tl.where(inside, (v.to(tl.float64) - top) * inverse, float("-inf"))
+    least = tl.min(tl.where(inside, x, float("inf")), 0)
+    lowest = tl.where(count > 0, least, 0.0) - 1000.0
+    # A start at the last of the ceil(k) largest: few roots are left to take.
+    keys = keys_of(tl.where(inside, v, float("-inf")), 32)
+    rank = tl.minimum(tl.ceil(k).to(tl.int32), count)
+    last = value_of(kth_largest(keys, rank, 32), 32)
+    t = tl.where(rank > 0, (last.to(tl.float64) - top) * inverse, 0.0)
+    done, step = count <= 0, 0
+    while (step < CAPACITY + 2) & (done == 0):
+        u = x - t
+        is_above = u > 0
+        is_below = inside & (u <= 0)
+        number = tl.sum(is_above.to(tl.int32), 0)
+        nearest = tl.where(number > 0, tl.min(tl.where(is_above, u, float("inf")), 0), 0.0)
+        closest = tl.where(number < count, tl.max(tl.where(is_below, u, float("-inf")), 0), 0.0)
+        part = tl.exp(tl.where(is_above, nearest - u, u - closest).to(tl.float32))
+        high = tl.sum(tl.where(is_above, part, 0.0), 0)
+        rest = tl.sum(tl.where(is_below, part, 0.0), 0)
+        log_above = tl.where(
+            number > 0, tl.log(tl.where(number > 0, high, 1.0)) - nearest, float("-inf")
+        )
+        log_below = tl.where(
+            number < count, tl.log(tl.where(number < count, rest, 1.0)) + closest, float("-inf")
+        )
+        extra = number - k
+        root = tl.sqrt(extra * extra + tl.exp(log_above + log_below)) + tl.abs(extra)
+        log_root = tl.log(tl.where(extra != 0, root, 1.0).to(tl.float32))
+        middle = (log_below - log_above) / 2
+        move = tl.where(
+            extra < 0, log_below - log_root, tl.where(extra > 0, log_root - log_above, middle)
+        )
+        new = tl.minimum(tl.maximum(t + move, lowest), 1000.0)
+        same = tl.sum((x - new > 0).to(tl.int32), 0) == number
+        done = same | (tl.abs(new - t) <= 1e-14 * (1 + tl.abs(new)))
+        t = new
+        step += 1
+    mask, _tail = soft_mask((x - t).to(tl.float32), far)
+    tl.store(latents + at, v * mask)
+    tl.store(thresholds + row, top + temperature * t)
+
+
+@triton.jit
+def soft_gradient_lists(
+    values, counts, thresholds, temperatures, far, grad, out, of_k, CAPACITY: tl.constexpr
+):  # fmt: skip
+    """The gradients of `soft_lists` in values and k, in the latter mean = sum f g / sum f, with g those at the masks."""
+    row = tl.program_id(0).to(tl.int64)
+    at, inside, v = soft_entries(values, counts, row, CAPACITY)
+    inverse = 1.0 / tl.load(temperatures).to(tl.float64)
+    distance = ((v.to(tl.float64) - tl.load(thresholds + row)) * inverse).to(tl.float32)
+    away = tl.where(inside, tl.abs(distance), float("inf"))
+    nearest = tl.min(away, 0)  # f / sum f, also where every f is below float range
+    f = tl.where(inside, tl.exp(tl.where(inside, nearest - away, 0.0)), 0.0)
+    g = tl.load(grad + at, mask=inside, other=0.0)
+    total = tl.sum(f, 0)
+    mean = tl.sum(f * (g * v), 0) / tl.where(total > 0, total, 1.0)
+    tl.store(of_k + row, mean)
+    mask, tail = soft_mask(distance, far)
+    slope = tail * inverse.to(tl.float32)
+    tl.store(out + at, tl.where(inside & (v > 0), slope * (g * v - mean) + g * mask, 0.0))
 
 
 @triton.jit
