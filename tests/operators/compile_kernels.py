@@ -116,8 +116,10 @@ def dense_steps(A: str) -> Iterator[Case]:
     yield dense.gated_dense, [A, F, F, F, A, A, F, INT], wide, 8
     yield dense.gated_gradient_dense, [A, F, F, F, A, A, F, A, F, F, INT, INT], tiles, 8
     yield dense.count_dense, [A, S, U, INT, INT], tiles, 8
-    yield dense.dot_dense, [A, F, F, INT], wide, 8
-    yield dense.dot_gradient_dense, [A, F, F, A, F, F, INT, INT], tiles, 8
+    within = [FLOAT, FLOAT, FLOAT]
+    yield dense.perceptron_dense, [A, F, F, F, F, *within, INT], wide, 8
+    types = [A, F, F, F, A, F, *within, INT, INT]
+    yield dense.perceptron_gradient_dense, types, tiles, 8
 
 
 def of_dead() -> Iterator[Case]:

@@ -38,27 +38,35 @@ def _lower(weights: Tensor) -> Tensor | None:
     return shadow(weights) if is_kept else None
 
 
-def perceptron(x: Tensor, hidden: nn.Linear, output: nn.Linear, centre: Tensor) -> Tensor:
-    """Return output(relu(hidden(x - centre))) (B,), whose hidden layer may be of lower precision; the rest is not.
+def perceptron(
+    x: Tensor,
+    hidden: nn.Linear,
+    output: nn.Linear,
+    centre: Tensor,
+    within: tuple[float, float, float],
+) -> Tensor:
+    """Return largest sigmoid(output(relu(hidden(x - centre)))) (B,), whose hidden layer may be of lower precision; the rest is not.
 
     Args:
         x: (B, d_in).
         hidden: (d_in) to (n).
         output: (n) to (1).
         centre: (d_in).
+        within: `largest`, and the least and the most that the result may be.
 
     Returns:
         (B,) in the dtype of the weights, with gradient.
     """
-    matrix, weights = hidden.weight.t(), output.weight[0]
+    matrix, weights = hidden.weight.t(), output.weight
     if acts_as_gpu(x) and weights.dtype == torch.float32 and not x.requires_grad:
-        at_once = dense.perceptron(x, matrix, hidden.bias, centre, weights, _lower(matrix))
-        total: Tensor = at_once + output.bias
-        return total
+        of_hidden = matrix, hidden.bias, centre
+        return dense.perceptron(x, *of_hidden, weights, output.bias, within, _lower(matrix))
     features = pre_acts(x, matrix, hidden.bias, centre).relu()
     with torch.autocast(x.device.type, enabled=False):  # bfloat16 is 2 apart near 256
-        share: Tensor = output(features.to(weights.dtype))
-    return share[:, 0]
+        share = output(features.to(weights.dtype))[:, 0].sigmoid()
+    largest, least, most = within
+    result: Tensor = (largest * share).clamp(least, most)
+    return result
 
 
 def rounding(inputs: Tensor, W_enc: Tensor) -> Tensor:

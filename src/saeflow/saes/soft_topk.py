@@ -160,9 +160,8 @@ class SoftTopK(PerInputK):
         self.is_fixed = is_hard and self.hard_phase == "decoder"
 
     def k_hat(self, x: Tensor) -> Tensor:
-        share = perceptron(x, self.hidden, self.output, self.centre).sigmoid()
-        result: Tensor = (self.k_max * share).clamp(1, self.d_sae)
-        return result
+        within = float(self.k_max), 1.0, float(self.d_sae)
+        return perceptron(x, self.hidden, self.output, self.centre, within)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         losses = super().losses(fwd, dead) | {"auxk": self.auxk_weight * self.auxk(fwd, dead)}

@@ -104,15 +104,19 @@ def test_gated_latents_and_their_gate(scores: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_a_perceptron_with_one_output(dtype: torch.dtype, path: str) -> None:
+    """Within bounds that some rows lie beyond, whose gradient is 0."""
     like, d = torch.zeros((), device=path), 20  # whole numbers, whose products bfloat16 holds
     x, matrix = normal(B, d, seed=1, like=like).round(), normal(M, d, seed=2, like=like).round().t()
     vectors = [normal(n, seed=seed, like=like).round() for n, seed in ((M, 3), (d, 4), (M, 5))]
-    single = [t.clone().requires_grad_() for t in (matrix, *vectors)]
+    vectors[2] = vectors[2][None] / 512
+    single = [t.clone().requires_grad_() for t in (matrix, *vectors, like[None] + 0.25)]
     exact = [t.detach().cpu().double().requires_grad_() for t in single]
     lower = None if dtype == torch.float32 else matrix.to(dtype)
-    found = dense.perceptron(x, *single, lower)
-    W, b, centre, weights = exact
-    expected = ((x.cpu().double() - centre) @ W + b).relu() @ weights
+    found = dense.perceptron(x, *single, (80.0, 46.5, 49), lower)
+    W, b, centre, weights, shift = exact
+    dots = ((x.cpu().double() - centre) @ W + b).relu() @ weights[0] + shift
+    expected = (80 * dots.sigmoid()).clamp(46.5, 49)
+    assert 1 < int(((expected > 46.5) & (expected < 49)).sum()) < B - 2
     of_rows = normal(B, seed=6, like=like)
     (found * of_rows).sum().backward()
     (expected * of_rows.cpu().double()).sum().backward()

@@ -94,20 +94,29 @@ def count(latents: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def perceptron(
-    x: Tensor, matrix: Tensor, bias: Tensor, centre: Tensor, weights: Tensor, lower: Tensor | None
+    x: Tensor,
+    matrix: Tensor,
+    bias: Tensor,
+    centre: Tensor,
+    weights: Tensor,
+    shift: Tensor,
+    within: tuple[float, float, float],
+    lower: Tensor | None,
 ) -> Tensor:
-    """Return relu((x - centre) matrix + bias) . weights (B,) float32, with gradient in all but x.
+    """Return largest sigmoid(relu((x - centre) matrix + bias) . weights + shift) (B,) float32, with gradient in all but x.
 
     The hidden layer has the precision of `lower`; what is multiplied with `weights`, and summed, is in float32.
 
     Args:
         x: (B, d).
         matrix: (d, M), laid out by columns.
-        bias, weights: (M,).
+        bias: (M,).
         centre: (d,).
+        weights, shift: (1, M) and (1,).
+        within: `largest`, and the least and the most that the result may be.
         lower: a copy of the matrix in the precision of the product; None: the matrix itself.
     """
-    return applied(_Perceptron, x, matrix, bias, centre, weights, lower)
+    return applied(_Perceptron, x, matrix, bias, centre, weights, shift, within, lower)
 
 
 def centred(x: Tensor, centre: Tensor, dtype: torch.dtype) -> Tensor:
@@ -271,39 +280,50 @@ class _Perceptron(torch.autograd.Function):
         bias: Tensor,
         centre: Tensor,
         weights: Tensor,
+        shift: Tensor,
+        within: tuple[float, float, float],
         lower: Tensor | None,
     ) -> Tensor:
         by = matrix if lower is None else lower
         inputs = centred(x, centre, by.dtype)
         scores = torch.addmm(bias.to(by.dtype), inputs, by)
-        ctx.save_for_backward(inputs, scores, matrix, weights)
-        out = torch.empty(len(x), device=x.device)
+        dots, out = torch.empty(2, len(x), device=x.device).unbind()
         if _runs_triton(scores):
-            _launch("dot_dense", scores, weights.contiguous(), out)
+            _launch("perceptron_dense", scores, weights.contiguous(), shift, dots, out, *within)
         else:
             for at in blocks(scores):
-                out[at] = scores[at].float().clamp(min=0) @ weights
+                dots[at] = scores[at].float().clamp(min=0) @ weights[0] + shift
+            largest, *bounds = within
+            out = (largest * dots.sigmoid()).clamp(*bounds)
+        ctx.save_for_backward(inputs, scores, matrix, weights, dots)
+        ctx.within = within
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, scores, matrix, weights = ctx.saved_tensors
-        of_scores, parts, grad = torch.empty_like(scores), _partial(scores), grad.contiguous()
+        inputs, scores, matrix, weights, dots = ctx.saved_tensors
+        of_scores, n, grad = torch.empty_like(scores), scores.shape[1], grad.contiguous()
+        parts = torch.empty(-(-len(scores) // TALL), 2 * n + 1, device=scores.device)
         if _runs_triton(scores):
-            tensors = (weights.contiguous(), grad, of_scores, *parts)
-            _launch_tiles("dot_gradient_dense", scores, *tensors)
+            tensors = (weights.contiguous(), dots, grad, of_scores, parts)
+            _launch_tiles("perceptron_gradient_dense", scores, *tensors, *ctx.within)
         else:
+            (largest, least, most), share = ctx.within, dots.sigmoid()
+            free = largest * share
+            of_dots = grad * (free * (1 - share)).where((free >= least) & (free <= most), 0)
             parts.zero_()
+            parts[0, -1] = of_dots.sum()
             for at in blocks(scores):
-                a, of_rows = scores[at].float(), grad[at][:, None]
+                a, of_rows = scores[at].float(), of_dots[at][:, None]
                 part = (of_rows * weights).where(a > 0, 0)
                 of_scores[at] = part.to(of_scores.dtype)
-                parts[0, 0] += (a.clamp(min=0) * of_rows).sum(0)
-                parts[1, 0] += part.sum(0)
-        of_weights, of_bias = parts.sum(1)
+                parts[0, :n] += (a.clamp(min=0) * of_rows).sum(0)
+                parts[0, n:-1] += part.sum(0)
+        of_weights, of_bias, of_shift = parts.sum(0).split((n, n, 1))
         of_matrix = (of_scores.t() @ inputs).to(matrix.dtype).t()
-        return None, of_matrix, of_bias, -(matrix @ of_bias), of_weights, None
+        of_centre = torch.addmv(matrix[:, 0], matrix, of_bias, beta=0, alpha=-1)  # one kernel
+        return None, of_matrix, of_bias, of_centre, of_weights[None], of_shift, None, None
 
 
 class _Soft(torch.autograd.Function):

@@ -180,8 +180,15 @@ def count_dense(
 
 
 @triton.jit
-def dot_dense(scores, weights, out, n, WIDE: tl.constexpr):
-    """out[b] = relu(scores[b]) . weights."""
+def sigmoid_of(values):
+    return 1.0 / (1.0 + tl.exp(-values))
+
+
+@triton.jit
+def perceptron_dense(
+    scores, weights, shifts, dots, out, largest, least, most, n, WIDE: tl.constexpr
+):  # fmt: skip
+    """dots[b] = relu(scores[b]) . weights + shift; out[b] = largest sigmoid(dots[b]), within least..most."""
     row = tl.program_id(0).to(tl.int64)
     wide = tl.arange(0, WIDE)
     total = tl.zeros((WIDE,), tl.float32)
@@ -189,30 +196,43 @@ def dot_dense(scores, weights, out, n, WIDE: tl.constexpr):
         inside = start + wide < n
         a = tl.load(scores + row * n + start + wide, mask=inside, other=0.0).to(tl.float32)
         total += tl.where(a <= 0, 0.0, a) * tl.load(weights + start + wide, mask=inside, other=0.0)
-    tl.store(out + row, tl.sum(total, 0))
+    dot = tl.sum(total, 0) + tl.load(shifts)
+    tl.store(dots + row, dot)
+    free = largest * sigmoid_of(dot)
+    tl.store(out + row, tl.where(free < least, least, tl.where(free > most, most, free)))
 
 
 @triton.jit(do_not_specialize=["n_rows"])
-def dot_gradient_dense(
-    scores, weights, of_dot, out, of_weights, of_bias, n, n_rows,
+def perceptron_gradient_dense(
+    scores, weights, dots, grad, out, sums, largest, least, most, n, n_rows,
     ROWS: tl.constexpr, TALL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """out = of_dot[b] weights [scores > 0]; for each block of rows and column, the sums of of_dot relu(scores), and of out."""
+    """out = g weights [scores > 0], where g[b] is the gradient at dots[b], of grad[b].
+
+    sums: (blocks of rows, 2 n + 1), sums of g relu(scores), of out, and of g.
+    """
     column = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
     block = tl.program_id(1).to(tl.int64)
     inside = column < n
     weight = tl.load(weights + column, mask=inside, other=0.0)[None, :]
     products = tl.zeros((ROWS, WIDE), tl.float32)
     totals = tl.zeros((ROWS, WIDE), tl.float32)
+    of_dots = tl.zeros((ROWS,), tl.float32)
     for start in range(0, TALL, ROWS):
         row = block * TALL + start + tl.arange(0, ROWS)
+        share = sigmoid_of(tl.load(dots + row, mask=row < n_rows, other=0.0))
+        is_free = (largest * share >= least) & (largest * share <= most)
+        slope = tl.where(is_free, largest * share * (1.0 - share), 0.0)
+        of_dot = tl.load(grad + row, mask=row < n_rows, other=0.0) * slope
         at = row[:, None] * n + column[None, :]
         mask = (row < n_rows)[:, None] & inside[None, :]
         a = tl.load(scores + at, mask=mask, other=0.0).to(tl.float32)
-        g = tl.load(of_dot + row, mask=row < n_rows, other=0.0)[:, None]
-        of_score = tl.where(a > 0, g * weight, 0.0)
+        of_score = tl.where(a > 0, of_dot[:, None] * weight, 0.0)
         tl.store(out + at, of_score, mask=mask)
-        products += tl.where(a <= 0, 0.0, a) * g
+        products += tl.where(a <= 0, 0.0, a) * of_dot[:, None]
         totals += of_score
-    tl.store(of_weights + block * n + column, tl.sum(products, 0), mask=inside)
-    tl.store(of_bias + block * n + column, tl.sum(totals, 0), mask=inside)
+        of_dots += of_dot
+    first = sums + block * (2 * n + 1)
+    tl.store(first + column, tl.sum(products, 0), mask=inside)
+    tl.store(first + n + column, tl.sum(totals, 0), mask=inside)
+    tl.store(first + 2 * n, tl.sum(of_dots, 0), mask=tl.program_id(0) == 0)
