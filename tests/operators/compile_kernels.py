@@ -42,7 +42,8 @@ def cases() -> Iterator[Case]:
     """Each kernel with types of its arguments, constants, and warps, as its caller launches it."""
     for scores, of_relu in ((F, False), (F, True), (H, True)):
         constants = {"OF_RELU": of_relu, "WIDE": 1024}
-        yield soft.soft_rows, [scores, D, F, FLOAT, scores, F, F, F, S, F, INT], constants, 4
+        of_k = F if of_relu else D
+        yield soft.soft_rows, [scores, of_k, F, FLOAT, scores, F, F, F, S, F, INT], constants, 4
         types = [scores, scores, F, F, F, F, FLOAT, scores, F, F, INT]
         yield soft.soft_gradient_rows, types, constants, 4
     for scores in (F, H):
@@ -117,6 +118,8 @@ def dense_steps(A: str) -> Iterator[Case]:
     yield dense.gated_gradient_dense, [A, F, F, F, A, A, F, A, F, F, INT, INT], tiles, 8
     yield dense.count_dense, [A, S, U, INT, INT], tiles, 8
     within = [FLOAT, FLOAT, FLOAT]
+    yield dense.error_dense, [A, F, F, F, F, INT], {"BLOCK": 1024}, 4
+    yield dense.scaled_dense, [F, F, A, INT], {"BLOCK": 1024}, 4
     yield dense.perceptron_dense, [A, F, F, F, F, *within, INT], wide, 8
     types = [A, F, F, F, A, F, *within, INT, INT]
     yield dense.perceptron_gradient_dense, types, tiles, 8

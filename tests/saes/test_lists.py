@@ -67,3 +67,24 @@ def test_rows_of_the_same_room_change_nothing(
         torch.testing.assert_close(
             one, other, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("is_bf16", [False, True])
+@pytest.mark.parametrize("case", ["relu", "gated"])
+def test_a_dense_reconstruction_has_the_errors_of_its_pass(
+    case: str, is_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse, "is_padded", True)
+    x = torch.randn(BATCH, D_IN, generator=torch.Generator().manual_seed(2))
+    sae = made(case)
+    with torch.autocast("cpu", torch.bfloat16, is_bf16):
+        fwd = sae.run(Batch.of(x), is_sparse=False)
+    tolerance = 2**-6 if is_bf16 else 1e-5
+    error = fwd.x_hat - x
+    torch.testing.assert_close(-fwd.residual, error, rtol=tolerance, atol=tolerance)
+    found, expected = (
+        torch.autograd.grad(loss, [sae.W_dec, sae.b_dec], retain_graph=True)
+        for loss in (fwd.squared_errors.sum(), error.square().sum())
+    )
+    for got, wanted in zip(found, expected, strict=True):
+        assert (got - wanted).norm() <= tolerance * wanted.norm()

@@ -17,6 +17,7 @@ from .conftest import RUNTIME, Samples, config
 
 AT_MOST = {
     "topk": 42, "adaptive_k": 82, "batch_topk": 61, "matryoshka": 59, "jumprelu": 86, "sparsemax": 116,
+    "soft_topk": 75,
 }  # fmt: skip
 """Launches of a sparse step, of which one updates and one measures the weights; a sort or a sum counts as one."""
 FREE = {

@@ -33,7 +33,8 @@ from saeflow.operators import (
     squared_errors,
 )
 from saeflow.operators.gpu.dead import MOST_DEAD, columns_of, largest
-from saeflow.operators.gpu.shadows import shadow
+from saeflow.operators.gpu.dense_errors import squared_errors as dense_squared_errors
+from saeflow.operators.gpu.shadows import multiplies_in_bf16, shadow
 from saeflow.saes.contract import Factors
 from saeflow.saes.forward import Errors, Forward
 from saeflow.saes.input_scale import InputScale
@@ -92,14 +93,25 @@ class SAE(Usable):
             return Forward(batch, condition, exact, exact, latents, self.decode(latents))
         scores = self.latent_scores(batch.x)
         latents, *beside = self.activate_at_once(scores, condition)
-        x_hat = self.decode(latents).to(self.W_dec.dtype)
-        fwd = Forward(batch, condition, scores, scores, latents, x_hat, beside=tuple(beside))
+        if (errors := self.errors_of(batch.target, latents)) is not None:
+            x_hat: Tensor | Callable[[], Tensor] = partial(self.decode_exactly, latents)
+        else:
+            x_hat = self.decode(latents).to(self.W_dec.dtype)
+        fwd = Forward(batch, condition, scores, scores, latents, x_hat, errors=errors)
         fwd.is_rounded = torch.is_autocast_enabled(batch.x.device.type)
+        fwd.beside = tuple(beside)
         return fwd
 
-    def errors_of(self, target: Tensor, latents: SparseLatents) -> Errors | None:
+    def errors_of(self, target: Tensor, latents: SparseLatents | Tensor) -> Errors | None:
         """Return the errors of the reconstruction of a target (B, d_out), where one pass finds them with their gradients."""
-        if latents.lists is None or not self.adds_up:
+        if not self.adds_up:
+            return None
+        if isinstance(latents, Tensor):
+            if self.prefixes is not None or not self.has_all_latents:
+                return None
+            lower = shadow(self.W_dec) if multiplies_in_bf16(latents) else None
+            return Errors(*dense_squared_errors(latents, self.W_dec, self.b_dec, target, lower))
+        if latents.lists is None:
             return None
         return Errors(*squared_errors(latents, self.W_dec, self.b_dec, target, self.prefixes))
 
@@ -138,6 +150,11 @@ class SAE(Usable):
         """Whole columns (n,) of exact pre-activations, (B, n), with gradient."""
         known = None if fwd.is_rounded else fwd.pre_acts
         return gather_columns(fwd.x, self.W_enc, self.b_enc, self.centre, known, columns)
+
+    def decode_exactly(self, latents: Tensor) -> Tensor:
+        """`decode`, of latents (B, d_sae) of any precision, in that of the weights."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.decode(latents.to(self.W_dec.dtype))
 
     def decode_selected(self, latents: SparseLatents) -> Tensor:
         """`decode`, of latents on the sparse path."""

@@ -105,6 +105,8 @@ class Forward:
         if with_latents and isinstance(self.latents, Tensor):
             self.counts  # noqa: B018  # kept
             self.latents = nothing
+            if not isinstance(self.rebuilt, Tensor):  # which would hold them
+                self.rebuilt = nothing
 
     def forget_graph(self) -> None:
         """Let go of what gradients were computed by: a step that is recorded must not meet an earlier one's."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from saeflow.operators import gpu, jumprelu, soft_topk, step
 from saeflow.operators.gpu import dense
+from saeflow.operators.gpu.dense_errors import squared_errors
 
 B, M = 11, 300  # no multiples of a block
 BANDWIDTH = 0.4
@@ -124,6 +125,28 @@ def test_a_perceptron_with_one_output(dtype: torch.dtype, path: str) -> None:
     for got, wanted in zip(single, exact, strict=True):
         assert got.grad is not None
         close(got.grad, wanted.grad, 2 * PRECISIONS[dtype])
+
+
+def test_errors_of_dense_latents(scores: Tensor) -> None:
+    d = 20
+    shapes = enumerate(((M, d), (d,), (B, d)), 7)
+    leaves = [scores, *(normal(*shape, seed=seed, like=scores) for seed, shape in shapes)]
+    single = [t.clone().requires_grad_() for t in leaves]
+    exact = [t.detach().cpu().double().requires_grad_() for t in leaves]
+    lower = None if scores.dtype == torch.float32 else leaves[1].to(scores.dtype)
+    squares, error = squared_errors(*single, lower)
+    expected = exact[0] @ exact[1] + exact[2] - exact[3]
+    of_rows = normal(B, seed=6, like=scores)
+    (squares * of_rows).sum().backward()
+    (expected.square().sum(1) * of_rows.cpu().double()).sum().backward()
+    assert not error.requires_grad
+    tolerance = PRECISIONS[scores.dtype]
+    close(error, expected.detach(), tolerance)
+    close(squares.detach(), expected.detach().square().sum(1), 2 * tolerance)
+    for got, wanted in zip(single, exact, strict=True):
+        assert got.grad is not None
+        assert got.grad.dtype == got.dtype
+        close(got.grad, wanted.grad, 2 * tolerance)
 
 
 def test_soft_latents_and_their_sum(scores: Tensor) -> None:

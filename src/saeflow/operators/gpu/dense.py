@@ -87,10 +87,11 @@ def count(latents: Tensor) -> tuple[Tensor, Tensor]:
     if not _runs_triton(latents):
         is_active = latents != 0
         return is_active.sum(1), is_active.any(0)
-    counts = torch.zeros(len(latents), dtype=torch.int32, device=latents.device)
-    fired = torch.zeros(latents.shape[1], dtype=torch.uint8, device=latents.device)
+    n_rows, n = latents.shape
+    both = torch.zeros(4 * n_rows + n, dtype=torch.uint8, device=latents.device)
+    counts, fired = both[: 4 * n_rows].view(torch.int32), both[4 * n_rows :]
     _launch_tiles("count_dense", latents.contiguous(), counts, fired)
-    return counts.long(), fired.bool()
+    return counts.long(), fired.view(torch.bool)
 
 
 def perceptron(
@@ -334,7 +335,7 @@ class _Soft(torch.autograd.Function):
         latents = torch.empty_like(scores)
         guess, shift, near, sums = torch.empty(4, len(scores), device=scores.device)
         problems = torch.empty(len(scores), dtype=torch.int32, device=scores.device)
-        of_rows = k.detach().double().contiguous(), temperature.float()
+        of_rows = k.detach().contiguous(), temperature.float()
         tensors = (*of_rows, reach, latents, guess, shift, near, problems, sums)
         gpu.launch_rows("soft_rows", scores, *tensors, OF_RELU=True)
         ctx.save_for_backward(scores, guess, shift, near, of_rows[1])

@@ -236,3 +236,26 @@ def perceptron_gradient_dense(
     tl.store(first + column, tl.sum(products, 0), mask=inside)
     tl.store(first + n + column, tl.sum(totals, 0), mask=inside)
     tl.store(first + 2 * n, tl.sum(of_dots, 0), mask=tl.program_id(0) == 0)
+
+
+@triton.jit
+def error_dense(product, b_dec, target, error, squares, width, BLOCK: tl.constexpr):
+    """error = product + b_dec - target; squares[b]: the sum of its squares."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    total = tl.load(product + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(b_dec + at, mask=inside, other=0.0)
+    total -= tl.load(target + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(error + row * width + at, total, mask=inside)
+    tl.store(squares + row, tl.sum(total * total, 0))
+
+
+@triton.jit
+def scaled_dense(rows, scales, out, width, BLOCK: tl.constexpr):
+    """out = rows times a scale for each."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    found = tl.load(rows + row * width + at, mask=inside, other=0.0) * tl.load(scales + row)
+    tl.store(out + row * width + at, found, mask=inside)

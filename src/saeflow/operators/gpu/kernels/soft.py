@@ -120,7 +120,7 @@ def soft_rows(
     row = tl.program_id(0).to(tl.int64)
     base = scores + row * n
     wide = tl.arange(0, WIDE)
-    k = tl.load(ks + row)
+    k = tl.load(ks + row).to(tl.float64)
     temperature = tl.load(temperatures)
     inverse = tl.minimum(1.0 / temperature, MOST)
     rate = inverse * LOG2_E
