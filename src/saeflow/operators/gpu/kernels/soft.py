@@ -44,7 +44,7 @@ def tail_of(half, far):
 
 @triton.jit
 def shares_of(entries, guess, rate, offset):
-    """Which entries are above b (1 or 0), and exp(-|t|) of these and of the others, 0 elsewhere."""
+    """Return which entries are above b (1 or 0), and exp(-|t|) of these, and of the others, 0 elsewhere."""
     u = distance_of(entries, guess, rate, offset)
     part = tl.exp2(-tl.abs(u))
     return (u > 0).to(tl.int32), tl.where(u > 0, part, 0.0), tl.where(u > 0, 0.0, part)
