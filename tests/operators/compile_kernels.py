@@ -19,6 +19,7 @@ from saeflow.operators.gpu.kernels import (
     dead,
     dense,
     lists,
+    margins,
     ranks,
     record,
     rows,
@@ -83,6 +84,14 @@ def cases() -> Iterator[Case]:
         constants = {"LOG_BETA1": beta, "LOG_BETA2": beta, "LARGEST_NORM": largest}
         yield update.numbers_of_parts, [F, F, F, U, F, INT], constants, 1
     yield from records()
+    for matrix in (F, H):
+        types = [F, F, matrix, F, *[INT] * 4]
+        sizes = {"ROWS": 8, "BLOCK": 1024, "PIECE": 8192}
+        yield margins.squares_of_pieces, types, sizes, 8
+    yield margins.margin_of_parts, [F, F, INT, INT, FLOAT], {"WIDE": 1024}, 4
+    for of_log in FLAGS:
+        types = [F, F, F, FLOAT, FLOAT, INT]
+        yield margins.lowered_columns, types, {"OF_LOG": of_log, "WIDE": 1024}, 4
 
 
 def records() -> Iterator[Case]:

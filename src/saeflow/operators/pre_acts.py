@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from saeflow.operators.autograd import applied
-from saeflow.operators.gpu import dense
+from saeflow.operators.gpu import dense, margins
 from saeflow.operators.gpu.shadows import multiplies_in_bf16, shadow
 from saeflow.operators.sparse import acts_as_gpu
 
@@ -69,24 +69,22 @@ def perceptron(
     return result
 
 
-def rounding(inputs: Tensor, W_enc: Tensor) -> Tensor:
+def rounding(inputs: Tensor, centre: Tensor, W_enc: Tensor) -> Tensor:
     """() how far scores of a bfloat16 product may lie from those of float32 ones.
 
     Rounding two factors changes a product of (B, d_in) inputs and unit rows by 0.0023 of the inputs' root
     mean square (standard deviation); this is seven of those. The result's own rounding is `lowered`'s.
 
     Args:
-        inputs: (B, d_in), what W_enc (d_in, d_sae) is multiplied with.
+        inputs: (B, d_in), of which W_enc (d_in, d_sae) is multiplied with inputs - centre.
+        centre: (d_in,).
     """
     lower = _lower(W_enc)
+    times = 2**-6 / (inputs.numel() * W_enc.shape[1]) ** 0.5
     with torch.autocast(
         inputs.device.type, enabled=False
     ):  # which would make a float32 copy of the bfloat16 one
-        matrix, kind = (W_enc, None) if lower is None else (lower, torch.float32)
-        of_matrix = torch.linalg.vector_norm(matrix, dtype=kind)
-        norms = torch.linalg.vector_norm(inputs) * of_matrix
-    of_each: Tensor = norms * (2**-6 / (inputs.numel() * W_enc.shape[1]) ** 0.5)
-    return of_each
+        return margins.of_norms(inputs, centre, W_enc if lower is None else lower, times)
 
 
 def is_exact(margin: Tensor | float) -> bool:
@@ -94,11 +92,20 @@ def is_exact(margin: Tensor | float) -> bool:
     return isinstance(margin, float) and margin == 0
 
 
-def lowered(threshold: Tensor, margin: Tensor | float) -> Tensor:
-    """The score that a latent at a threshold may have in bfloat16, given `rounding`; the threshold, given 0.0."""
+def lowered(
+    threshold: Tensor, margin: Tensor | float, below: float = 0.0, *, of_log: bool = False
+) -> Tensor:
+    """The score that a latent at a threshold, or so far below it, may have in bfloat16, given `rounding`; in float32, given 0.0.
+
+    Args:
+        threshold: of any shape.
+        margin: of the scores.
+        below: a distance.
+        of_log: thresholds are given as their logs.
+    """
     if is_exact(margin):
-        return threshold
-    return threshold.sub(threshold.abs(), alpha=2**-7) - margin
+        return margins.shifted(threshold, below, of_log=of_log)
+    return margins.lowered(threshold, margin, 2**-7, below, of_log=of_log)
 
 
 class _PreActs(torch.autograd.Function):

@@ -129,7 +129,7 @@ class SAE(Usable):
         if not (is_rounded and self.reads_margin):
             return 0.0
         inputs, matrix, _, centre = factors
-        return rounding(inputs - centre, matrix)
+        return rounding(inputs, centre, matrix)
 
     def gather(
         self,

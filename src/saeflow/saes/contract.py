@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from saeflow.batch import Batch
 from saeflow.config.options import VariantOptions
-from saeflow.operators import SparseLatents, acts_as_gpu, lowered
+from saeflow.operators import SparseLatents, acts_as_gpu
 from saeflow.operators.gpu.lists import capacity_for
 from saeflow.saes.forward import Forward
 from saeflow.saes.initialisation import initialise
@@ -319,8 +319,7 @@ class Contract(Totals):
 
     def above_zero(self, pre_acts: Tensor, margin: Tensor | float) -> SparseLatents:
         """Return the entries above 0, or within a margin of it: `select` of a variant whose latents are a relu."""
-        least = lowered(pre_acts.new_zeros(()), margin)
-        return SparseLatents.from_above(pre_acts, least, self.room)
+        return SparseLatents.from_above(pre_acts, -margin, self.room)
 
     def norm_weighted_error(self, fwd: Forward) -> Tensor:
         """() mean over rows and dimensions of (target - x_hat)^2 / ||target||, the Sparsemax release's."""

@@ -139,8 +139,10 @@ class JumpReLU(FollowsDensity):
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
         """Also those below their threshold that the kernel of its gradient reaches."""
-        near = self.theta - (self.bandwidth / 2 if self.training else 0)
-        return SparseLatents.from_above(pre_acts, lowered(near, margin), self.room)
+        learned = self.log_theta if self.is_standard else self.theta
+        below = self.bandwidth / 2 if self.training else 0.0
+        least = lowered(learned, margin, below, of_log=self.is_standard)
+        return SparseLatents.from_above(pre_acts, least, self.room)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         theta = selected.of_columns(self.theta)

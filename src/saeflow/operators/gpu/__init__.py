@@ -24,6 +24,7 @@ MODULES = (
     "columns",
     "dense",
     "dead",
+    "margins",
     "update",
     "record",
 )
