@@ -104,6 +104,7 @@ def records() -> Iterator[Case]:
         constants = {"FLAG": 1, "HAS_NUMBER": has_number, "WIDE": 1024}
         yield record.count_flagged, [S, L, L, INT], constants, 4
     yield record.fired_columns, [F, L, S, U, INT], {"WIDE": 128}, 4
+    yield record.active_pieces, [F, L, INT], {"WIDE": 4096}, 8
     yield record.count_silent, [L, U, U, INT, INT, INT], {"WIDE": 1024}, 4
     for values in (F, H):
         yield record.least_of_pieces, [values, F, INT], {"WIDE": 4096}, 8

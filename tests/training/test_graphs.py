@@ -131,7 +131,8 @@ def test_recorded_steps_are_the_steps(variant: str, first: int, tmp_path: Path) 
 
 def test_a_line_of_the_log_alone_changes_no_key(tmp_path: Path) -> None:
     sae = Run(Samples(), config("relu", d_sae=2048), RUNTIME, tmp_path).sae
-    sae.measured.fill_(0.01)
+    sae.active.fill_(20)
+    sae.counted = 1
     sae.settle()
     first = sae.dials()
     assert first["is_sparse"]

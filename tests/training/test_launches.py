@@ -16,7 +16,7 @@ from saeflow.training.run import Run
 from .conftest import RUNTIME, Samples, config
 
 AT_MOST = {
-    "topk": 48, "adaptive_k": 88, "batch_topk": 67, "matryoshka": 65, "jumprelu": 83, "gated": 92, "relu": 66,
+    "topk": 48, "adaptive_k": 88, "batch_topk": 67, "matryoshka": 65, "jumprelu": 77, "gated": 86, "relu": 60,
     "sparsemax": 119,
 }  # fmt: skip
 """Launches of a sparse step, of which one updates and one measures the weights; a sort or a sum counts as one."""

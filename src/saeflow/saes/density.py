@@ -27,17 +27,19 @@ class FollowsDensity(SAE):
     Attributes:
         density: () share of the latents that were active when the path was last decided, -1 before the first
             step; saved, so that a run that is resumed takes the same path.
-        measured: () share of the latents that were active in the last batch.
+        active: () int64, latents that were active in the last batch's rows of this process.
+        counted: the number of rows of that whole batch, 0 before the first.
     """
 
     forgets_latents = True
     density: Tensor
-    measured: Tensor
+    active: Tensor
 
     def __init__(self, d_in: int, d_sae: int) -> None:
         super().__init__(d_in, d_sae)
         self.register_buffer("density", -torch.ones(()))
-        self.register_buffer("measured", -torch.ones(()), persistent=False)
+        self.register_buffer("active", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.counted = 0
         self.known: float | None = None  # `density` on the host
         self.register_load_state_dict_post_hook(_forget)  # type: ignore[no-untyped-call]
 
@@ -51,7 +53,7 @@ class FollowsDensity(SAE):
         return 0 <= self.known < below
 
     def dials(self) -> dict[str, object]:
-        return {**super().dials(), "known": None}
+        return {**super().dials(), "known": None, "counted": 0}
 
     @property
     def most(self) -> int:
@@ -66,7 +68,9 @@ class FollowsDensity(SAE):
             self.known = 1.0
 
     def settle(self) -> None:
-        self.density.copy_(self.measured)
+        if self.counted:
+            active = self.sum_over_entries(self.active)
+            self.density.copy_(active.float() / self.counted / self.whole_d_sae)
         self.known = None
 
     @torch.no_grad()
@@ -75,17 +79,15 @@ class FollowsDensity(SAE):
             return
         x = x[:_FIRST_ROWS]
         latents = self.activate(self.pre_activations(x), self.condition(x))
-        self.measure((latents != 0).sum(), self.rows(x))
+        self.active.copy_((latents != 0).sum())
+        self.counted = self.rows(x)
         self.settle()
-
-    def measure(self, active: Tensor, rows: int) -> None:
-        """Take the density of some rows, of which this rank counted its active latents ()."""
-        self.measured.copy_(self.sum_over_entries(active).float() / rows / self.whole_d_sae)
 
     @torch.no_grad()
     def end_step(self, fwd: Forward) -> None:
-        self.measure(fwd.l0().sum(), self.rows(fwd.x))
-        if not acts_as_gpu(self.measured):  # else the trainer says when
+        fwd.count_active(self.active)
+        self.counted = self.rows(fwd.x)
+        if not acts_as_gpu(self.active):  # else the trainer says when
             self.settle()
 
 

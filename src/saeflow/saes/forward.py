@@ -129,6 +129,13 @@ class Forward:
         """(B,) number of non-zero latents."""
         return self.latents.l0() if isinstance(self.latents, SparseLatents) else self.counts[0]
 
+    def count_active(self, out: Tensor) -> None:
+        """Write how many latents of all rows are not zero, () int64."""
+        if isinstance(self.latents, SparseLatents) and self.latents.lists is not None:
+            record.count_active(self.latents.lists, out)
+        else:
+            torch.sum(self.l0(), 0, out=out)
+
     def lacking(self) -> Tensor:
         """Return (2,) int64: rows that lost latents for want of room, and dead latents where there was none for all."""
         if isinstance(self.latents, SparseLatents) and self.latents.lists is not None:

@@ -7,6 +7,7 @@ import torch
 
 from saeflow.operators.gpu.lists import OVERFLOW, Lists
 from saeflow.operators.gpu.record import (
+    count_active,
     count_silent,
     fired,
     follow,
@@ -69,6 +70,15 @@ def test_a_latent_fired_where_one_of_its_entries_is_not_zero(
     expected = (lists.dense() != 0).any(0)
     assert 0 < expected.sum() < d_sae // 2 + 1
     assert torch.equal(fired(lists), expected)
+
+
+@pytest.mark.parametrize(("n_rows", "capacity"), [(2, 16), (700, 16)])
+def test_entries_that_are_not_zero_are_counted(n_rows: int, capacity: int, path: str) -> None:
+    """Of up to three pieces, in a tensor that held another number."""
+    lists = lists_of(torch.Generator().manual_seed(n_rows), path, n_rows, capacity, 60)
+    out = torch.tensor(77, device=path)
+    count_active(lists, out)
+    assert out.item() == sum(value != 0 for value in lists.values.view(-1).tolist()) > 0
 
 
 @pytest.mark.parametrize("n_rows", [1, 3000])

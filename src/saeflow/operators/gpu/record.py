@@ -9,7 +9,7 @@ from saeflow.operators.gpu.sparse import column_totals
 
 WIDE = 1024
 COLUMNS = 128  # that a program reads entries of
-PIECE = 4096  # entries that a program looks for the least of
+PIECE = 4096  # entries that a program looks for the least of, or counts
 
 
 @torch.no_grad()
@@ -69,6 +69,18 @@ def fired(lists: Lists) -> Tensor:
         values.contiguous(), *lists.transposed, out.view(torch.uint8), lists.d_sae, WIDE=COLUMNS, num_warps=4
     )  # fmt: skip
     return out
+
+
+@torch.no_grad()
+def count_active(lists: Lists, out: Tensor) -> None:
+    """Write how many entries of lists are not 0 to a tensor () int64."""
+    values, n = lists.values.detach(), lists.values.numel()
+    if not (gpu.runs_triton(values, out) and n):
+        out.copy_(values.count_nonzero())
+        return
+    gpu.load("record").active_pieces[(-(-n // PIECE),)](
+        values.contiguous(), out.zero_(), n, WIDE=PIECE, num_warps=8
+    )
 
 
 @torch.no_grad()

@@ -65,6 +65,14 @@ def fired_columns(values, order, offsets, fired, n, WIDE: tl.constexpr):
 
 
 @triton.jit
+def active_pieces(values, number, n, WIDE: tl.constexpr):
+    """Add how many numbers of each piece are not 0; integers may be added in any order."""
+    at = tl.program_id(0).to(tl.int64) * WIDE + tl.arange(0, WIDE)
+    value = tl.load(values + at, mask=at < n, other=0.0)
+    tl.atomic_add(number, tl.sum((value != 0).to(tl.int32), 0).to(tl.int64))
+
+
+@triton.jit
 def count_silent(silent, fired, is_long, rows, limit, n, WIDE: tl.constexpr):
     """Add rows to what a latent has been silent for, or begin anew where it fired; whether that reaches a limit."""
     at = tl.program_id(0) * WIDE + tl.arange(0, WIDE)
