@@ -106,6 +106,9 @@ def records() -> Iterator[Case]:
     yield record.fired_columns, [F, L, S, U, INT], {"WIDE": 128}, 4
     yield record.active_pieces, [F, L, INT], {"WIDE": 4096}, 8
     yield record.count_silent, [L, U, U, INT, INT, INT], {"WIDE": 1024}, 4
+    for has_target in FLAGS:
+        types = [F, F, F, F, F, INT]
+        yield record.penalty_term, types, {"HAS_TARGET": has_target}, 1
     for values in (F, H):
         yield record.least_of_pieces, [values, F, INT], {"WIDE": 4096}, 8
     for is_unbiased in FLAGS:
@@ -219,6 +222,8 @@ def products() -> Iterator[Case]:
     for has_spill in FLAGS:
         sizes = {"CAPACITY": 32, "HAS_SPILL": has_spill, "BLOCK": 1024, "EACH": 4}
         yield sparse.rescore_lists, [F, F, F, F, S, S, S, F, H, INT, INT], sizes, 4
+        constants = {"CAPACITY": 32, "HAS_SPILL": has_spill}
+        yield sparse.scale_lists, [F, F, S, F, F, INT, INT], constants, 1
         for W in (F, H):
             yield sparse.products_of_lists, [F, W, S, S, S, F, INT], sizes, 4
             types = [F, W, F, S, F, S, S, F, W, F, F, INT, INT]
@@ -286,6 +291,7 @@ written = {
             "_flagged",
             "_silent",
             "_share",
+            "_term",
         )
     )
     and isinstance(member, triton.JITFunction)

@@ -13,6 +13,7 @@ from saeflow.operators.geometric_median import geometric_median
 from saeflow.operators.jumprelu import jumprelu, step
 from saeflow.operators.matching_pursuit import matching_pursuit
 from saeflow.operators.orthogonality import orthogonality
+from saeflow.operators.penalty import penalty
 from saeflow.operators.pre_acts import lowered, perceptron, pre_acts, rounding
 from saeflow.operators.products import (
     decode_sparse,
@@ -49,6 +50,7 @@ __all__ = [
     "matching_pursuit",
     "order_columns",
     "orthogonality",
+    "penalty",
     "perceptron",
     "pre_acts",
     "rebuild",

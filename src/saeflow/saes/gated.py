@@ -69,7 +69,7 @@ class Gated(FollowsDensity):
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         of_latents = self.b_enc, self.r_mag, self.b_mag
         if selected.lists is not None:
-            return selected.with_values(on_lists.gated(selected.lists, *of_latents).view(-1))
+            return selected.with_whole(on_lists.gated(selected.lists, *of_latents).view(-1))
         b_enc, r_mag, b_mag = map(selected.of_columns, of_latents)
         magnitude = ((selected.values - b_enc) * r_mag.exp() + b_mag).relu()
         return selected.with_values(magnitude * (selected.values > 0))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from saeflow.config.options import VariantOptions, option
-from saeflow.operators import SparseLatents, jumprelu, lowered, step
+from saeflow.operators import SparseLatents, jumprelu, lowered, penalty, step
 from saeflow.operators.gpu import dense, on_lists
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.forward import Forward
@@ -154,8 +154,8 @@ class JumpReLU(FollowsDensity):
         """Return latents, and how many are active."""
         if selected.lists is None or not self.is_standard:
             return super().activate_lists(selected, condition)
-        latents, count = on_lists.jumprelu(selected.lists, self.theta, self.bandwidth)
-        return selected.with_values(latents.view(-1)), (count,)
+        latents, count = on_lists.jumprelu(selected.lists, self.log_theta, self.bandwidth)
+        return selected.with_whole(latents.view(-1)), (count,)
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         acts = fwd.selected if self.is_standard else fwd.latents
@@ -167,9 +167,10 @@ class JumpReLU(FollowsDensity):
                 count = count + self.unlisted(acts, len(fwd.x))
         else:
             count = step(acts, self.theta, self.bandwidth).sum()
-        l0 = self.sum_over_entries(count) / self.rows(fwd.x)
-        term = l0 if self.target is None else (l0 / self.moved("target") - 1).square()
-        return super().losses(fwd, dead) | {"l0_penalty": self.moved("weight") * term}
+        target = None if self.target is None else self.moved("target")
+        count, rows = self.sum_over_entries(count), self.rows(fwd.x)
+        l0_penalty = penalty(count, rows, self.moved("weight"), target)
+        return super().losses(fwd, dead) | {"l0_penalty": l0_penalty}
 
     def unlisted(self, latents: SparseLatents, rows: int) -> Tensor:
         """() 0, with the gradient of theta that `step` has from the zeros that are not listed."""

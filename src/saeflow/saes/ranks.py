@@ -80,6 +80,8 @@ class Ranks:
 
     def batch_mean(self, of_rows: Tensor) -> Tensor:
         """() the mean over all rows of the batch, of one number for each row of this rank."""
+        if self.of_batch == 1:
+            return of_rows.mean()
         return self.over_batch(of_rows.sum()) / self.rows(of_rows)
 
     def shared(self, same: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Literal
 from torch import Tensor
 
 from saeflow.config.options import VariantOptions, option
-from saeflow.operators import SparseLatents
+from saeflow.operators import SparseLatents, penalty
 from saeflow.operators.gpu import dense
 from saeflow.saes.density import FollowsDensity
 from saeflow.saes.forward import Forward
@@ -62,8 +62,8 @@ class ReLU(FollowsDensity):
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         (total,) = fwd.beside or (fwd.values.sum(),)
-        penalty = self.sum_over_entries(total) / self.rows(fwd.x)
-        return super().losses(fwd, dead) | {"l1": self.moved("l1") * penalty}
+        l1 = penalty(self.sum_over_entries(total), self.rows(fwd.x), self.moved("l1"))
+        return super().losses(fwd, dead) | {"l1": l1}
 
     def reconstruction(self, fwd: Forward) -> Tensor:
         if self.loss == "norm_weighted":

@@ -101,6 +101,7 @@ class Run:
         self.sae.to(self.device).train()
         self.orthogonality = Orthogonality.of(self.sae, config)
         self.watch = Watch(self.device)
+        self.one = torch.ones((), device=self.device)  # the loss's gradient, which torch else makes
         self.replayed: Replayed[Stepped] | None = None
         if self.device.type == "cuda" and self.ranks.size == 1:
             self.replayed = Replayed(self.work, capture_cuda)
@@ -256,7 +257,7 @@ class Run:
             if all(bool(values.isfinite().all()) for values in seen):
                 raise
             self.refuse(NotFinite(self.step, str(error), not batch.is_finite()))
-        losses["loss"].backward()
+        losses["loss"].backward(self.one)
         return self.learn(fwd, losses)
 
     def judge(self, fwd: Forward) -> dict[str, Tensor]:

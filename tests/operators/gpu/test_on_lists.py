@@ -118,13 +118,14 @@ D_SAE = 12
 
 
 def lists_near_thresholds(path: str) -> tuple[Lists, Tensor]:
-    """(4, 16) entries of 12 columns: any; ties with a threshold; a spare list's row; no entry. And thresholds (12,)."""
+    """(4, 16) entries of 12 columns: any; ties with thresholds of 1; a spare list's row; no entry. And thresholds (12,)."""
     generator = torch.Generator().manual_seed(3)
     mask = torch.rand(4, D_SAE, generator=generator) < 0.7
     mask[3], mask[:, 5] = False, False  # no entry of a row, and of a column
     dense = torch.randn(4, D_SAE, generator=generator)
     theta = 0.3 * torch.rand(D_SAE, generator=generator) + 0.1
-    dense[1] = theta
+    theta[::3] = 1.0  # which is its log's exponential in any arithmetic
+    dense[1] = torch.where(theta == 1, theta, theta + 0.01)
     dense[2, ::2] = -0.0
     lists = Lists.from_mask(dense.to(path), mask.to(path), 4, spare=6)
     return lists, theta.to(path)
@@ -167,9 +168,9 @@ def compare_with_rows(
 
 def test_jumprelu_and_its_number_of_latents(path: str) -> None:
     compare_with_rows(
-        lambda lists, theta: on_lists.jumprelu(lists, theta, 0.5),
-        lambda a, theta: (jumprelu(a, theta, 0.5), step(a, theta, 0.5)),
-        lambda theta: [theta],
+        lambda lists, logs: on_lists.jumprelu(lists, logs, 0.5),
+        lambda a, logs: (jumprelu(a, logs.exp(), 0.5), step(a, logs.exp(), 0.5)),
+        lambda theta: [theta.log()],
         path,
     )
 

@@ -167,3 +167,17 @@ def test_sums_by_column_are_a_product_with_the_transpose(lists: Lists, path: str
     dense = lists.with_values(weights).dense()
     close(sums, dense.t() @ matrix)
     close(totals, dense.sum(0))
+
+
+@pytest.mark.parametrize("is_one", [True, False])
+def test_products_are_scaled_by_twice_the_number_of_their_row(
+    lists: Lists, is_one: bool, path: str
+) -> None:
+    """A number for each row, or one that is expanded, as the gradient of a mean is."""
+    of_rows = normal(1 if is_one else B, seed=8, path=path).expand(B)
+    products = normal(*lists.values.shape, seed=9, path=path).where(lists.real, 0)
+    twice, scaled = sparse.twice_scaled(lists, products, of_rows)
+    assert twice.tolist() == [2 * number for number in of_rows.tolist()]
+    owners = range(B) if lists.spill is None else lists.spill.owners.tolist()
+    expected = products.cpu() * torch.tensor([2 * of_rows[row].item() for row in owners])[:, None]
+    close(scaled.cpu(), expected)

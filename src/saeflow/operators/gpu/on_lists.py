@@ -77,15 +77,15 @@ def soft(
     return applied(_Soft, values, counts, k, temperature, reach)
 
 
-def jumprelu(lists: Lists, threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+def jumprelu(lists: Lists, log_threshold: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
     """Return `operators.jumprelu` of the values (R, C), and the sum () of `operators.step`, both with gradient.
 
     Args:
         lists: pre-activations, of which those within half a bandwidth of their threshold, or above, are there.
-        threshold: (d_sae,) float32.
+        log_threshold: (d_sae,) float32.
         bandwidth: of the kernel of the threshold's gradient.
     """
-    result: tuple[Tensor, Tensor] = _Jump.apply(lists.values, threshold, lists, bandwidth)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, Tensor] = _Jump.apply(lists.values, log_threshold, lists, bandwidth)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -260,34 +260,35 @@ def _launch_columns(kernel: str, lists: Lists, grad: Tensor, *arguments: Any) ->
 class _Jump(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, values: Tensor, threshold: Tensor, lists: Lists, bandwidth: float
+        ctx: Any, values: Tensor, log_threshold: Tensor, lists: Lists, bandwidth: float
     ) -> tuple[Tensor, Tensor]:
         ctx.lists, ctx.bandwidth = lists, bandwidth
-        ctx.save_for_backward(threshold)
-        if gpu.serves(values, threshold) and values.numel():
+        ctx.save_for_backward(log_threshold)
+        if gpu.serves(values, log_threshold) and values.numel():
             latents, numbers = torch.empty_like(values), values.new_empty(len(values))
-            _launch("jump_lists", lists, threshold.contiguous(), latents, numbers)
+            _launch("jump_lists", lists, log_threshold.contiguous(), latents, numbers)
             return latents, numbers.sum()
-        is_over = lists.real & (values > threshold[lists.columns.long()])
+        is_over = lists.real & (values > log_threshold.exp()[lists.columns.long()])
         return values.where(is_over, 0), is_over.sum().to(values.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, of_number: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        (threshold,), lists, grad = ctx.saved_tensors, ctx.lists, grad.contiguous()
+        (log_threshold,), lists, grad = ctx.saved_tensors, ctx.lists, grad.contiguous()
         values = lists.values.detach()
-        if gpu.serves(values, threshold) and values.numel():
-            out, of_threshold = torch.empty_like(grad), torch.empty_like(threshold)
-            _launch("jump_gradient_lists", lists, threshold.contiguous(), grad, out)
-            of_columns = threshold.contiguous(), of_number, of_threshold, ctx.bandwidth
+        if gpu.serves(values, log_threshold) and values.numel():
+            out, of_threshold = torch.empty_like(grad), torch.empty_like(log_threshold)
+            _launch("jump_gradient_lists", lists, log_threshold.contiguous(), grad, out)
+            of_columns = log_threshold.contiguous(), of_number, of_threshold, ctx.bandwidth
             _launch_columns("jump_gradient_columns", lists, grad, *of_columns)
             return out, of_threshold, None, None
+        threshold = log_threshold.exp()
         of_entries = threshold[lists.columns.long()]
         is_near = (values - of_entries).abs() < ctx.bandwidth / 2
         jumps = column_totals(lists, grad.where(is_near, 0))
         total = threshold * jumps + of_number * column_totals(lists, is_near.to(grad.dtype))
         out = grad.where(lists.real & (values > of_entries), 0)
-        return out, -total / ctx.bandwidth, None, None
+        return out, -total / ctx.bandwidth * threshold, None, None
 
 
 class _Gated(torch.autograd.Function):

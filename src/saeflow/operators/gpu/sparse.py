@@ -135,6 +135,19 @@ def decode_error(
     return Decoded(error, kept, squares, products, error)
 
 
+def twice_scaled(lists: Lists, products: Tensor, of_rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return 2 of_rows (B,), and the products (R, C) of each list times that of its row."""
+    if not _runs_triton(products, lists):
+        twice = 2 * of_rows
+        return twice, lists.of_lists(twice)[:, None] * products
+    twice, out = products.new_empty(len(of_rows)), torch.empty_like(products)
+    gpu.load("sparse").scale_lists[(len(products),)](
+        products, of_rows, _owners(lists), twice, out, of_rows.stride(0), len(twice),
+        CAPACITY=lists.capacity, HAS_SPILL=lists.spill is not None, num_warps=gpu.warps_for(lists.capacity),
+    )  # fmt: skip
+    return twice, out
+
+
 def nested_errors(
     lists: Lists,
     W_dec: Tensor,

@@ -218,7 +218,8 @@ class _Token(torch.autograd.Function):
         )
         of_b_dec = None
         if of_b_enc is not None and ctx.needs_input_grad[2]:
-            of_b_dec = -(W_enc @ of_b_enc)
+            of_b_dec = W_enc.new_empty(len(W_enc))
+            of_b_dec.addmv_(W_enc, of_b_enc, beta=0, alpha=-1)
         of_W_enc = None if of_W_enc is None else of_W_enc.t()
         found = (of_W_enc, of_b_enc, of_b_dec, of_W_dec)
         wanted = zip(found, ctx.needs_input_grad, strict=False)
@@ -324,10 +325,7 @@ class _SquaredErrors(torch.autograd.Function):
         if grad is None:
             return (None,) * 9
         error, products, of_all = ctx.saved_tensors
-        twice = 2 * grad
-        of_values = None
-        if ctx.needs_input_grad[0]:
-            of_values = ctx.lists.of_lists(twice)[:, None] * products
+        twice, of_values = sparse.twice_scaled(ctx.lists, products, grad)
         of_b_dec, of_x = None, None
         if ctx.needs_input_grad[3]:
             of_b_dec = _weighted_sum(twice, of_all, ctx.n_blocks)

@@ -171,37 +171,37 @@ def entries_of_list(values, columns, counts, row, CAPACITY: tl.constexpr):
 
 
 @triton.jit
-def over_threshold(values, columns, counts, thresholds, row, CAPACITY: tl.constexpr):
-    """Return where the entries of a list lie, their values, and which are above the threshold of their column."""
+def over_threshold(values, columns, counts, logs, row, CAPACITY: tl.constexpr):
+    """Return where the entries of a list lie, their values, and which are above the threshold of their column, given as its log."""
     at, inside, a, column = entries_of_list(values, columns, counts, row, CAPACITY)
-    return at, a, inside & (a > tl.load(thresholds + column, mask=inside, other=float("inf")))
+    return at, a, inside & (a > tl.exp(tl.load(logs + column, mask=inside, other=0.0)))
 
 
 @triton.jit
-def jump_lists(values, columns, counts, thresholds, latents, numbers, CAPACITY: tl.constexpr):
+def jump_lists(values, columns, counts, logs, latents, numbers, CAPACITY: tl.constexpr):
     """latents = values [value > threshold of its column]; numbers[r]: how many of a list."""
     row = tl.program_id(0).to(tl.int64)
-    at, a, is_over = over_threshold(values, columns, counts, thresholds, row, CAPACITY)
+    at, a, is_over = over_threshold(values, columns, counts, logs, row, CAPACITY)
     tl.store(latents + at, tl.where(is_over, a, 0.0))
     tl.store(numbers + row, tl.sum(is_over.to(tl.float32), 0))
 
 
 @triton.jit
-def jump_gradient_lists(values, columns, counts, thresholds, grad, out, CAPACITY: tl.constexpr):
+def jump_gradient_lists(values, columns, counts, logs, grad, out, CAPACITY: tl.constexpr):
     """out = grad [value > threshold of its column]."""
     row = tl.program_id(0).to(tl.int64)
-    at, _a, is_over = over_threshold(values, columns, counts, thresholds, row, CAPACITY)
+    at, _a, is_over = over_threshold(values, columns, counts, logs, row, CAPACITY)
     tl.store(out + at, tl.load(grad + at, mask=is_over, other=0.0))
 
 
 @triton.jit
 def jump_gradient_columns(
-    values, grad, order, offsets, thresholds, of_number, out, bandwidth, BLOCK: tl.constexpr
+    values, grad, order, offsets, logs, of_number, out, bandwidth, BLOCK: tl.constexpr
 ):
-    """out: the gradient of each threshold, from the entries within half a bandwidth of it."""
+    """out: the gradient of the log of each threshold, from the entries within half a bandwidth of it."""
     column = tl.program_id(0)
     begin, end = tl.load(offsets + column), tl.load(offsets + column + 1)
-    theta = tl.load(thresholds + column)
+    theta = tl.exp(tl.load(logs + column))
     jumps, steps = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -211,7 +211,7 @@ def jump_gradient_columns(
         jumps += tl.load(grad + entry, mask=is_near, other=0.0)
         steps += is_near.to(tl.float32)
     total = theta * tl.sum(jumps, 0) + tl.load(of_number) * tl.sum(steps, 0)
-    tl.store(out + column, -total / bandwidth)
+    tl.store(out + column, -total / bandwidth * theta)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Kernels of the notes of a step: its faults, the latents that fired, the tokens since they did, the least latent."""
+"""Kernels of the notes of a step (its faults, the latents that fired, the tokens since they did, the least latent), and of its penalty."""
 
 import triton
 import triton.language as tl
@@ -103,3 +103,17 @@ def follow_least(least, threshold, weight, decay, rest, IS_UNBIASED: tl.constexp
     is_some = new < float("inf")
     tl.store(threshold, old + rest / has * (new - old), mask=is_some)
     tl.store(weight, has, mask=is_some)
+
+
+@triton.jit
+def penalty_term(total, weight, target, term, slope, rows, HAS_TARGET: tl.constexpr):
+    """term = weight total / rows, or with HAS_TARGET weight (total / rows / target - 1)^2; slope: its derivative."""
+    of_mean, mean = tl.load(weight), tl.load(total) / rows
+    if HAS_TARGET:
+        wanted = tl.load(target)
+        off = mean / wanted - 1.0
+        tl.store(term, of_mean * off * off)
+        of_mean *= 2.0 * off / wanted
+    else:
+        tl.store(term, of_mean * mean)
+    tl.store(slope, of_mean / rows)

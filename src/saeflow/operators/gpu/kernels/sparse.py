@@ -198,6 +198,19 @@ def write_error(total, error, lower, squares, row, at, inside, width, HAS_LOWER:
 
 
 @triton.jit
+def scale_lists(
+    products, of_rows, owners, twice, out, stride, n_rows, CAPACITY: tl.constexpr, HAS_SPILL: tl.constexpr
+):  # fmt: skip
+    """out = products times twice the number of each list's row; twice: that of each row."""
+    own = tl.program_id(0).to(tl.int64)
+    factor = 2.0 * tl.load(of_rows + row_of(own, owners, HAS_SPILL) * stride)
+    if own < n_rows:  # such a list is its row's first
+        tl.store(twice + own, factor)
+    at = own * CAPACITY + tl.arange(0, CAPACITY)
+    tl.store(out + at, factor * tl.load(products + at))
+
+
+@triton.jit
 def sums_of_parts(
     W_dec, columns, values, counts, owners, parts, sums, width,
     CAPACITY: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr,
