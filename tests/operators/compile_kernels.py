@@ -27,6 +27,7 @@ from saeflow.operators.gpu.kernels import (
     soft,
     sparse,
     spill,
+    units,
     update,
 )
 
@@ -52,7 +53,13 @@ def cases() -> Iterator[Case]:
     yield rows.sum_rows, [F, L, L, F, F, INT], {"BLOCK": 256}, 4
     yield rows.row_products, [F, F, L, L, L, F, INT], {"BLOCK": 1024}, 4
     for power in POWERS:
-        yield lists.simplex_lists, [F, S, D, F], {"CAPACITY": 128} | power, 1
+        for has_sizes in FLAGS[: 1 + power["LINEAR"]]:
+            constants = {"CAPACITY": 128, "HAS_SIZES": has_sizes} | power
+            types = [F, S, F if power["LINEAR"] else D, F, F]
+            yield lists.simplex_lists, types, constants, 1
+    for has_sizes in FLAGS:
+        constants = {"CAPACITY": 128, "HAS_SIZES": has_sizes}
+        yield lists.sparsemax_gradient_lists, [F, F, F, F, F], constants, 1
     for capacity, warps in ((128, 1), (1024, 4)):
         for k in (F, D):
             types = [F, S, k, F, FLOAT, F, D]
@@ -89,6 +96,10 @@ def cases() -> Iterator[Case]:
         sizes = {"ROWS": 8, "BLOCK": 1024, "PIECE": 8192}
         yield margins.squares_of_pieces, types, sizes, 8
     yield margins.margin_of_parts, [F, F, INT, INT, FLOAT], {"WIDE": 1024}, 4
+    for has_centre in FLAGS:
+        constants = {"HAS_CENTRE": has_centre, "ROWS": 8, "BLOCK": 1024}
+        yield units.unit_rows, [F, F, F, F, F, INT, INT], constants, 8
+        yield units.unit_gradient_rows, [*[F] * 8, INT, INT], constants, 8
     for of_log in FLAGS:
         types = [F, F, F, FLOAT, FLOAT, INT]
         yield margins.lowered_columns, types, {"OF_LOG": of_log, "WIDE": 1024}, 4

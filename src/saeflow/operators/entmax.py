@@ -55,7 +55,7 @@ def entmax_of(latents: SparseLatents, alpha: float | Tensor) -> SparseLatents:
     """`entmax` of the entries of each row, if those that are absent would get 0."""
     if (lists := latents.lists) is None:
         return latents.map_rows(lambda rows: entmax(rows, alpha))
-    return latents.with_values(on_lists.entmax(lists.values, lists.counts, alpha).view(-1))
+    return latents.with_whole(on_lists.entmax(lists.values, lists.counts, alpha).view(-1))
 
 
 def entmax_sparse(

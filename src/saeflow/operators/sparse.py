@@ -191,6 +191,10 @@ class SparseLatents:
                 other.__dict__[name] = self.__dict__[name]
         return other
 
+    def scaled(self, of_rows: Tensor) -> "SparseLatents":
+        """The same entries with values times the number that each row has in a vector (B,)."""
+        return self.with_whole(self.values * self.of_rows(of_rows))
+
     def detach(self) -> "SparseLatents":
         """The same entries without gradient."""
         lists = self.lists

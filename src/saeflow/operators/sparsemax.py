@@ -91,11 +91,12 @@ def simplex_candidates(
     return candidates, entries, solve(entries, scale, tau)
 
 
-def sparsemax_of(latents: SparseLatents) -> SparseLatents:
-    """`sparsemax` of the entries of each row, if those that are absent would get 0."""
-    if (lists := latents.lists) is None:
-        return latents.map_rows(sparsemax)
-    return latents.with_values(on_lists.sparsemax(lists.values, lists.counts).view(-1))
+def sparsemax_of(latents: SparseLatents, sizes: Tensor | None = None) -> SparseLatents:
+    """`sparsemax` of the entries of each row, times its size (B,), if those that are absent would get 0."""
+    if (lists := latents.lists) is not None:
+        return latents.with_whole(on_lists.sparsemax(lists.values, lists.counts, sizes).view(-1))
+    found = latents.map_rows(sparsemax)
+    return found if sizes is None else found.scaled(sizes)
 
 
 def sparsemax_sparse(

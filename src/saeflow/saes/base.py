@@ -61,10 +61,9 @@ class SAE(Usable):
         x = batch.x
         if is_sparse is None:
             self.look_at_first(x)
-        condition = self.condition(x)
         if not (self.is_sparse if is_sparse is None else is_sparse):
-            return self.run_dense(batch, condition)
-        factors = self.factors(x)
+            return self.run_dense(batch, self.condition(x))
+        condition, factors = self.condition_and_factors(x)
         with torch.no_grad():
             scores = pre_acts(*factors)
             if room(x, self.room) is None:  # else selections read bfloat16 as it is

@@ -236,6 +236,10 @@ class Contract(Totals):
         """Return what the encoder multiplies: inputs (B, d_in), matrix (d_in, d_sae), bias (d_sae,), centre (d_in,)."""
         return x, self.W_enc, self.b_enc, self.centre
 
+    def condition_and_factors(self, x: Tensor) -> tuple[Tensor | None, Factors]:
+        """Return `condition` and `factors`, for a variant that finds both in one pass over its inputs."""
+        return self.condition(x), self.factors(x)
+
     def rebuild(self, part: Tensor) -> Tensor:
         """(B, d_out) reconstruction from latents times `W_dec` of this process."""
         return self.sum_over_latents(part) + self.output_bias

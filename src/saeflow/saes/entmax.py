@@ -62,8 +62,9 @@ class Entmax(Sparsemax):
     def probabilities(self, scores: Tensor) -> Tensor:
         return entmax(scores, self.alpha)
 
-    def probabilities_of(self, scores: SparseLatents) -> SparseLatents:
-        return entmax_of(scores, self.alpha)
+    def probabilities_of(self, scores: SparseLatents, sizes: Tensor | None = None) -> SparseLatents:
+        found = entmax_of(scores, self.alpha)
+        return found if sizes is None else found.scaled(sizes)
 
     def support(self, scores: Tensor, margin: Tensor | float) -> SparseLatents:
         return entmax_sparse(scores, self.alpha, margin, self.room)

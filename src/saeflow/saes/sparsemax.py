@@ -12,10 +12,12 @@ from saeflow.config.options import VariantOptions, option
 from saeflow.errors import UserError
 from saeflow.operators import (
     SparseLatents,
+    acts_as_gpu,
     sparsemax,
     sparsemax_of,
     sparsemax_sparse,
 )
+from saeflow.operators.gpu.units import unit_rows
 from saeflow.saes.base import SAE
 from saeflow.saes.contract import Factors
 from saeflow.saes.forward import Forward
@@ -115,6 +117,8 @@ class Sparsemax(SAE):
     l1 = Moving[float]()
     divides_latents = False
     takes_own_targets = False  # scores are of unit vectors, and latents carry the norm of the input
+    constants = ("nothing",)
+    nothing: Tensor  # (d_in,) zeros, what the encoder subtracts from units
     firing_rate: Tensor
     batches: Tensor
 
@@ -137,6 +141,7 @@ class Sparsemax(SAE):
             self.W_V = nn.Parameter(torch.zeros(d_in, d_in))
             self.W_Q = nn.Parameter(torch.zeros(d_in, d_in)) if options.query == "linear" else None
         self.register_buffer("firing_rate", torch.zeros(d_sae))
+        self.register_buffer("nothing", torch.zeros(d_in), persistent=False)
         self.is_zeroed = options.rate_mask == "zeroed"
         if self.is_zeroed:
             self.register_buffer("batches", torch.zeros(()))
@@ -165,18 +170,24 @@ class Sparsemax(SAE):
             raise UserError("train_decoder: the shared concepts are encoder and decoder at once.")
         super().freeze_decoder()
 
-    def centred(self, x: Tensor) -> Tensor:
-        return x if self.is_shared else x - self.b_dec
+    @property
+    def subtracted(self) -> Tensor | None:
+        """(d_in,) what is taken from inputs before their norm; None: nothing."""
+        return None if self.is_shared else self.b_dec
 
     def condition(self, x: Tensor) -> Tensor | None:
-        result: Tensor | None = torch.linalg.vector_norm(self.centred(x), dim=1)
+        centred = x if self.subtracted is None else x - self.subtracted
+        result: Tensor | None = torch.linalg.vector_norm(centred, dim=1)
         return result
 
-    def encoder_input(self, x: Tensor) -> Tensor:
-        """(B, d_in) what the scores are linear in."""
-        centred = self.centred(x)
-        norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True).clamp(min=1e-12)
-        unit: Tensor = centred / norm * self.score_scale
+    def condition_and_factors(self, x: Tensor) -> tuple[Tensor | None, Factors]:
+        if not acts_as_gpu(x):
+            return super().condition_and_factors(x)
+        unit, norm = unit_rows(x, self.subtracted, self.score_scale)
+        return norm, self.factors_of(unit)
+
+    def encoder_input(self, unit: Tensor) -> Tensor:
+        """(B, d_in) what the scores are linear in, of scaled unit rows."""
         if not self.is_shared:
             return unit
         query = unit if self.W_Q is None else unit @ self.W_Q
@@ -189,7 +200,11 @@ class Sparsemax(SAE):
         return self.W_enc, self.b_enc * self.score_scale
 
     def factors(self, x: Tensor) -> Factors:
-        return self.encoder_input(x), *self.encoder(), self.W_dec.new_zeros(self.d_in)
+        return self.factors_of(unit_rows(x, self.subtracted, self.score_scale)[0])
+
+    def factors_of(self, unit: Tensor) -> Factors:
+        """Return `factors`, of scaled unit rows (B, d_in)."""
+        return self.encoder_input(unit), *self.encoder(), self.nothing
 
     @property
     def adds_up(self) -> bool:
@@ -215,9 +230,9 @@ class Sparsemax(SAE):
         """(B, n) scores to their projection on the simplex."""
         return sparsemax(scores)
 
-    def probabilities_of(self, scores: SparseLatents) -> SparseLatents:
-        """The same of a list of scores, if those that are absent have none."""
-        return sparsemax_of(scores)
+    def probabilities_of(self, scores: SparseLatents, sizes: Tensor | None = None) -> SparseLatents:
+        """The same of a list of scores, if those that are absent have none; times the size of each row (B,)."""
+        return sparsemax_of(scores, sizes)
 
     def support(self, scores: Tensor, margin: Tensor | float) -> SparseLatents:
         """Those of the scores that have a probability, or may within a margin; without gradient."""
@@ -258,10 +273,13 @@ class Sparsemax(SAE):
         if self.max_rate is not None and self.is_zeroed:
             is_masked = selected.of_columns((self.firing_rate > self.max_rate).float()) > 0
             selected = selected.with_values(selected.values.masked_fill(is_masked, 0))
-        z = selected if self.activation == "relu" else self.probabilities_of(selected)
+        if self.activation == "weights":
+            return self.probabilities_of(selected, condition)
+        z = selected
         if self.activation == "scores":
-            z = z.with_values(selected.values * (z.values.detach() > 0))
-        return z.with_values(z.values * z.of_rows(condition))
+            is_chosen = self.probabilities_of(selected.detach()).values > 0
+            z = z.with_whole(z.values * is_chosen)
+        return z.scaled(condition)
 
     # Training.
 
@@ -295,11 +313,9 @@ class Sparsemax(SAE):
         if self.max_rate is None:
             return
         if isinstance(fwd.latents, SparseLatents):
-            values = fwd.latents.values
-            firing = fwd.latents.with_values(self.is_firing(values).to(values.dtype))
-            counts = firing.count()
+            counts = (fwd.latents.relu() if self.is_zeroed else fwd.latents).count()
         else:
-            counts = self.is_firing(fwd.latents).sum(0)
+            counts = (fwd.latents > 0 if self.is_zeroed else fwd.latents != 0).sum(0)
         counts = self.sum_over_rows(counts)
         rate = (counts / self.rows(fwd.x)).to(self.firing_rate.dtype)
         if self.is_zeroed:
@@ -309,10 +325,6 @@ class Sparsemax(SAE):
             self.firing_rate.copy_(total / self.batches.add_(1))
         else:
             self.firing_rate.lerp_(rate, 1 - RATE_DECAY)
-
-    def is_firing(self, values: Tensor) -> Tensor:
-        """Values that count for the firing rate."""
-        return values > 0 if self.is_zeroed else values != 0
 
     @torch.no_grad()
     def fold_scale(self, scale: float) -> None:

@@ -56,7 +56,27 @@ def test_sparsemax(path: str) -> None:
     compare(on_lists.sparsemax, sparsemax_of_rows, [], path)
 
 
-@pytest.mark.parametrize("alpha", [1.5, 1.2])
+def test_sparsemax_times_the_size_of_each_row(path: str) -> None:
+    compare(
+        on_lists.sparsemax,
+        lambda row, size: size * sparsemax_of_rows(row),
+        [torch.tensor([2.5, 0.3, 1e3, 1.0, 4.0])],
+        path,
+    )
+
+
+def test_a_row_of_size_0_has_no_gradient(path: str) -> None:
+    values, counts = lists_of_every_kind(path)
+    sizes = torch.tensor([0.0, 1, 0, 1, 1], device=path, requires_grad=True)
+    leaves = [values.requires_grad_(), sizes]
+    found = on_lists.sparsemax(values, counts, sizes)
+    of_values, of_sizes = torch.autograd.grad((found * values.detach()).sum(), leaves)
+    assert not found[0].any()
+    assert not of_values[0].any()
+    assert of_sizes[0] == 0 != of_sizes[1]
+
+
+@pytest.mark.parametrize("alpha", [1.5, 1.2, 2.0])
 def test_entmax_of_a_known_alpha(alpha: float, path: str) -> None:
     compare(
         lambda values, counts: on_lists.entmax(values, counts, alpha),

@@ -25,6 +25,7 @@ MODULES = (
     "dense",
     "dead",
     "margins",
+    "units",
     "update",
     "record",
 )

@@ -21,19 +21,20 @@ FAR = 30.0
 BISECTIONS = 80  # of an entmax threshold in [-1, 0], beyond what float64 resolves
 
 
-def sparsemax(values: Tensor, counts: Tensor) -> Tensor:
-    """(B, C) probabilities max(values - tau, 0) that sum to 1 over the real entries of each row.
+def sparsemax(values: Tensor, counts: Tensor, sizes: Tensor | None = None) -> Tensor:
+    """(B, C) probabilities max(values - tau, 0) that sum to 1 over the real entries of each row, times its size.
 
     Args:
         values: (B, C) float32 scores.
         counts: (B,) entries that are real; a row of none gives zeros.
+        sizes: (B,) float32, at least 0; None: 1. Where a size is 0, it has no gradient.
 
     Returns:
-        (B, C), 0 where not real, differentiable in the values.
+        (B, C), 0 where not real, differentiable in the values and sizes.
 
     Source: Martins & Astudillo 2016 (arXiv:1602.02068), eq. 2.
     """
-    return applied(_Simplex, values, counts, torch.full((), 2.0, device=values.device), 1.0)
+    return applied(_Sparsemax, values, counts, sizes)
 
 
 def entmax(values: Tensor, counts: Tensor, alpha: Tensor | float) -> Tensor:
@@ -48,6 +49,8 @@ def entmax(values: Tensor, counts: Tensor, alpha: Tensor | float) -> Tensor:
 
     Source: Peters et al. 2019 (arXiv:1905.05702), Correia et al. 2019 (arXiv:1909.00015), prop. 1.
     """
+    if not isinstance(alpha, Tensor) and alpha == 2:
+        return sparsemax(values, counts)
     power = None if isinstance(alpha, Tensor) else 1 / (alpha - 1)
     alpha = gpu.on_device(alpha, torch.float32, values)
     return applied(_Simplex, values, counts, alpha, power)
@@ -122,30 +125,64 @@ def _entmax_of_lists(values: Tensor, counts: Tensor, alpha: Tensor) -> Tensor:
     return (entries - low).clamp(min=0).pow(1 / scale).float()
 
 
+def _solve(
+    values: Tensor, counts: Tensor, scale: Tensor, power: float | None, sizes: Tensor | None
+) -> Tensor:
+    """Solve entmax of each list by a kernel, see `simplex_lists`."""
+    p, values = torch.empty_like(values), values.detach().contiguous()
+    of_rows = counts, scale, values if sizes is None else sizes.contiguous(), p
+    kind = {"LINEAR": power == 1, "SQUARES": power == 2, "HAS_SIZES": sizes is not None}
+    _launch_rows("simplex_lists", values, *of_rows, **kind)
+    return p
+
+
+class _Sparsemax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, counts: Tensor, sizes: Tensor | None) -> Tensor:
+        if gpu.runs_triton(values) and values.numel():
+            result = _solve(values, counts, values, 1.0, sizes)
+        else:
+            result = _entmax_of_lists(values.detach(), counts, values.new_full((), 2.0))
+            result = result if sizes is None else result * sizes[:, None]
+        ctx.save_for_backward(result, sizes)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        result, sizes = ctx.saved_tensors
+        if gpu.runs_triton(result) and result.numel():
+            out, of_sizes = torch.empty_like(result), result.new_empty(len(result))
+            given = result if sizes is None else sizes.contiguous()
+            of_rows = result, given, grad.contiguous(), out, of_sizes
+            _launch_rows("sparsemax_gradient_lists", *of_rows, HAS_SIZES=sizes is not None)
+            return out, None, None if sizes is None else of_sizes
+        on = (result > 0).float()
+        mean = (on * grad).sum(1, keepdim=True) / on.sum(1, keepdim=True).clamp(min=1)
+        out = on * (grad - mean)
+        if sizes is None:
+            return out, None, None
+        of_sizes = (grad * result).sum(1) / sizes.where(sizes > 0, 1)
+        return out * sizes[:, None], None, of_sizes
+
+
 class _Simplex(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, counts: Tensor, alpha: Tensor, power: float | None
     ) -> Tensor:
         if gpu.runs_triton(values) and values.numel():
-            p = torch.empty_like(values)
             scale = (alpha - 1).double().expand(len(values)).contiguous()
-            of_rows = values.detach().contiguous(), counts, scale, p
-            _launch_rows("simplex_lists", *of_rows, LINEAR=power == 1, SQUARES=power == 2)
+            p = _solve(values, counts, scale, power, None)
         else:
             p = _entmax_of_lists(values.detach(), counts, alpha.detach())
         ctx.save_for_backward(p, alpha)
-        ctx.is_linear = power == 1
         return p
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         p, alpha = ctx.saved_tensors
-        if ctx.is_linear:
-            on = (p > 0).float()
-            mean = (on * grad).sum(1, keepdim=True) / on.sum(1, keepdim=True).clamp(min=1)
-            return on * (grad - mean), None, None, None
         p, grad = p.double(), grad.double()
         scale = (alpha.double() - 1).expand(len(p))[:, None]
         q = torch.where(p > 0, p.clamp(min=1e-300) ** (1 - scale), 0)

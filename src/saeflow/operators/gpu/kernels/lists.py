@@ -17,9 +17,10 @@ def power_of(base, exponent):
 
 @triton.jit
 def simplex_lists(
-    values, counts, scales, p, CAPACITY: tl.constexpr, LINEAR: tl.constexpr, SQUARES: tl.constexpr
-):
-    """entmax of alpha = 1 + scale of each list; LINEAR: alpha 2 (sparsemax), SQUARES: 1.5.
+    values, counts, scales, sizes, p,
+    CAPACITY: tl.constexpr, LINEAR: tl.constexpr, SQUARES: tl.constexpr, HAS_SIZES: tl.constexpr,
+):  # fmt: skip
+    """entmax of alpha = 1 + scale of each list, times its size if HAS_SIZES; LINEAR: alpha 2 (sparsemax), SQUARES: 1.5.
 
     Newton's method for N(tau) = (sum (e - tau)_+^b)^(1/b) = 1, b = 1 / scale, within a bracket.
     """
@@ -30,7 +31,9 @@ def simplex_lists(
     entries = tl.load(values + row * CAPACITY + at, mask=inside, other=float("-inf"))
     top = tl.max(entries, 0)
     top = tl.where(count > 0, top, 0.0)
-    scale = tl.load(scales + row)
+    scale = tl.full((), 1.0, tl.float64)
+    if not LINEAR:
+        scale = tl.load(scales + row)
     e = tl.where(inside, (entries.to(tl.float64) - top.to(tl.float64)) * scale, float("-inf"))
     b = 1.0 / scale
     low = tl.full((), -1.0, tl.float64)
@@ -62,7 +65,29 @@ def simplex_lists(
         out = excess * excess
     else:
         out = power_of(excess, b)
-    tl.store(p + row * CAPACITY + at, out.to(tl.float32))
+    result = out.to(tl.float32)
+    if HAS_SIZES:
+        result *= tl.load(sizes + row)
+    tl.store(p + row * CAPACITY + at, result)
+
+
+@triton.jit
+def sparsemax_gradient_lists(
+    results, sizes, grad, out, of_sizes, CAPACITY: tl.constexpr, HAS_SIZES: tl.constexpr
+):  # fmt: skip
+    """Gradients at the scores and sizes of sparsemax times each list's size, given what that is."""
+    row = tl.program_id(0).to(tl.int64)
+    at = row * CAPACITY + tl.arange(0, CAPACITY)
+    result = tl.load(results + at)
+    is_on = result > 0
+    g = tl.where(is_on, tl.load(grad + at), 0.0)
+    mean = tl.sum(g, 0) / tl.maximum(tl.sum(is_on.to(tl.float32), 0), 1.0)
+    found = tl.where(is_on, g - mean, 0.0)
+    if HAS_SIZES:
+        size = tl.load(sizes + row)
+        found *= size
+        tl.store(of_sizes + row, tl.sum(g * result, 0) / tl.where(size > 0, size, 1.0))
+    tl.store(out + at, found)
 
 
 @triton.jit
