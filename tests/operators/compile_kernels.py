@@ -68,9 +68,10 @@ def cases() -> Iterator[Case]:
         yield lists.soft_gradient_lists, types, {"CAPACITY": capacity}, warps
         yield lists.jump_lists, [F, S, S, F, F, F], {"CAPACITY": capacity}, warps
         yield lists.jump_gradient_lists, [F, S, S, F, F, F], {"CAPACITY": capacity}, warps
-        for is_gradient in FLAGS:
-            constants = {"IS_GRADIENT": is_gradient, "CAPACITY": capacity}
-            yield lists.gated_lists, [F, S, S, F, F, F, F, F], constants, warps
+        of_columns = [F, S, S, F, F, F]
+        yield lists.gated_lists, [*of_columns, F, F, F], {"CAPACITY": capacity}, warps
+        types = [*of_columns, F, F, F, F]
+        yield lists.gated_gradient_lists, types, {"CAPACITY": capacity}, warps
     yield lists.jump_gradient_columns, [F, F, L, S, F, F, F, FLOAT], {"BLOCK": 64}, 1
     yield lists.gated_gradient_columns, [F, F, L, S, F, F, F, F, F, F], {"BLOCK": 64}, 1
     yield from selections()

@@ -67,17 +67,31 @@ class Gated(FollowsDensity):
         return self.above_zero(pre_acts, margin)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
-        of_latents = self.b_enc, self.r_mag, self.b_mag
         if selected.lists is not None:
-            return selected.with_whole(on_lists.gated(selected.lists, *of_latents).view(-1))
-        b_enc, r_mag, b_mag = map(selected.of_columns, of_latents)
+            return self.activate_lists(selected, condition)[0]
+        b_enc, r_mag, b_mag = map(selected.of_columns, (self.b_enc, self.r_mag, self.b_mag))
         magnitude = ((selected.values - b_enc) * r_mag.exp() + b_mag).relu()
         return selected.with_values(magnitude * (selected.values > 0))
 
+    def activate_lists(
+        self, selected: SparseLatents, condition: Tensor | None
+    ) -> tuple[SparseLatents, tuple[Tensor, ...]]:
+        """Return latents, the gate's positive part, and its sum."""
+        if selected.lists is None:
+            return super().activate_lists(selected, condition)
+        found = on_lists.gated(selected.lists, self.b_enc, self.r_mag, self.b_mag)
+        latents, *beside = found
+        return selected.with_whole(latents.view(-1)), tuple(beside)
+
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         if isinstance(fwd.selected, SparseLatents):
-            gate = fwd.selected.relu()
-            penalty, errors = gate.values.sum(), self.errors_of_constant(fwd, gate)
+            if fwd.beside:
+                positive, penalty = fwd.beside
+                gate = fwd.selected.with_whole(positive.view(-1))
+            else:
+                gate = fwd.selected.relu()
+                penalty = gate.values.sum()
+            errors = self.errors_of_constant(fwd, gate)
         else:
             if fwd.beside:
                 positive, penalty = fwd.beside

@@ -169,19 +169,19 @@ def compare_with_rows(
     lists, theta = lists_near_thresholds(path)
     of_columns = others(theta)
     real, column = lists.real, lists.columns.long()
-    weights = torch.randn(lists.values.shape, generator=torch.Generator().manual_seed(1)).to(path)
-    at = [weights, torch.tensor(0.7, device=path)]
     exact = [t.double() for t in of_columns]
+    out = operator(lists, *of_columns)
+    shapes = [part.shape for part in (out if isinstance(out, tuple) else (out,))]
+    generator = torch.Generator().manual_seed(1)
+    at = [torch.randn(shape, generator=generator).to(path) for shape in shapes]
 
     def of_entries(own: Lists, *vectors: Tensor) -> object:
         out = by_rows(own.values.double(), *(v[column] for v in vectors))
-        parts = out if isinstance(out, tuple) else (out,)
-        kept = [p.where(real, 0) for p in parts]
-        return (kept[0], *(p.sum() for p in kept[1:]))
+        kept = [p.where(real, 0) for p in (out if isinstance(out, tuple) else (out,))]
+        return tuple(p if shape else p.sum() for p, shape in zip(kept, shapes, strict=True))
 
-    number = 2 if isinstance(operator(lists, *of_columns), tuple) else 1
-    found, grads = gradients_on_lists(operator, lists, of_columns, at[:number])
-    expected, references = gradients_on_lists(of_entries, lists, exact, at[:number])
+    found, grads = gradients_on_lists(operator, lists, of_columns, at)
+    expected, references = gradients_on_lists(of_entries, lists, exact, at)
     for ours, reference in zip((*found, *grads), (*expected, *references), strict=True):
         torch.testing.assert_close(ours.double(), reference.double(), rtol=1e-5, atol=1e-6)
 
@@ -195,9 +195,9 @@ def test_jumprelu_and_its_number_of_latents(path: str) -> None:
     )
 
 
-def test_gated(path: str) -> None:
-    def by_rows(a: Tensor, b_enc: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
-        return ((a - b_enc) * r_mag.exp() + b_mag).relu() * (a > 0)
+def test_gated_with_its_gate_and_its_sum(path: str) -> None:
+    def by_rows(a: Tensor, b_enc: Tensor, r_mag: Tensor, b_mag: Tensor) -> tuple[Tensor, ...]:
+        return ((a - b_enc) * r_mag.exp() + b_mag).relu() * (a > 0), a.relu(), a.relu()
 
     compare_with_rows(
         on_lists.gated, by_rows, lambda theta: [theta - 0.5, theta.flip(0), 0.2 - theta], path

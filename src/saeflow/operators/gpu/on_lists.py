@@ -92,17 +92,20 @@ def jumprelu(lists: Lists, log_threshold: Tensor, bandwidth: float) -> tuple[Ten
     return result
 
 
-def gated(lists: Lists, b_enc: Tensor, r_mag: Tensor, b_mag: Tensor) -> Tensor:
-    """Return relu((a - b_enc) exp(r_mag) + b_mag) [a > 0] of the values a (R, C), 0 where not real.
+def gated(
+    lists: Lists, b_enc: Tensor, r_mag: Tensor, b_mag: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return relu((a - b_enc) exp(r_mag) + b_mag) [a > 0] and the gate relu(a) of the values a (R, C), and the gate's sum ().
 
     Args:
         lists: pre-activations.
         b_enc, r_mag, b_mag: (d_sae,) float32.
 
     Returns:
-        (R, C), with gradient in all four.
+        (R, C) twice, 0 where not real, and (); with gradient in all four.
     """
-    return applied(_Gated, lists.values, b_enc, r_mag, b_mag, lists)
+    result: tuple[Tensor, Tensor, Tensor] = _Gated.apply(lists.values, b_enc, r_mag, b_mag, lists)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _real(values: Tensor, counts: Tensor) -> Tensor:
@@ -332,32 +335,38 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, values: Tensor, b_enc: Tensor, r_mag: Tensor, b_mag: Tensor, lists: Lists
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.lists = lists
         ctx.save_for_backward(b_enc, r_mag, b_mag)
         if gpu.serves(values, b_enc) and values.numel():
-            out = torch.empty_like(values)
-            _launch("gated_lists", lists, b_enc, r_mag, b_mag, values, out, IS_GRADIENT=False)
-            return out
+            latents, gate = torch.empty_like(values), torch.empty_like(values)
+            totals = values.new_empty(len(values))
+            _launch("gated_lists", lists, b_enc, r_mag, b_mag, latents, gate, totals)
+            return latents, gate, totals.sum()
         u, rate, shift = _of_entries(lists, b_enc, r_mag, b_mag)
-        magnitude = u * rate + shift
-        return magnitude.where(lists.real & (values > 0) & (magnitude > 0), 0)
+        magnitude, gate = u * rate + shift, values.where(lists.real & (values > 0), 0)
+        return magnitude.where((gate > 0) & (magnitude > 0), 0), gate, gate.sum()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, grad: Tensor, of_gate: Tensor, of_total: Tensor
+    ) -> tuple[Tensor | None, ...]:
         (b_enc, r_mag, b_mag), lists = ctx.saved_tensors, ctx.lists
         values, grad = lists.values.detach(), grad.contiguous()
         if gpu.serves(values, b_enc) and values.numel():
             out, of_three = torch.empty_like(grad), b_enc.new_empty(3, lists.d_sae)
-            _launch("gated_lists", lists, b_enc, r_mag, b_mag, grad, out, IS_GRADIENT=True)
+            grads = grad, of_gate.contiguous(), of_total
+            _launch("gated_gradient_lists", lists, b_enc, r_mag, b_mag, *grads, out)
             of_columns = b_enc, r_mag, b_mag, *of_three
             _launch_columns("gated_gradient_columns", lists, grad, *of_columns)
             return out, *of_three, None
         u, rate, shift = _of_entries(lists, b_enc, r_mag, b_mag)
-        grad = grad.where(lists.real & (values > 0) & (u * rate + shift > 0), 0)
+        is_on = lists.real & (values > 0)
+        grad = grad.where(is_on & (u * rate + shift > 0), 0)
         magnitudes, products = column_totals(lists, grad), column_totals(lists, grad * u)
-        return grad * rate, -r_mag.exp() * magnitudes, r_mag.exp() * products, magnitudes, None
+        out = grad * rate + (of_gate + of_total).where(is_on, 0)
+        return out, -r_mag.exp() * magnitudes, r_mag.exp() * products, magnitudes, None
 
 
 def _of_entries(

@@ -240,20 +240,44 @@ def jump_gradient_columns(
 
 
 @triton.jit
-def gated_lists(
-    values, columns, counts, biases, rates, shifts, grad, out,
-    IS_GRADIENT: tl.constexpr, CAPACITY: tl.constexpr,
+def magnitudes_of_list(
+    values, columns, counts, biases, rates, shifts, row, CAPACITY: tl.constexpr
 ):  # fmt: skip
-    """out = relu((value - bias) exp(rate) + shift) [value > 0], by the numbers of each entry's column; IS_GRADIENT: grad times its slope."""
-    row = tl.program_id(0).to(tl.int64)
+    """Return where the entries of a list lie, their values, which are above 0, their rates and magnitudes."""
     at, inside, a, column = entries_of_list(values, columns, counts, row, CAPACITY)
     rate = tl.exp(tl.load(rates + column, mask=inside, other=0.0))
     u = a - tl.load(biases + column, mask=inside, other=0.0)
-    result = u * rate + tl.load(shifts + column, mask=inside, other=0.0)
-    is_on = inside & (a > 0) & (result > 0)
-    if IS_GRADIENT:
-        result = tl.load(grad + at, mask=inside, other=0.0) * rate
-    tl.store(out + at, tl.where(is_on, result, 0.0))
+    magnitude = u * rate + tl.load(shifts + column, mask=inside, other=0.0)
+    return at, a, inside & (a > 0), rate, magnitude
+
+
+@triton.jit
+def gated_lists(
+    values, columns, counts, biases, rates, shifts, latents, gate, totals, CAPACITY: tl.constexpr
+):  # fmt: skip
+    """latents = relu((value - bias) exp(rate) + shift) [value > 0], by the numbers of each entry's column; gate = relu(value), with its sum."""
+    row = tl.program_id(0).to(tl.int64)
+    at, a, is_on, _rate, magnitude = magnitudes_of_list(
+        values, columns, counts, biases, rates, shifts, row, CAPACITY
+    )
+    tl.store(latents + at, tl.where(is_on & (magnitude > 0), magnitude, 0.0))
+    positive = tl.where(is_on, a, 0.0)
+    tl.store(gate + at, positive)
+    tl.store(totals + row, tl.sum(positive, 0))
+
+
+@triton.jit
+def gated_gradient_lists(
+    values, columns, counts, biases, rates, shifts, grad, of_gate, of_total, out, CAPACITY: tl.constexpr
+):  # fmt: skip
+    """The gradient at the values of what `gated_lists` finds, given those at latents, gate and the sum of all of the gate."""
+    row = tl.program_id(0).to(tl.int64)
+    at, _a, is_on, rate, magnitude = magnitudes_of_list(
+        values, columns, counts, biases, rates, shifts, row, CAPACITY
+    )
+    through = tl.load(grad + at, mask=is_on & (magnitude > 0), other=0.0) * rate
+    through += tl.load(of_gate + at, mask=is_on, other=0.0) + tl.load(of_total)
+    tl.store(out + at, tl.where(is_on, through, 0.0))
 
 
 @triton.jit
