@@ -189,16 +189,12 @@ def selections() -> Iterator[Case]:
         exact = {"IS_EXACT": not constants["IS_NEAR"]}
         types = [scores, ranks_of, *tensors, INT, INT]
         yield selection.collect_long_rows, types, constants | of_long | exact, 8
-    for power in POWERS:
+    for power, has_allowed in itertools.product(POWERS, FLAGS):
         constants = {"KIND": SIMPLEX, "PLACES": 16} | sizes | plain | power
+        constants |= {"HAS_ALLOWED": has_allowed}
         yield selection.collect_rows, [H, F, *tensors, INT], constants | fast, 4
-        exact = {"IS_EXACT": False}
-        yield (
-            selection.collect_long_rows,
-            [H, F, *tensors, INT, INT],
-            constants | of_long | exact,
-            8,
-        )
+        types, exact = [H, F, *tensors, INT, INT], {"IS_EXACT": False}
+        yield selection.collect_long_rows, types, constants | of_long | exact, 8
     for kind, per_column in ((ABOVE, False), (ABOVE, True), (AT_LEAST, False)):
         constants = {"KIND": kind, "PLACES": 16} | sizes | plain | fast | {"PER_COLUMN": per_column}
         yield selection.collect_rows, [H, F, *tensors, INT], constants, 4

@@ -17,7 +17,7 @@ from .conftest import RUNTIME, Samples, config
 
 AT_MOST = {
     "topk": 44, "adaptive_k": 79, "batch_topk": 62, "matryoshka": 61, "jumprelu": 55, "gated": 68, "relu": 53,
-    "sparsemax": 56,
+    "sparsemax": 55,
 }  # fmt: skip
 """Launches of a sparse step, of which one updates and one measures the weights; a sort or a sum counts as one."""
 FREE = {

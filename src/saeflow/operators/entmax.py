@@ -14,6 +14,7 @@ from saeflow.operators.rows import SomeEntries, as_rows, blocks, refuse_rows
 from saeflow.operators.sparse import SparseLatents, room
 from saeflow.operators.sparsemax import (
     native_simplex,
+    only,
     simplex_candidates,
     simplex_on_gpu,
     simplex_support,
@@ -63,17 +64,20 @@ def entmax_sparse(
     alpha: float | Tensor,
     margin: Tensor | float = 0.0,
     most: int | None = None,
+    allowed: Tensor | None = None,
 ) -> SparseLatents:
     """The scores (B, n) to which `entmax` gives a probability, or may; not differentiable.
 
     Args, Raises: as `entmax`, with one leading dimension.
         margin: how far scores may lie from exact ones, see `pre_acts.rounding`.
         most: see `sparse.room`; then some others come with them, and nothing is raised for what a row holds.
+        allowed: (n,) bool, the columns that count; None: all.
     """
     if (capacity := room(scores, most)) is not None:
         scale = alpha.detach() - 1 if isinstance(alpha, Tensor) else alpha - 1
-        lists = selection.near_simplex(scores, scale, capacity, ROUNDED * margin)
-        return SparseLatents.of(lists)
+        slack = ROUNDED * margin
+        return SparseLatents.of(selection.near_simplex(scores, scale, capacity, slack, allowed))
+    scores = only(scores, allowed)
     chosen = _support(scores, alpha)
     if is_exact(margin):
         return chosen

@@ -100,21 +100,32 @@ def sparsemax_of(latents: SparseLatents, sizes: Tensor | None = None) -> SparseL
 
 
 def sparsemax_sparse(
-    scores: Tensor, margin: Tensor | float = 0.0, most: int | None = None
+    scores: Tensor,
+    margin: Tensor | float = 0.0,
+    most: int | None = None,
+    allowed: Tensor | None = None,
 ) -> SparseLatents:
     """The scores (B, n) to which `sparsemax` gives a probability, or may; not differentiable.
 
     Args, Raises: as `sparsemax`, with one leading dimension.
         margin: how far scores may lie from exact ones, see `pre_acts.rounding`.
         most: see `sparse.room`; then some others come with them, and nothing is raised for what a row holds.
+        allowed: (n,) bool, the columns that count; None: all.
     """
     if (capacity := room(scores, most)) is not None:
-        return SparseLatents.of(selection.near_simplex(scores, 1.0, capacity, ROUNDED * margin))
+        slack = ROUNDED * margin
+        return SparseLatents.of(selection.near_simplex(scores, 1.0, capacity, slack, allowed))
+    scores = only(scores, allowed)
     chosen = _support(scores)
     if is_exact(margin):
         return chosen
     tau = chosen.with_values(chosen.values - sparsemax_of(chosen).values).least()
     return SparseLatents.from_rows_above(scores, lowered(tau, margin))
+
+
+def only(scores: Tensor, allowed: Tensor | None) -> Tensor:
+    """Scores (B, n), -inf in the columns that an (n,) bool, if there is one, does not allow."""
+    return scores if allowed is None else scores.masked_fill(~allowed, -torch.inf)
 
 
 def _support(scores: Tensor) -> SparseLatents:

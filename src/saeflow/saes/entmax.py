@@ -66,8 +66,10 @@ class Entmax(Sparsemax):
         found = entmax_of(scores, self.alpha)
         return found if sizes is None else found.scaled(sizes)
 
-    def support(self, scores: Tensor, margin: Tensor | float) -> SparseLatents:
-        return entmax_sparse(scores, self.alpha, margin, self.room)
+    def support(
+        self, scores: Tensor, margin: Tensor | float, allowed: Tensor | None
+    ) -> SparseLatents:
+        return entmax_sparse(scores, self.alpha, margin, self.room, allowed)
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         return super().facts(fwd) | {"alpha": float(torch.as_tensor(self.alpha).detach())}

@@ -18,6 +18,7 @@ from saeflow.operators import (
     sparsemax_sparse,
 )
 from saeflow.operators.gpu.units import unit_rows
+from saeflow.operators.sparsemax import only
 from saeflow.saes.base import SAE
 from saeflow.saes.contract import Factors
 from saeflow.saes.forward import Forward
@@ -234,24 +235,30 @@ class Sparsemax(SAE):
         """The same of a list of scores, if those that are absent have none; times the size of each row (B,)."""
         return sparsemax_of(scores, sizes)
 
-    def support(self, scores: Tensor, margin: Tensor | float) -> SparseLatents:
-        """Those of the scores that have a probability, or may within a margin; without gradient."""
-        return sparsemax_sparse(scores, margin, self.room)
+    def support(
+        self, scores: Tensor, margin: Tensor | float, allowed: Tensor | None
+    ) -> SparseLatents:
+        """Those of the allowed scores that have a probability, or may within a margin; without gradient."""
+        return sparsemax_sparse(scores, margin, self.room, allowed)
 
     @property
     def most(self) -> int:
         return MOST
 
-    def allowed(self, pre_acts: Tensor) -> Tensor:
-        """Scores, without those of latents that fire too often to be used."""
-        if self.max_rate is None:
-            return pre_acts
-        left_out = 0.0 if self.is_zeroed else -torch.inf
-        return pre_acts.masked_fill(self.firing_rate > self.max_rate, left_out)
+    @property
+    def allowed(self) -> Tensor | None:
+        """(d_sae,) bool: latents that do not fire too often to be used; None: all may."""
+        return None if self.max_rate is None else self.firing_rate <= self.max_rate
+
+    def used(self, pre_acts: Tensor) -> Tensor:
+        """Scores, without those of latents that fire too often."""
+        if self.is_zeroed and self.allowed is not None:
+            return pre_acts.masked_fill(~self.allowed, 0.0)
+        return only(pre_acts, self.allowed)
 
     def activate(self, pre_acts: Tensor, condition: Tensor | None) -> Tensor:
         assert condition is not None
-        scores = self.allowed(pre_acts)
+        scores = self.used(pre_acts)
         if self.activation == "relu":
             z = scores.relu()
         elif self.activation == "weights":
@@ -263,10 +270,11 @@ class Sparsemax(SAE):
     def select(
         self, pre_acts: Tensor, condition: Tensor | None, margin: Tensor | float
     ) -> SparseLatents:
-        scores = self.allowed(pre_acts)
         if self.activation == "relu":
-            return SparseLatents.from_above(scores, 0, self.room)
-        return self.support(scores, margin)
+            return SparseLatents.from_above(self.used(pre_acts), 0, self.room)
+        if self.is_zeroed:
+            return self.support(self.used(pre_acts), margin, None)
+        return self.support(pre_acts, margin, self.allowed)
 
     def activate_selected(self, selected: SparseLatents, condition: Tensor | None) -> SparseLatents:
         assert condition is not None

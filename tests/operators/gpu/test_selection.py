@@ -272,6 +272,21 @@ def test_near_simplex_solves_again_a_row_with_too_many_near_its_floor(path: str)
     assert not found.status.any()
 
 
+def test_near_simplex_of_some_columns_is_that_of_the_rest_at_minus_infinity(path: str) -> None:
+    """Of a row whose largest entries are not allowed, and of one with too many near the floor of its groups."""
+    scores = torch.randn(3, 4000, generator=torch.Generator().manual_seed(6))
+    allowed = torch.rand(4000, generator=torch.Generator().manual_seed(7)) < 0.5
+    scores[0, ~allowed] += 10
+    scores[1] = -0.5
+    scores[1, ::20] = 0.1
+    found = selection.near_simplex(scores.to(path), 1.0, 128, 0.0, allowed.to(path))
+    hidden = scores.masked_fill(~allowed, -torch.inf)
+    expected = selection.near_simplex(hidden.to(path), 1.0, 128, 0.0)
+    assert entries(found) == entries(expected)
+    assert entries(found)[1] == [at for at in range(0, 4000, 20) if allowed[at]]
+    assert not found.status.any()
+
+
 def test_lists_keep_and_transpose_and_return_to_rows(path: str) -> None:
     scores = torch.randn(4, 50, generator=torch.Generator().manual_seed(4)).to(path)
     lists = Lists.from_mask(scores, scores > 0.3, 32)

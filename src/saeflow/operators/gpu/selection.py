@@ -187,7 +187,11 @@ def near_rank(
 
 
 def near_simplex(
-    scores: Tensor, scale: Tensor | float, capacity: int, slack: Tensor | float
+    scores: Tensor,
+    scale: Tensor | float,
+    capacity: int,
+    slack: Tensor | float,
+    allowed: Tensor | None = None,
 ) -> Lists:
     """Entries to which entmax of 1 + scale may give a probability, and a few more.
 
@@ -196,6 +200,7 @@ def near_simplex(
         scale: one for all rows, or (B,), above 0: alpha - 1, 1 for sparsemax.
         capacity: C, a power of two.
         slack: (), the error of the scores.
+        allowed: (M,) bool, the columns that count; None: all.
 
     Returns:
         Lists of at least these entries; how many more is not determined.
@@ -203,14 +208,16 @@ def near_simplex(
     scales = _per_row(scale, scores, torch.float32)
     slack = _scalar(slack, scores)
     if not gpu.serves_scores(scores):
-        kept = _excluded(scores).double()
+        kept = _excluded(scores, allowed).double()
         top = kept.amax(1, keepdim=True)
         tau = _simplex_floor((kept - top) * scales[:, None].double(), scales.double())
         floor = top + tau[:, None] / scales[:, None] - slack
         mask = (kept >= floor) & (kept > -torch.inf)
         return Lists.from_mask(scores, mask, capacity)
     power = None if isinstance(scale, Tensor) else 1 / scale
-    return _collect(scores, scales, capacity, kind=SIMPLEX, slack=slack, power=power)[0]
+    return _collect(
+        scores, scales, capacity, kind=SIMPLEX, slack=slack, allowed=allowed, power=power
+    )[0]
 
 
 def _simplex_floor(entries: Tensor, scale: Tensor) -> Tensor:
