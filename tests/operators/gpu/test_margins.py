@@ -1,4 +1,4 @@
-"""How far rounded scores may lie from exact ones, and lowered thresholds, against float64 by hand."""
+"""Margins of rounded scores and lowered thresholds, against float64 by hand."""
 
 import math
 
@@ -14,7 +14,7 @@ from saeflow.operators.gpu import margins
 def test_a_margin_is_the_product_of_two_norms(
     kind: torch.dtype, is_by_columns: bool, n_rows: int, d: int, M: int, path: str
 ) -> None:
-    """Up to three pieces of each; a column that is far from 0 before it is centred."""
+    """Values in up to three pieces, and a column that is far from 0 before it is centred."""
     generator = torch.Generator().manual_seed(d)
     x, centre = torch.randn(n_rows, d, generator=generator), torch.randn(d, generator=generator)
     x[:, 0], centre[0] = x[:, 0] + 50, 50.0

@@ -74,7 +74,7 @@ def test_a_latent_fired_where_one_of_its_entries_is_not_zero(
 
 @pytest.mark.parametrize(("n_rows", "capacity"), [(2, 16), (700, 16)])
 def test_entries_that_are_not_zero_are_counted(n_rows: int, capacity: int, path: str) -> None:
-    """Of up to three pieces, in a tensor that held another number."""
+    """Entries in up to three pieces; the tensor held another number."""
     lists = lists_of(torch.Generator().manual_seed(n_rows), path, n_rows, capacity, 60)
     out = torch.tensor(77, device=path)
     count_active(lists, out)

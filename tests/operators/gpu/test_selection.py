@@ -273,7 +273,7 @@ def test_near_simplex_solves_again_a_row_with_too_many_near_its_floor(path: str)
 
 
 def test_near_simplex_of_some_columns_is_that_of_the_rest_at_minus_infinity(path: str) -> None:
-    """Of a row whose largest entries are not allowed, and of one with too many near the floor of its groups."""
+    """A row whose largest entries are not allowed, one with too many near the floor of its groups, and any other."""
     scores = torch.randn(3, 4000, generator=torch.Generator().manual_seed(6))
     allowed = torch.rand(4000, generator=torch.Generator().manual_seed(7)) < 0.5
     scores[0, ~allowed] += 10

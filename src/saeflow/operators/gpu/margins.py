@@ -1,4 +1,4 @@
-"""How far scores of a rounded product may lie from exact ones, and thresholds that are lowered by as much."""
+"""Margins by which scores of a rounded product may lie from exact ones, and thresholds that are lowered by as much."""
 
 import torch
 from torch import Tensor
