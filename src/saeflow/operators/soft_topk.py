@@ -108,16 +108,10 @@ def soft_topk_sparse(
     if is_exact(margin):
         mask = soft_topk(values, k, temperature, reach=reach)
         return SparseLatents.from_mask(values, mask > 0)
-    number = k.detach()
-    (
-        first,
-        second,
-    ) = (  # b is at least the first, and the second less log(k + 1) temperatures: see `near_rank`
-        lowered(topk_sparse(values.detach(), ranks.clamp(1, values.shape[1])).least(), margin)
-        for ranks in (2 * number.ceil().long(), number.ceil().long() + 1)
-    )
-    least = first.maximum(second - temperature * (number + 1).log())
-    return SparseLatents.from_rows_above(values, least - (reach or FAR) * temperature)
+    k = k.detach()
+    least = topk_sparse(values.detach(), (k.ceil().long() + 1).clamp(max=values.shape[1])).least()
+    below = temperature * ((k + 1).log() + (reach or FAR))  # see `selection.near_rank`
+    return SparseLatents.from_rows_above(values, lowered(least, margin) - below)
 
 
 def soft_latents(

@@ -155,9 +155,9 @@ def near_rank(
 ) -> Lists:
     """Entries whose soft top-k mask may be above 0, and a few more.
 
-    b is at least the 2 ceil(k)-th largest entry, and at least the (ceil(k) + 1)-th less log(k + 1) temperatures: were
-    it lower, each of these would have a mask above 1 - 1 / (2 (k + 1)), and k + 1 of them more than k. Entries
-    down to `reach` temperatures and `slack` below the larger of both are taken.
+    b is at least the (ceil(k) + 1)-th largest entry less log(k + 1) temperatures: were it lower, each of these would
+    have a mask above 1 - 1 / (2 (k + 1)), and k + 1 of them more than k. Entries down to `reach` temperatures and
+    `slack` below that are taken.
 
     Args:
         scores: as for `topk`.
@@ -176,11 +176,10 @@ def near_rank(
     if not gpu.serves_scores(scores):
         kept = _excluded(scores.relu() if of_relu else scores)
         ordered = kept.sort(dim=1, descending=True).values
-        whole = ks[:, None].ceil().long()
-        at = [ranks.clamp(1, scores.shape[1]) - 1 for ranks in (2 * whole.clamp(min=1), whole + 1)]
-        first, second = (ordered.gather(1, places) for places in at)
-        lower = torch.maximum(first, second - temperature * (ks[:, None] + 1).log())
-        mask = (kept >= lower - (reach * temperature + slack)) & (kept > -torch.inf)
+        ranks = (ks.ceil().long() + 1).clamp(max=scores.shape[1])
+        floor = ordered.gather(1, ranks[:, None] - 1)
+        below = temperature * ((ks + 1).log() + reach)[:, None] + slack
+        mask = (kept >= floor - below) & (kept > -torch.inf)
         return Lists.from_mask(scores, mask, capacity)
     heat = temperature, reach
     return _collect(scores, ks, capacity, kind=RANK, slack=slack, heat=heat, of_relu=of_relu)[0]

@@ -49,15 +49,13 @@ def read(
 
 
 @triton.jit
-def ranks_of(floors, row, stride, n, IS_NEAR: tl.constexpr):
-    """Return the rank of a row's floor; if IS_NEAR, for a k, the ranks of both of `near_rank`, 1 to n, and log(k + 1)."""
+def rank_of(floors, row, stride, n, IS_NEAR: tl.constexpr):
+    """Return the rank of a row's floor, and how many temperatures lower it is: the number given, and 0; if IS_NEAR, see `near_rank`."""
     k = tl.load(floors + row * stride)
     if IS_NEAR:
         k = k.to(tl.float32)
-        whole = tl.maximum(tl.ceil(k), 1.0)
-        twice, after = tl.minimum(2 * whole, n), tl.minimum(tl.ceil(k) + 1, n)
-        return twice.to(tl.int32), after.to(tl.int32), tl.log(k + 1)
-    return k.to(tl.int32), 0, 0.0
+        return tl.minimum(tl.ceil(k) + 1, n).to(tl.int32), tl.log(k + 1)
+    return k.to(tl.int32), 0.0
 
 
 @triton.jit
@@ -98,7 +96,7 @@ def collect_rows(
 
     floors: RANK, a rank per row; SIMPLEX, a scale per row; ABOVE, a threshold, or one per column; AT_LEAST, the
     least entry. Those of rows lie `stride` apart. slack: read if IS_NEAR or SIMPLEX. IS_NEAR: floors are each row's
-    k, and what lies `far` temperatures below the least that b may be is taken as well.
+    k, and what lies `far` temperatures below the least that b may be is taken.
     """
     row = tl.program_id(0).to(tl.int64)
     base = scores + row * n
@@ -124,12 +122,9 @@ def collect_rows(
         if OF_RELU:
             maxima = tl.where(maxima > NEVER, tl.maximum(maxima, 0.0), NEVER)
         if KIND == RANK:
-            k, after, logarithm = ranks_of(floors, row, stride, n, IS_NEAR)
-            keys = keys_of(maxima, PLACES)
-            floor = value_of(kth_largest(keys, k, PLACES), PLACES) - near
-            if IS_NEAR:
-                least = value_of(kth_largest(keys, after, PLACES), PLACES)
-                floor = tl.maximum(floor, least - (temperature * logarithm + near))
+            k, lower = rank_of(floors, row, stride, n, IS_NEAR)
+            floor = value_of(kth_largest(keys_of(maxima, PLACES), k, PLACES), PLACES)
+            floor -= near + lower * temperature
             is_wanted = k > 0
         else:
             scale = tl.load(floors + row * stride)
@@ -238,17 +233,11 @@ def collect_long_rows(
                 scale, top, floor = 1.0, 0.0, 0.0
                 key, left = 0, 0
                 if KIND == RANK:
-                    k, after, logarithm = ranks_of(floors, row, stride, n, IS_NEAR)
+                    k, lower = rank_of(floors, row, stride, n, IS_NEAR)
                     key = kth_of_row(
                         base, allowed, n, k, PLACES, HAS_ALLOWED, IS_POSITIVE, OF_RELU, WIDE
                     )
-                    floor = value_of(key, PLACES) - near
-                    if IS_NEAR:
-                        least = kth_of_row(
-                            base, allowed, n, after, PLACES, HAS_ALLOWED, IS_POSITIVE, OF_RELU, WIDE
-                        )
-                        lower = value_of(least, PLACES) - (temperature * logarithm + near)
-                        floor = tl.maximum(floor, lower)
+                    floor = value_of(key, PLACES) - (near + lower * temperature)
                     if IS_EXACT:
                         left = k
                         for start in range(0, n, WIDE):
