@@ -20,6 +20,7 @@ from saeflow.operators.gpu.kernels import (
     dense,
     lists,
     margins,
+    pairs,
     ranks,
     record,
     rows,
@@ -236,6 +237,8 @@ def products() -> Iterator[Case]:
             yield sparse.products_of_lists, [F, W, S, S, S, F, INT], sizes, 4
             types = [F, W, F, S, F, S, S, F, W, F, F, INT, INT]
             yield sparse.decode_error_of_lists, types, sizes | {"HAS_LOWER": W == H}, 4
+            types = [F, W, F, S, F, F, S, S, F, W, F, F, F, F, INT]
+            yield pairs.decode_pair_of_lists, types, sizes | {"HAS_LOWER": W == H}, 4
             for has_bias in FLAGS:
                 constants = sizes | {"HAS_BIAS": has_bias}
                 yield sparse.decode_lists, [W, F, S, F, S, S, S, F, INT], constants, 4

@@ -34,6 +34,7 @@ from saeflow.operators import (
 )
 from saeflow.operators.gpu.dead import MOST_DEAD, columns_of, largest
 from saeflow.operators.gpu.dense_errors import squared_errors as dense_squared_errors
+from saeflow.operators.gpu.pairs import squared_errors_of_two
 from saeflow.operators.gpu.shadows import multiplies_in_bf16, shadow
 from saeflow.saes.contract import Factors
 from saeflow.saes.forward import Errors, Forward
@@ -74,7 +75,8 @@ class SAE(Usable):
         selected = self.gather(factors, chosen, is_rounded)
         active, beside = self.activate_lists(selected, condition)
         parts = None
-        if (errors := self.errors_of(batch.target, active)) is not None:
+        errors = self.errors_of(batch.target, active, self.decoded_beside(beside))
+        if errors is not None:
             x_hat: Tensor | Callable[[], Tensor] = partial(self.decode_selected, active)
         elif (parts := self.decode_groups(active)) is not None:
             x_hat = parts.sum(1) + self.b_dec
@@ -101,8 +103,14 @@ class SAE(Usable):
         fwd.beside = tuple(beside)
         return fwd
 
-    def errors_of(self, target: Tensor, latents: SparseLatents | Tensor) -> Errors | None:
-        """Return the errors of the reconstruction of a target (B, d_out), where one pass finds them with their gradients."""
+    def errors_of(
+        self, target: Tensor, latents: SparseLatents | Tensor, others: Tensor | None = None
+    ) -> Errors | None:
+        """Return the errors of the reconstruction of a target (B, d_out), where one pass finds them with their gradients.
+
+        Args:
+            others: values of the same entries, see `decoded_beside`.
+        """
         if not self.adds_up:
             return None
         if isinstance(latents, Tensor):
@@ -112,10 +120,15 @@ class SAE(Usable):
             return Errors(*dense_squared_errors(latents, self.W_dec, self.b_dec, target, lower))
         if latents.lists is None:
             return None
+        if others is not None and latents.walk is not None and not target.requires_grad:
+            of_lists = latents.lists, others, self.W_dec, self.b_dec, target, latents.walk
+            return Errors(*squared_errors_of_two(*of_lists))
         return Errors(*squared_errors(latents, self.W_dec, self.b_dec, target, self.prefixes))
 
     def errors_of_constant(self, fwd: Forward, latents: SparseLatents) -> Tensor:
         """Return squared errors (B,) of another reconstruction of a pass's target, with the decoder as a constant."""
+        if fwd.errors is not None and fwd.errors.of_constant is not None:
+            return fwd.errors.of_constant
         W_dec, b_dec = self.W_dec.detach(), self.b_dec.detach()
         if latents.lists is not None:
             lower = shadow(self.W_dec) if fwd.is_rounded else None

@@ -169,6 +169,13 @@ class Contract(Totals):
         """
         return self.activate_selected(selected, condition), ()
 
+    def decoded_beside(self, beside: tuple[Tensor, ...]) -> Tensor | None:
+        """Return other values (R, C) of the latents' entries, given what `activate_lists` found beside latents.
+
+        Their reconstruction, with the decoder as a constant, is then compared with the target too, see `errors_of_constant`.
+        """
+        return None
+
     # Losses, schedules and statistics.
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:

@@ -20,6 +20,8 @@ class Errors(NamedTuple):
     """(B,) |target - x_hat|^2, with gradient; where a variant has groups, of all prefixes."""
     error: Tensor
     """(B, d_out) x_hat - target, without gradient."""
+    of_constant: Tensor | None = None
+    """(B,) the squares of the reconstruction by `Contract.decoded_beside`, with gradient, where a variant has one."""
 
 
 @dataclass
@@ -117,7 +119,9 @@ class Forward:
         self.__dict__.pop("x_hat", None)
         self.parts, self.beside = None, ()
         if self.errors is not None:
-            self.errors = Errors(*(part.detach() for part in self.errors))
+            squares, error, of_constant = self.errors
+            of_constant = None if of_constant is None else of_constant.detach()
+            self.errors = Errors(squares.detach(), error, of_constant)
 
     @cached_property
     def counts(self) -> tuple[Tensor, Tensor]:

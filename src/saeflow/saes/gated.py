@@ -83,6 +83,9 @@ class Gated(FollowsDensity):
         latents, *beside = found
         return selected.with_whole(latents.view(-1)), tuple(beside)
 
+    def decoded_beside(self, beside: tuple[Tensor, ...]) -> Tensor | None:
+        return beside[0] if beside else None
+
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         if isinstance(fwd.selected, SparseLatents):
             if fwd.beside:

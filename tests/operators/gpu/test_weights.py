@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from saeflow.operators.gpu import sparse, weights
+from saeflow.operators.gpu import pairs, sparse, weights
 from saeflow.operators.gpu.lists import Lists
 
 B, M, D, C = 7, 24, 20, 16  # D is no power of two
@@ -237,3 +237,38 @@ def test_each_block_of_rows_gets_the_gradient_of_its_bias(path: str) -> None:
     ours = {"bias": biases["single"], "W_dec": single["W_dec"], "x": single["x"]}
     theirs = {"bias": biases["exact"], "W_dec": exact["W_dec"], "x": exact["x"]}
     compare(ours, (squares * scale.to(squares)).sum(), theirs, (reference * scale).sum())
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_pair_of_reconstructions_of_which_one_takes_the_decoder_as_a_constant(
+    seed: int, kind: torch.dtype, path: str
+) -> None:
+    """Values of both come from the same pre-activations; the decoder that is multiplied has 8 bits at most."""
+    single, exact = inputs(path)
+    with torch.no_grad():
+        single["W_dec"].copy_(single["W_dec"].bfloat16())
+        exact["W_dec"].copy_(single["W_dec"])
+    mask, lists = chosen(seed, path)
+    walk = start(single)
+    values = weights.gather(single["x"], lists, walk, is_rounded=True)
+    latents = lists.with_values(activate(values).where(lists.real, 0))
+    others, target = values.relu().where(lists.real, 0), single["x"].detach()
+    of_two = latents, others, single["W_dec"], single["b_dec"], target, walk
+    at = torch.rand(2, B, generator=torch.Generator().manual_seed(2)) + 0.5
+    with torch.autocast(path, torch.bfloat16, enabled=kind == torch.bfloat16):
+        squares, error, beside = pairs.squared_errors_of_two(*of_two)
+    loss = (squares * at[0].to(path)).sum() + (beside * at[1].to(path)).sum()
+    goal, mask = exact["x"].detach(), mask.double()
+    first = dense_of(exact, mask) @ exact["W_dec"] + exact["b_dec"] - goal
+    constant = exact["W_dec"].detach(), exact["b_dec"].detach()
+    second = dense_of(exact, mask, torch.relu) @ constant[0] + constant[1] - goal
+    torch.testing.assert_close(error.double().cpu(), first.detach(), rtol=1e-5, atol=1e-5)
+    reference = (first.square().sum(1) * at[0]).sum() + (second.square().sum(1) * at[1]).sum()
+    if kind == torch.float32:
+        compare(single, loss, exact, reference)
+        return
+    torch.testing.assert_close(loss.double().cpu(), reference, rtol=1e-5, atol=1e-5)
+    (found,) = torch.autograd.grad(loss, [single["b_enc"]])
+    (theirs,) = torch.autograd.grad(reference, [exact["b_enc"]])
+    torch.testing.assert_close(found.double().cpu(), theirs, rtol=1e-5, atol=1e-4)

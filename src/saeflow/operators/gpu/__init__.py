@@ -21,6 +21,7 @@ MODULES = (
     "soft",
     "lists",
     "sparse",
+    "pairs",
     "columns",
     "dense",
     "dead",

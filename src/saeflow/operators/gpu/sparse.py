@@ -10,6 +10,8 @@ from saeflow.operators.gpu.lists import Lists
 
 PIECE = 256
 """Entries of a column that one program sums up."""
+MODULE = {"walk_columns": "columns", "decode_pair_of_lists": "pairs"}
+"""Modules of kernels, "sparse" unless said."""
 EACH = {"rescore_lists": 2}
 """Rows of a matrix that a kernel reads at a time, 4 unless said; measured on an H200."""
 
@@ -55,19 +57,19 @@ def rescore(
     Returns:
         (B, C) float32, and x - b_dec (B, d).
     """
-    if not _runs_triton(x, lists):
+    if not runs_triton(x, lists):
         products = row_products(x - b_dec, W_enc, lists)
         scores = torch.where(lists.real, products + b_enc[lists.columns.long()], 0)
         return scores, (x - b_dec).to(lower)
     out, kept = torch.empty_like(lists.values), torch.empty_like(x, dtype=lower)
     tensors = (_whole(x), _whole(W_enc), b_enc, b_dec, lists.columns, lists.counts, _owners(lists))
-    _launch("rescore_lists", len(out), x.shape[1], lists, *tensors, out, kept, len(x))
+    launch("rescore_lists", len(out), x.shape[1], lists, *tensors, out, kept, len(x))
     return out, kept
 
 
 def decode(lists: Lists, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
     """(B, d) float32, the sum of values times rows of W_dec (M, d) float32 or bfloat16, plus b_dec (d,)."""
-    if not _runs_triton(W_dec, lists):
+    if not runs_triton(W_dec, lists):
         total = torch.zeros(len(lists.columns), W_dec.shape[1], device=W_dec.device)
         for columns, values in _by_slot(lists, lists.values.detach()):
             total = total + values[:, None] * W_dec[columns].float()
@@ -75,14 +77,14 @@ def decode(lists: Lists, W_dec: Tensor, b_dec: Tensor | None = None) -> Tensor:
         return total if b_dec is None else total + b_dec
     out = lists.values.new_empty(len(lists.status), W_dec.shape[1])
     b = out if b_dec is None else b_dec
-    tensors = (_whole(W_dec), b, *_entries(lists), out)
-    _launch("decode_lists", len(out), W_dec.shape[1], lists, *tensors, HAS_BIAS=b_dec is not None)
+    tensors = (_whole(W_dec), b, *entries(lists), out)
+    launch("decode_lists", len(out), W_dec.shape[1], lists, *tensors, HAS_BIAS=b_dec is not None)
     return out
 
 
 def row_products(left: Tensor, right: Tensor, lists: Lists) -> Tensor:
     """(B, C) float32, left[b] (B, d) . right[column] (M, d) of each entry, 0 where not real."""
-    if not _runs_triton(left, lists):
+    if not runs_triton(left, lists):
         rows = lists.of_lists(left).float()
         found = [
             (rows * right[columns].float()).sum(1) for columns, _ in _by_slot(lists, lists.values)
@@ -90,7 +92,7 @@ def row_products(left: Tensor, right: Tensor, lists: Lists) -> Tensor:
         return torch.where(lists.real, torch.stack(found, 1), 0)
     out = torch.empty_like(lists.values)
     tensors = (_whole(left), _whole(right), lists.columns, lists.counts, _owners(lists), out)
-    _launch("products_of_lists", len(out), left.shape[1], lists, *tensors)
+    launch("products_of_lists", len(out), left.shape[1], lists, *tensors)
     return out
 
 
@@ -109,35 +111,52 @@ def decode_error(
     Returns:
         `Decoded`. The gradient of the sum of squares at the values is 2 products, at x_hat 2 error.
     """
-    if not _runs_triton(x, lists):
+    if not runs_triton(x, lists):
         bias = b_dec if b_dec.ndim == 1 else b_dec.repeat_interleave(len(x) // len(b_dec), 0)
         error = decode(lists, W_dec) + bias - x
         squares, products = error.square().sum(1), row_products(error, W_dec, lists)
         return Decoded(error, error.to(lower), squares, products, error)
-    error, (n_rows, width) = torch.empty(x.shape, device=x.device), x.shape
-    has_lower = lower != torch.float32
-    kept = torch.empty_like(error, dtype=lower) if has_lower else error
-    squares, products = error.new_empty(n_rows), torch.empty_like(lists.values.detach())
-    rows, W, (columns, values, counts, first, parts) = _whole(x), _whole(W_dec), _entries(lists)
-    entries, results = (columns, values, counts), (error, kept, squares)
-    b_dec, rows_each = _whole(b_dec), n_rows // (b_dec.numel() // width)
-    _launch("decode_error_of_lists", n_rows, width, lists, rows, W, b_dec, *entries, parts, *results, products, rows_each, HAS_LOWER=has_lower)  # fmt: skip
-    if lists.spill is not None:
-        # A row's lists are summed side by side: one that has many would keep all others waiting.
-        owners, n_lists = lists.spill.owners, len(columns)
-        sums = error.new_empty(n_lists, width)
-        _launch("sums_of_parts", n_lists, width, lists, W, *entries, owners, parts, sums)
-        gpu.load("sparse").error_of_parts[(n_rows,)](
-            rows, b_dec, sums, first, parts, *results, rows_each, width,
-            HAS_LOWER=has_lower, **gpu.of_rows(width),
-        )  # fmt: skip
-        _launch("products_of_parts", n_lists, width, lists, error, W, columns, counts, owners, parts, products, n_rows)  # fmt: skip
-    return Decoded(error, kept, squares, products, error)
+    found, (n_rows, width) = room_for_error(lists, x, lower), x.shape
+    inputs = _whole(x), _whole(W_dec), _whole(b_dec)
+    columns, values, counts, _, parts = entries(lists)
+    rows_each, has_lower = n_rows // (b_dec.numel() // width), found.kept is not found.error
+    launch(
+        "decode_error_of_lists", n_rows, width, lists, *inputs, columns, values, counts, parts, *found[:4], rows_each,
+        HAS_LOWER=has_lower,
+    )  # fmt: skip
+    decode_parts(lists, *inputs, found)
+    return found
+
+
+def room_for_error(lists: Lists, x: Tensor, lower: torch.dtype = torch.float32) -> Decoded:
+    """Make room for what `decode_error` finds."""
+    error = torch.empty(x.shape, device=x.device)
+    kept = error if lower == torch.float32 else torch.empty_like(error, dtype=lower)
+    products = torch.empty_like(lists.values.detach())
+    return Decoded(error, kept, error.new_empty(len(x)), products, error)
+
+
+def decode_parts(lists: Lists, x: Tensor, W_dec: Tensor, b_dec: Tensor, found: Decoded) -> None:
+    """Write what `decode_error` finds of the rows with several lists.
+
+    A row's lists are summed side by side: one that has many would keep all others waiting.
+    """
+    if lists.spill is None:
+        return
+    (n_rows, width), owners = x.shape, lists.spill.owners
+    columns, values, counts, first, parts = entries(lists)
+    sums = found.error.new_empty(len(columns), width)
+    launch("sums_of_parts", len(columns), width, lists, W_dec, columns, values, counts, owners, parts, sums)  # fmt: skip
+    gpu.load("sparse").error_of_parts[(n_rows,)](
+        x, b_dec, sums, first, parts, *found[:3], n_rows // (b_dec.numel() // width), width,
+        HAS_LOWER=found.kept is not found.error, **gpu.of_rows(width),
+    )  # fmt: skip
+    launch("products_of_parts", len(columns), width, lists, found.error, W_dec, columns, counts, owners, parts, found.products, n_rows)  # fmt: skip
 
 
 def twice_scaled(lists: Lists, products: Tensor, of_rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return 2 of_rows (B,), and the products (R, C) of each list times that of its row."""
-    if not _runs_triton(products, lists):
+    if not runs_triton(products, lists):
         twice = 2 * of_rows
         return twice, lists.of_lists(twice)[:, None] * products
     twice, out = products.new_empty(len(of_rows)), torch.empty_like(products)
@@ -168,7 +187,7 @@ def nested_errors(
         error of each entry's group.
     """
     (n_rows, width), groups = x.shape, len(boundaries) + 1
-    if not _runs_triton(x, lists):
+    if not runs_triton(x, lists):
         row = torch.arange(len(lists.columns), device=x.device)
         parts = x.new_zeros(len(row), groups, width)
         of = torch.bucketize(lists.columns, boundaries.to(torch.int32), right=True)
@@ -188,8 +207,8 @@ def nested_errors(
     error, of_all = torch.empty(2, *x.shape, device=x.device).unbind()
     sums = error.new_empty(n_rows, groups, width, dtype=lower)
     out = Decoded(error, sums, error.new_empty(n_rows), _products(lists), of_all)
-    tensors = (_whole(x), _whole(W_dec), b_dec, boundaries, *_entries(lists))
-    _launch("nested_errors_of_lists", n_rows, width, lists, *tensors, *out, GROUPS=groups)
+    tensors = (_whole(x), _whole(W_dec), b_dec, boundaries, *entries(lists))
+    launch("nested_errors_of_lists", n_rows, width, lists, *tensors, *out, GROUPS=groups)
     return out
 
 
@@ -219,7 +238,7 @@ def weight_gradients(
         `Gradients`, float32. A latent's sums run in the order of rows, so they are the same each time.
     """
     M, d = lists.d_sae, centred.shape[1]
-    if not _runs_triton(centred, lists):
+    if not runs_triton(centred, lists):
         W_enc, b_enc = column_sums(centred, lists, value_grads)
         W_dec, _ = column_sums(grad, lists, lists.values.detach(), boundaries, scales)
         if into is None:
@@ -255,7 +274,7 @@ def column_sums(
         (M, d) and (M,) float32: each column's sums of weight * matrix[row] and of weights.
     """
     M, d = lists.d_sae, matrix.shape[-1]
-    if not _runs_triton(matrix, lists):
+    if not runs_triton(matrix, lists):
         if scales is not None:
             matrix = matrix.float() * scales.view(-1, *[1] * (matrix.ndim - 1))
         sums = matrix.new_zeros(M, d, dtype=torch.float32)
@@ -276,7 +295,7 @@ def column_sums(
 
 def column_totals(lists: Lists, weights: Tensor) -> Tensor:
     """Return each column's sum (M,) float32 of the weights (B, C) float32 of its real entries."""
-    if not _runs_triton(weights, lists):
+    if not runs_triton(weights, lists):
         flat = lists.columns.long().view(-1)
         kept = torch.where(lists.real, weights, 0).view(-1)
         return weights.new_zeros(lists.d_sae).index_add_(0, flat, kept)
@@ -303,7 +322,7 @@ def _walk(
     parts = [into.W_dec.new_empty(count, d) for _ in range(1 + has_left)]
     of_parts = (parts[0], into.b_enc.new_empty(count), parts[-1])
     none = lists.columns  # where a kernel reads nothing
-    _launch(
+    launch(
         "walk_columns", M + count, d, lists,
         none if left is None else _whole(left), _whole(right), none if scales is None else _whole(scales),
         none if boundaries is None else boundaries, _owners(lists), lists.columns, *lists.transposed,
@@ -322,7 +341,7 @@ def _owners(lists: Lists) -> Tensor:
     return lists.columns if lists.spill is None else lists.spill.owners
 
 
-def _entries(lists: Lists) -> tuple[Tensor, ...]:
+def entries(lists: Lists) -> tuple[Tensor, ...]:
     """Return what a kernel needs to go through the entries of rows."""
     spill = (lists.columns,) * 2 if lists.spill is None else lists.spill[1:]
     return (lists.columns, _whole(lists.values), lists.counts, *spill)
@@ -339,7 +358,7 @@ def _by_slot(lists: Lists, values: Tensor) -> Any:
     return zip(lists.columns.T.long(), values.where(lists.real, 0).T, strict=True)
 
 
-def _runs_triton(tensor: Tensor, lists: Lists) -> bool:
+def runs_triton(tensor: Tensor, lists: Lists) -> bool:
     return gpu.runs_triton(tensor, lists.columns) and tensor.numel() > 0
 
 
@@ -347,7 +366,7 @@ def _whole(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous()
 
 
-def _launch(
+def launch(
     kernel: str, programs: int, width: int, lists: Lists, *arguments: Any, **constants: Any
 ) -> None:
     """Run a kernel that holds rows of `width` numbers in registers."""
@@ -355,7 +374,6 @@ def _launch(
     if not kernel.endswith("_parts"):  # which there are of spare lists alone
         constants["HAS_SPILL"] = lists.spill is not None
     each = max(1, min(EACH.get(kernel, 4), 4096 // gpu.block_for(width)))
-    module = gpu.load("columns" if kernel == "walk_columns" else "sparse")
-    getattr(module, kernel)[(programs,)](
+    getattr(gpu.load(MODULE.get(kernel, "sparse")), kernel)[(programs,)](
         *arguments, width, EACH=each, **gpu.of_rows(width), **constants
     )

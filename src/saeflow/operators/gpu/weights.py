@@ -290,7 +290,7 @@ class _Decode(torch.autograd.Function):
         of_values = None
         if ctx.needs_input_grad[0]:
             of_values = sparse.row_products(grad, W_dec, ctx.lists)
-        return of_values, None, _leave(ctx, OfDecoder(ctx.lists, grad)), None, None
+        return of_values, None, leave(ctx, OfDecoder(ctx.lists, grad)), None, None
 
 
 class _SquaredErrors(torch.autograd.Function):
@@ -331,7 +331,7 @@ class _SquaredErrors(torch.autograd.Function):
             of_b_dec = _weighted_sum(twice, of_all, ctx.n_blocks)
         if ctx.needs_input_grad[4]:
             of_x = -twice[:, None] * of_all
-        of_W_dec = _leave(ctx, OfDecoder(ctx.lists, error, ctx.boundaries, twice))
+        of_W_dec = leave(ctx, OfDecoder(ctx.lists, error, ctx.boundaries, twice))
         return of_values, None, of_W_dec, of_b_dec, of_x, None, None, None, None
 
 
@@ -342,7 +342,7 @@ def _weighted_sum(weights: Tensor, rows: Tensor, n_blocks: int) -> Tensor:
     return torch.bmm(weights.view(n_blocks, 1, -1), rows.view(n_blocks, -1, rows.shape[1]))[:, 0]
 
 
-def _leave(ctx: Any, part: OfDecoder) -> Tensor | None:
+def leave(ctx: Any, part: OfDecoder) -> Tensor | None:
     """Leave the decoder's part of a gradient, or return it where nobody sums up."""
     if ctx.left is not None:
         if ctx.needs_input_grad[1]:
