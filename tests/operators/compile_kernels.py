@@ -1,11 +1,15 @@
 """Compile every Triton kernel for a GPU, which needs none: compile_kernels.py CAPABILITY [first].
 
-With `first`, each kernel is compiled in one form only.
+With `first`, each kernel is compiled in one form only. A kernel whose numbers do not fit a thread's registers is refused: they
+would go to memory and back.
 """
 
 import itertools
 import math
+import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from typing import Any
 
@@ -38,6 +42,7 @@ RANK, SIMPLEX, ABOVE, AT_LEAST = 0, 1, 2, 3
 # entmax of any alpha, of 2, of 1.5
 POWERS = [{"LINEAR": linear, "SQUARES": squares} for linear, squares in ((0, 0), (1, 0), (0, 1))]
 FLAGS = (False, True)
+MOST_STACK = 64  # bytes of a thread
 Case = tuple[Any, list[Any], dict[str, Any], int]
 
 
@@ -271,6 +276,17 @@ def walks(W: str, sizes: dict[str, Any]) -> Iterator[Case]:
                 yield columns.walk_columns, types, sizes | constants, 4
 
 
+def resources(binary: bytes) -> tuple[int, int]:
+    """Return registers of a thread, and bytes that lie on its stack, in memory, because they do not fit those."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        tool = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        told = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", told)
+    return int(registers), int(stack)
+
+
 target = GPUTarget("cuda", int(sys.argv[1]), 32)
 compiled: set[str] = set()
 for kernel, types, constants, warps in cases():
@@ -281,7 +297,14 @@ for kernel, types, constants, warps in cases():
     source = ASTSource(kernel, signature, constants)
     binary = triton.compile(source, target=target, options={"num_warps": warps}).asm["cubin"]
     compiled.add(kernel.__name__)
-    sys.stdout.write(f"{kernel.__name__} {types} {constants} {len(binary)} bytes\n")
+    registers, stack = resources(binary)
+    sys.stdout.write(
+        f"{kernel.__name__} {types} {constants} {registers} registers, {stack} bytes of stack\n"
+    )
+    if stack > MOST_STACK:
+        sys.exit(
+            f"{kernel.__name__} {types} {constants}: {stack} bytes a thread do not fit registers"
+        )
 written = {
     name
     for module in map(gpu.load, gpu.MODULES)
