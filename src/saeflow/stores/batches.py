@@ -244,7 +244,7 @@ def read_ahead(items: Iterator[S], read: Callable[[S], T], readers: int = READER
 
     Errors of the threads are raised here; they end before this iterator's `close` returns.
     """
-    pool = ThreadPoolExecutor(readers, "saeflow-batches")
+    pool, is_finalizing = ThreadPoolExecutor(readers, "saeflow-batches"), sys.is_finalizing
     try:
         reading = deque(pool.submit(read, item) for item in islice(items, readers + 1))
         while reading:
@@ -253,5 +253,7 @@ def read_ahead(items: Iterator[S], read: Callable[[S], T], readers: int = READER
             yield done
             del done
     finally:
-        if not sys.is_finalizing():  # the interpreter has ended the threads itself
+        if (
+            not is_finalizing()
+        ):  # the interpreter has ended the threads itself, and modules may be gone
             pool.shutdown(cancel_futures=True)
