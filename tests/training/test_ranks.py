@@ -27,7 +27,6 @@ from .on_ranks import (
 
 SPLITS = ("batch", "latents")
 UNDIVIDED = ("top_afa", "matching_pursuit", "soft_topk", "sparsemax", "entmax")
-FIRST_STEPS = 10
 ATOL = {"top_afa": 5e-3}
 """Tolerance of weights, 2e-4 for others: where two numbers of latents reach the norm alike, rounding decides, and the step differs."""
 
