@@ -283,6 +283,15 @@ def test_pinned_batches_hold_the_same_rows(store: Store) -> None:
     pinned.close()
 
 
+@pytest.mark.parametrize(("cores", "readers"), [(1, 2), (8, 6), (16, 12), (64, 12)])
+def test_a_gpu_has_readers_for_the_cores_of_its_process(
+    cores: int, readers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    assert batches.readers_for(pin=True) == readers
+    assert batches.readers_for(pin=False) == batches.READERS
+
+
 @pytest.mark.parametrize("readers", [1, 6])
 def test_items_come_in_order_however_many_threads_read(readers: int) -> None:
     def read(item: int) -> int:

@@ -7,6 +7,7 @@ and rows go from the file to their place in a batch without another copy.
 """
 
 import math
+import os
 import sys
 import weakref
 from collections import deque
@@ -30,8 +31,8 @@ RUN_ROWS = 64
 """Rows that stay together when a group is shuffled."""
 MOST_RUNS = 500
 """Most runs of a chunk: the operating system takes about twice as many places in one read."""
-READERS, GPU_READERS = 2, 6
-"""Groups read at once, each on a thread of its own, for a CPU and for a GPU, whose steps are shorter than a read."""
+READERS, MOST_READERS = 2, 12
+"""Groups read at once, each on a thread of its own: for a CPU, and at most for a GPU, whose steps are shorter than a read."""
 
 _PAGE = 4096
 
@@ -74,7 +75,13 @@ def shuffled_batches(
         return rows[group.skip :]
 
     groups = _groups(array, batch_size, seed, start_batch)
-    return _cut(read_ahead(groups, read, GPU_READERS if pin else READERS), batch_size, pin)
+    return _cut(read_ahead(groups, read, readers_for(pin)), batch_size, pin)
+
+
+def readers_for(pin: bool) -> int:
+    """Return how many groups are read at once: for a GPU, by three quarters of the cores that this process may use."""
+    cores = len(os.sched_getaffinity(0))
+    return min(MOST_READERS, max(READERS, 3 * cores // 4)) if pin else READERS
 
 
 def batches_in_memory(
