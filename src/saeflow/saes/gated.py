@@ -79,28 +79,22 @@ class Gated(FollowsDensity):
         """Return latents, the gate's positive part, and its sum."""
         if selected.lists is None:
             return super().activate_lists(selected, condition)
-        found = on_lists.gated(selected.lists, self.b_enc, self.r_mag, self.b_mag)
-        latents, *beside = found
+        latents, *beside = on_lists.gated(selected.lists, self.b_enc, self.r_mag, self.b_mag)
         return selected.with_whole(latents.view(-1)), tuple(beside)
 
     def decoded_beside(self, beside: tuple[Tensor, ...]) -> Tensor | None:
         return beside[0] if beside else None
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
-        if isinstance(fwd.selected, SparseLatents):
-            if fwd.beside:
-                positive, penalty = fwd.beside
-                gate = fwd.selected.with_whole(positive.view(-1))
-            else:
-                gate = fwd.selected.relu()
-                penalty = gate.values.sum()
-            errors = self.errors_of_constant(fwd, gate)
+        selected = fwd.selected
+        if fwd.beside:
+            positive, penalty = fwd.beside
         else:
-            if fwd.beside:
-                positive, penalty = fwd.beside
-            else:
-                positive = fwd.selected.relu()
-                penalty = positive.sum()
+            positive = (selected.values if isinstance(selected, SparseLatents) else selected).relu()
+            penalty = positive.sum()
+        if isinstance(selected, SparseLatents):
+            errors = self.errors_of_constant(fwd, selected.with_whole(positive.view(-1)))
+        else:
             part = positive @ self.W_dec.detach().to(positive.dtype)
             part = self.sum_over_latents(part.to(self.W_dec.dtype))
             errors = (fwd.target - (part + self.b_dec.detach())).square().sum(1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from saeflow.config.options import VariantOptions, option
-from saeflow.operators import SparseLatents
+from saeflow.operators import SparseLatents, penalty
 from saeflow.operators.autograd import applied
 from saeflow.operators.gpu import dense
 from saeflow.saes.density import FollowsDensity
@@ -107,10 +107,11 @@ class PAnneal(FollowsDensity):
 
     def losses(self, fwd: Forward, dead: Tensor) -> dict[str, Tensor]:
         (total,) = fwd.beside or (sum_of_powers(fwd.values, self.p_after(self.jumps)),)
-        penalty = self.sum_over_entries(total) / self.rows(fwd.x)
+        total = self.sum_over_entries(total)
         if self.is_before_jump:
             self.record(fwd)
-        return super().losses(fwd, dead) | {"penalty": self.weight.to(penalty.dtype) * penalty}
+        weighted = penalty(total, self.rows(fwd.x), self.weight.to(total.dtype))
+        return super().losses(fwd, dead) | {"penalty": weighted}
 
     @property
     def weight(self) -> Tensor:
@@ -125,8 +126,8 @@ class PAnneal(FollowsDensity):
         for row, jumps in enumerate((self.jumps, self.jumps + 1)):
             p = self.p_after(jumps)
             total = dense.relu(values, p)[1] if fwd.beside else sum_of_powers(values, p)
-            penalty = self.sum_over_entries(total)
-            self.recent[row].index_copy_(0, self.place, penalty.to(self.recent.dtype).view(1))
+            total = self.sum_over_entries(total).to(self.recent.dtype)
+            self.recent[row].index_copy_(0, self.place, total.view(1))
 
     def facts(self, fwd: Forward) -> dict[str, float]:
         return {"l1_weight": float(self.weight), "p": self.p_after(self.jumps)}

@@ -260,7 +260,6 @@ def read_ahead(items: Iterator[S], read: Callable[[S], T], readers: int = READER
             yield done
             del done
     finally:
-        if (
-            not is_finalizing()
-        ):  # the interpreter has ended the threads itself, and modules may be gone
+        # Else the interpreter has ended the threads itself, and modules may be gone.
+        if not is_finalizing():
             pool.shutdown(cancel_futures=True)

@@ -32,6 +32,7 @@ MODULES = (
 )
 _SUM_BLOCK = 256
 _WIDE = 1024  # entries of a row that are looked at together
+_TILE = 8192  # numbers of a few rows that are looked at together
 is_on = True
 
 
@@ -90,6 +91,17 @@ def of_rows(width: int) -> dict[str, int]:
     """Return constants of a kernel that holds rows of `width` numbers in registers."""
     block = block_for(width)
     return {"BLOCK": block, "num_warps": warps_for(block)}
+
+
+def of_tiles(width: int) -> dict[str, int]:
+    """Return constants of a kernel that holds a few rows of `width` numbers together."""
+    block = block_for(width)
+    return {"ROWS": max(1, _TILE // block), "BLOCK": block, "num_warps": 8}
+
+
+def minus_product(matrix: Tensor, vector: Tensor) -> Tensor:
+    """Return -(matrix @ vector) (m,), of (m, n) and (n,), by one kernel."""
+    return matrix.new_empty(len(matrix)).addmv_(matrix, vector, beta=0, alpha=-1)
 
 
 def launch_rows(kernel: str, rows: Tensor, *arguments: Any, **constants: Any) -> None:

@@ -323,7 +323,7 @@ class _Perceptron(torch.autograd.Function):
                 parts[0, n:-1] += part.sum(0)
         of_weights, of_bias, of_shift = parts.sum(0).split((n, n, 1))
         of_matrix = (of_scores.t() @ inputs).to(matrix.dtype).t()
-        of_centre = torch.addmv(matrix[:, 0], matrix, of_bias, beta=0, alpha=-1)  # one kernel
+        of_centre = gpu.minus_product(matrix, of_bias)
         return None, of_matrix, of_bias, of_centre, of_weights[None], of_shift, None, None
 
 

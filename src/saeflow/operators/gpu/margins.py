@@ -27,14 +27,13 @@ def of_norms(inputs: Tensor, centre: Tensor, matrix: Tensor, times: float) -> Te
         return norms * times
     x, numbers = inputs.detach().contiguous(), matrix.detach()
     numbers = numbers.t() if numbers.t().is_contiguous() else numbers.contiguous()
-    block = gpu.block_for(x.shape[1])
-    rows_each = max(1, PIECE // block)
-    of_x = -(-len(x) // rows_each)
+    tiles = gpu.of_tiles(x.shape[1])
+    of_x = -(-len(x) // tiles["ROWS"])
     parts = x.new_empty(of_x + -(-numbers.numel() // PIECE))
     margin, kernels = x.new_empty(()), gpu.load("margins")
     kernels.squares_of_pieces[(len(parts),)](
         x, centre.detach().contiguous(), numbers, parts, x.shape[1], len(x), of_x, numbers.numel(),
-        ROWS=rows_each, BLOCK=block, PIECE=PIECE, num_warps=8,
+        PIECE=PIECE, **tiles,
     )  # fmt: skip
     kernels.margin_of_parts[(1,)](parts, margin, of_x, len(parts), times, WIDE=WIDE, num_warps=4)
     return margin

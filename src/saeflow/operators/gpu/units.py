@@ -8,7 +8,6 @@ from torch.autograd.function import once_differentiable
 
 from saeflow.operators import gpu
 
-NUMBERS = 8192  # that a program holds
 LEAST = 1e-12  # norm that a row is divided by
 
 
@@ -44,7 +43,7 @@ class _UnitRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, of_unit: Tensor, of_norm: Tensor) -> tuple[Tensor | None, ...]:
         x, centre, scale, norms = ctx.saved_tensors
-        count = -(-len(x) // _rows_each(x))
+        count = -(-len(x) // gpu.of_tiles(x.shape[1])["ROWS"])
         of_centre, of_scale = x.new_empty(count, x.shape[1]), x.new_empty(count)
         grads = of_unit.contiguous(), of_norm.contiguous(), of_centre, of_scale
         _launch("unit_gradient_rows", x, centre, scale, norms, *grads)
@@ -52,16 +51,9 @@ class _UnitRows(torch.autograd.Function):
         return None, of_centre.sum(0) if wanted[0] else None, of_scale.sum() if wanted[1] else None
 
 
-def _rows_each(x: Tensor) -> int:
-    """Return how many rows a program holds."""
-    return max(1, NUMBERS // gpu.block_for(x.shape[1]))
-
-
 def _launch(kernel: str, x: Tensor, centre: Tensor | None, *arguments: Any) -> None:
     """Run a kernel of one program for each few rows."""
-    each = _rows_each(x)
-    function = getattr(gpu.load("units"), kernel)
-    function[(-(-len(x) // each),)](
-        x, x if centre is None else centre, *arguments, *x.shape,
-        HAS_CENTRE=centre is not None, ROWS=each, BLOCK=gpu.block_for(x.shape[1]), num_warps=8,
+    tiles, function = gpu.of_tiles(x.shape[1]), getattr(gpu.load("units"), kernel)
+    function[(-(-len(x) // tiles["ROWS"]),)](
+        x, x if centre is None else centre, *arguments, *x.shape, HAS_CENTRE=centre is not None, **tiles
     )  # fmt: skip

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from saeflow.operators import gpu
 from saeflow.operators.autograd import applied
 from saeflow.operators.gpu import dead, sparse
 from saeflow.operators.gpu.lists import Lists
@@ -218,8 +219,7 @@ class _Token(torch.autograd.Function):
         )
         of_b_dec = None
         if of_b_enc is not None and ctx.needs_input_grad[2]:
-            of_b_dec = W_enc.new_empty(len(W_enc))
-            of_b_dec.addmv_(W_enc, of_b_enc, beta=0, alpha=-1)
+            of_b_dec = gpu.minus_product(W_enc, of_b_enc)
         of_W_enc = None if of_W_enc is None else of_W_enc.t()
         found = (of_W_enc, of_b_enc, of_b_dec, of_W_dec)
         wanted = zip(found, ctx.needs_input_grad, strict=False)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from saeflow.operators.gpu.kernels.units import minus_centre
+
 
 @triton.jit
 def squares_of_pieces(
@@ -12,12 +14,7 @@ def squares_of_pieces(
     """Sum the squares of each ROWS rows of x - centre, the first of_x parts, and then of each piece of a matrix."""
     part = tl.program_id(0).to(tl.int64)
     if part < of_x:
-        row, at = part * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-        inside = at < width
-        mask = (row < n_rows)[:, None] & inside[None, :]
-        off = tl.load(x + row[:, None] * width + at[None, :], mask=mask, other=0.0)
-        off -= tl.load(centre + at, mask=inside, other=0.0)[None, :]
-        off = tl.where(mask, off, 0.0)
+        _row, _where, _mask, off = minus_centre(x, centre, n_rows, width, True, ROWS, BLOCK)
         tl.store(parts + part, tl.sum(tl.sum(off * off, 1), 0))
     else:
         where = (part - of_x) * PIECE + tl.arange(0, PIECE)
